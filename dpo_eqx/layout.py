@@ -1,0 +1,100 @@
+"""How one row of tokens is made, and the protocol by which a policy attends to it at once.
+
+A row holds a prompt once and all its completions after it, so that a policy that offers
+`FastPolicy` encodes the prompt once for all of them.
+"""
+
+from typing import Protocol, runtime_checkable
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+
+class Layout(eqx.Module):
+    """A row of `prompt_width` prompt tokens and, after them, each completion in its own width.
+
+    The prompt is padded on the right to `prompt_width`, each completion to its width; the
+    *positions* of a completion's tokens go on from the prompt's real length all the same, as if
+    it stood alone behind it.
+
+    **Arguments:**
+
+    - `prompt_length`: the number of real tokens of the prompt, at least 1. A scalar, traced.
+    - `prompt_width`, `completion_widths`: the static widths, for whoever attends blockwise:
+        prompt on prompt, each completion on the prompt and on itself.
+    """
+
+    prompt_length: Int[Array, ""]
+    prompt_width: int = eqx.field(static=True)
+    completion_widths: tuple[int, ...] = eqx.field(static=True)
+
+    @property
+    def length(self) -> int:
+        """The width of the whole row."""
+        return self.prompt_width + sum(self.completion_widths)
+
+    @property
+    def positions(self) -> Int[Array, " length"]:
+        """Each token's position in its own sequence, from 0, for rotary or learned positions."""
+        prompt = jnp.arange(self.prompt_width)
+        completions = [self.prompt_length + jnp.arange(width) for width in self.completion_widths]
+        return jnp.concatenate([prompt, *(c.astype(prompt.dtype) for c in completions)])
+
+    @property
+    def segments(self) -> Int[Array, " length"]:
+        """0 in the prompt, `k + 1` in completion `k`, -1 in the prompt's padding."""
+        prompt = jnp.where(jnp.arange(self.prompt_width) < self.prompt_length, 0, -1)
+        completions = [jnp.full(width, k + 1) for k, width in enumerate(self.completion_widths)]
+        return jnp.concatenate([prompt, *(c.astype(prompt.dtype) for c in completions)])
+
+    def mask(self) -> Bool[Array, "length length"]:
+        """True at `[j, i]` where token `j` sees token `i`.
+
+        That is where `i <= j`, and `i` is a real token of the prompt or in `j`'s own completion.
+        Every token sees itself, so that no row is empty: a softmax over it is always finite.
+        """
+        index, segment = jnp.arange(self.length), self.segments
+        causal = index[None, :] <= index[:, None]
+        same = segment[None, :] == segment[:, None]
+        return causal & (same | (segment[None, :] == 0))
+
+
+@runtime_checkable
+class FastPolicy(Protocol):
+    """What a policy may offer beside `policy(ids)`, to be run faster with the same result.
+
+    `score_pairs` then encodes each prompt once for both completions, applies the unembedding to
+    completion positions only, and never builds the logits. The logits that this implies,
+    `hidden @ unembedding.T + unembedding_bias`, soft-capped as `softcap * tanh(logits / softcap)`,
+    must be those that `policy(ids)` returns.
+
+    Two more attributes are optional: `unembedding_bias`, of shape `(vocab,)`, and `softcap`, a
+    number; `None` is as good as absent.
+
+    The shortest way to write one is to attend through `layout.mask()` and to take positions from
+    `layout.positions`:
+
+    ```python
+    class Policy(eqx.Module):
+        ...
+        def __call__(self, ids, *, key=None):
+            layout = dpx.Layout(jnp.asarray(ids.size), ids.size, ())
+            return self.hidden(ids, layout) @ self.unembedding.T
+
+        def hidden(self, ids, layout, *, key=None):
+            x = self.tokens[ids] + self.positions[layout.positions]
+            return self.attend(x, mask=layout.mask())
+    ```
+    """
+
+    @property
+    def unembedding(self) -> Float[Array, "vocab width"]:
+        """The output embedding of each token."""
+        ...
+
+    def hidden(
+        self, ids: Int[Array, " length"], layout: Layout, *, key: PRNGKeyArray | None = None
+    ) -> Float[Array, "length width"]:
+        """The last hidden states of a row made as `layout` says, normalised and all."""
+        ...

@@ -1,0 +1,146 @@
+"""Metrics: per-pair quantities, and their exact means over batches, microbatches and devices.
+
+A metric is averaged as a sum and a count, both carried, so that ragged batches count right.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Shaped
+
+from .log_probs import PairLogProbs, UnpairedLogProbs
+from .losses.form import PairLoss, UnpairedLoss
+
+# A value for each pair; with a mask beside it, the mean is over the pairs where that is true.
+Value = Shaped[Array | np.ndarray, "..."]
+PerPair = Value | tuple[Value, Bool[Array, "..."]]
+
+
+class Metrics(eqx.Module):
+    """Weighted sums of metrics and the weights they hold; `a + b` joins two batches.
+
+    **Arguments:**
+
+    - `sums`: the weighted sum of each metric. Scalars.
+    - `counts`: the sum of the weights that went into each. Scalars.
+    """
+
+    sums: dict[str, Float[Array, ""]]
+    counts: dict[str, Float[Array, ""]]
+
+    def __add__(self, other: "Metrics") -> "Metrics":
+        if self.sums.keys() != other.sums.keys():
+            raise ValueError(
+                "metrics can be added where they have the same names; got "
+                f"{sorted(self.sums)} and {sorted(other.sums)}."
+            )
+        return jax.tree.map(jnp.add, self, other)
+
+    def __radd__(self, other: Any) -> "Metrics":
+        # `sum(batches)` starts from 0.
+        return self if isinstance(other, int) and other == 0 else NotImplemented
+
+    def mean(self) -> dict[str, Float[Array, ""]]:
+        """The weighted mean of each metric; 0 where nothing was counted.
+
+        `rewards/margins`, where it has no sum of its own (unpaired data), is the difference of
+        `rewards/chosen` and `rewards/rejected`.
+        """
+        means = {name: safe_ratio(self.sums[name], self.counts[name]) for name in self.sums}
+        if {"rewards/chosen", "rewards/rejected"} <= means.keys():
+            margin = means["rewards/chosen"] - means["rewards/rejected"]
+            means.setdefault("rewards/margins", margin)
+        return means
+
+
+def default_metrics(
+    policy: PairLogProbs | UnpairedLogProbs,
+    reference: PairLogProbs | UnpairedLogProbs | None,
+    loss: PairLoss | UnpairedLoss,
+) -> dict[str, PerPair]:
+    """The metrics that users of TRL plot, under the same names, before averaging.
+
+    `loss`; `rewards/chosen`, `rewards/rejected`, `rewards/margins`: the implicit rewards;
+    `rewards/accuracies`: 1 where the chosen reward is higher, **one half for a tie** (TRL counts
+    0, so its first step shows 0.0); `logps/chosen`, `logps/rejected`: the policy's summed
+    log-probabilities, in nats. For unpaired data the chosen are those labelled true, the rejected
+    those labelled false, each averaged over their own weights, and there is no accuracy.
+
+    Your own function of this form takes its place: add a metric in a line by
+    `lambda *args: default_metrics(*args) | {"margin/max": ...}`.
+
+    **Arguments:**
+
+    - `policy`, `reference`: the log-probabilities that the loss was given.
+    - `loss`: what it returned.
+
+    **Returns:**
+
+    By name an array of shape `(pairs,)`, averaged by the batch's weights; or an array and a mask,
+    averaged where the mask is true.
+    """
+    del reference
+    if isinstance(policy, UnpairedLogProbs):
+        return _unpaired(policy, loss)
+    return _paired(policy, loss)
+
+
+def _paired(policy: Any, loss: Any) -> dict[str, PerPair]:
+    chosen, rejected = loss.chosen_reward, loss.rejected_reward
+    half = (1 + jnp.sign(chosen - rejected)) / 2
+    return {
+        "loss": loss.loss,
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/margins": chosen - rejected,
+        "rewards/accuracies": half,
+        "logps/chosen": policy.chosen,
+        "logps/rejected": policy.rejected,
+    }
+
+
+def _unpaired(policy: Any, loss: Any) -> dict[str, PerPair]:
+    label = jnp.asarray(policy.label)
+    return {
+        "loss": loss.loss,
+        "rewards/chosen": (loss.reward, label),
+        "rewards/rejected": (loss.reward, ~label),
+        "logps/chosen": (policy.completion, label),
+        "logps/rejected": (policy.completion, ~label),
+    }
+
+
+def weighted_sums(values: Mapping[str, PerPair], weight: Float[Array, " pairs"]) -> Metrics:
+    """The sums and counts of per-pair `values`; a pair of weight 0 adds nothing, not even NaN."""
+    sums, counts = {}, {}
+    for name, value in values.items():
+        value, own = _own_weight(value, weight)
+        if value.shape != weight.shape:
+            raise ValueError(
+                f"the metric {name!r} must have one value per pair, shape {weight.shape}; got "
+                f"{value.shape}. The mean is taken with the weights afterwards."
+            )
+        sums[name] = (jnp.where(own > 0, value.astype(own.dtype), 0) * own).sum()
+        counts[name] = own.sum()
+    return Metrics(sums, counts)
+
+
+def _own_weight(
+    value: PerPair, weight: Float[Array, " pairs"]
+) -> tuple[Value, Float[Array, " pairs"]]:
+    if isinstance(value, tuple):
+        value, mask = value
+        return value, jnp.where(mask, weight, 0)
+    return value, weight
+
+
+def safe_ratio(numerator: Float[Array, ""], denominator: Float[Array, ""]) -> Float[Array, ""]:
+    """`numerator / denominator`, and 0 where the denominator, a sum of weights, is 0."""
+    return jnp.where(denominator > 0, numerator, 0) / jnp.where(denominator > 0, denominator, 1)
+
+
+MetricsFunction = Callable[[Any, Any, Any], Mapping[str, PerPair]]

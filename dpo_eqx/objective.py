@@ -1,0 +1,109 @@
+r"""The objective $\sum_i w_i \ell_i / \sum_i w_i$ as a function of log-probabilities.
+
+Between a score and its pullback: which loss each pair has, and the slope of the objective with
+respect to each log-probability. Policies are not here.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from .axis import AxisName, gather, own_rows
+from .losses.form import is_coupled, parts
+from .metrics import safe_ratio
+
+LossFunction = Callable[..., Any]
+
+
+class Scored(eqx.Module):
+    """All that a loss is given for some pairs, every array with the pairs as its first axis."""
+
+    policy: PyTree
+    reference: PyTree
+    per_pair: dict[str, Float[Array, " pairs"]] | None
+    weight: Float[Array, " pairs"]
+
+
+def pair_weights(batch: Any) -> Float[Array, " pairs"]:
+    """The weight of each pair, 1 where the batch has none, in JAX's default floating dtype."""
+    dtype = jnp.zeros(()).dtype
+    if batch.weight is None:
+        return jnp.ones(batch.pairs, dtype)
+    return jnp.asarray(batch.weight).astype(dtype)
+
+
+def loss_of(loss: LossFunction, scored: Scored, axis_name: AxisName | None) -> Any:
+    """The loss of each pair; one that couples pairs sees those of all devices."""
+    return _on_all_pairs(lambda all_pairs: _call(loss, all_pairs), loss, scored, axis_name)
+
+
+def loss_and_slopes(
+    loss: LossFunction, scored: Scored, whole: Float[Array, ""], axis_name: AxisName | None
+) -> tuple[Any, PyTree]:
+    """The loss of each pair, and the objective's slopes with respect to `scored.policy`.
+
+    **Arguments:**
+
+    - `whole`: the sum of all weights, over microbatches and devices.
+
+    **Returns:**
+
+    What the loss returned, and a pytree like `scored.policy` with `None` for integers and
+    booleans. A pair of weight 0 has slopes of exactly 0.
+    """
+
+    def on(pairs: Scored):
+        floats, rest = eqx.partition(pairs.policy, eqx.is_inexact_array)
+
+        def objective(floats):
+            policy = eqx.combine(floats, rest)
+            result = _call(loss, Scored(policy, pairs.reference, pairs.per_pair, pairs.weight))
+            weight = pairs.weight.astype(result.loss.dtype)
+            weighted = jnp.where(weight > 0, result.loss, 0) * weight
+            return safe_ratio(weighted.sum(), whole.astype(weighted.dtype)), result
+
+        slopes, result = jax.grad(objective, has_aux=True)(floats)
+        return result, slopes
+
+    return _on_all_pairs(on, loss, scored, axis_name)
+
+
+def check_no_bound_axis(loss: LossFunction) -> None:
+    """Raises where `partial` has bound an array with an axis, which would not be split."""
+    for part, bound in parts(loss):
+        for name, value in bound.items():
+            if getattr(value, "ndim", 0) > 0:
+                raise ValueError(
+                    f"`{name}` of `{getattr(part, '__name__', part)}` is bound to an array of "
+                    f"shape {value.shape}, which is not split where `microbatches` or `axis_name` "
+                    f"split the pairs. Give it as `batch.per_pair={{{name!r}: ...}}`."
+                )
+
+
+def _on_all_pairs(function: Callable, loss: LossFunction, scored: Scored, axis_name):
+    """`function` on these pairs alone, or where the loss couples pairs on those of all devices."""
+    axis_name = axis_name if is_coupled(loss) else None
+    return own_rows(function(gather(scored, axis_name)), axis_name, scored.weight.size)
+
+
+def _call(loss: LossFunction, scored: Scored) -> Any:
+    """The loss, given zeros for the pairs of weight 0: not even a NaN of theirs has influence."""
+
+    def silence(x):
+        if not eqx.is_inexact_array(x):
+            return x
+        present = scored.weight > 0
+        return jnp.where(present.reshape(present.shape + (1,) * (x.ndim - 1)), x, 0)
+
+    policy, reference = jax.tree.map(silence, (scored.policy, scored.reference))
+    result = loss(policy, reference, **(scored.per_pair or {}))
+    if result.loss.shape != scored.weight.shape:
+        raise ValueError(
+            f"`loss` must return one loss per pair, unreduced, shape {scored.weight.shape}; got "
+            f"{result.loss.shape}. The weighted mean is taken by the step."
+        )
+    return result

@@ -1,0 +1,174 @@
+"""References: which one a step uses, how it is run, and helpers to make, precompute and move one.
+
+A reference is a policy that does not learn: a pytree of its own, a view of the policy, or the
+log-probabilities that one gave.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, DTypeLike, Float, PyTree
+
+from .log_probs import PairLogProbs, at_least_float32
+from .precision import in_dtype
+from .score import score_pairs
+from .strided import check_divides, merge, split
+
+Policy = TypeVar("Policy", bound=PyTree)
+Score = Callable[..., Any]
+
+
+def snapshot(policy: Policy) -> Policy:
+    """A copy of `policy` that shares no array with it.
+
+    `reference = dpx.snapshot(policy)` before a policy is donated to a jitted step: what is donated
+    must not share buffers with what is kept.
+    """
+    return jax.tree.map(lambda x: jnp.array(x, copy=True) if eqx.is_array(x) else x, policy)
+
+
+def sync_reference(
+    reference: Policy, policy: Policy, alpha: float | int | Float[Array, ""]
+) -> Policy:
+    r"""The reference moved towards the policy, $\alpha \theta + (1 - \alpha) \theta_{ref}$.
+
+    Floating-point arrays are mixed, in float32 at least, and keep the reference's dtype; other
+    arrays are copied from the reference. The result shares no buffer with either argument.
+
+    **Arguments:**
+
+    - `reference`, `policy`: pytrees of one structure.
+    - `alpha`: 1 replaces the reference, 0 keeps it; a number in `[0, 1]` or a traced scalar.
+
+    **Raises:**
+
+    `ValueError` where `alpha` is out of range or the structures differ.
+
+    ??? cite
+
+        Gorbatovski et al., *Learn Your Reference Model for Real Good Alignment* (TR-DPO), 2024,
+        equation 3 (arXiv 2404.09656).
+    """
+    if isinstance(alpha, float | int) and not 0 <= alpha <= 1:
+        raise ValueError(f"`alpha` must be in [0, 1], got {alpha}.")
+    ours, theirs = (eqx.filter(tree, eqx.is_array) for tree in (reference, policy))
+    if jax.tree.structure(ours) != jax.tree.structure(theirs):
+        raise ValueError(
+            "`reference` and `policy` must have one structure to be mixed; got "
+            f"{jax.tree.structure(ours)} and {jax.tree.structure(theirs)}."
+        )
+    moved = jax.tree.map(lambda old, new: _mix(old, new, alpha), ours, theirs)
+    return eqx.combine(moved, eqx.filter(reference, eqx.is_array, inverse=True))
+
+
+def precompute_reference(
+    reference: PyTree,
+    batch: Any,
+    *,
+    score: Score = score_pairs,
+    compute_dtype: DTypeLike | None = None,
+    microbatches: int = 1,
+) -> PairLogProbs:
+    """The reference's log-probabilities of `batch`, to be given as `batch.reference` later.
+
+    The very numbers that a step with the same `score` and `compute_dtype` would compute: the same
+    code, in inference mode. Pure and not jitted; wrap it in `eqx.filter_jit`.
+
+    **Arguments:**
+
+    - `reference`: a policy.
+    - `batch`: a `PreferenceBatch`, or whatever `score` takes.
+    - `score`: the score that the step uses.
+    - `compute_dtype`: that of the step.
+    - `microbatches`: into how many parts the batch is split to save memory.
+
+    **Returns:**
+
+    What `score` returns: `PairLogProbs`, each array of shape `(pairs,)`.
+
+    **Raises:**
+
+    `ValueError` where `microbatches` does not divide the pairs.
+    """
+    check_divides(microbatches, batch.pairs)
+
+    def run(part):
+        return run_reference(reference, part, score=score, compute_dtype=compute_dtype)
+
+    return run(batch) if microbatches == 1 else merge(jax.lax.map(run, split(batch, microbatches)))
+
+
+def run_reference(
+    reference: PyTree, batch: Any, *, score: Score, compute_dtype: DTypeLike | None
+) -> Any:
+    """The reference's log-probabilities, through which no gradient flows."""
+    return jax.lax.stop_gradient(
+        run_inference(reference, batch, score=score, compute_dtype=compute_dtype)
+    )
+
+
+def run_inference(
+    policy: PyTree, batch: Any, *, score: Score, compute_dtype: DTypeLike | None
+) -> Any:
+    """Log-probabilities of `batch` in inference mode and in the compute dtype."""
+    policy = in_dtype(eqx.nn.inference_mode(policy), compute_dtype)
+    return score(policy, batch, key=None)
+
+
+def choose_reference(
+    policy: PyTree,
+    batch: Any,
+    reference: PyTree | None,
+    reference_of: Callable[[Any], Any] | None,
+    moving: PyTree = None,
+) -> PyTree | None:
+    """The policy to run as reference, or `None` where it is precomputed or absent.
+
+    **Arguments:**
+
+    - `policy`, `batch`, `reference`, `reference_of`: as a step has them.
+    - `moving`: the arrays of `policy` that are trained, which no view may show as reference.
+
+    **Raises:**
+
+    `ValueError` where there are two references, or the view holds an array that is trained.
+    """
+    given = {
+        "the argument `reference`": reference,
+        "`batch.reference`": batch.reference,
+        "`reference_of`": reference_of,
+    }
+    names = [name for name, value in given.items() if value is not None]
+    if len(names) > 1:
+        raise ValueError(
+            f"give one reference, not {len(names)}: got {' and '.join(names)}. Drop all but one; "
+            "precomputed log-probabilities can be taken out of a batch with "
+            "`dataclasses.replace(batch, reference=None)`."
+        )
+    if reference_of is None:
+        return reference
+    view = reference_of(policy)
+    trained = {id(leaf) for leaf in jax.tree.leaves(moving)}
+    paths = [
+        jax.tree_util.keystr(path, simple=True, separator=".")
+        for path, leaf in jax.tree_util.tree_leaves_with_path(view)
+        if id(leaf) in trained
+    ]
+    if paths:
+        raise ValueError(
+            "`reference_of` shows arrays that are trained, so the reference would move with the "
+            f"policy: {', '.join(paths[:3])}{', ...' if len(paths) > 3 else ''}. Freeze them by "
+            "`trainable=`, for instance `models.lora_filter(policy)`, or give a `snapshot` as "
+            "`reference`."
+        )
+    return view
+
+
+def _mix(old: Array, new: Array, alpha: float | int | Float[Array, ""]) -> Array:
+    if not eqx.is_inexact_array(old):
+        return jnp.array(old, copy=True)
+    wide = at_least_float32(old.dtype)
+    return (alpha * new.astype(wide) + (1 - alpha) * old.astype(wide)).astype(old.dtype)

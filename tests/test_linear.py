@@ -1,0 +1,202 @@
+"""Log-probabilities from hidden states: the same as from logits, in value and gradient."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import jax.test_util
+import numpy as np
+import pytest
+from jax.sharding import AxisType, PartitionSpec as P
+
+import dpo_eqx as dpx
+from dpo_eqx.linear import linear_collisions
+
+from .policies import assert_close
+
+VOCAB, WIDTH = 16, 5
+
+
+def example(shape=(2, 7), vocab=VOCAB, dtype=jnp.float64):
+    keys = jax.random.split(jax.random.key(0), 5)
+    operands = (
+        jax.random.normal(keys[0], (*shape, WIDTH), dtype),
+        jax.random.normal(keys[1], (vocab, WIDTH), dtype),
+        jax.random.normal(keys[2], (vocab,), dtype),
+    )
+    targets = jax.random.randint(keys[3], shape, 0, vocab)
+    return operands, targets, jax.random.normal(keys[4], shape, dtype)
+
+
+def from_logits(hidden, unembedding, bias, targets, softcap):
+    logits = hidden @ unembedding.T
+    logits = logits if bias is None else logits + bias
+    logits = logits if softcap is None else softcap * jnp.tanh(logits / softcap)
+    return dpx.token_log_probs(logits, targets)
+
+
+def objectives(targets, slopes, softcap, **options):
+    """The two ways as scalar functions of all their operands."""
+
+    def plain(hidden, unembedding, bias):
+        return (slopes * from_logits(hidden, unembedding, bias, targets, softcap)).sum()
+
+    def chunked(hidden, unembedding, bias):
+        log_probs = dpx.linear_token_log_probs(
+            hidden, unembedding, targets, bias=bias, softcap=softcap, **options
+        )
+        return (slopes * log_probs).sum()
+
+    return plain, chunked
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1, 4, 7, 14, 1000])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_every_chunk_size_gives_the_same_value_and_gradient(chunk_size, softcap):
+    operands, targets, slopes = example()
+    plain, chunked = objectives(targets, slopes, softcap, chunk_size=chunk_size)
+    want = jax.value_and_grad(plain, (0, 1, 2))(*operands)
+    assert_close(jax.jit(jax.value_and_grad(chunked, (0, 1, 2)))(*operands), want, 1e-13)
+
+
+@pytest.mark.parametrize(("shape", "vocab"), [((1,), 1), ((1, 1), 9), ((3, 1, 2), 2)])
+def test_small_shapes(shape, vocab):
+    (hidden, unembedding, _), targets, slopes = example(shape, vocab)
+    plain, chunked = objectives(targets, slopes, None, chunk_size=2)
+    operands = (hidden, unembedding, None)
+    assert_close(
+        jax.value_and_grad(chunked, (0, 1))(*operands),
+        jax.value_and_grad(plain, (0, 1))(*operands),
+        1e-13,
+    )
+
+
+def test_reverse_mode_of_both_orders():
+    operands, targets, slopes = example((3,))
+    _, chunked = objectives(targets, slopes, 2.0, chunk_size=2)
+    jax.test_util.check_grads(chunked, operands, order=2, modes=("rev",))
+
+
+def test_under_vmap_scan_and_remat():
+    operands, targets, slopes = example()
+    plain, chunked = objectives(targets[0], slopes[0], 2.0, chunk_size=3)
+    (hidden, *head) = operands
+    want = jnp.stack([plain(h, *head) for h in hidden])
+    np.testing.assert_allclose(jax.vmap(lambda h: chunked(h, *head))(hidden), want, rtol=1e-13)
+    scanned = jax.lax.map(jax.checkpoint(lambda h: chunked(h, *head)), hidden)
+    np.testing.assert_allclose(scanned, want, rtol=1e-13)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_masked_token_with_a_bad_hidden_state_contributes_nothing(bad):
+    (hidden, *head), targets, _ = example((5,))
+    mask = jnp.arange(5) != 2
+    spoiled = hidden.at[2, 1].set(bad)
+
+    def masked(hidden, *head):
+        log_probs = dpx.linear_token_log_probs(hidden, head[0], targets, bias=head[1])
+        return dpx.sequence_log_probs(log_probs, mask)
+
+    got = jax.value_and_grad(masked, (0, 1, 2))(spoiled, *head)
+    assert_close(got, jax.value_and_grad(masked, (0, 1, 2))(hidden, *head), 1e-15)
+    assert np.isnan(dpx.linear_token_log_probs(spoiled, head[0], targets)[2])
+
+
+def test_targets_outside_the_vocabulary_are_nan():
+    (hidden, unembedding, _), targets, _ = example((3,))
+    got = dpx.linear_token_log_probs(hidden, unembedding, targets.at[1].set(VOCAB))
+    np.testing.assert_array_equal(np.isnan(got), [False, True, False])
+    assert np.isnan(dpx.linear_token_log_probs(hidden, unembedding, targets - VOCAB)).all()
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(jnp.float32, 1e-6), (jnp.bfloat16, 1e-6)])
+def test_narrow_inputs_are_summed_in_float32(dtype, bound):
+    (hidden, unembedding, bias), targets, _ = example(dtype=dtype)
+    got = dpx.linear_token_log_probs(hidden, unembedding, targets, bias=bias, chunk_size=3)
+    assert got.dtype == jnp.float32
+    wide = (x.astype(jnp.float64) for x in (hidden, unembedding, bias))
+    # The products are exact in float32 for bfloat16 operands: the same bound holds for both.
+    assert_close(got.astype(jnp.float64), from_logits(*wide, targets, None), bound)
+
+
+def test_collisions_are_the_sum_of_squared_probabilities():
+    (hidden, unembedding, bias), _, _ = example()
+    got = linear_collisions(hidden, unembedding, bias=bias, softcap=2.0, chunk_size=3)
+    probs = jax.nn.softmax(2 * jnp.tanh((hidden @ unembedding.T + bias) / 2))
+    np.testing.assert_allclose(got, jnp.log((probs**2).sum(-1)), rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"targets": jnp.zeros((2, 6), int)}, r"got \(2, 7, 5\) and \(2, 6\)"),
+        ({"unembedding": jnp.zeros((VOCAB, 4))}, r"width of `hidden`, 5; got \(16, 4\)"),
+        ({"chunk_size": 0}, "`chunk_size` must be positive or None, got 0"),
+        ({"softcap": -1.0}, "`softcap` must be a positive number or None, got -1.0"),
+    ],
+)
+def test_bad_input(unchecked, change, message):
+    (hidden, unembedding, _), targets, _ = example()
+    good = {"hidden": hidden, "unembedding": unembedding, "targets": targets}
+    with pytest.raises(ValueError, match=message):
+        dpx.linear_token_log_probs(**good | change)
+
+
+class TestShardedVocabulary:
+    """The vocabulary over `tensor`, the tokens over `data`; wherever the gradient is taken."""
+
+    mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    specs = (P("data"), P("tensor"), P("tensor"))
+    operands, targets, slopes = example((4, 7))
+    over_tensor = staticmethod(
+        partial(dpx.linear_token_log_probs, chunk_size=3, axis_name="tensor")
+    )
+
+    @property
+    def want(self):
+        plain, _ = objectives(self.targets, self.slopes, 2.0)
+        return jax.value_and_grad(plain, (0, 1, 2))(*self.operands)
+
+    def local(self, hidden, unembedding, bias, targets, slopes):
+        log_probs = self.over_tensor(hidden, unembedding, targets, bias=bias, softcap=2.0)
+        return (slopes * log_probs).sum()
+
+    @pytest.mark.parametrize("check_vma", [True, False])
+    def test_gradient_inside(self, check_vma):
+        def inside(hidden, *rest):
+            # The parameters vary over `data` from here on, as `make_grad` sees to.
+            head, data = jax.lax.pcast(rest[:2], "data", to="varying"), rest[2:]
+            value, slopes = jax.value_and_grad(self.local, (0, 1, 2))(hidden, *head, *data)
+            value, in_head = jax.lax.psum((value, slopes[1:]), "data")
+            return value, (slopes[0], *in_head)
+
+        got = jax.shard_map(
+            inside,
+            mesh=self.mesh,
+            in_specs=(*self.specs, P("data"), P("data")),
+            out_specs=(P(), self.specs),
+            check_vma=check_vma,
+        )(*self.operands, self.targets, self.slopes)
+        assert_close(got, self.want, 1e-13)
+
+    def test_gradient_from_outside(self):
+        def outside(*operands):
+            total = jax.shard_map(
+                lambda *xs: jax.lax.psum(self.local(*xs), "data"),
+                mesh=self.mesh,
+                in_specs=(*self.specs, P("data"), P("data")),
+                out_specs=P(),
+            )
+            return total(*operands, self.targets, self.slopes)
+
+        assert_close(jax.value_and_grad(outside, (0, 1, 2))(*self.operands), self.want, 1e-13)
+
+    def test_a_target_on_no_device_is_nan(self):
+        got = jax.shard_map(
+            self.over_tensor,
+            mesh=self.mesh,
+            in_specs=(P("data"), P("tensor"), P("data")),
+            out_specs=P("data"),
+        )(*self.operands[:2], self.targets.at[0, 0].set(VOCAB))
+        assert np.isnan(got[0, 0])
+        assert np.isfinite(got).sum() == self.targets.size - 1
