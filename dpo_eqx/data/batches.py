@@ -1,0 +1,256 @@
+"""An iterator of batches: shuffled, bucketed, sharded over processes, resumable, prefetched.
+
+How rows become one batch is in `collate.py`, which rows in `order.py`, how wide in `buckets.py`.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from jaxtyping import DTypeLike, Int
+
+from ..batch import PreferenceBatch, UnpairedBatch
+from .buckets import Buckets, Shapes, choose_buckets, longest
+from .collate import pair_batch, unpaired_batch
+from .extras import require
+from .fingerprint import digest
+from .mismatch import check_mismatchable, mismatched
+from .order import Order
+from .rows import Rows, lengths_of
+
+Indices = Int[np.ndarray, " batch"]
+# Endless, as far as anyone will wait.
+_ENDLESS = sys.maxsize
+
+
+@dataclasses.dataclass(frozen=True)
+class Batcher:
+    """Makes the batch of any step: this process's rows of the global batch, in its widths.
+
+    The widths are those of the global batch, so that all processes run the same program.
+    """
+
+    rows: Rows
+    lengths: Int[np.ndarray, "rows parts"]
+    order: Order
+    buckets: Buckets
+    share: slice
+    dtype: DTypeLike
+    kl: bool
+    max_length: int
+
+    def __call__(self, step: int) -> PreferenceBatch | UnpairedBatch:
+        """The batch of a step, counted from the start of the first epoch."""
+        real = self.order.at(step)
+        others = self._others(real)
+        widths = self._widths(real, others)
+        place = np.arange(self.order.batch_size)[self.share]
+        fill = place < len(real)
+        # A short batch is filled up with its first row at weight 0: finite, and without influence.
+        mine = np.where(fill, place, 0)
+        rows = [self.rows[int(i)] for i in real[mine]]
+        if self.lengths.shape[1] == 3:
+            return pair_batch(rows, fill, widths, self.dtype)
+        more = None
+        if others is not None:
+            rooms = self._other_lengths(real, others)[mine]
+            given = zip(others[mine], rooms, strict=True)
+            more = [self.rows[int(j)]["completion_ids"][:room] for j, room in given]
+        return unpaired_batch(rows, fill, widths, self.dtype, others=more)
+
+    def _others(self, indices: Indices) -> Indices | None:
+        """The rows whose completions are put after the prompts of `indices`, for KTO."""
+        return mismatched(self.rows, indices, self.order.seed) if self.kl else None
+
+    def _other_lengths(self, indices: Indices, others: Indices) -> Indices:
+        room = self.max_length - self.lengths[indices, 0].astype(np.int64)
+        return np.minimum(self.lengths[others, 1], np.maximum(room, 1))
+
+    def _widths(self, indices: Indices, others: Indices | None) -> tuple[int, ...]:
+        widths = self.buckets.widths(longest(self.lengths[indices]))
+        if others is None:
+            return widths
+        needed = self._other_lengths(indices, others).max()
+        return (*widths, self.buckets.completion_width(int(needed)))
+
+    def shapes(self) -> Shapes:
+        """The shapes of the batches of the first epoch, and how much of them is padding."""
+        steps: dict[tuple[int, ...], int] = {}
+        tokens = int(self.lengths.sum())
+        for step in range(self.order.steps):
+            real = self.order.at(step)
+            others = self._others(real)
+            widths = self._widths(real, others)
+            steps[widths] = steps.get(widths, 0) + 1
+            tokens += 0 if others is None else int(self._other_lengths(real, others).sum())
+        # A pair has two completions of one width.
+        parts = 2 if self.lengths.shape[1] == 3 else 1
+        padded = sum((w[0] + parts * w[1] + sum(w[2:])) * n for w, n in steps.items())
+        return Shapes(steps, tokens, padded * self.order.batch_size)
+
+
+class Batches(Iterator[Any]):
+    """Batches one after another, made ahead on another thread; made by `batches`.
+
+    `get_state()` is the position after the batches that were taken, whatever has been made ahead;
+    it fits in JSON. `set_state(state)` goes there, also in a run with another number of processes:
+    the global batches are the same. `close()`, or leaving a `with` block, ends the thread.
+
+    - `steps_per_epoch`: the same on every process.
+    - `buckets`: the widths.
+    """
+
+    def __init__(self, batcher: Batcher, epochs: int | None, prefetch: int, name: str):
+        grain = require("grain", extra="data")
+        self._batcher, self._name = batcher, name
+        self.steps_per_epoch, self.buckets = batcher.order.steps, batcher.buckets
+        self._steps = _ENDLESS if epochs is None else epochs * self.steps_per_epoch
+        options = grain.ReadOptions(num_threads=min(prefetch, 1), prefetch_buffer_size=prefetch)
+        dataset = grain.MapDataset.range(self._steps).map(batcher)
+        self._iterator = iter(dataset.to_iter_dataset(options))
+
+    def __iter__(self) -> "Batches":
+        return self
+
+    def __next__(self) -> Any:
+        return next(self._iterator)
+
+    def __len__(self) -> int:
+        """The number of batches over all epochs."""
+        return self._steps
+
+    def __enter__(self) -> "Batches":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def get_state(self) -> dict[str, int | str]:
+        """The position: how many steps were taken, and of which batches."""
+        return {"step": self._iterator.get_state()["next_index"], "batches": self._name}
+
+    def set_state(self, state: dict[str, int | str]) -> None:
+        """Goes to the position that `get_state` gave.
+
+        **Raises:**
+
+        `ValueError` where `state` is of other rows, or of another batch size, order or widths.
+        """
+        if state.get("batches") != self._name or not 0 <= int(state["step"]) <= self._steps:
+            raise ValueError(
+                "`state` must come from batches of the same rows, batch size, order and buckets, "
+                f"{self._name!r} of {self._steps} steps; got {state}. Make them as they were made "
+                "then, or start afresh."
+            )
+        self._iterator.set_state({"next_index": int(state["step"])})
+
+    def shapes(self) -> Shapes:
+        """How many shapes an epoch has, and how much is padding; reads lengths only."""
+        return self._batcher.shapes()
+
+    def close(self) -> None:
+        """Ends the thread that makes batches ahead."""
+        self._iterator.close()
+
+
+def batches(
+    rows: Rows,
+    *,
+    batch_size: int,
+    shuffle: bool = True,
+    seed: int = 0,
+    epochs: int | None = 1,
+    process_index: int = 0,
+    process_count: int = 1,
+    buckets: int | Buckets = 4,
+    multiple_of: int = 16,
+    window: int = 64,
+    prefetch: int = 2,
+    kl: bool = True,
+    max_length: int | None = None,
+    dtype: DTypeLike = np.float32,
+) -> Batches:
+    """An iterator of `PreferenceBatch`es, or of `UnpairedBatch`es for unpaired rows, in NumPy.
+
+    Everything follows from `seed`. A global batch is the concatenation of what the processes get,
+    whatever their number, and all take the same number of steps. The last batch of an epoch is
+    filled up with rows of weight 0.
+
+    Rows are padded to few widths, chosen from the lengths so that little is padding, and rows that
+    are padded alike share a batch where they are shuffled. `str(batches.shapes())` says how many
+    shapes there are and how much is padding.
+
+    **Arguments:**
+
+    - `rows`: from `tokenize`, or a list of such dictionaries.
+    - `batch_size`: rows of a *global* batch, over all processes and microbatches.
+    - `shuffle`: whether the order is random, another in each epoch; else that of `rows`.
+    - `seed`: of the order, and of the mismatched completions.
+    - `epochs`: how often each row comes; `None` is endless.
+    - `process_index`, `process_count`: as `jax.process_index()` and `jax.process_count()`.
+    - `buckets`: how many widths prompts have at most, and how many completions; or the widths.
+    - `multiple_of`: what a chosen width is a multiple of, in tokens.
+    - `window`: among how many batches rows are put together by length when shuffled. 1 does not
+        look at lengths: every batch is then a plain random draw.
+    - `prefetch`: how many batches are made ahead; 0 makes each when it is asked for.
+    - `kl`: whether unpaired batches have the mismatched completions that KTO needs.
+    - `max_length`: of a prompt with a mismatched completion, in tokens; the limit given to
+        `tokenize`.
+    - `dtype`: of weights and other numbers; float64 where the policy is.
+
+    **Returns:**
+
+    `Batches`, with `get_state()` and `set_state(state)`.
+
+    **Raises:**
+
+    `ValueError` where there are no rows, sizes are not positive, the processes do not divide the
+    batch, or the buckets do not hold the longest row.
+    """
+    sizes = {"batch_size": batch_size, "multiple_of": multiple_of, "window": window}
+    sizes |= {"process_count": process_count}
+    sizes |= {"buckets": buckets} if isinstance(buckets, int) else {}
+    sizes |= {} if epochs is None else {"epochs": epochs}
+    sizes |= {} if max_length is None else {"max_length": max_length}
+    _check_sizes(sizes, prefetch, seed)
+    share = _share(batch_size, process_index, process_count)
+    if len(rows) == 0:
+        raise ValueError("`rows` must hold a row at least, got none. See the report of `tokenize`.")
+    lengths = lengths_of(rows)
+    needed = longest(lengths)
+    if isinstance(buckets, int):
+        # In their own order rows cannot be put together, so what is padded is the batch.
+        starts = np.arange(0, len(rows), batch_size)
+        padded = needed if shuffle else np.maximum.reduceat(needed, starts)
+        buckets = choose_buckets(padded, buckets, multiple_of)
+    buckets.check(needed)
+    order = Order(buckets.kinds(needed), batch_size, shuffle, seed, window)
+    kl = kl and lengths.shape[1] == 2
+    if kl:
+        check_mismatchable(rows)
+    limit = sys.maxsize if max_length is None else max_length
+    batcher = Batcher(rows, lengths, order, buckets, share, dtype, kl, limit)
+    name = digest(lengths, batch_size, shuffle, seed, window, buckets, kl, limit)
+    return Batches(batcher, epochs, prefetch, name)
+
+
+def _share(batch_size: int, process_index: int, process_count: int) -> slice:
+    """Which rows of a global batch this process has."""
+    if batch_size % process_count or not 0 <= process_index < process_count:
+        raise ValueError(
+            "`process_count` must divide `batch_size`, and `process_index` be below it; got "
+            f"{process_count=}, {batch_size=} and {process_index=}."
+        )
+    size = batch_size // process_count
+    return slice(process_index * size, (process_index + 1) * size)
+
+
+def _check_sizes(sizes: dict[str, int], prefetch: int, seed: int) -> None:
+    for name, value in sizes.items():
+        if value < 1:
+            raise ValueError(f"`{name}` must be a positive integer, got {value}.")
+    for name, value in {"prefetch": prefetch, "seed": seed}.items():
+        if value < 0:
+            raise ValueError(f"`{name}` must not be negative, got {value}.")

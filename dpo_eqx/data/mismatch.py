@@ -1,0 +1,50 @@
+"""The mismatched completions of KTO: for each prompt a completion of another, over the whole set.
+
+Not rolled inside a batch, so that microbatches and devices change nothing.
+"""
+
+import itertools
+
+import numpy as np
+from jaxtyping import Int
+
+from .order import shuffled
+from .rows import Rows
+
+# Sets the permutation apart from those of the epochs, which have keys of two numbers.
+_APART = 1, 0x4B4C
+
+
+def mismatched(
+    rows: Rows, indices: Int[np.ndarray, " batch"], seed: int
+) -> Int[np.ndarray, " batch"]:
+    """For each of `indices` the row whose completion is put after its prompt.
+
+    A random permutation of all rows, so that each completion is used about once; where it meets
+    the same prompt, the next row that has another.
+
+    **Arguments:**
+
+    - `rows`: all of them.
+    - `indices`: of the rows of a batch.
+    - `seed`: the same draw in every epoch, process and batch size.
+    """
+    drawn = shuffled(indices, len(rows), seed, *_APART).tolist()
+    pairs = zip(indices.tolist(), drawn, strict=True)
+    return np.array([_next_other(rows, index, start) for index, start in pairs])
+
+
+def _next_other(rows: Rows, index: int, start: int) -> int:
+    prompt = rows[index]["prompt_ids"]
+    candidates = ((start + k) % len(rows) for k in range(len(rows)))
+    return next(j for j in candidates if rows[j]["prompt_ids"] != prompt)
+
+
+def check_mismatchable(rows: Rows) -> None:
+    """Raises where all rows have one prompt, so that there is no completion of another."""
+    first = rows[0]["prompt_ids"]
+    if all(row["prompt_ids"] == first for row in itertools.islice(rows, 1, None)):
+        raise ValueError(
+            "`rows` must have two different prompts at least, for the mismatched completions of "
+            f"KTO; got {len(rows)} rows of one prompt. Or leave them out: `kl=False`."
+        )

@@ -1,0 +1,120 @@
+"""Log-probabilities of the reference, computed once and kept on disk, keyed by content.
+
+The key knows ids, masks, weights of the reference, score and dtype, and no loss: a sweep over
+losses or `beta` computes them once, and a changed input cannot meet a stale cache.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import numpy as np
+from jaxtyping import DTypeLike, Float, Int, PyTree
+
+from ..reference import precompute_reference
+from ..score import score_pairs
+from .batches import batches
+from .fingerprint import digest
+from .rows import Row, Rows, completions_of, lengths_of
+from .store import aside, default_folder, digest_ids, settle
+
+logger = logging.getLogger("dpo_eqx.data")
+
+# Change it where the same input gives other numbers.
+_VERSION = 1
+
+LogProbs = Float[np.ndarray, "rows 2"]
+
+
+class ReferenceRows:
+    """Rows together with log-probabilities of the reference, joined when they are asked for."""
+
+    def __init__(self, rows: Rows, log_probs: LogProbs):
+        self._rows, self._log_probs = rows, log_probs
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Row:
+        chosen, rejected = self._log_probs[index].tolist()
+        return self._rows[index] | {"reference_chosen": chosen, "reference_rejected": rejected}
+
+    def __iter__(self) -> Iterator[Row]:
+        return (self[index] for index in range(len(self)))
+
+    def lengths(self) -> Int[np.ndarray, "rows parts"]:
+        """The tokens of each row's prompt and of each of its completions."""
+        return lengths_of(self._rows)
+
+
+def cache_reference(
+    reference: PyTree,
+    rows: Rows,
+    *,
+    batch_size: int = 8,
+    score: Callable[..., Any] = score_pairs,
+    compute_dtype: DTypeLike | None = None,
+    microbatches: int = 1,
+    folder: str | Path | None = None,
+) -> ReferenceRows:
+    """`rows` with the reference's log-probabilities, so that training needs no reference.
+
+    They are computed by `precompute_reference`, once: the same rows, reference, `score` and
+    `compute_dtype` find them on disk again, whatever the loss, the numbers beside the ids or the
+    batch size. Batches made of the result hold them as `batch.reference`.
+
+    **Arguments:**
+
+    - `reference`: a policy.
+    - `rows`: of pairs, from `tokenize`.
+    - `batch_size`, `microbatches`: how many rows are scored at once, and in how many parts.
+    - `score`, `compute_dtype`: those of the step.
+    - `folder`: of the caches; `None` is `$DPO_EQX_CACHE`, or the user's cache folder.
+
+    **Returns:**
+
+    Rows that also hold `reference_chosen` and `reference_rejected`, in nats, summed.
+
+    **Raises:**
+
+    `ValueError` for unpaired rows: what KTO needs depends on the completions drawn for a run.
+    """
+    if len(rows) and "completion_ids" in completions_of(rows[0]):
+        raise ValueError(
+            "`rows` must be pairs, with `chosen_ids` and `rejected_ids`; got unpaired rows. Give "
+            "the step a `reference` instead."
+        )
+    dtype = None if compute_dtype is None else np.dtype(compute_dtype).name
+    key = digest(digest_ids(rows), reference, score, dtype)
+    folder = Path(folder or default_folder())
+    path = folder / f"reference-{_VERSION}-{key}"
+    if path.exists():
+        logger.info("reference log-probabilities read from %s", path)
+    else:
+
+        @eqx.filter_jit
+        def run(reference, batch):
+            return precompute_reference(
+                reference,
+                batch,
+                score=score,
+                compute_dtype=compute_dtype,
+                microbatches=microbatches,
+            )
+
+        log_probs = _compute(lambda batch: run(reference, batch), rows, batch_size)
+        with aside(folder) as temporary:
+            np.save(temporary / "log_probs.npy", log_probs)
+            path = settle(temporary, path.name)
+        logger.info("reference log-probabilities written to %s", path)
+    return ReferenceRows(rows, np.load(path / "log_probs.npy", mmap_mode="r"))
+
+
+def _compute(run: Callable[[Any], Any], rows: Rows, batch_size: int) -> LogProbs:
+    """The log-probabilities of all rows in their order."""
+    with batches(rows, batch_size=batch_size, shuffle=False) as all_batches:
+        results = [run(batch) for batch in all_batches]
+    pairs = [np.stack([result.chosen, result.rejected], axis=1) for result in results]
+    return np.concatenate(pairs)[: len(rows)]

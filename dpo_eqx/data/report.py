@@ -1,0 +1,92 @@
+"""What became of the records, by reason: every one is kept, dropped or an error.
+
+The reasons are decided in `truncate.py` and `tokenize.py`; here they are counted and worded.
+"""
+
+import collections
+import dataclasses
+from pathlib import Path
+
+DROPPED = {
+    "prompt_fills_max_length": "the prompt alone has `max_length` tokens or more",
+    "no_completion_token": "a completion has no token at all",
+}
+CUT = {
+    "prompt_cut": "prompt cut to `max_prompt_length`, keeping its end",
+    "chosen_cut": "chosen completion cut, keeping its start, its EOS lost",
+    "rejected_cut": "rejected completion cut, keeping its start, its EOS lost",
+    "completion_cut": "completion cut, keeping its start, its EOS lost",
+}
+NOTED = {
+    "empty_completion": "an empty completion, now its EOS alone",
+    "identical_completions": "chosen and rejected are the same: no preference to learn from",
+    "nothing_before_completion": "nothing before the completion: its first token is not scored",
+    "boundary_moved": "tokens merge across the end of the prompt: completions start before it",
+}
+REASONS = DROPPED | CUT | NOTED
+
+
+@dataclasses.dataclass
+class Report:
+    """Counts by reason of what `tokenize` did; `str(report)` says them in a few lines.
+
+    - `form`: what the records were, in words.
+    - `read`: the number of records; `kept`: the number of rows. The difference is `dropped`.
+    - `counts`: the number of records for each reason, a key of `REASONS`; one record can have
+        several.
+    - `examples`: for each reason the numbers of the first records it applies to, from 0.
+    - `tokens`: of prompts and completions in all rows.
+    - `cache`: the folder that holds the rows, where they are on disk.
+    """
+
+    form: str = ""
+    read: int = 0
+    kept: int = 0
+    tokens: int = 0
+    counts: dict[str, int] = dataclasses.field(default_factory=collections.Counter)
+    examples: dict[str, list[int]] = dataclasses.field(default_factory=dict)
+    cache: Path | None = None
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        """The counts of records that gave no row."""
+        return self._of(DROPPED)
+
+    @property
+    def cut(self) -> dict[str, int]:
+        """The counts of rows that lost tokens."""
+        return self._of(CUT)
+
+    @property
+    def noted(self) -> dict[str, int]:
+        """The counts of rows that are whole but worth a look."""
+        return self._of(NOTED)
+
+    def _of(self, reasons: dict[str, str]) -> dict[str, int]:
+        return {reason: self.counts[reason] for reason in reasons if self.counts.get(reason)}
+
+    def add(self, reasons: list[str]) -> None:
+        """Counts one record, whose number is `read`, under each of `reasons`."""
+        for reason in reasons:
+            self.counts[reason] = self.counts.get(reason, 0) + 1
+            examples = self.examples.setdefault(reason, [])
+            if len(examples) < 5:
+                examples.append(self.read)
+        self.read += 1
+
+    def __str__(self):
+        dropped = sum(self.dropped.values())
+        lines = [
+            self.form,
+            f"{self.read} records: {self.kept} rows kept, {dropped} dropped; {self.tokens} tokens",
+            *(self._line("dropped", reason) for reason in self.dropped),
+            *(self._line("cut", reason) for reason in self.cut),
+            *(self._line("note", reason) for reason in self.noted),
+            *([f"  rows in {self.cache}"] if self.cache else []),
+        ]
+        return "\n".join(lines)
+
+    def _line(self, kind: str, reason: str) -> str:
+        count, examples = self.counts[reason], self.examples[reason]
+        which = ", ".join(map(str, examples)) + (", ..." if count > len(examples) else "")
+        return f"  {kind} {count}: {REASONS[reason]} (records {which})"
