@@ -37,16 +37,19 @@ class Layout(eqx.Module):
     @property
     def positions(self) -> Int[Array, " length"]:
         """Each token's position in its own sequence, from 0, for rotary or learned positions."""
-        prompt = jnp.arange(self.prompt_width)
-        completions = [self.prompt_length + jnp.arange(width) for width in self.completion_widths]
-        return jnp.concatenate([prompt, *(c.astype(prompt.dtype) for c in completions)])
+        length = self.prompt_length
+        prompt = jnp.arange(self.prompt_width, dtype=length.dtype)
+        completions = [length + jnp.arange(w, dtype=length.dtype) for w in self.completion_widths]
+        return jnp.concatenate([prompt, *completions])
 
     @property
     def segments(self) -> Int[Array, " length"]:
         """0 in the prompt, `k + 1` in completion `k`, -1 in the prompt's padding."""
-        prompt = jnp.where(jnp.arange(self.prompt_width) < self.prompt_length, 0, -1)
-        completions = [jnp.full(width, k + 1) for k, width in enumerate(self.completion_widths)]
-        return jnp.concatenate([prompt, *(c.astype(prompt.dtype) for c in completions)])
+        dtype = self.prompt_length.dtype
+        is_real = jnp.arange(self.prompt_width, dtype=dtype) < self.prompt_length
+        prompt = jnp.where(is_real, 0, -1).astype(dtype)
+        completions = [jnp.full(w, k + 1, dtype) for k, w in enumerate(self.completion_widths)]
+        return jnp.concatenate([prompt, *completions])
 
     def mask(self) -> Bool[Array, "length length"]:
         """True at `[j, i]` where token `j` sees token `i`.

@@ -90,6 +90,12 @@ def test_the_fast_path_equals_the_plain_one():
     assert_close((fast_value, fast_gradient), (plain_value, plain_gradient.policy), 1e-11)
 
 
+def test_ids_of_another_width():
+    policy, batch = Attention(jax.random.key(0)), random_batch()
+    narrow = jax.tree.map(lambda x: x.astype(np.int32) if x.dtype == np.int64 else x, batch)
+    assert_close(score(policy, narrow), score(policy, batch), 1e-15)
+
+
 @pytest.mark.parametrize("options", [{"bias": False, "softcap": None}, {"softcap": None}])
 def test_the_fast_path_without_bias_or_softcap(options):
     policy, batch = Attention(jax.random.key(0), **options), random_batch()
