@@ -1,0 +1,185 @@
+"""Load time, compile time, step time and peak memory of a decoder of Qwen3-0.6B's shape.
+
+    python -m benchmarks.models              # everything; needs 14 GB of memory
+    python -m benchmarks.models lora compile # some of it
+
+The weights are random and are written as a checkpoint first. Each row is a process of its own, so
+that its peak resident memory is that of loading and training alone.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+SHAPE = {
+    "model_type": "qwen3",
+    "vocab_size": 151936,
+    "hidden_size": 1024,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "intermediate_size": 3072,
+    "max_position_embeddings": 40960,
+    "rope_theta": 1e6,
+    "tie_word_embeddings": True,
+}
+PAIRS, PROMPT, COMPLETION = 2, 256, 128
+RANK = 16
+STEPS = 3
+
+
+def write(folder: Path) -> dict:
+    """A random checkpoint in bfloat16, as the real one is."""
+    import equinox as eqx
+    import jax
+    import jax.numpy as jnp
+
+    from dpo_eqx import models
+
+    @eqx.filter_jit
+    def make(key):
+        policy = models.Transformer(models.read_config(SHAPE), key=key)
+        return jax.tree.map(lambda x: x.astype(jnp.bfloat16), policy)
+
+    models.save(make(jax.random.key(0)), folder)
+    return {}
+
+
+def full(folder: Path) -> dict:
+    """Every weight trained in float32 by AdamW, against a live reference."""
+    import jax.numpy as jnp
+    import optax
+
+    from dpo_eqx import models
+
+    started = time.perf_counter()
+    policy = models.load(folder, dtype=jnp.float32, remat=True)
+    reference = models.load(folder, dtype=jnp.float32, remat=True)
+    load = (time.perf_counter() - started) / 2
+    return {"load": load, **_measure(policy, reference, optax.adamw(1e-6))}
+
+
+def lora(folder: Path) -> dict:
+    """Adapters of rank 16 on a frozen base in bfloat16, which is its own reference."""
+    import jax
+    import optax
+
+    from dpo_eqx import models
+
+    started = time.perf_counter()
+    policy = models.load(folder, remat=True)
+    load = time.perf_counter() - started
+    policy = models.add_lora(policy, rank=RANK, key=jax.random.key(0))
+    settings = {"trainable": models.lora_filter(policy), "reference_of": models.without_lora}
+    return {"load": load, **_measure(policy, None, optax.adamw(1e-5), **settings)}
+
+
+def compile_times(folder: Path) -> dict:
+    """Seconds to compile the step of a small policy at 4 and at 28 layers."""
+    import equinox as eqx
+    import jax
+    import optax
+
+    import dpo_eqx as dpx
+    from dpo_eqx import losses, models
+
+    times = {}
+    for layers in (4, 28):
+        config = models.Config(vocab=512, width=64, layers=layers, heads=4)
+        policy = models.Transformer(config, key=jax.random.key(0))
+        optimizer = optax.adamw(1e-4)
+        step = eqx.filter_jit(dpx.make_step(losses.dpo, optimizer))
+        arguments = policy, optimizer.init(eqx.filter(policy, eqx.is_array)), _batch(512), policy
+        started = time.perf_counter()
+        step.lower(*arguments).compile()
+        times[f"compile at {layers} layers"] = time.perf_counter() - started
+    return times
+
+
+def _measure(policy, reference, optimizer, **settings) -> dict:
+    import equinox as eqx
+
+    import dpo_eqx as dpx
+    from dpo_eqx import losses
+
+    trainable = settings.get("trainable", eqx.is_inexact_array)
+    step = dpx.make_step(losses.dpo, optimizer, **settings)
+    opt_state = optimizer.init(eqx.filter(policy, trainable))
+    loaded = _peak()
+
+    @eqx.filter_jit(donate="all-except-first")
+    def train(frozen, policy, opt_state):
+        batch, reference = frozen
+        return step(policy, opt_state, batch, reference)
+
+    frozen = (_batch(SHAPE["vocab_size"]), reference)
+    started = time.perf_counter()
+    compiled = train.lower(frozen, policy, opt_state).compile()
+    compiling = time.perf_counter() - started
+    times = []
+    for _ in range(STEPS):
+        started = time.perf_counter()
+        policy, opt_state, metrics = compiled(frozen, policy, opt_state)
+        losses_seen = float(metrics["loss"])
+        times.append(time.perf_counter() - started)
+    memory = compiled.compiled.memory_analysis()
+    return {
+        "compile": compiling,
+        "step": min(times),
+        "loss at the end": losses_seen,
+        "peak after loading": loaded,
+        "peak": _peak(),
+        "arguments (analysis)": memory.argument_size_in_bytes / 1e9,
+        "temporaries (analysis)": memory.temp_size_in_bytes / 1e9,
+        "aliased (analysis)": memory.alias_size_in_bytes / 1e9,
+        "outputs (analysis)": memory.output_size_in_bytes / 1e9,
+    }
+
+
+def _batch(vocab: int):
+    import numpy as np
+
+    import dpo_eqx as dpx
+
+    rng = np.random.default_rng(0)
+
+    def tokens(width):
+        ids = rng.integers(0, vocab, (PAIRS, width)).astype(np.int32)
+        return dpx.Tokens(ids, np.ones(ids.shape, bool))
+
+    return dpx.PreferenceBatch(tokens(PROMPT), tokens(COMPLETION), tokens(COMPLETION))
+
+
+def _peak() -> float:
+    """Peak resident memory of this process, in GB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+PARTS = {"write": write, "lora": lora, "full": full, "compile": compile_times}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("parts", nargs="*", default=["lora", "full", "compile"])
+    parser.add_argument("--inside", metavar="FOLDER", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.inside:
+        (part,) = arguments.parts
+        print(json.dumps(PARTS[part](Path(arguments.inside))))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        for part in ["write", *arguments.parts]:
+            command = [sys.executable, "-m", "benchmarks.models", part, "--inside", folder + "/it"]
+            output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            for name, value in json.loads(output.splitlines()[-1]).items():
+                print(f"{part:8} {name:24} {value:8.2f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""Attention of a row made as a `Layout` says, block by block: who sees whom, and the products.
+
+A prompt attends to itself, a completion to the prompt and to itself; the mask over the whole row
+is never built.
+"""
+
+import itertools
+from collections.abc import Iterator
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from ..layout import Layout
+from ..log_probs import at_least_float32
+from .config import Config
+from .pieces import dropout
+
+
+class Masks(eqx.Module):
+    """Who sees whom in each block of a layout: true where a query, first, sees a key, second.
+
+    `prompt` is `None` where it is plainly causal, which fused kernels know how to do without a
+    mask. `completions` has one entry for each run of completions of equal width: their mask on
+    the prompt and, after it, on themselves.
+    """
+
+    prompt: Bool[Array, "prompt prompt"] | None
+    # Each has widths of its own.
+    completions: tuple[Bool[Array, "_ _"], ...]
+
+
+def masks(layout: Layout, window: int | None) -> Masks:
+    """The masks of a layout for layers of one window."""
+    width, length = layout.prompt_width, layout.prompt_length
+    prompt = jnp.arange(width).astype(length.dtype)
+    real = prompt < length
+    completions = []
+    for _, _, completion in _runs(layout):
+        own = length + jnp.arange(completion).astype(length.dtype)
+        on_prompt = jnp.broadcast_to(real, (completion, width)) & visible(own, prompt, window)
+        completions.append(jnp.concatenate([on_prompt, visible(own, own, window)], axis=1))
+    on_itself = None if window is None else visible(prompt, prompt, window)
+    return Masks(on_itself, tuple(completions))
+
+
+def visible(
+    query: Int[Array, " query"], key: Int[Array, " key"], window: int | None
+) -> Bool[Array, "query key"]:
+    """Whether the token at each query's position sees the one at each key's position."""
+    distance = query[:, None] - key[None, :]
+    causal = distance >= 0
+    return causal if window is None else causal & (distance < window)
+
+
+def attend_by_layout(
+    layout: Layout,
+    query: Float[Array, "length heads head_width"],
+    key: Float[Array, "length key_heads head_width"],
+    value: Float[Array, "length key_heads head_width"],
+    masks: Masks,
+    *,
+    config: Config,
+    rng: PRNGKeyArray | None,
+) -> Float[Array, "length heads head_width"]:
+    """Attention over a whole row, block by block."""
+    width = layout.prompt_width
+    keys = iter(_split(rng, 1 + len(masks.completions)))
+    prompt_key, prompt_value = key[None, :width], value[None, :width]
+    outputs = [
+        attend(
+            query[None, :width],
+            prompt_key,
+            prompt_value,
+            masks.prompt,
+            config=config,
+            rng=next(keys),
+        )[0]
+    ]
+    for (start, count, completion), mask in zip(_runs(layout), masks.completions, strict=True):
+        own_query, own_key, own_value = (
+            x[start : start + count * completion].reshape(count, completion, *x.shape[1:])
+            for x in (query, key, value)
+        )
+        output = attend(
+            own_query,
+            _behind(prompt_key, own_key),
+            _behind(prompt_value, own_value),
+            mask,
+            config=config,
+            rng=next(keys),
+        )
+        outputs.append(output.reshape(-1, *output.shape[2:]))
+    return jnp.concatenate(outputs)
+
+
+def attend(
+    query: Float[Array, "batch query heads head_width"],
+    key: Float[Array, "batch key key_heads head_width"],
+    value: Float[Array, "batch key key_heads head_width"],
+    mask: Bool[Array, "query key"] | None,
+    *,
+    config: Config,
+    rng: PRNGKeyArray | None = None,
+) -> Float[Array, "batch query heads head_width"]:
+    """Attention of grouped heads; causal where there is no mask.
+
+    Through `jax.nn.dot_product_attention` where that can do it. It knows no soft cap and no
+    dropout, its softmax is float32 even in float64, and its gradient in bf16 needs what strict
+    dtype promotion refuses.
+    """
+    dropped = rng is not None and config.attention_dropout > 0
+    if config.attention_softcap is None and not dropped and query.dtype == jnp.float32:
+        return jax.nn.dot_product_attention(
+            query, key, value, mask=mask, is_causal=mask is None, scale=config.attention_scale
+        )
+    return _attend(query, key, value, mask, config=config, rng=rng)
+
+
+def _attend(query, key, value, mask, *, config: Config, rng):
+    groups = query.shape[2] // key.shape[2]
+    grouped = query.reshape(*query.shape[:2], key.shape[2], groups, query.shape[3])
+    wide = at_least_float32(query.dtype)
+    scores = jnp.einsum("btkgh,bskh->bkgts", grouped, key, preferred_element_type=wide)
+    scores = scores * config.attention_scale
+    if config.attention_softcap is not None:
+        scores = config.attention_softcap * jnp.tanh(scores / config.attention_softcap)
+    if mask is None:
+        mask = jnp.tri(query.shape[1], dtype=bool)
+    # Finite, not -inf: the gradient of a softmax is then finite even where a row is all masked.
+    scores = jnp.where(mask, scores, jnp.finfo(wide).min)
+    weights = dropout(jax.nn.softmax(scores, axis=-1), config.attention_dropout, rng)
+    output = jnp.einsum("bkgts,bskh->btkgh", weights.astype(value.dtype), value)
+    return output.reshape(query.shape)
+
+
+def _behind(prompt: Array, own: Array) -> Array:
+    """Each completion's rows behind those of the prompt."""
+    before = jnp.broadcast_to(prompt, (own.shape[0], *prompt.shape[1:]))
+    return jnp.concatenate([before, own], axis=1)
+
+
+def _runs(layout: Layout) -> Iterator[tuple[int, int, int]]:
+    """The start, the count and the width of each run of completions of equal width."""
+    start = layout.prompt_width
+    for width, run in itertools.groupby(layout.completion_widths):
+        count = len(list(run))
+        yield start, count, width
+        start += count * width
+
+
+def _split(key: PRNGKeyArray | None, count: int) -> list[PRNGKeyArray | None]:
+    return [None] * count if key is None else list(jax.random.split(key, count))

@@ -1,0 +1,171 @@
+"""A checkpoint folder on disk: which files it has, and its tensors, read lazily.
+
+What the tensors mean is in `names.py`; a pickle is never opened.
+"""
+
+import contextlib
+import importlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .names import Index
+from .origin import Origin
+
+WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+# What travels with a policy: the tokenizer in all of its forms, and how to generate.
+CARRIED = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+)
+DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+def resolve(path: str | os.PathLike[str]) -> Path:
+    """A local folder: `path` itself, or where `huggingface_hub` puts the repository of that name.
+
+    **Raises:**
+
+    `FileNotFoundError` where there is neither.
+    """
+    folder = Path(path)
+    if folder.is_dir():
+        return folder
+    name = str(path)
+    if folder.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise FileNotFoundError(
+            f"`path` must be a folder with a checkpoint, or a name on the Hugging Face hub such "
+            f"as 'Qwen/Qwen3-0.6B'; there is no folder {name!r}."
+        )
+    return _download(name)
+
+
+def _download(name: str) -> Path:
+    hub = import_extra("huggingface_hub")
+    patterns = [WEIGHTS, "model-*.safetensors", INDEX, CONFIG, *CARRIED]
+    try:
+        return Path(hub.snapshot_download(name, allow_patterns=patterns))
+    except Exception as error:
+        raise FileNotFoundError(
+            f"`path` {name!r} is no local folder, and huggingface_hub could not fetch it: {error}"
+        ) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The contents of a JSON file; errors name it."""
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"A checkpoint needs `{path.name}`; there is none in {path.parent}."
+        )
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"`{path.name}` in {path.parent} is not JSON: {error}.") from None
+
+
+def read_origin(folder: Path) -> Origin:
+    """The small files that travel with a policy."""
+    return Origin(read_carried(folder), read_json(folder / CONFIG))
+
+
+def read_carried(folder: Path) -> dict[str, bytes]:
+    """Those of the files to be carried that are there, by name."""
+    files = {name: folder / name for name in CARRIED}
+    return {name: file.read_bytes() for name, file in files.items() if file.is_file()}
+
+
+class Weights:
+    """The tensors of a folder: names, shapes and dtypes at once, contents when asked for.
+
+    **Arguments:**
+
+    - `folder`: holds `model.safetensors`, or several files and their index.
+
+    **Raises:**
+
+    `ValueError` or `FileNotFoundError` where a file is missing, truncated or a pickle, or the
+    index names what is not there.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.files: dict[str, Path] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, str] = {}
+        for file, named in _weight_files(folder).items():
+            with _open(file) as opened:
+                held = set(opened.keys())
+                for name in sorted(named - held):
+                    raise ValueError(f"{INDEX} says that {name!r} is in {file.name}; it is not.")
+                for name in sorted(held):
+                    tensor = opened.get_slice(name)
+                    self.files[name] = file
+                    self.shapes[name] = tuple(tensor.get_shape())
+                    self.dtypes[name] = tensor.get_dtype()
+
+    def read(self, name: str, index: Index | None = None) -> np.ndarray:
+        """A tensor, or the part of it at `index`, copied out of the file."""
+        # Opened anew each time, since the pages of a file that stays mapped count as memory.
+        with _open(self.files[name]) as opened:
+            if index is None:
+                return opened.get_tensor(name)
+            return opened.get_slice(name)[tuple(slice(*bounds) for bounds in index)]
+
+
+def _weight_files(folder: Path) -> Mapping[Path, set[str]]:
+    """The files that hold weights, and what the index says of each."""
+    if (folder / INDEX).is_file():
+        files: dict[Path, set[str]] = {}
+        for name, file in read_json(folder / INDEX)["weight_map"].items():
+            files.setdefault(folder / file, set()).add(name)
+        return files
+    if (folder / WEIGHTS).is_file():
+        return {folder / WEIGHTS: set()}
+    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
+    if pickles:
+        raise ValueError(
+            f"{folder} holds its weights as {', '.join(pickles)}: a pickle, which can run any code "
+            "when it is opened, so it is refused. Save it once more with `transformers`, which "
+            "writes safetensors."
+        )
+    raise FileNotFoundError(f"A checkpoint needs `{WEIGHTS}` or `{INDEX}`; {folder} has neither.")
+
+
+@contextlib.contextmanager
+def _open(file: Path) -> Iterator[Any]:
+    safetensors = import_extra("safetensors")
+    try:
+        opened = safetensors.safe_open(file, framework="numpy")
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"{INDEX} names {file.name}, which is not in {file.parent}."
+        ) from None
+    except safetensors.SafetensorError as error:
+        raise ValueError(
+            f"{file} is no complete safetensors file ({error}); fetch or save it again."
+        ) from None
+    with opened as tensors:
+        yield tensors
+
+
+def import_extra(name: str) -> Any:
+    """A module that belongs to the extra `models`, or an error that says how to install it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise ImportError(
+            f'Checkpoints need {name}, which is not installed: pip install "dpo-eqx[models]".'
+        ) from None

@@ -1,0 +1,107 @@
+"""Attention and rotation against float64 NumPy written from their definitions."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dpo_eqx import Layout, models
+from dpo_eqx.models import rotary
+from dpo_eqx.models.attention import attend, attend_by_layout, masks
+
+CONFIG = models.Config(vocab=1, width=1, layers=1, heads=4, key_heads=2, head_width=6)
+LAYOUT = Layout(jnp.asarray(5), 7, (4, 4, 3))
+
+
+def draw(length, dtype):
+    rng = np.random.default_rng(0)
+    return [jnp.asarray(rng.normal(size=(length, heads, 6)), dtype) for heads in (4, 2, 2)]
+
+
+def oracle(query, key, value, mask, scale, softcap):
+    """One head after the other, one query after the other."""
+    output = np.zeros(query.shape)
+    for head in range(query.shape[1]):
+        shared = head // (query.shape[1] // key.shape[1])
+        for i in range(query.shape[0]):
+            scores = scale * key[mask[i], shared] @ query[i, head]
+            scores = softcap * np.tanh(scores / softcap) if softcap else scores
+            weights = np.exp(scores - scores.max())
+            output[i, head] = weights @ value[mask[i], shared] / weights.sum()
+    return output
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize(("dtype", "bound"), [(jnp.float64, 1e-13), (jnp.float32, 1e-6)])
+def test_by_layout(window, softcap, dtype, bound):
+    config = dataclasses.replace(CONFIG, attention_softcap=softcap)
+    row = draw(LAYOUT.length, dtype)
+    got = attend_by_layout(LAYOUT, *row, masks(LAYOUT, window), config=config, rng=None)
+    positions = np.asarray(LAYOUT.positions)
+    near = positions[:, None] - positions[None] < (window or 99)
+    mask = np.asarray(LAYOUT.mask()) & near
+    wide = (np.asarray(x, np.float64) for x in row)
+    want = oracle(*wide, mask, 6**-0.5, softcap)
+    real = np.asarray(LAYOUT.segments) >= 0
+    assert got.dtype == dtype
+    assert np.abs(np.asarray(got) - want)[real].max() < bound
+
+
+def test_dropout_of_the_weights():
+    config = dataclasses.replace(CONFIG, attention_dropout=0.5)
+    query, key, value = (x[None] for x in draw(40, jnp.float32))
+    plain = attend(query, key, value, None, config=config)
+    keys = jax.random.split(jax.random.key(0), 200)
+    dropped = jax.vmap(lambda rng: attend(query, key, value, None, config=config, rng=rng))(keys)
+    assert np.abs(dropped[0] - plain).max() > 0.1
+    assert np.abs(dropped.mean(axis=0) - plain).max() < 0.5
+    # The first token sees itself alone: all or nothing, twice as large.
+    ratio = np.asarray(dropped[:, 0, 0, 0, 0] / plain[0, 0, 0, 0])
+    assert set(np.round(ratio, 4)) == {0.0, 2.0}
+
+
+def test_rotation_depends_on_distance_alone():
+    tables = rotary.tables(models.Rotary(theta=100.0), 6, jnp.arange(20), jnp.dtype("float64"))
+    query, key, _ = draw(1, jnp.float64)
+    rotated = [
+        rotary.rotate(jnp.broadcast_to(x, (20, *x.shape[1:])), *tables) for x in (query, key)
+    ]
+    scores = np.einsum("ih,jh->ij", rotated[0][:, 0], rotated[1][:, 0])
+    for distance in (0, 3, 11):
+        along = np.diagonal(scores, distance)
+        assert np.ptp(along) < 1e-12
+    assert np.ptp(scores[0]) > 0.1
+    assert np.allclose(rotated[0][0], query[0])
+
+
+def test_partial_rotation_leaves_the_rest():
+    tables = rotary.tables(models.Rotary(fraction=0.5), 12, jnp.arange(3), jnp.dtype("float64"))
+    heads = jnp.asarray(np.random.default_rng(0).normal(size=(3, 1, 12)))
+    rotated = rotary.rotate(heads, *tables)
+    assert np.array_equal(rotated[..., 6:], heads[..., 6:])
+    assert np.abs(rotated - heads)[1:, :, :6].min() > 1e-6
+
+
+def test_frequencies():
+    """The kinds of scaling against their definitions, one frequency after the other."""
+    plain = 500.0 ** (-np.arange(0, 16, 2) / 16)
+    assert np.allclose(rotary.default(models.Rotary(theta=500.0), 16), plain)
+    stretched = models.Rotary(theta=500.0, kind="linear", factor=4.0)
+    assert np.allclose(rotary.linear(stretched, 16), plain / 4)
+
+    llama3 = models.Rotary(theta=500.0, kind="llama3", factor=8.0, original_length=64)
+    for got, frequency in zip(rotary.llama3(llama3, 16), plain, strict=True):
+        wavelength = 2 * np.pi / frequency
+        smooth = (64 / wavelength - 1) / (4 - 1)
+        blend = (1 - smooth) * frequency / 8 + smooth * frequency
+        want = frequency if wavelength < 16 else frequency / 8 if wavelength > 64 else blend
+        assert np.isclose(got, want, rtol=1e-12)
+
+    yarn = models.Rotary(theta=500.0, kind="yarn", factor=4.0, original_length=256)
+    low, high = (16 * np.log(256 / (turns * 2 * np.pi)) / (2 * np.log(500.0)) for turns in (32, 1))
+    low, high = np.floor(low), np.ceil(high)
+    ramp = np.clip((np.arange(8) - max(low, 0)) / (min(high, 15) - max(low, 0)), 0, 1)
+    assert np.allclose(rotary.yarn(yarn, 16), plain / 4 * ramp + plain * (1 - ramp))

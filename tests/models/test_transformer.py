@@ -1,0 +1,163 @@
+"""The decoder as a policy: depth and windows, dropout, rematerialisation, dtypes, `shard_map`."""
+
+import dataclasses
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import dpo_eqx as dpx
+from dpo_eqx import losses, models
+
+from .golden import FOLDER, ragged_batch
+
+CONFIG = models.Config(
+    vocab=96, width=16, layers=3, heads=4, key_heads=2, windows=(3, None, 3), query_key_norm=True
+)
+IDS = jnp.arange(20)
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return models.Transformer(CONFIG, key=jax.random.key(0))
+
+
+def with_config(policy, **changes):
+    """The same parameters under another configuration."""
+    config = dataclasses.replace(policy.config, **changes)
+    skeleton = eqx.filter_eval_shape(models.Transformer, config, key=jax.random.key(0))
+    return jax.tree.unflatten(jax.tree.structure(skeleton), jax.tree.leaves(policy))
+
+
+@eqx.filter_jit
+def call(policy, ids, key=None):
+    return policy(ids, key=key)
+
+
+def gradient(policy, batch, **settings):
+    grad = dpx.make_grad(losses.dpo, **settings)
+    return eqx.filter_jit(grad)(policy, batch, dpx.snapshot(policy))
+
+
+def test_starts_near_uniform(policy):
+    logits = call(policy, IDS)
+    assert logits.shape == (20, 96)
+    assert isinstance(policy, dpx.FastPolicy)
+    log_probs = np.asarray(jax.nn.log_softmax(logits))
+    assert np.all(-np.sum(np.exp(log_probs) * log_probs, axis=-1) > 0.95 * np.log(96))
+
+
+def test_layers_are_stacked(policy):
+    assert policy.layers.attention.query.weight.shape == (3, 16, 16)
+    assert policy.layers.attention.key_norm.weight.shape == (3, 4)
+    assert all(leaf.shape[0] == 3 for leaf in jax.tree.leaves(policy.layers))
+
+
+def test_program_does_not_grow_with_depth(policy):
+    def lines(layers):
+        config = dataclasses.replace(CONFIG, layers=layers, windows=(3, None) * (layers // 2))
+        policy = eqx.filter_eval_shape(models.Transformer, config, key=jax.random.key(0))
+        return len(str(eqx.filter_make_jaxpr(lambda p, ids: p(ids))(policy, IDS)[0]).splitlines())
+
+    assert lines(4) == lines(28)
+
+
+@pytest.mark.slow
+def test_remat_changes_nothing(policy):
+    batch = ragged_batch(0)
+    want, _ = gradient(policy, batch)
+    got, _ = gradient(with_config(policy, remat=True), batch)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert np.abs(a - b).max() < 1e-6
+
+
+def test_dropout_applies_with_a_key_only():
+    policy = models.load(FOLDER / "traces" / "gpt2" / "model")
+    assert policy.config.residual_dropout == 0.1
+    plain = call(policy, IDS)
+    first, again, second = (call(policy, IDS, jax.random.key(seed)) for seed in (0, 0, 1))
+    assert np.array_equal(first, again)
+    assert np.abs(first - second).max() > 0.1
+    assert np.abs(first - plain).max() > 0.1
+
+
+def test_float64_is_float64_throughout(policy):
+    wide = jax.tree.map(lambda x: x.astype(jnp.float64), policy)
+    jaxpr = str(jax.make_jaxpr(lambda ids: wide(ids))(IDS))
+    assert "f32" not in jaxpr
+
+
+def test_bf16_keeps_its_residual_stream(policy):
+    narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), policy)
+    layout = dpx.Layout(jnp.asarray(20), 20, ())
+    hidden = eqx.filter_eval_shape(lambda policy: policy.hidden(IDS, layout), narrow)
+    assert hidden.dtype == jnp.bfloat16
+    logits = call(narrow, IDS)
+    assert logits.dtype == jnp.float32
+    # A few roundings of 2^-8 each, on logits of at most 0.4 that are sums of larger terms.
+    assert np.abs(logits - call(policy, IDS)).max() < 0.05
+
+
+@pytest.mark.slow
+def test_first_step_in_bf16_compute_is_log_2(policy):
+    _, metrics = gradient(policy, ragged_batch(0), compute_dtype=jnp.bfloat16)
+    assert abs(metrics["loss"] - np.log(2)) < 1e-5
+
+
+def test_traces_inside_shard_map(policy):
+    """Also with the check of what varies; gradients of replicated parameters are then summed."""
+    batch = jax.tree.map(lambda *rows: jnp.concatenate(rows), *(ragged_batch(i) for i in range(8)))
+    wide = jax.tree.map(lambda x: x.astype(jnp.float64), with_config(policy, remat=True))
+    params, static = eqx.partition(wide, eqx.is_array)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    @jax.grad
+    def gradient(params, batch):
+        return dpx.score_pairs(eqx.combine(params, static), batch).chosen.sum()
+
+    sharded = jax.shard_map(
+        gradient, mesh=mesh, in_specs=(P(), P("data")), out_specs=P(), check_vma=True
+    )
+    got, want = jax.jit(sharded)(params, batch), jax.jit(gradient)(params, batch)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert np.abs(a - b).max() < 1e-9
+
+
+def test_learned_positions_run_out():
+    policy = models.load(FOLDER / "families" / "gpt2")
+    with pytest.raises(ValueError, match="at most 256 tokens; got a row of up to 257"):
+        policy(np.zeros(257, np.int64))
+
+
+def test_errors():
+    sizes = {"vocab": 9, "width": 8, "layers": 2, "heads": 4}
+    with pytest.raises(ValueError, match="`width` must be positive, got 0"):
+        models.Config(**{**sizes, "width": 0})
+    with pytest.raises(ValueError, match="`heads` must be a multiple of `key_heads`; got 4 and 3"):
+        models.Config(**sizes, key_heads=3)
+    with pytest.raises(ValueError, match="`windows` must have one entry per layer, 2; got 1"):
+        models.Config(**sizes, windows=(3,))
+    with pytest.raises(ValueError, match="rotated part of a head must be even; got `head_width` 3"):
+        models.Config(**sizes, head_width=3)
+
+
+def test_narrow_layers_are_read_one_at_a_time(policy):
+    """Under rematerialisation no copy of the whole stack is widened."""
+    narrow = with_config(jax.tree.map(lambda x: x.astype(jnp.bfloat16), policy), remat=True)
+    compiled = eqx.filter_jit(lambda policy: policy(IDS)).lower(narrow).compile().compiled
+    assert "bf16[3,64,16]" in compiled.as_text()
+    assert "f32[3,64,16]" not in compiled.as_text()
+
+
+@pytest.mark.slow
+def test_gradients_of_narrow_layers(policy):
+    narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), policy)
+    grad = eqx.filter_jit(eqx.filter_grad(lambda policy: policy(IDS)[:, 3].sum()))
+    want, got = grad(narrow), grad(with_config(narrow, remat=True))
+    for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True):
+        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+        assert np.abs(a - b).max() < 0.05 * (1 + np.abs(b).max())
+        assert np.any(a)
