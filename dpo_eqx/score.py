@@ -138,7 +138,7 @@ def ld_score(alpha: float | int | Float[Array, ""]) -> Callable[..., PairLogProb
         shorter = jnp.minimum(*lengths)[:, None]
 
         def desensitised(tokens: _TokenScores) -> Float[Array, " pairs"]:
-            surplus = jnp.cumsum(jnp.asarray(tokens.mask), axis=1) > shorter
+            surplus = jnp.cumsum(tokens.mask, axis=1, dtype=jnp.int32) > shorter
             return sequence_log_probs(
                 jnp.where(surplus, alpha * tokens.log_probs, tokens.log_probs), tokens.mask
             )

@@ -86,7 +86,11 @@ def test_dpo_reaches_the_optimum_of_the_kl_regularised_reward():
 
 @pytest.mark.parametrize(
     "divergence",
-    [losses.forward_kl, losses.jensen_shannon, losses.alpha_divergence(0.5)],
+    [
+        losses.forward_kl,
+        losses.jensen_shannon,
+        pytest.param(losses.alpha_divergence(0.5), marks=pytest.mark.slow),
+    ],
     ids=["forward_kl", "jensen_shannon", "alpha_divergence"],
 )
 def test_f_divergences_reach_their_own_optima(divergence):
