@@ -1,0 +1,119 @@
+"""What a policy can do: how it ranks held-out pairs, what it writes, and how far it went for that.
+
+Training is not here; a look changes nothing.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import partial, reduce
+from operator import add
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from vocabulary import Vocabulary, in_chunks
+
+import dpo_eqx as dpx
+from dpo_eqx import models
+
+CHUNK = 64  # pairs that are evaluated at once: it changes memory, and nothing else
+
+Metrics = dict[str, float]
+
+
+class Exam:
+    """What a policy is asked again and again: to rank held-out pairs, and to write.
+
+    **Arguments:**
+
+    - `reference`: its log-probabilities of the pairs are computed once, here.
+    - `pairs`, `prompts`: to rank, and to complete; of tokens of `vocabulary`.
+    - `beta`: of the loss and the rewards.
+    - `key`: for the random numbers of what is written, the same every time.
+    - `gold`: the rewards of completions of the prompts, where they are known.
+    """
+
+    def __init__(
+        self,
+        reference: models.Transformer,
+        pairs: dpx.PreferenceBatch,
+        prompts: dpx.Tokens,
+        vocabulary: Vocabulary,
+        *,
+        beta: float,
+        key: jax.Array,
+        gold: Callable[[Sequence[bytes]], Sequence[float]] | None = None,
+    ):
+        precompute = eqx.filter_jit(dpx.precompute_reference)
+        self.chunks = [
+            dataclasses.replace(chunk, reference=precompute(reference, chunk))
+            for chunk in in_chunks(pairs, CHUNK)
+        ]
+        self.evaluate = eqx.filter_jit(dpx.make_eval(partial(dpx.losses.dpo, beta=beta)))
+        self.reference, self.prompts, self.vocabulary = reference, prompts, vocabulary
+        self.key, self.gold = key, gold
+        self.width = pairs.chosen.ids.shape[1]
+
+    def write(self, policy: models.Transformer) -> list[bytes]:
+        """A completion of each prompt, with the same random numbers every time."""
+        return self.vocabulary.decode(self._draw(policy))
+
+    def look(self, policy: models.Transformer) -> Metrics:
+        """The metrics of the pairs; KL and gold reward of what is written, with standard errors."""
+        metrics = reduce(add, (self.evaluate(policy, chunk) for chunk in self.chunks)).mean()
+        written = self._draw(policy)
+        samples = {"kl": np.asarray(kl(policy, self.reference, self.prompts, written))}
+        if self.gold is not None:
+            samples["gold"] = np.asarray(self.gold(self.vocabulary.decode(written)))
+        means = {name: float(x.mean()) for name, x in samples.items()}
+        errors = {f"{name}_error": float(x.std()) / x.size**0.5 for name, x in samples.items()}
+        return {name: float(value) for name, value in metrics.items()} | means | errors
+
+    def _draw(self, policy: models.Transformer) -> dpx.Tokens:
+        end = self.vocabulary.end
+        return draw(policy, self.prompts, width=self.width, key=self.key, end=end)
+
+
+def draw(
+    policy: models.Transformer, prompts: dpx.Tokens, *, width: int, key: jax.Array, end: int
+) -> dpx.Tokens:
+    """A completion of each prompt, drawn from the policy."""
+    return models.generate(policy, prompts, max_new_tokens=width, key=key, eos=end)
+
+
+@eqx.filter_jit
+def kl(policy, reference, prompt: dpx.Tokens, completion: dpx.Tokens) -> jax.Array:
+    """KL of the policy to the reference, in nats, summed over each completion's positions.
+
+    At each position it is the sum over the vocabulary, not a sample of it. The mean over
+    completions that the policy wrote estimates the KL of the distributions of completions.
+    """
+
+    def one_row(prompt, length, completion, mask):
+        row = jnp.concatenate([prompt, jnp.zeros_like(completion)])
+        row = jax.lax.dynamic_update_slice(row, completion, (length,))
+        ours, theirs = (jax.nn.log_softmax(model(row)) for model in (policy, reference))
+        by_position = (jnp.exp(ours) * (ours - theirs)).sum(axis=-1)
+        scored = jax.lax.dynamic_slice_in_dim(by_position, length - 1, mask.size)
+        return jnp.where(mask, scored, 0).sum()
+
+    lengths = prompt.mask.sum(axis=1, dtype=np.int32)
+    return jax.vmap(one_row)(prompt.ids, lengths, completion.ids, completion.mask)
+
+
+def best_possible(rewards: np.ndarray) -> tuple[list[float], list[float]]:
+    """KLs, and the highest mean gold reward that each allows, from rewards of the reference.
+
+    The best policies are the reference's distribution tilted by `exp(strength * reward)`. Beyond
+    some strength few samples bear the estimate, and it ends.
+    """
+    kls, means = [], []
+    for strength in np.linspace(0, 8, 81):
+        weight = np.exp(strength * (rewards - rewards.max()))
+        weight /= weight.sum()
+        if 1 / (weight**2).sum() < 30:
+            break
+        kls.append(float((weight * np.log(np.maximum(weight * rewards.size, 1e-30))).sum()))
+        means.append(float((weight * rewards).sum()))
+    return kls, means
