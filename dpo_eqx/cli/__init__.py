@@ -1,0 +1,6 @@
+"""The command `dpo-eqx`: a shell that reads, composes, loops and writes, and holds no mathematics.
+
+Nothing else of the library imports it.
+"""
+
+from .main import main as main

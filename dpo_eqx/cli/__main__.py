@@ -1,0 +1,7 @@
+"""`python -m dpo_eqx.cli`, the same as the command `dpo-eqx`."""
+
+import sys
+
+from .main import main
+
+sys.exit(main())

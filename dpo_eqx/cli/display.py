@@ -1,0 +1,76 @@
+"""What a run shows while it works: a bar on a terminal, plain lines elsewhere.
+
+Numbers come in as dictionaries; nothing here knows where they come from.
+"""
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+
+from ..data.extras import require
+
+Show = Callable[[int, Mapping[str, float]], None]
+
+COLUMNS = {
+    "loss": "loss",
+    "rewards/accuracies": "accuracy",
+    "rewards/margins": "margin",
+}
+# Plain lines in all, beside the first and the last.
+_LINES = 20
+
+
+def say(text: str) -> None:
+    """A line, at once: the output may be a pipe. On a terminal it stands above the bar."""
+    print(text, flush=True)
+
+
+@contextlib.contextmanager
+def display(start: int, steps: int) -> Iterator[Show]:
+    """A function `show(step, numbers)` for the steps after `start`, up to `steps`."""
+    if sys.stdout.isatty():
+        with _bar(start, steps) as show:
+            yield show
+        return
+    clock = time.monotonic()
+    every = max(1, steps // _LINES)
+
+    def tell(step: int, numbers: Mapping[str, float]) -> None:
+        if step in (start + 1, steps) or step % every == 0:
+            left = (time.monotonic() - clock) / (step - start) * (steps - step)
+            width = len(str(steps))
+            say(f"step {step:{width}}/{steps}  {summary(numbers)}  {duration(left)} left")
+
+    yield tell
+
+
+def summary(numbers: Mapping[str, float]) -> str:
+    """The numbers that a line has room for."""
+    parts = [f"{word} {numbers[name]:.4f}" for name, word in COLUMNS.items() if name in numbers]
+    if "tokens_per_second" in numbers:
+        parts.append(f"{numbers['tokens_per_second']:,.0f} tok/s")
+    return "  ".join(parts)
+
+
+def duration(seconds: float | int) -> str:
+    """A time as `1:02:03`, or `2:03`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+@contextlib.contextmanager
+def _bar(start: int, steps: int) -> Iterator[Show]:
+    progress = require("rich.progress", extra="train")
+    # Within the 80 columns of a narrow terminal.
+    columns = (
+        progress.MofNCompleteColumn(),
+        progress.BarColumn(bar_width=8),
+        progress.TimeRemainingColumn(compact=True),
+        progress.TextColumn("{task.fields[text]}"),
+    )
+    # Slow enough to cost nothing beside the steps.
+    with progress.Progress(*columns, refresh_per_second=4) as bars:
+        task = bars.add_task("train", total=steps, completed=start, text="compiling")
+        yield lambda step, numbers: bars.update(task, completed=step, text=summary(numbers))

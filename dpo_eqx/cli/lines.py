@@ -1,0 +1,82 @@
+"""The line of metrics of each step, made one step late so that the host never waits for it.
+
+Where the line goes is in `sinks.py` and `display.py`.
+"""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from ..batch import PreferenceBatch
+from .sinks import Numbers
+
+Write = Callable[[int, Numbers], None]
+
+
+class Lines:
+    """Takes the metrics of a step while it still runs, and writes them when the next has begun.
+
+    **Arguments:**
+
+    - `write`: takes the step and the line.
+    - `rates`: the learning rate of each step, from the first.
+    """
+
+    def __init__(self, write: Write, rates: np.ndarray):
+        self._write, self._rates = write, rates
+        self._waiting: tuple[int, Mapping[str, Any], int, float] | None = None
+        self._ended = 0.0
+
+    def add(self, step: int, metrics: Mapping[str, Any], batch: Any, began: float) -> None:
+        """The metrics of a step, which need not be computed yet.
+
+        **Arguments:**
+
+        - `step`: from 1; `metrics`: scalars; `batch`: of this step.
+        - `began`: when it did, in seconds of `time.perf_counter`.
+        """
+        self.flush()
+        self._waiting = step, metrics, tokens_of(batch), began
+        # Where steps do not run on while the host does, there is nothing to wait for.
+        if all(value.is_ready() for value in metrics.values()):
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes the line that waits, as soon as it is computed.
+
+        **Raises:**
+
+        `ValueError` where a number in it is not finite: what the step left is not to be kept.
+        """
+        if self._waiting is None:
+            return
+        (step, metrics, tokens, began), self._waiting = self._waiting, None
+        line = {name: float(value) for name, value in metrics.items()}
+        began, self._ended = max(began, self._ended), time.perf_counter()
+        line["learning_rate"] = float(self._rates[step - 1])
+        line["tokens_per_second"] = tokens / max(self._ended - began, 1e-9)
+        self._write(step, line)
+        _check_finite(step, line)
+
+
+def tokens_of(batch: Any) -> int:
+    """The tokens of a batch that count: a prompt once, and its completions."""
+    pair = isinstance(batch, PreferenceBatch)
+    parts = (
+        (batch.prompt, batch.chosen, batch.rejected) if pair else (batch.prompt, batch.completion)
+    )
+    real = np.asarray(batch.weight) > 0
+    return sum(int(part.mask[real].sum()) for part in parts)
+
+
+def _check_finite(step: int, line: Numbers) -> None:
+    odd = [name for name, value in line.items() if not math.isfinite(value)]
+    if odd:
+        raise ValueError(
+            f"{', '.join(f'`{name}`' for name in odd)} is not finite at step {step}, and no "
+            "checkpoint was made of what followed. Lower `--learning-rate`, warm up longer, or "
+            "look for a row that is out of all proportion."
+        )

@@ -1,0 +1,198 @@
+"""Bad input: one clear message on stderr, status 2, no traceback, nothing written."""
+
+import json
+import os
+import re
+
+import pytest
+
+from dpo_eqx.cli import main
+
+from .runs import DATA, GOLDEN, train
+from .small import small, write_data
+
+GOOD = {"prompt": "Why?", "chosen": " So.", "rejected": " No."}
+CHAT = [{"role": "user", "content": "Why?"}]
+
+
+def record(**changes):
+    return json.dumps(GOOD | changes)
+
+
+def conversation():
+    answers = {name: [{"role": "assistant", "content": name}] for name in ("chosen", "rejected")}
+    return json.dumps({"prompt": CHAT, **answers})
+
+
+TEXTS = {
+    "a broken line": (
+        record() + '\n{"prompt": "Why?", "chosen": oh}\n',
+        "line 2 of .*data.jsonl, column 30: .*found 'oh}'",
+    ),
+    "a missing column": (
+        '{"prompt": "Why?", "chosen": " So.", "worse": " No."}\n',
+        "missing: `rejected`; found: `prompt`, `chosen`, `worse`",
+    ),
+    "a column missing later": (
+        record() + '\n{"prompt": "Why?", "chosen": " So."}\n',
+        "`rejected` is missing in line 2 of",
+    ),
+    "a wrong type": (
+        record() + "\n" + record(chosen=3) + "\n",
+        r"`chosen` in line 2 of .* must be text, got 3 \(int\)",
+    ),
+    "an empty file": ("", "holds no records"),
+    "not JSON at all": ("hello\n", "line 1 of .*, column 1"),
+}
+
+
+def bad(capsys, tmp_path, message, status):
+    """Asserts one message, no traceback, and that the output folder was not made."""
+    assert status == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error), error
+    assert "Traceback" not in error
+    assert error.startswith("dpo-eqx train: ")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("case", TEXTS)
+def test_data(case, models, tmp_path, capsys):
+    text, message = TEXTS[case]
+    (tmp_path / "data.jsonl").write_text(text)
+    status = train(model=models("llama"), data=tmp_path / "data.jsonl", output=tmp_path / "run")
+    bad(capsys, tmp_path, message, status)
+
+
+STRICT = {
+    "identical completions": (record(rejected=" So."), "chosen and rejected are the same"),
+    "a prompt longer than the limit": (record(prompt="Why? " * 99), "the prompt alone has"),
+    "a completion longer than the limit": (record(chosen="So " * 99), "chosen completion cut"),
+}
+
+
+@pytest.mark.parametrize("case", STRICT)
+def test_strict(case, models, tmp_path, capsys):
+    text, message = STRICT[case]
+    (tmp_path / "data.jsonl").write_text(f"{record()}\n{text}\n")
+    status = train(
+        model=models("llama"),
+        data=tmp_path / "data.jsonl",
+        output=tmp_path / "run",
+        max_length=40,
+        strict=True,
+    )
+    bad(capsys, tmp_path, f"`strict` allows no row .*record 1 .*{message}", status)
+
+
+def test_no_row_is_left(models, tmp_path, capsys):
+    (tmp_path / "data.jsonl").write_text(record(prompt="Why? " * 99) + "\n")
+    status = train(
+        model=models("llama"), data=tmp_path / "data.jsonl", output=tmp_path / "run", max_length=40
+    )
+    bad(capsys, tmp_path, "(?s)No row is left of .*dropped 1: the prompt alone", status)
+
+
+def test_no_chat_template(models, tmp_path, capsys):
+    (tmp_path / "data.jsonl").write_text(conversation() + "\n")
+    status = train(model=models("llama"), data=tmp_path / "data.jsonl", output=tmp_path / "run")
+    bad(capsys, tmp_path, "chat template", status)
+
+
+def test_a_tokenizer_beyond_the_vocabulary(models, tmp_path, capsys):
+    status = train(
+        model=GOLDEN / "models" / "families" / "llama",
+        tokenizer=models("llama"),
+        data=DATA / "llama" / "dataset.jsonl",
+        output=tmp_path / "run",
+    )
+    bad(capsys, tmp_path, "must give ids below `vocab_size`, 96", status)
+
+
+def test_ids_beyond_the_vocabulary(tmp_path, capsys):
+    ids = {"prompt_ids": [1], "chosen_ids": [2, 96], "rejected_ids": [3]}
+    (tmp_path / "data.jsonl").write_text(json.dumps(ids) + "\n")
+    bad(capsys, tmp_path, "`vocab_size`, 96; record 0 .* has 96", small(tmp_path))
+
+
+CASES = {
+    "no model": ({"model": "nowhere"}, "there is no folder 'nowhere'"),
+    "no data": ({"data": "nowhere.jsonl"}, "there is no `nowhere.jsonl`"),
+    "no config": ({"config": "nowhere.yaml"}, "there is no nowhere.yaml"),
+    "contradiction": ({"reference_free": True, "reference": "x"}, "contradict each other"),
+    "unknown loss": ({"loss": "sigmoyd"}, "Did you mean 'sigmoid'"),
+    "unneeded reference": ({"loss": "simpo", "reference": "x"}, "uses no reference"),
+    "single completions": ({"loss": "kto"}, "needs single completions, and .* holds token ids"),
+    "an unknown column": ({"columns": "prompt=question"}, "maps `prompt` to `question`"),
+    "no adapter": ({"lora_rank": 2, "lora_target": "zzz"}, "'zzz' matches none. There are: layers"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_settings(case, tmp_path, capsys):
+    settings, message = CASES[case]
+    if "data" in settings:
+        settings = settings | {"model": GOLDEN / "models" / "families" / "gpt2"}
+        status = train(output=tmp_path / "run", **settings)
+    else:
+        status = small(tmp_path, **settings)
+    bad(capsys, tmp_path, message, status)
+
+
+def test_columns_against_flags(tmp_path, capsys):
+    ids = {"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3], "beta": 0.2}
+    (tmp_path / "data.jsonl").write_text(json.dumps(ids) + "\n")
+    bad(capsys, tmp_path, "`--beta` and the column `beta`", small(tmp_path, beta=0.1))
+    ids = {"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3]}
+    ids |= {"reference_chosen": -1.0, "reference_rejected": -2.0}
+    (tmp_path / "data.jsonl").write_text(json.dumps(ids) + "\n")
+    status = small(tmp_path, precompute_reference=True)
+    bad(capsys, tmp_path, "--columns reference_chosen= reference_rejected=", status)
+
+
+def test_a_folder_that_is_none(tmp_path, capsys):
+    write_data(tmp_path / "data.jsonl")
+    (tmp_path / "file").write_text("mine")
+    assert small(tmp_path, output=tmp_path / "file" / "run") == 2
+    assert "`--output` must be a folder; " in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_folder_that_cannot_be_written_to(tmp_path, capsys, monkeypatch):
+    # By the answer of the system, since whoever runs as root may write everywhere.
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    status = small(tmp_path)
+    bad(capsys, tmp_path, f"must be a folder to write to; {tmp_path} is not", status)
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "checkpoints", "model"])
+def test_a_folder_that_holds_a_run(name, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).write_text("mine")
+    assert small(tmp_path) == 2
+    error = capsys.readouterr().err
+    assert f"holds a run already ({name}). Continue it by `--resume`" in error
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [name]
+    assert (tmp_path / "run" / name).read_text() == "mine"
+
+
+def test_an_extra_that_is_missing(tmp_path, capsys, monkeypatch):
+    def missing(name):
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    monkeypatch.setattr("dpo_eqx.data.extras.importlib.import_module", missing)
+    assert main(["train", "--help"]) == 2
+    assert 'pip install "dpo-eqx[train]"' in capsys.readouterr().err
+
+
+def test_commands(capsys):
+    assert main(["trian"]) == 2
+    assert "there is no command 'trian'" in capsys.readouterr().err
+    assert main([]) == main(["--help"]) == 0
+    assert "train a policy on preferences" in capsys.readouterr().out
+
+
+def test_the_traceback_for_those_who_want_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("DPO_EQX_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="contradict"):
+        small(tmp_path, reference_free=True, reference="x")

@@ -1,0 +1,167 @@
+"""A run that was interrupted and goes on ends with the very bits of one that was not."""
+
+import json
+import os
+import resource
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from dpo_eqx.cli import checkpoints, lines
+
+from .runs import lines_of, same_weights
+from .small import STEPS, check_each_step_once, small, write_data
+
+VOLATILE = {"tokens_per_second"}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run without interruption."""
+    folder = tmp_path_factory.mktemp("whole")
+    with jax.numpy_dtype_promotion("standard"):
+        assert small(folder, eval_data=write_data(folder / "eval.jsonl", 5, 1)) == 0
+    return folder / "run"
+
+
+def steady(output, name="metrics.jsonl"):
+    return [{k: v for k, v in line.items() if k not in VOLATILE} for line in lines_of(output, name)]
+
+
+def go_on(folder, whole):
+    """Resumes the run in `folder`, and compares all that it left with `whole`."""
+    assert small(folder, eval_data=folder / "eval.jsonl", resume=True) == 0
+    assert same_weights(folder / "run", whole)
+    for name in ("metrics.jsonl", "eval.jsonl"):
+        assert steady(folder / "run", name) == steady(whole, name)
+    check_each_step_once(folder / "run")
+
+
+def at_line(monkeypatch, step, action):
+    """Calls `action` when the line of a step is written."""
+    before = lines._check_finite
+
+    def check(number, line):
+        before(number, line)
+        if number == step:
+            action()
+
+    monkeypatch.setattr(lines, "_check_finite", check)
+
+
+def test_sigterm_saves_and_exits(tmp_path, whole, monkeypatch, capsys):
+    write_data(tmp_path / "eval.jsonl", 5, 1)
+    with monkeypatch.context() as patch:
+        at_line(patch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert small(tmp_path, eval_data=tmp_path / "eval.jsonl") == 0
+    steps = len(lines_of(tmp_path / "run"))
+    # The line may be that of the step before the one that runs.
+    assert steps in (3, 4)
+    out = capsys.readouterr().out
+    assert f"stopped by SIGTERM after step {steps}; continue with --resume" in out
+    assert (tmp_path / "run" / "checkpoints" / str(steps)).exists()
+    assert not (tmp_path / "run" / "model").exists()
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    go_on(tmp_path, whole)
+
+
+def test_a_crash_after_a_checkpoint(tmp_path, whole, monkeypatch):
+    def crash():
+        raise KeyboardInterrupt
+
+    write_data(tmp_path / "eval.jsonl", 5, 1)
+    with monkeypatch.context() as patch:
+        at_line(patch, 5, crash)
+        assert small(tmp_path, eval_data=tmp_path / "eval.jsonl") == 130
+    run = tmp_path / "run"
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "los')  # a line half written
+    assert [line["step"] for line in json_lines(run)] == [1, 2, 3, 4, 5]
+    go_on(tmp_path, whole)
+    starts = json.loads((run / "run.json").read_text())["starts"]
+    assert [start["step"] for start in starts] == [0, 4]
+
+
+def json_lines(run):
+    whole_lines = (run / "metrics.jsonl").read_text().splitlines()[:-1]
+    return [json.loads(line) for line in whole_lines]
+
+
+def test_a_crash_before_the_first_checkpoint(tmp_path, whole, monkeypatch):
+    def crash():
+        raise KeyboardInterrupt
+
+    write_data(tmp_path / "eval.jsonl", 5, 1)
+    with monkeypatch.context() as patch:
+        at_line(patch, 1, crash)
+        assert small(tmp_path, eval_data=tmp_path / "eval.jsonl") == 130
+    go_on(tmp_path, whole)
+
+
+# Orbax leaves open what it had begun.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_full_disk(tmp_path, whole, monkeypatch, capsys):
+    write_data(tmp_path / "eval.jsonl", 5, 1)
+    save = checkpoints.Checkpoints.save
+
+    def save_with_no_room(self, step, state, position):
+        if step != 4:
+            return save(self, step, state, position)
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+        try:
+            return save(self, step, state, position)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints.Checkpoints, "save", save_with_no_room)
+        assert small(tmp_path, eval_data=tmp_path / "eval.jsonl") == 2
+    error = capsys.readouterr().err
+    assert "The checkpoint of step 4 could not be written to" in error
+    assert "that of step 2 is whole" in error
+    assert "Traceback" not in error
+    go_on(tmp_path, whole)
+
+
+@pytest.mark.slow
+def test_finished_and_extended(tmp_path, whole, capsys):
+    write_data(tmp_path / "eval.jsonl", 5, 1)
+    folder = {"eval_data": tmp_path / "eval.jsonl", "schedule": "constant"}
+    assert small(tmp_path, **folder) == 0
+    assert small(tmp_path, **folder, resume=True) == 0
+    check_each_step_once(tmp_path / "run")
+    assert small(tmp_path, **folder | {"steps": STEPS + 2}, resume=True) == 0
+    check_each_step_once(tmp_path / "run", STEPS + 2)
+    assert sorted(os.listdir(tmp_path / "run" / "checkpoints"), key=int) == ["6", "8"]
+
+
+def test_another_run_is_not_continued(tmp_path, whole, capsys):
+    write_data(tmp_path / "eval.jsonl", 5, 1)
+    with pytest.MonkeyPatch.context() as patch:
+        at_line(patch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert small(tmp_path) == 0
+    before = snapshot(tmp_path / "run")
+    assert small(tmp_path) == 2
+    assert "holds a run already" in capsys.readouterr().err
+    assert small(tmp_path, resume=True, beta=0.2) == 2
+    assert "`beta` was None, is 0.2" in capsys.readouterr().err
+    write_data(tmp_path / "data.jsonl", seed=3)
+    assert small(tmp_path, resume=True) == 2
+    assert "its content has changed since" in capsys.readouterr().err
+    assert snapshot(tmp_path / "run") == before
+
+
+def snapshot(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_stops(tmp_path, capsys):
+    assert small(tmp_path, learning_rate=1e30, schedule="constant", warmup_steps=0) == 2
+    error = capsys.readouterr().err
+    assert "is not finite at step 2" in error
+    assert lines_of(tmp_path / "run")[-1]["step"] == 2
+    assert not np.isnan([line["loss"] or 0 for line in lines_of(tmp_path / "run")]).any()

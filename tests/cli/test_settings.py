@@ -1,0 +1,154 @@
+"""Settings from flags and YAML: which wins, what is a number, what is refused and how."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from dpo_eqx.cli.check import check
+from dpo_eqx.cli.parse import parse
+from dpo_eqx.cli.settings import Settings
+from dpo_eqx.cli.yaml_file import differences, read_settings, write_settings
+
+NEEDED = ["--model", "m", "--data", "d", "--output", "o"]
+
+
+def written(tmp_path, text):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_flags_override_the_file_and_the_file_the_defaults(tmp_path):
+    text = "batch-size: 4\nbeta: 0.3\nloss: [sigmoid, sft]\nloss_weights: [1, 1e-1]\nresume: yes\n"
+    path = written(tmp_path, text + "shuffle: false\nlearning_rate: 1e-6\nlog: tensorboard\n")
+    flags = ["--beta", "0.5", "--no-resume", "--loss_weights", "2", "3"]
+    settings = parse(["--config", str(path), *NEEDED, *flags])
+    assert settings == Settings(
+        config=path,
+        model="m",
+        data="d",
+        output=Path("o"),
+        batch_size=4,
+        beta=0.5,
+        loss=("sigmoid", "sft"),
+        loss_weights=(2.0, 3.0),
+        shuffle=False,
+        learning_rate=1e-6,
+        log=("tensorboard",),
+    )
+    assert settings.max_length is None
+    assert settings.seed == 0
+
+
+def test_what_is_needed_may_be_in_the_file(tmp_path):
+    path = written(tmp_path, "model: m\ndata: -d\noutput: o\nlora-alpha:\n")
+    assert parse([f"--config={path}"]).data == "-d"
+
+
+@pytest.mark.parametrize("text", ["1e-6", "1E-6", "1.0e-6", "0.000001", "1e-06"])
+def test_a_number_is_a_number(tmp_path, text):
+    assert read_settings(written(tmp_path, f"learning-rate: {text}")) == {"learning_rate": 1e-6}
+
+
+def test_what_is_written_is_read_again(tmp_path):
+    path = tmp_path / "config.yaml"
+    settings = Settings(
+        model="m",
+        data="1e5",
+        output=tmp_path,
+        learning_rate=3e-7,
+        loss=("ipo",),
+        cache=Path("c"),
+        lora_target="a|b",
+        resume=True,
+    )
+    write_settings(settings, path)
+    read = read_settings(path)
+    assert "resume" not in read
+    assert Settings(**read) == dataclasses.replace(settings, resume=False)
+    assert differences(settings, read) == {}
+    assert differences(dataclasses.replace(settings, seed=2), read) == {"seed": (0, 2)}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("batch-sise: 4", r"`batch-sise` in line 1 of .* is no setting. Did you mean `batch-size`"),
+        ("beta: 1\nbta: 4", r"`bta` in line 2 .* Did you mean `beta`"),
+        ("qqqq: 1", r"`qqqq` in line 1 of \S+ is no setting. `--help`"),
+        ("config: x.yaml", "`config` in line 1 .* is no setting"),
+        ("batch-size: 4\nbatch_size: 5", "`batch_size` in line 2 .* given twice"),
+        ("steps: ten", "`steps` in line 1 .* must be an integer, got 'ten'"),
+        ("steps: 1.5", "`steps` in line 1 .* must be an integer, got 1.5"),
+        ("steps: true", r"`steps` .* must be an integer, got True \(bool\)"),
+        ("beta: [1]", r"`beta` .* must be a number, got \[1\]"),
+        ("shuffle: 1", "`shuffle` .* must be true or false, got 1"),
+        ("model: 3", "`model` .* must be text, got 3"),
+        ("schedule: cos", "`schedule` .* must be one of constant, linear, cosine, got 'cos'"),
+        ("log: [tensorboard, foo]", "`log` .* must be one of tensorboard, wandb"),
+        ("beta: [1", "is not YAML: .*line 1"),
+        ("- beta", "must be a mapping of settings"),
+        ("beta: !!python/object:os.system x", "is not YAML"),
+    ],
+)
+def test_a_wrong_file(tmp_path, text, message):
+    with pytest.raises(ValueError, match=message):
+        read_settings(written(tmp_path, text))
+
+
+def test_no_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match="`--config` must be a YAML file; there is no"):
+        parse(["--config", str(tmp_path / "no.yaml")])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--batch-sise", "4"], "--batch-size"),
+        (["--steps", "ten"], "--steps"),
+        (["--schedule", "cos"], "Expected one of"),
+    ],
+)
+def test_wrong_flags(flags, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse([*NEEDED, *flags])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse(["--help"])
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    for field in dataclasses.fields(Settings):
+        assert f"--{field.name.replace('_', '-')}" in text
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"reference_free": True, "reference": "r"}, "`--reference-free` and `--reference` contr"),
+        ({"reference_free": True, "precompute_reference": True}, "`--precompute-reference` contr"),
+        ({"reference_free": True, "sync_reference_every": 2}, "`--sync-reference-every` contr"),
+        ({"precompute_reference": True, "sync_reference_every": 2}, "contradict each other"),
+        ({"lora_rank": 2, "sync_reference_every": 2}, "contradict each other"),
+        ({"lora_alpha": 2.0}, "`--lora-alpha` is for adapters"),
+        ({"lora_target": "x"}, "`--lora-target` is for adapters"),
+        ({"eval_every": 2}, "give `--eval-data` too"),
+        ({"loss_weights": (1.0, 2.0)}, "must be as many as losses, 1; got 2"),
+        ({"loss": ()}, "`--loss` must name a loss"),
+        ({"batch_size": 8, "microbatches": 3}, "`--microbatches` must divide .* got 3 and 8"),
+        ({"batch_size": 0}, "`--batch-size` must be positive, got 0"),
+        ({"steps": -1}, "`--steps` must be positive"),
+        ({"beta": float("nan")}, "`--beta` must be positive, got nan"),
+        ({"learning_rate": float("inf")}, "`--learning-rate` must be positive, got inf"),
+        ({"max_grad_norm": -1.0}, "`--max-grad-norm` must not be negative"),
+        ({"sync_reference_alpha": 1.5}, r"must be in \[0, 1\], got 1.5"),
+        ({"keep": 0}, "`--keep` must be positive"),
+    ],
+)
+def test_contradictions(given, message):
+    with pytest.raises(ValueError, match=message):
+        check(Settings(model="m", data="d", output=Path("o"), **given))
