@@ -3,7 +3,6 @@
 Loss and optimiser are in `compose.py` and `optimizers.py`.
 """
 
-import copy
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -77,7 +76,7 @@ def precompute(
     reference: Reference, policy: PyTree, prepared: list[Prepared], settings: Settings
 ) -> tuple[Reference, list[Prepared]]:
     """The rows with the reference's log-probabilities, and no reference to run any more."""
-    source = _bare(reference.policy if reference.view is None else reference.view(policy))
+    source = reference.policy if reference.view is None else reference.view(policy)
 
     def cache(rows):
         return data.cache_reference(
@@ -101,14 +100,6 @@ def dtype_of(name: str | None) -> Any:
 def count(tree: PyTree) -> int:
     """How many numbers the arrays of a pytree hold."""
     return sum(leaf.size for leaf in jax.tree.leaves(eqx.filter(tree, eqx.is_array)))
-
-
-def _bare(policy: models.Transformer) -> models.Transformer:
-    """The policy without the files that travel with it, which do not decide what it computes."""
-    bare = copy.copy(policy)
-    # A static field, which `eqx.tree_at` does not reach.
-    object.__setattr__(bare, "origin", None)
-    return bare
 
 
 def _load(path: str, settings: Settings, *, remat: bool = False) -> models.Transformer:

@@ -3,11 +3,13 @@
 They are no part of what a policy computes; reading and writing them is in `folder.py`.
 """
 
+import dataclasses
 import hashlib
 from collections.abc import Mapping
 from typing import Any
 
 
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Origin:
     """The files that `models.load` found beside the weights, for `models.save` to write again.
 
@@ -21,11 +23,8 @@ class Origin:
     - `config`: the parsed `config.json`, of which the keys that we do not read are written again.
     """
 
-    def __init__(
-        self, files: Mapping[str, bytes] | None = None, config: Mapping[str, Any] | None = None
-    ):
-        self.files = dict(files or {})
-        self.config = dict(config or {})
+    files: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
+    config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Origin):

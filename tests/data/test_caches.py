@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import dpo_eqx as dpx
-from dpo_eqx import data
+from dpo_eqx import data, models
 from dpo_eqx.data.fingerprint import digest
 from dpo_eqx.data.store import digest_ids
 from dpo_eqx.score import score_pairs
@@ -103,7 +103,7 @@ def test_empty_prompts_and_unpaired_rows_on_disk(tmp_path):
 
 FLAT = """
 import sys
-from dpo_eqx import data
+from dpo_eqx import data, models
 
 def memory():
     lines = open("/proc/self/status").read().splitlines()
@@ -221,6 +221,14 @@ print(digest({"a": [1, 2.5, None, {"x", "y", "z"}]}, np.arange(3), score, known)
         for _ in range(2)
     }
     assert len(results) == 1
+
+
+def test_a_loaded_checkpoint_has_a_digest():
+    folder = Path(__file__).parents[1] / "golden" / "models" / "families" / "gpt2"
+    policy = models.load(folder)
+    assert digest(policy) == digest(models.load(folder))
+    moved = eqx.tree_at(lambda p: p.norm.weight, policy, 2 * policy.norm.weight)
+    assert digest(policy) != digest(moved)
 
 
 def test_digests_tell_apart_what_differs():
