@@ -8,6 +8,7 @@ import gc
 import logging
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -62,7 +63,8 @@ class Checkpoints:
                 reason = _shorten(str(error)) or type(error).__name__
                 self._manager = None  # what it believes to have written is not to be relied on
             if reason is not None:
-                gc.collect()  # what it left half done complains here or not at all
+                _hush_what_it_left()
+                gc.collect()
         if reason is not None:
             raise OSError(self._words(step, reason))
 
@@ -128,6 +130,12 @@ def _silence() -> Iterator[None]:
         yield
     finally:
         sys.unraisablehook, threading.excepthook = before
+
+
+def _hush_what_it_left() -> None:
+    """What is half done complains when it is collected, at the end of the process at the latest."""
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
 
 
 def _shorten(message: str, room: int = 160) -> str:

@@ -2,14 +2,15 @@
 
 import json
 import os
-import resource
 import signal
+import subprocess
+import sys
 
 import jax
 import numpy as np
 import pytest
 
-from dpo_eqx.cli import checkpoints, lines
+from dpo_eqx.cli import lines
 
 from .runs import lines_of, same_weights
 from .small import STEPS, check_each_step_once, small, write_data
@@ -100,29 +101,19 @@ def test_a_crash_before_the_first_checkpoint(tmp_path, whole, monkeypatch):
     go_on(tmp_path, whole)
 
 
-# Orbax leaves open what it had begun.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_full_disk(tmp_path, whole, monkeypatch, capsys):
+def test_a_full_disk(tmp_path, whole, compiled):
     write_data(tmp_path / "eval.jsonl", 5, 1)
-    save = checkpoints.Checkpoints.save
-
-    def save_with_no_room(self, step, state, position):
-        if step != 4:
-            return save(self, step, state, position)
-        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
-        try:
-            return save(self, step, state, position)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoints.Checkpoints, "save", save_with_no_room)
-        assert small(tmp_path, eval_data=tmp_path / "eval.jsonl") == 2
-    error = capsys.readouterr().err
-    assert "The checkpoint of step 4 could not be written to" in error
-    assert "that of step 2 is whole" in error
-    assert "Traceback" not in error
+    same_bits = {"JAX_ENABLE_X64": "1", "JAX_COMPILATION_CACHE_DIR": str(compiled)}
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.cli.full_disk", tmp_path],
+        env={**os.environ, **same_bits},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 2, run.stderr
+    assert "The checkpoint of step 4 could not be written to" in run.stderr
+    assert "that of step 2 is whole" in run.stderr
+    assert "Traceback" not in run.stderr
     go_on(tmp_path, whole)
 
 

@@ -1,0 +1,29 @@
+"""A run whose disk is full at step 4, in a process of its own: Orbax leaves open what it began."""
+
+import resource
+import sys
+from pathlib import Path
+
+from dpo_eqx.cli import checkpoints
+
+from .small import small
+
+SAVE = checkpoints.Checkpoints.save
+
+
+def save_with_no_room(self, step, state, position):
+    """Saves, step 4 where a file cannot grow past 1000 bytes."""
+    if step != 4:
+        return SAVE(self, step, state, position)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        return SAVE(self, step, state, position)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+if __name__ == "__main__":
+    checkpoints.Checkpoints.save = save_with_no_room
+    folder = Path(sys.argv[1])
+    raise SystemExit(small(folder, eval_data=folder / "eval.jsonl"))
