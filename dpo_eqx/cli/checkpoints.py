@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import jax
 from jaxtyping import Array, PyTree
 
-from ..data.extras import require
+from ..extras import require
 from ..models.paths import leaf_name
 
 Tree = TypeVar("Tree", bound=PyTree)

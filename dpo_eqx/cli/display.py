@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 
-from ..data.extras import require
+from ..extras import require
 
 Show = Callable[[int, Mapping[str, float]], None]
 

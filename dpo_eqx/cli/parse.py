@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..data.extras import require
+from ..extras import require
 from .settings import Settings
 from .yaml_file import read_settings
 

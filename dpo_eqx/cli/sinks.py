@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..data.extras import require
+from ..extras import require
 from .folder import Folder, replace_text
 from .settings import Settings
 from .yaml_file import differences

@@ -10,7 +10,7 @@ import types
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from ..data.extras import require
+from ..extras import require
 from .settings import INVOCATION, Settings
 
 KINDS = {name: kind for name, kind in get_type_hints(Settings).items() if name != "config"}

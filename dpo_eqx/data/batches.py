@@ -12,9 +12,9 @@ import numpy as np
 from jaxtyping import DTypeLike, Int
 
 from ..batch import PreferenceBatch, UnpairedBatch
+from ..extras import require
 from .buckets import Buckets, Shapes, choose_buckets, longest
 from .collate import pair_batch, unpaired_batch
-from .extras import require
 from .fingerprint import digest
 from .mismatch import check_mismatchable, mismatched
 from .order import Order

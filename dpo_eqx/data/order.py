@@ -10,7 +10,7 @@ import functools
 import numpy as np
 from jaxtyping import Int
 
-from .extras import require
+from ..extras import require
 
 
 def shuffled(positions: Int[np.ndarray, " rows"], rows: int, *key: int) -> Int[np.ndarray, " rows"]:

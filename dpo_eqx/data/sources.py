@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from .extras import require
+from ..extras import require
 from .records import found
 
 Located = tuple[str, Mapping[str, Any]]

@@ -4,7 +4,6 @@ What the tensors mean is in `names.py`; a pickle is never opened.
 """
 
 import contextlib
-import importlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -13,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from ..extras import require
 from .names import Index
 from .origin import Origin
 
@@ -54,7 +54,7 @@ def resolve(path: str | os.PathLike[str]) -> Path:
 
 
 def _download(name: str) -> Path:
-    hub = import_extra("huggingface_hub")
+    hub = require("huggingface_hub", extra="models")
     patterns = [WEIGHTS, "model-*.safetensors", INDEX, CONFIG, *CARRIED]
     try:
         return Path(hub.snapshot_download(name, allow_patterns=patterns))
@@ -146,7 +146,7 @@ def _weight_files(folder: Path) -> Mapping[Path, set[str]]:
 
 @contextlib.contextmanager
 def _open(file: Path) -> Iterator[Any]:
-    safetensors = import_extra("safetensors")
+    safetensors = require("safetensors", extra="models")
     try:
         opened = safetensors.safe_open(file, framework="numpy")
     except FileNotFoundError:
@@ -159,13 +159,3 @@ def _open(file: Path) -> Iterator[Any]:
         ) from None
     with opened as tensors:
         yield tensors
-
-
-def import_extra(name: str) -> Any:
-    """A module that belongs to the extra `models`, or an error that says how to install it."""
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise ImportError(
-            f'Checkpoints need {name}, which is not installed: pip install "dpo-eqx[models]".'
-        ) from None

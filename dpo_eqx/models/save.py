@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from ..extras import require
 from .families import FAMILIES
-from .folder import CONFIG, INDEX, WEIGHTS, import_extra, read_carried, resolve
+from .folder import CONFIG, INDEX, WEIGHTS, read_carried, resolve
 from .hf import write_config
 from .names import Source, source_of
 from .paths import leaf_name
@@ -132,7 +133,7 @@ def shard(tensors: list[Tensor], limit: int) -> list[list[Tensor]]:
 
 
 def _write_shard(file: Path, tensors: list[Tensor]) -> None:
-    safetensors = import_extra("safetensors.numpy")
+    safetensors = require("safetensors.numpy", extra="models")
     arrays = {tensor.name: tensor.read() for tensor in tensors}
     # `transformers` refuses files that do not say who may read them.
     safetensors.save_file(arrays, file, metadata={"format": "pt"})
