@@ -4,6 +4,7 @@ With stride, because under automatic partitioning a part of neighbouring rows wo
 devices, and all the others would wait for it or compute it again.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -44,6 +45,12 @@ def accumulate(
 
     sums, per_row = jax.lax.scan(add, zeros, split(rows, parts))
     return sums, merge(per_row)
+
+
+def nearest_divisor(number: int, wanted: float) -> int:
+    """The divisor of `number` that is nearest to `wanted`, in ratio."""
+    divisors = (n for n in range(1, number + 1) if number % n == 0)
+    return min(divisors, key=lambda n: abs(math.log(n / max(wanted, 1))))
 
 
 def check_divides(microbatches: int, pairs: int) -> None:

@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec as P
 
 import dpo_eqx as dpx
+from dpo_eqx import linear
 from dpo_eqx.linear import linear_collisions
 
 from .policies import assert_close
@@ -50,9 +51,24 @@ def objectives(targets, slopes, softcap, **options):
     return plain, chunked
 
 
+@pytest.fixture
+def tiny_tiles(monkeypatch):
+    """Parts of the vocabulary of two rows or so, where tokens come in chunks of two."""
+    monkeypatch.setitem(linear.LOGITS_AT_ONCE, "cpu", 4)
+
+
 @pytest.mark.parametrize("chunk_size", [None, 1, 4, 7, 14, 1000])
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_every_chunk_size_gives_the_same_value_and_gradient(chunk_size, softcap):
+    check_chunks(chunk_size, softcap)
+
+
+@pytest.mark.parametrize(("chunk_size", "softcap"), [(None, 2.0), (2, None), (5, None)])
+def test_every_part_of_the_vocabulary_counts(tiny_tiles, chunk_size, softcap):
+    check_chunks(chunk_size, softcap)
+
+
+def check_chunks(chunk_size, softcap):
     operands, targets, slopes = example()
     plain, chunked = objectives(targets, slopes, softcap, chunk_size=chunk_size)
     want = jax.value_and_grad(plain, (0, 1, 2))(*operands)
@@ -71,7 +87,7 @@ def test_small_shapes(shape, vocab):
     )
 
 
-def test_reverse_mode_of_both_orders():
+def test_reverse_mode_of_both_orders(tiny_tiles):
     operands, targets, slopes = example((3,))
     _, chunked = objectives(targets, slopes, 2.0, chunk_size=2)
     jax.test_util.check_grads(chunked, operands, order=2, modes=("rev",))
@@ -102,6 +118,40 @@ def test_a_masked_token_with_a_bad_hidden_state_contributes_nothing(bad):
     assert np.isnan(dpx.linear_token_log_probs(spoiled, head[0], targets)[2])
 
 
+def test_logits_of_either_infinity(tiny_tiles):
+    (hidden, unembedding, _), targets, _ = example((3,))
+    bias = jnp.zeros(VOCAB).at[:-1].set(-jnp.inf)
+    got = dpx.linear_token_log_probs(hidden, unembedding, jnp.full(3, VOCAB - 1), bias=bias)
+    np.testing.assert_array_equal(got, 0)
+    for bias in (jnp.full(VOCAB, -jnp.inf), jnp.zeros(VOCAB).at[3].set(jnp.inf)):
+        got = dpx.linear_token_log_probs(hidden, unembedding, targets, bias=bias)
+        assert np.isnan(got).all()
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("vocab", [32768, 32749], ids=["even", "prime"])
+def test_memory_does_not_grow_with_the_logits(dtype, vocab):
+    tokens, width = 2048, 16
+    shapes = [(tokens, width), (vocab, width)]
+    operands = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
+    targets = jax.ShapeDtypeStruct((tokens,), jnp.int32)
+
+    def total(hidden, unembedding, targets):
+        return dpx.linear_token_log_probs(hidden, unembedding, targets).sum()
+
+    compiled = jax.jit(jax.grad(total, (0, 1))).lower(*operands, targets).compile()
+    logits = 4 * tokens * vocab
+    assert compiled.memory_analysis().temp_size_in_bytes < logits / 5
+
+
+def test_a_narrow_unembedding_is_widened_part_by_part():
+    tokens, vocab, width = 1024, 32768, 512
+    operands = [jax.ShapeDtypeStruct((n, width), jnp.bfloat16) for n in (tokens, vocab)]
+    targets = jax.ShapeDtypeStruct((tokens,), jnp.int32)
+    compiled = jax.jit(dpx.linear_token_log_probs).lower(*operands, targets).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * vocab * width / 2
+
+
 def test_targets_outside_the_vocabulary_are_nan():
     (hidden, unembedding, _), targets, _ = example((3,))
     got = dpx.linear_token_log_probs(hidden, unembedding, targets.at[1].set(VOCAB))
@@ -119,7 +169,7 @@ def test_narrow_inputs_are_summed_in_float32(dtype, bound):
     assert_close(got.astype(jnp.float64), from_logits(*wide, targets, None), bound)
 
 
-def test_collisions_are_the_sum_of_squared_probabilities():
+def test_collisions_are_the_sum_of_squared_probabilities(tiny_tiles):
     (hidden, unembedding, bias), _, _ = example()
     got = linear_collisions(hidden, unembedding, bias=bias, softcap=2.0, chunk_size=3)
     probs = jax.nn.softmax(2 * jnp.tanh((hidden @ unembedding.T + bias) / 2))

@@ -15,12 +15,20 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from ..layout import Layout
 from ..log_probs import at_least_float32
 from . import rotary
-from .attention import attend_by_layout, masks
+from .attention import ATTENDED, attend_by_layout, masks
 from .config import Config
 from .layer import Layer
 from .narrow import as_bits, from_bits
 from .origin import Origin
 from .pieces import Embedding, Linear, Norm, dropout
+
+# What a layer keeps for the backward pass: the outputs of its products with weights, and of its
+# attention. What lies between is computed again where it is used, which costs less than to write
+# and read it.
+KEPT = jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    jax.checkpoint_policies.save_only_these_names(ATTENDED),
+)
 
 
 class Transformer(eqx.Module):
@@ -146,7 +154,7 @@ class Transformer(eqx.Module):
             return layer(x, tables, attend_here, config=config, key=key)
 
         # Inside a scan common subexpressions are no danger, and to prevent them is slow.
-        body = jax.checkpoint(body, prevent_cse=False) if config.remat else body
+        body = jax.checkpoint(body, prevent_cse=False, policy=None if config.remat else KEPT)
         x, kept = jax.lax.scan(body, x, (arrays, bits, which, cache, keys))
         return self.norm(x), kept
 

@@ -1,14 +1,16 @@
 """Attention and rotation against float64 NumPy written from their definitions."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
+import jax.test_util
 import numpy as np
 import pytest
 
 from dpo_eqx import Layout, models
-from dpo_eqx.models import rotary
+from dpo_eqx.models import attention, rotary
 from dpo_eqx.models.attention import attend, attend_by_layout, masks
 
 CONFIG = models.Config(vocab=1, width=1, layers=1, heads=4, key_heads=2, head_width=6)
@@ -48,6 +50,48 @@ def test_by_layout(window, softcap, dtype, bound):
     real = np.asarray(LAYOUT.segments) >= 0
     assert got.dtype == dtype
     assert np.abs(np.asarray(got) - want)[real].max() < bound
+
+
+def plain(query, key, value, mask, softcap):
+    """Grouped attention by a softmax that JAX differentiates."""
+    shared = query.shape[2] // key.shape[2]
+    key, value = (jnp.repeat(x, shared, axis=2) for x in (key, value))
+    scores = jnp.einsum("bthd,bshd->bhts", query, key) * query.shape[-1] ** -0.5
+    scores = softcap * jnp.tanh(scores / softcap) if softcap else scores
+    weights = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), axis=-1)
+    return jnp.einsum("bhts,bshd->bthd", weights, value)
+
+
+@pytest.mark.parametrize("at_once", [1, 40, 10**6])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_gradient_block_by_block(monkeypatch, at_once, softcap):
+    monkeypatch.setitem(attention.SCORES_AT_ONCE, "cpu", at_once)
+    config = dataclasses.replace(CONFIG, attention_softcap=softcap)
+    operands = [jnp.stack([x, 2 * x]) for x in draw(6, jnp.float64)]
+    mask = jnp.tri(6, dtype=bool).at[4, 1].set(False)
+    slopes = jax.random.normal(jax.random.key(0), operands[0].shape)
+
+    def objective(attention, *operands):
+        return (slopes * attention(*operands)).sum()
+
+    ours = partial(objective, lambda *x: attend(*x, mask, config=config))
+    theirs = partial(objective, lambda *x: plain(*x, mask, softcap))
+    got, want = (jax.jit(jax.grad(f, (0, 1, 2)))(*operands) for f in (ours, theirs))
+    assert max(np.abs(a - b).max() for a, b in zip(got, want, strict=True)) < 1e-13
+    if at_once == 40:
+        jax.test_util.check_grads(jax.jit(ours), operands, order=2, modes=("rev",))
+
+
+def test_memory_does_not_grow_with_all_scores():
+    length = 4096
+    shapes = [jax.ShapeDtypeStruct((1, length, heads, 8), jnp.float32) for heads in (4, 2, 2)]
+
+    def total(*operands):
+        return attend(*operands, None, config=CONFIG).sum()
+
+    compiled = jax.jit(jax.grad(total, (0, 1, 2))).lower(*shapes).compile()
+    scores = 4 * 4 * length**2
+    assert compiled.memory_analysis().temp_size_in_bytes < scores / 5
 
 
 def test_dropout_of_the_weights():
