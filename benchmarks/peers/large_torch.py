@@ -1,0 +1,60 @@
+"""PyTorch at the shape of a real model: the decoder of `transformers`, the loop of `torch_loop`."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from benchmarks.large import SHAPES, Case, rows_of
+from benchmarks.peers.torch_loop import training
+from benchmarks.turns import Turns
+from benchmarks.workers import given
+
+
+class Scorer(nn.Module):
+    """A decoder with fused attention that gives log-probabilities, unembedding completions only."""
+
+    def __init__(self, case: Case, device: torch.device):
+        super().__init__()
+        shape = dict(SHAPES[case.shape])
+        config = AutoConfig.for_model(shape.pop("model_type"), **shape)
+        settings = {"attn_implementation": "sdpa", "dtype": torch.float32}
+        with device:
+            self.decoder = AutoModelForCausalLM.from_config(config, **settings)
+        if case.remat:
+            self.decoder.gradient_checkpointing_enable()
+
+    def forward(self, rows: Tensor, prompt: int) -> Tensor:
+        """The summed log-probability of what follows the prompt of each row."""
+        hidden = self.decoder.model(rows, use_cache=False).last_hidden_state[:, prompt - 1 : -1]
+        logits = self.decoder.lm_head(hidden.flatten(0, 1)).float()
+        negative = functional.cross_entropy(logits, rows[:, prompt:].reshape(-1), reduction="none")
+        return -negative.view(len(rows), -1).sum(1)
+
+
+def main() -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def device_peak() -> float:
+        return torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else 0.0
+
+    turns = Turns(version=f"PyTorch {torch.__version__}", device_peak=device_peak)
+    case, _ = given(Case)
+    torch.manual_seed(0)
+    policy, reference = Scorer(case, device), Scorer(case, device)
+    reference.load_state_dict(policy.state_dict())
+    policy.train()
+    reference.eval().requires_grad_(False)
+    rows = torch.from_numpy(rows_of(case)).long().to(device)
+
+    def autocast():
+        return torch.autocast(device.type, torch.bfloat16)
+
+    step = training(case, policy, reference, rows, autocast)
+    turns.begin()
+    while turns.step_done(float(step())):
+        pass
+
+
+if __name__ == "__main__":
+    main()

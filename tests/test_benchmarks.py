@@ -1,0 +1,182 @@
+"""The benchmark suite at sizes that take no time: that it runs, and that its arithmetic is right.
+
+What it measures is not judged here, and systems that are not installed are left out.
+"""
+
+import dataclasses
+import io
+import json
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from benchmarks import accelerator, large, lengths, memory, step
+from benchmarks.peers import ours, plain_jax
+from benchmarks.problem import (
+    Problem,
+    floor_flops,
+    hf_config,
+    tensor_shapes,
+    token_ids,
+    weights,
+    write_checkpoints,
+)
+from benchmarks.turns import Turns
+from benchmarks.workers import WorkerError, alternate, started
+from dpo_eqx import models
+
+TINY = step.quick(Problem())
+
+
+@pytest.fixture(autouse=True)
+def _float32(monkeypatch):
+    """The benchmarks are in float32 with JAX's usual promotion, unlike the tests."""
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def three_losses(training) -> list[float]:
+    """What `training` of a peer makes, run as far as the systems are compared."""
+    train, (frozen, policy, opt_state) = training
+    losses = []
+    for _ in range(3):
+        policy, opt_state, seen = train(frozen, policy, opt_state)
+        losses.append(float(seen["loss"] if isinstance(seen, dict) else seen))
+    return losses
+
+
+def test_ours_and_plain_jax_have_the_same_losses(tmp_path):
+    write_checkpoints(TINY, tmp_path)
+    files = [tmp_path / name for name in ("policy", "reference")]
+    llamas = (plain_jax.Llama(load_file(file / "model.safetensors"), TINY) for file in files)
+    seen = three_losses(ours.training(TINY, *map(models.load, files)))
+    assert step.agree(seen, three_losses(plain_jax.training(TINY, *llamas)), TINY)
+    assert abs(seen[0] - np.log(2)) > 1e-3
+
+
+WORKER = """
+from benchmarks.turns import Turns
+turns, losses = Turns(version="none"), iter(range(9))
+turns.begin()
+while turns.step_done(float(next(losses))):
+    pass
+"""
+
+
+def test_a_worker_answers_in_turns_and_has_a_row(tmp_path, monkeypatch):
+    (tmp_path / "system.py").write_text(WORKER)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with started("torch", "system", TINY, tmp_path) as worker:
+        worker.warm_up()
+        alternate([worker], rounds=2, steps=2)
+    assert worker.losses == [0, 1, 2]
+    assert len(worker.times) == 4
+    row = step.row(worker, {"torch": worker}, TINY, rate=1e9)
+    shown = step.table([row, row | {"same": False}]).splitlines()
+    assert "| 0.000000 1.000000 2.000000 | yes  | none " in shown[2]
+    assert "| NO   | none " in shown[3]
+    assert row["of torch"] == 1
+    assert "of trl" not in shown[0]
+
+
+@pytest.mark.slow
+def test_step_prints_a_table_in_which_the_losses_agree(capsys, tmp_path):
+    path = tmp_path / "seen.json"
+    step.main(["--quick", "--rounds", "2", "--steps", "1", "--json", str(path)])
+    out = capsys.readouterr().out
+    rows = {row["system"]: row for row in json.loads(path.read_text())["rows"]}
+    assert set(rows) == {"ours", "plain_jax"}
+    assert all(row["same"] for row in rows.values())
+    assert "| ours " in out
+    assert "Not measured" not in out
+
+
+def test_a_system_that_fails_is_told_of(tmp_path):
+    with (
+        started("none", "benchmarks.peers.none", TINY, tmp_path) as worker,
+        pytest.raises(WorkerError, match="none ended without an answer"),
+    ):
+        worker.warm_up()
+
+
+@pytest.mark.slow
+def test_memory_prints_what_is_planned(capsys):
+    memory.main(["--quick", "--lengths", "8"])
+    last = capsys.readouterr().out.splitlines()[-1].strip("| ").split(" | ")
+    assert last[0] == "8"
+    assert all(float(cell) >= 0 for cell in (last[1], last[2], last[4]))
+
+
+@pytest.mark.slow
+def test_lengths_fits_a_line(capsys):
+    lengths.main(["pairs", "--quick", "--rounds", "1"])
+    assert "s x pairs; the worst row is" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_accelerator_prints_tokens_per_second(capsys):
+    accelerator.main(["--quick", "--shapes", "tiny-qwen3", "--steps", "1", "--remat"])
+    out = capsys.readouterr().out
+    assert "| tiny-qwen3 | plain_jax | " in out
+    assert "Not measured" not in out
+
+
+def test_the_line_goes_through_its_points():
+    begin, slope, off = lengths.straight_line([1, 2, 4], [0.5, 0.7, 1.1])
+    np.testing.assert_allclose([begin, slope, off], [0.3, 0.2, 0.0], atol=1e-12)
+
+
+def test_the_floor_is_what_the_products_with_weights_cost():
+    problem = Problem()
+    matrices = {name: shape for name, shape in tensor_shapes(problem).items() if len(shape) == 2}
+    body = sum(
+        shape[0] * shape[1] for name, shape in matrices.items() if name.startswith("model.layers")
+    )
+    forward = 2 * 4 * (3 * 128 * body + 2 * 128 * 32000 * 256)
+    assert floor_flops(problem) == 4 * forward
+    assert floor_flops(dataclasses.replace(problem, precomputed=True)) == 3 * forward
+    assert round(floor_flops(problem) / 1e9) == 106
+
+
+def test_the_arithmetic_of_a_real_model_counts_its_weights():
+    """With attention taken off, it is what the floor says of a llama of that shape."""
+    case = large.Case(shape="tiny-llama", pairs=2, prompt=8, completion=6)
+    config = models.read_config(large.SHAPES["tiny-llama"])
+    inner = config.heads * config.head_width
+    layer = 2 * config.width * (inner + config.key_heads * config.head_width)
+    layer += 3 * config.width * config.feed_forward
+    products = 2 * (2 * 20 * config.layers * layer + 2 * 12 * config.width * config.vocab)
+    rows = [(8, 0)] + [(6, 8)] * 2  # how many tokens, and how many before them that they see
+    seen = sum(before + i + 1 for count, before in rows for i in range(count))
+    attention = 2 * 2 * seen * inner * config.layers * 2
+    assert large.flops(case) == 4 * (products + attention)
+
+
+def test_every_system_is_given_the_same():
+    ids = token_ids(TINY)
+    assert {name: rows.shape for name, rows in ids.items()} == {
+        "prompt": (2, 6),
+        "chosen": (2, 5),
+        "rejected": (2, 5),
+    }
+    assert all((ids[name][:, -1] == 2).all() for name in ("chosen", "rejected"))
+    again = weights(TINY)
+    assert all((again[name] == tensor).all() for name, tensor in weights(TINY).items())
+    config = models.read_config(hf_config(TINY))
+    assert (config.width, config.layers, config.heads) == (16, 2, 2)
+
+
+def test_turns_stop_where_nothing_more_is_asked(monkeypatch, capfd):
+    monkeypatch.setattr("sys.stdin", io.StringIO("2\n"))
+    monkeypatch.setattr("os.dup2", lambda *_: None)
+    turns = Turns(version="none")
+    turns.begin()
+    steps = 1
+    while turns.step_done(float(steps)):
+        steps += 1
+    answers = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+    assert [answer["losses"] for answer in answers] == [[1, 2, 3], [4, 5]]
+    assert all(answer["peak"] > 0 and answer["version"] == "none" for answer in answers)
