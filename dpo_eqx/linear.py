@@ -1,13 +1,11 @@
 """Log-probabilities straight from hidden states and the unembedding, never holding all logits.
 
 The logits of some tokens for a part of the vocabulary exist at a time, in the forward pass and,
-computed once more, in the backward pass.
+computed once more, in the backward pass; which tokens and which part is in `tiles.py`.
 """
 
 from functools import partial
-from typing import NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,48 +13,8 @@ from jaxtyping import Array, Float, Int
 
 from .axis import vary_alike, varying_axes
 from .log_probs import at_least_float32
-from .strided import merge, nearest_divisor, split
-
-# Logits held at once. A CPU is fastest where they stay in its cache, in 8 MiB of float32; an
-# accelerator where a product is large enough to fill it, here 256 MiB.
-LOGITS_AT_ONCE = {"cpu": 2**21}
-LOGITS_AT_ONCE_ELSEWHERE = 2**26
-# Tokens at once where the caller does not choose. With more, the part of the vocabulary that
-# goes with them gets thin.
-TOKENS_AT_ONCE = 4096
-
-
-class Unembedding(eqx.Module):
-    """All that turns a hidden state into logits."""
-
-    weight: Float[Array, "vocab width"]
-    bias: Float[Array, " vocab"] | None
-    softcap: float | int | None = eqx.field(static=True)
-
-    def logits(self, hidden: Float[Array, "chunk width"]) -> Float[Array, "chunk vocab"]:
-        """In float32 or wider, accumulated there too."""
-        wide = at_least_float32(hidden.dtype)
-        logits = jnp.einsum(
-            "tw,vw->tv", hidden, self.weight.astype(hidden.dtype), preferred_element_type=wide
-        )
-        logits = logits if self.bias is None else logits + self.bias.astype(wide)
-        return logits if self.softcap is None else self.softcap * jnp.tanh(logits / self.softcap)
-
-    def pull(
-        self,
-        hidden: Float[Array, "chunk width"],
-        logits: Float[Array, "chunk vocab"],
-        slopes: Float[Array, "chunk vocab"],
-    ) -> tuple["Unembedding", Float[Array, "chunk width"]]:
-        """What slopes in the logits are in `self` and in `hidden`, in float32 or wider."""
-        wide = logits.dtype
-        if self.softcap is not None:
-            slopes = slopes * (1 - (logits / self.softcap) ** 2)
-        narrow, weight = slopes.astype(hidden.dtype), self.weight.astype(hidden.dtype)
-        in_hidden = jnp.einsum("tv,vw->tw", narrow, weight, preferred_element_type=wide)
-        in_weight = jnp.einsum("tv,tw->vw", narrow, hidden, preferred_element_type=wide)
-        in_bias = None if self.bias is None else slopes.sum(axis=0)
-        return Unembedding(in_weight, in_bias, self.softcap), in_hidden
+from .strided import merge
+from .tiles import Unembedding, fold, in_chunks, put_back, tile_at
 
 
 def linear_token_log_probs(
@@ -103,7 +61,7 @@ def linear_token_log_probs(
     # A hidden state of NaN would reach the unembedding's gradient as 0 * NaN.
     finite = jnp.isfinite(jax.lax.stop_gradient(hidden)).all(axis=-1)
     hidden = jnp.where(finite[..., None], hidden, 0)
-    rows, parts = _rows(chunk_size, unembedding.shape[0], hidden, targets)
+    rows, parts = in_chunks(chunk_size, unembedding.shape[0], hidden, targets)
     log_probs = merge(_log_probs(axis_name, parts, *vary_alike(head, *rows)))
     vocab = unembedding.shape[0] * (1 if axis_name is None else jax.lax.axis_size(axis_name))
     known = finite & (targets >= 0) & (targets < vocab)
@@ -124,7 +82,7 @@ def linear_collisions(
     """
     hidden, unembedding, bias = jax.lax.stop_gradient((hidden, unembedding, bias))
     head = Unembedding(unembedding, bias, softcap)
-    (hidden_rows,), parts = _rows(chunk_size, unembedding.shape[0], hidden)
+    (hidden_rows,), parts = in_chunks(chunk_size, unembedding.shape[0], hidden)
     zeros = jnp.zeros(hidden_rows.shape[:2], at_least_float32(hidden.dtype))
 
     def add(tile, state, hidden):
@@ -136,7 +94,7 @@ def linear_collisions(
         return peak, total, squares * shrunk**2 + (shares**2).sum(axis=-1)
 
     start, head, rows = vary_alike((zeros - jnp.inf, zeros, zeros), head, (hidden_rows,))
-    _, total, squares = _fold(add, start, head, parts, rows)
+    _, total, squares = fold(add, start, head, parts, rows)
     collisions = merge(jnp.log(squares) - 2 * jnp.log(total))
     return collisions[: hidden[..., 0].size].reshape(hidden.shape[:-1])
 
@@ -164,13 +122,6 @@ def _check_shapes(hidden, unembedding, targets, softcap, chunk_size) -> None:
         raise ValueError(f"`chunk_size` must be positive or None, got {chunk_size}.")
 
 
-class _Tile(NamedTuple):
-    """A part of the vocabulary: its rows of the unembedding, and which tokens they are."""
-
-    head: Unembedding
-    ids: Int[Array, " part"]
-
-
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _log_probs(
     axis_name: str | None,
@@ -196,7 +147,7 @@ def _log_probs_forward(axis_name, parts, head, hidden, targets):
         is_target = targets[:, None] == tile.ids
         return peak, total, picked + jnp.where(is_target, logits, 0).sum(axis=-1)
 
-    state = _fold(add, start, head, parts, (hidden, targets), axis_name)
+    state = fold(add, start, head, parts, (hidden, targets), axis_name)
     peak, total, picked = _over_devices(state, axis_name)
     normaliser = jnp.where(jnp.isfinite(peak), peak, jnp.nan) + jnp.log(total)
     return picked - normaliser, (head, hidden, targets, normaliser)
@@ -211,7 +162,7 @@ def _log_probs_backward(axis_name, parts, residuals, cotangents):
 
     def one_part(carry, index):
         in_head, in_hidden = carry
-        tile = _tile(head, index, parts, targets.dtype, axis_name)
+        tile = tile_at(head, index, parts, targets.dtype, axis_name)
 
         def chunk(in_tile, operands):
             in_hidden, hidden, targets, normaliser, cotangent, live = operands
@@ -223,7 +174,7 @@ def _log_probs_backward(axis_name, parts, residuals, cotangents):
 
         wide = jax.tree.map(lambda x: jnp.zeros_like(x, cotangents.dtype), tile.head)
         in_tile, in_hidden = jax.lax.scan(chunk, vary_alike(wide, hidden)[0], (in_hidden, *rows))
-        return (_put(in_head, in_tile, index, parts), in_hidden), None
+        return (put_back(in_head, in_tile, index, parts), in_hidden), None
 
     zeros = jax.tree.map(jnp.zeros_like, head), jnp.zeros_like(hidden, cotangents.dtype)
     carry = vary_alike(zeros, hidden)[0]
@@ -236,72 +187,6 @@ def _log_probs_backward(axis_name, parts, residuals, cotangents):
 
 
 _log_probs.defvjp(_log_probs_forward, _log_probs_backward)
-
-
-def _rows(chunk_size: int | None, vocab: int, *arrays: Array) -> tuple[tuple[Array, ...], int]:
-    """Arrays of tokens in chunks, `(count, chunk, ...)`, and the parts of the vocabulary.
-
-    The first array has the width as its last axis, the others have one entry for each token.
-    """
-    tokens = arrays[0][..., 0].size
-    most = min(tokens, chunk_size or TOKENS_AT_ONCE)
-    at_once = LOGITS_AT_ONCE.get(jax.default_backend(), LOGITS_AT_ONCE_ELSEWHERE)
-    parts = _parts(vocab, most * vocab / at_once)
-    # Parts of a vocabulary with few divisors may be large: it is then fewer tokens.
-    most = max(1, min(most, 4 * at_once * parts // vocab))
-    count = max(1, -(-tokens // most))
-    flat = [x.reshape(tokens, *x.shape[arrays[0].ndim - 1 :]) for x in arrays]
-    rows = tuple(
-        split(jnp.pad(x, [(0, -tokens % count)] + [(0, 0)] * (x.ndim - 1)), count) for x in flat
-    )
-    return rows, parts
-
-
-def _parts(vocab: int, wanted: float) -> int:
-    """About as many equal parts as wanted, each of a multiple of eight rows where `vocab` is one.
-
-    Up to eight devices can then hold an equal share of each part.
-    """
-    return nearest_divisor(vocab // 8 if vocab % 8 == 0 else vocab, wanted)
-
-
-def _tile(head, index, parts, dtype, axis_name) -> _Tile:
-    """Every `parts`-th row from `index` on: with stride, as in `strided.py`, and for its reason."""
-    vocab = head.weight.shape[0]
-    first = 0 if axis_name is None else jax.lax.axis_index(axis_name).astype(dtype) * vocab
-    ids = jnp.arange(0, vocab, parts, dtype=dtype) + index.astype(dtype) + first
-    return _Tile(jax.tree.map(lambda x: _every(parts, x, index), head), ids)
-
-
-def _every(parts, x, index):
-    """Rows `index::parts`."""
-    # A CPU slices bf16 by way of float32. That `x` seems to depend on the index keeps XLA from
-    # widening all of it once, before the loop.
-    x, index = jax.lax.optimization_barrier((x, index))
-    x = x.reshape(-1, parts, *x.shape[1:])
-    return jax.lax.dynamic_index_in_dim(x, index, axis=1, keepdims=False)
-
-
-def _put(head, in_tile, index, parts):
-    """`head` with the rows of one tile."""
-
-    def put(x, rows):
-        split = x.reshape(-1, parts, *x.shape[1:])
-        rows = rows.astype(x.dtype)
-        return jax.lax.dynamic_update_index_in_dim(split, rows, index, axis=1).reshape(x.shape)
-
-    return jax.tree.map(put, head, in_tile)
-
-
-def _fold(add, state, head, parts, rows, axis_name=None):
-    """`state = add(tile, state, *rows)` over all parts of the vocabulary, chunk by chunk."""
-    ids = rows[-1].dtype if len(rows) > 1 else jnp.int32
-
-    def one_part(state, index):
-        tile = _tile(head, index, parts, ids, axis_name)
-        return jax.lax.map(lambda operands: add(tile, *operands), (state, *rows)), None
-
-    return jax.lax.scan(one_part, state, jnp.arange(parts))[0]
 
 
 def _raised(peak, logits):

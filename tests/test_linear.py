@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec as P
 
 import dpo_eqx as dpx
-from dpo_eqx import linear
+from dpo_eqx import tiles
 from dpo_eqx.linear import linear_collisions
 
 from .policies import assert_close
@@ -54,7 +54,7 @@ def objectives(targets, slopes, softcap, **options):
 @pytest.fixture
 def tiny_tiles(monkeypatch):
     """Parts of the vocabulary of two rows or so, where tokens come in chunks of two."""
-    monkeypatch.setitem(linear.LOGITS_AT_ONCE, "cpu", 4)
+    monkeypatch.setitem(tiles.LOGITS_AT_ONCE, "cpu", 4)
 
 
 @pytest.mark.parametrize("chunk_size", [None, 1, 4, 7, 14, 1000])

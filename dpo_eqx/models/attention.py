@@ -6,27 +6,16 @@ is never built.
 
 import itertools
 from collections.abc import Iterator
-from functools import partial
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from ..axis import vary_alike
 from ..layout import Layout
-from ..log_probs import at_least_float32
-from ..strided import nearest_divisor
+from .blockwise import blockwise, scores_of
 from .config import Config
 from .pieces import dropout
-
-# The name by which a policy of `jax.checkpoint` may keep what attention's backward pass needs.
-ATTENDED = "attended"
-# Scores of one row held at once; there are as many rows as pairs. On a CPU what fits its cache,
-# elsewhere 64 MiB of float32.
-SCORES_AT_ONCE = {"cpu": 2**19}
-SCORES_AT_ONCE_ELSEWHERE = 2**24
 
 
 class Masks(eqx.Module):
@@ -117,9 +106,7 @@ def attend(
 ) -> Float[Array, "batch query heads head_width"]:
     """Attention of grouped heads; causal where there is no mask.
 
-    Scores and their softmax are float32 or wider. Where nothing is dropped the backward pass
-    computes the weights again from each query's normaliser: to keep them costs more, in memory
-    and in time.
+    Scores and their softmax are float32 or wider.
     """
     if mask is None:
         mask = jnp.tri(query.shape[1], dtype=bool)
@@ -129,117 +116,15 @@ def attend(
         output = _dropped(grouped, key, value, mask, config, rng)
     else:
         scale, softcap = config.attention_scale, config.attention_softcap
-        output: Array = _attention(scale, softcap, grouped, key, value, mask)
+        output: Array = blockwise(scale, softcap, grouped, key, value, mask)
     return output.reshape(query.shape)
 
 
 def _dropped(query, key, value, mask, config: Config, rng: PRNGKeyArray):
     """Attention some of whose weights are zero."""
-    scores = _scores(config.attention_scale, config.attention_softcap, query, key, mask)
+    scores = scores_of(config.attention_scale, config.attention_softcap, query, key, mask)
     weights = dropout(jax.nn.softmax(scores, axis=-1), config.attention_dropout, rng)
     return jnp.einsum("bkgts,bskh->btkgh", weights.astype(value.dtype), value)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attention(
-    scale: float,
-    softcap: float | None,
-    query: Float[Array, "batch query key_heads groups head_width"],
-    key: Float[Array, "batch key key_heads head_width"],
-    value: Float[Array, "batch key key_heads head_width"],
-    mask: Bool[Array, "query key"],
-) -> Float[Array, "batch query key_heads groups head_width"]:
-    return _attention_forward(scale, softcap, query, key, value, mask)[0]
-
-
-def _attention_forward(scale, softcap, query, key, value, mask):
-    """The output, and as residuals no more than it and the normaliser of each query's scores."""
-    count = _block_count(query, key)
-
-    def block(operands):
-        query, mask = operands
-        scores = _scores(scale, softcap, query, key, mask)
-        peak = jax.lax.stop_gradient(scores).max(axis=-1, keepdims=True)
-        weights = jnp.exp(scores - peak)
-        total = jnp.moveaxis(weights.sum(axis=-1, keepdims=True), 3, 1)
-        product = _product("bkgts,bskh->btkgh", weights.astype(value.dtype), value)
-        return (product / total).astype(value.dtype), jnp.moveaxis(peak, 3, 1) + jnp.log(total)
-
-    blocks = jax.lax.map(block, (_blocks(query, count, 1), _blocks(mask, count, 0)))
-    output, normaliser = checkpoint_name([_unblocked(x) for x in blocks], ATTENDED)
-    return output, (query, key, value, mask, output, normaliser)
-
-
-def _attention_backward(scale, softcap, residuals, cotangent):
-    r"""With $P$ the weights and $O$ the output, the slope in a score is $P (dO V^T - dO \cdot O)$.
-
-    ??? cite
-
-        Dao, *FlashAttention-2: Faster Attention with Better Parallelism and Work Partitioning*,
-        2023 (arXiv 2307.08691), section 3.1.2.
-    """
-    query, key, value, mask, output, normaliser = residuals
-    wide, narrow = normaliser.dtype, query.dtype
-    mean = (cotangent.astype(wide) * output.astype(wide)).sum(axis=-1, keepdims=True)
-
-    def block(sums, operands):
-        query, cotangent, mean, normaliser, mask = operands
-        scores = _scores(scale, softcap, query, key, mask)
-        weights = jnp.exp(scores - jnp.moveaxis(normaliser, 1, 3))
-        slopes = _product("btkgh,bskh->bkgts", cotangent, value) - jnp.moveaxis(mean, 1, 3)
-        slopes = scale * weights * slopes
-        if softcap is not None:
-            slopes = slopes * (1 - (jnp.where(mask, scores, 0) / softcap) ** 2)
-        slopes, weights = slopes.astype(narrow), weights.astype(narrow)
-        in_query = _product("bkgts,bskh->btkgh", slopes, key).astype(narrow)
-        # In this order of the operands the large one needs no transposed copy.
-        in_key = _product("btkgh,bkgts->bskh", query, slopes)
-        in_value = _product("btkgh,bkgts->bskh", cotangent, weights)
-        return jax.tree.map(jnp.add, sums, (in_key, in_value)), in_query
-
-    count = _block_count(query, key)
-    operands = [_blocks(x, count, 1) for x in (query, cotangent, mean, normaliser)]
-    zeros = jnp.zeros_like(key, wide), jnp.zeros_like(value, wide)
-    sums, in_query = jax.lax.scan(
-        block, vary_alike(zeros, query)[0], (*operands, _blocks(mask, count, 0))
-    )
-    return _unblocked(in_query), *(x.astype(narrow) for x in sums), None
-
-
-_attention.defvjp(_attention_forward, _attention_backward)
-
-
-def _scores(scale, softcap, query, key, mask) -> Float[Array, "batch key_heads groups query key"]:
-    wide = at_least_float32(query.dtype)
-    scores = _product("btkgh,bskh->bkgts", query, key) * scale
-    if softcap is not None:
-        scores = softcap * jnp.tanh(scores / softcap)
-    # Finite, not -inf: a softmax is then finite even where a row is all masked.
-    return jnp.where(mask, scores, jnp.finfo(wide).min)
-
-
-def _product(form: str, one: Array, other: Array) -> Array:
-    """An einsum accumulated and given in float32 or wider."""
-    return jnp.einsum(form, one, other, preferred_element_type=at_least_float32(one.dtype))
-
-
-def _block_count(query: Array, key: Array) -> int:
-    """Into how many blocks queries are split, so that not all scores are held at once."""
-    heads = query.shape[0] * query.shape[2] * query.shape[3]
-    at_once = SCORES_AT_ONCE.get(jax.default_backend(), SCORES_AT_ONCE_ELSEWHERE)
-    return nearest_divisor(query.shape[1], heads * query.shape[1] * key.shape[1] / at_once)
-
-
-def _blocks(x: Array, count: int, axis: int) -> Array:
-    """Neighbours along `axis` together, the blocks as a new first axis."""
-    blocked = x.reshape(*x.shape[:axis], count, -1, *x.shape[axis + 1 :])
-    return jnp.moveaxis(blocked, axis, 0)
-
-
-def _unblocked(blocks: Array) -> Array:
-    """The inverse of `_blocks` along the axis of queries."""
-    blocks = jnp.moveaxis(blocks, 0, 1)
-    return blocks.reshape(blocks.shape[0], -1, *blocks.shape[3:])
 
 
 def _behind(prompt: Array, own: Array) -> Array:

@@ -15,7 +15,8 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from ..layout import Layout
 from ..log_probs import at_least_float32
 from . import rotary
-from .attention import ATTENDED, attend_by_layout, masks
+from .attention import attend_by_layout, masks
+from .blockwise import ATTENDED
 from .config import Config
 from .layer import Layer
 from .narrow import as_bits, from_bits
