@@ -13,6 +13,8 @@ from .log_probs import (
 )
 from .losses.form import PairLoss as PairLoss, UnpairedLoss as UnpairedLoss
 from .metrics import Metrics as Metrics, default_metrics as default_metrics
+from .packed import PackedBatch as PackedBatch, PackedLayout as PackedLayout
+from .packed_score import score_packed as score_packed
 from .reference import (
     precompute_reference as precompute_reference,
     snapshot as snapshot,

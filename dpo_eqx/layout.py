@@ -35,6 +35,11 @@ class Layout(eqx.Module):
         return self.prompt_width + sum(self.completion_widths)
 
     @property
+    def longest(self) -> int:
+        """Tokens that the prompt does not exceed together with one of its completions."""
+        return self.prompt_width + max(self.completion_widths, default=0)
+
+    @property
     def positions(self) -> Int[Array, " length"]:
         """Each token's position in its own sequence, from 0, for rotary or learned positions."""
         length = self.prompt_length
@@ -76,7 +81,7 @@ class FastPolicy(Protocol):
     number; `None` is as good as absent.
 
     The shortest way to write one is to attend through `layout.mask()` and to take positions from
-    `layout.positions`:
+    `layout.positions`; it then runs on packed rows too, whose `layout` is a `PackedLayout`:
 
     ```python
     class Policy(eqx.Module):

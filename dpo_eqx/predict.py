@@ -18,6 +18,7 @@ from .keys import Keys
 from .layout import FastPolicy, Layout
 from .linear import collisions_of, linear_collisions, linear_token_log_probs
 from .log_probs import token_log_probs
+from .rows import keep_rows, over_data, row_axes
 from .tokens import Tokens
 
 
@@ -44,7 +45,14 @@ class Hidden(eqx.Module):
 
     def log_probs(self, targets: Int[Array, "pairs length"]) -> Float[Array, "pairs length"]:
         """The log-probability of each target, in nats."""
-        return linear_token_log_probs(self.hidden, self.unembedding, targets, **self.options)
+        options = dict(self.options)
+        bias = options.pop("bias")
+
+        def of_rows(rows, unembedding, bias):
+            hidden, targets = rows
+            return linear_token_log_probs(hidden, unembedding, targets, bias=bias, **options)
+
+        return over_data(of_rows, (self.hidden, targets), self.unembedding, bias)
 
     def collisions(self) -> Float[Array, "pairs length"]:
         r"""$\log\sum_v p_v^2$ of each prediction; no gradient."""
@@ -64,12 +72,7 @@ def predict(
     lengths = prompt.mask.sum(axis=1, dtype=prompt.ids.dtype)
     if offers_fast_path(policy):
         hidden = _fast_hidden(policy, prompt.ids, lengths, completions, keys)
-        options = {
-            "bias": getattr(policy, "unembedding_bias", None),
-            "softcap": getattr(policy, "softcap", None),
-            "chunk_size": chunk_size,
-        }
-        return Hidden(hidden, policy.unembedding, options)
+        return Hidden(hidden, policy.unembedding, head_options(policy, chunk_size))
     return Logits(_plain_logits(policy, prompt.ids, lengths, completions, keys))
 
 
@@ -83,6 +86,26 @@ def offers_fast_path(policy: PyTree) -> bool:
         and callable(policy.hidden)
         and "layout" in inspect.signature(policy.hidden).parameters
     )
+
+
+def head_options(policy: FastPolicy, chunk_size: int | None) -> dict[str, Any]:
+    """What `linear_token_log_probs` takes beside the hidden states and the unembedding."""
+    return {
+        "bias": getattr(policy, "unembedding_bias", None),
+        "softcap": getattr(policy, "softcap", None),
+        "chunk_size": chunk_size,
+    }
+
+
+def check_hidden(hidden: Array, row: Array, unembedding: Array) -> None:
+    """Raises where the policy's hidden states are not one of its width for each token."""
+    want = (row.size, unembedding.shape[-1])
+    if hidden.shape != want:
+        raise ValueError(
+            f"`policy.hidden(ids, layout)` must return shape `(length, width)`, here {want} for "
+            f"`ids` of shape {row.shape} and `unembedding` of shape {unembedding.shape}; got "
+            f"{hidden.shape}."
+        )
 
 
 def _without_padding(tokens: Tokens) -> Tokens:
@@ -105,9 +128,9 @@ def _plain_logits(
     rows = jnp.stack([jnp.pad(c.ids, p) for c, p in zip(completions, pad, strict=True)], axis=1)
 
     def one_sequence(prompt, length, completion, key):
-        row = jnp.concatenate([prompt, jnp.zeros_like(completion)])
+        row = keep_rows(jnp.concatenate([prompt, jnp.zeros_like(completion)]))
         row = jax.lax.dynamic_update_slice(row, completion, (length,))
-        logits = policy(row) if key is None else policy(row, key=key)
+        logits = keep_rows(policy(row) if key is None else policy(row, key=key))
         _check_logits(logits, row)
         return jax.lax.dynamic_slice_in_dim(logits, length - 1, completion.size)
 
@@ -115,7 +138,8 @@ def _plain_logits(
         keys = None if key is None else jax.random.split(key, len(completions))
         return jax.vmap(one_sequence, in_axes=(None, None, 0, 0))(prompt, length, completions, keys)
 
-    logits = jax.vmap(one_prompt)(prompts, lengths, rows, keys)
+    over_pairs = jax.vmap(one_prompt, spmd_axis_name=row_axes(rows))
+    logits = over_pairs(prompts, lengths, rows, keys)
     return jnp.concatenate([logits[:, i, :width] for i, width in enumerate(widths)], axis=1)
 
 
@@ -132,11 +156,11 @@ def _fast_hidden(
 
     def one_row(row, length, key):
         layout = Layout(length, prompts.shape[1], widths)
-        hidden = policy.hidden(row, layout, key=key)
-        _check_hidden(hidden, row, policy.unembedding)
-        return hidden[_predicts(layout)]
+        hidden = policy.hidden(keep_rows(row), layout, key=key)
+        check_hidden(hidden, row, policy.unembedding)
+        return keep_rows(hidden[_predicts(layout)])
 
-    return jax.vmap(one_row)(rows, lengths, keys)
+    return jax.vmap(one_row, spmd_axis_name=row_axes(rows))(rows, lengths, keys)
 
 
 def _predicts(layout: Layout) -> Int[Array, " length"]:
@@ -159,14 +183,4 @@ def _check_logits(logits: Array, row: Array) -> None:
             "`policy(ids)` must return logits of shape `(length, vocab)`, here "
             f"({row.size}, vocab) for `ids` of shape {row.shape}; got {logits.shape}. A policy is "
             "written for one sequence; the batch axis is added by `vmap`."
-        )
-
-
-def _check_hidden(hidden: Array, row: Array, unembedding: Array) -> None:
-    want = (row.size, unembedding.shape[-1])
-    if hidden.shape != want:
-        raise ValueError(
-            f"`policy.hidden(ids, layout)` must return shape `(length, width)`, here {want} for "
-            f"`ids` of shape {row.shape} and `unembedding` of shape {unembedding.shape}; got "
-            f"{hidden.shape}."
         )

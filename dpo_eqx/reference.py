@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, PyTree
 
 from .log_probs import PairLogProbs, at_least_float32
+from .packed import rows_of
 from .precision import in_dtype
 from .score import score_pairs
 from .strided import check_divides, merge, split
@@ -93,7 +94,7 @@ def precompute_reference(
 
     `ValueError` where `microbatches` does not divide the pairs.
     """
-    check_divides(microbatches, batch.pairs)
+    check_divides(microbatches, rows_of(batch))
 
     def run(part):
         return run_reference(reference, part, score=score, compute_dtype=compute_dtype)

@@ -23,6 +23,7 @@ from .objective import (
     loss_and_slopes,
     pair_weights,
 )
+from .packed import rows_of
 from .precision import in_dtype, in_dtypes_of, in_float32_at_least, is_narrow
 from .reference import Score, choose_reference, run_reference
 from .score import score_pairs
@@ -105,11 +106,11 @@ def make_grad(
         key: Keys | None = None,
     ) -> tuple[PyTree, dict[str, Float[Array, ""]]]:
         check_axis(axis_name)
-        check_divides(microbatches, batch.pairs)
+        check_divides(microbatches, rows_of(batch))
         own, frozen = split_trainable(policy, trainable)
         reference = choose_reference(policy, batch, reference, reference_of, own)
         params = vary(in_float32_at_least(own), axis_name)
-        rows = vary((batch, own_keys(key, batch.pairs, axis_name)), axis_name)
+        rows = vary((batch, own_keys(key, rows_of(batch), axis_name)), axis_name)
         weight = pair_weights(rows[0])
         whole = total(weight.sum(), axis_name)
         zeros = jax.tree.map(jnp.zeros_like, params)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 REFERENCE = (Path(__file__).parents[1] / "docs" / "reference.md").read_text()
-NAMESPACES = ["dpo_eqx", "dpo_eqx.losses", "dpo_eqx.models", "dpo_eqx.data"]
+NAMESPACES = ["dpo_eqx", "dpo_eqx.losses", "dpo_eqx.models", "dpo_eqx.data", "dpo_eqx.sharding"]
 
 
 def public(namespace):

@@ -1,10 +1,11 @@
-"""From text and files to batches: `read`, `tokenize`, `batches`, `cache_reference`.
+"""From text and files to batches: `read`, `tokenize`, `batches`, `pack`, `cache_reference`.
 
 The core does not import it, and it does not know losses or steps.
 """
 
 from .batches import Batches as Batches, batches as batches
 from .buckets import Buckets as Buckets, Shapes as Shapes
+from .pack import pack as pack
 from .read import Records as Records, read as read
 from .records import Form as Form
 from .reference_cache import cache_reference as cache_reference

@@ -13,9 +13,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from ..layout import Layout
+from ..packed import PackedLayout
 from .blockwise import blockwise, scores_of
 from .config import Config
 from .pieces import dropout
+
+# Blocks of queries in a packed row. More of them leave out more keys that no query sees, and take
+# longer to compile.
+PACKED_BLOCKS = 4
 
 
 class Masks(eqx.Module):
@@ -31,8 +36,11 @@ class Masks(eqx.Module):
     completions: tuple[Bool[Array, "_ _"], ...]
 
 
-def masks(layout: Layout, window: int | None) -> Masks:
-    """The masks of a layout for layers of one window."""
+def masks(layout: Layout | PackedLayout, window: int | None) -> Masks:
+    """The masks of a layout for layers of one window; a packed row is one block."""
+    if isinstance(layout, PackedLayout):
+        near = visible(layout.positions, layout.positions, window)
+        return Masks(layout.mask() & near, ())
     width, length = layout.prompt_width, layout.prompt_length
     prompt = jnp.arange(width).astype(length.dtype)
     real = prompt < length
@@ -55,7 +63,7 @@ def visible(
 
 
 def attend_by_layout(
-    layout: Layout,
+    layout: Layout | PackedLayout,
     query: Float[Array, "length heads head_width"],
     key: Float[Array, "length key_heads head_width"],
     value: Float[Array, "length key_heads head_width"],
@@ -65,6 +73,8 @@ def attend_by_layout(
     rng: PRNGKeyArray | None,
 ) -> Float[Array, "length heads head_width"]:
     """Attention over a whole row, block by block."""
+    if isinstance(layout, PackedLayout):
+        return _attend_packed(layout, query, key, value, masks.prompt, config=config, rng=rng)
     width = layout.prompt_width
     keys = iter(_split(rng, 1 + len(masks.completions)))
     prompt_key, prompt_value = key[None, :width], value[None, :width]
@@ -92,6 +102,19 @@ def attend_by_layout(
             rng=next(keys),
         )
         outputs.append(output.reshape(-1, *output.shape[2:]))
+    return jnp.concatenate(outputs)
+
+
+def _attend_packed(layout: PackedLayout, query, key, value, mask, *, config: Config, rng):
+    """Attention over a packed row: blocks of queries, each on the keys that they may reach."""
+    block = -(-layout.length // PACKED_BLOCKS)
+    starts = range(0, layout.length, block)
+    outputs = []
+    for start, own in zip(starts, _split(rng, len(starts)), strict=True):
+        queries = slice(start, min(start + block, layout.length))
+        keys = slice(max(start + 1 - layout.longest_pair, 0), queries.stop)
+        parts = query[None, queries], key[None, keys], value[None, keys], mask[queries, keys]
+        outputs.append(attend(*parts, config=config, rng=own)[0])
     return jnp.concatenate(outputs)
 
 

@@ -14,6 +14,8 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from ..layout import Layout
 from ..log_probs import at_least_float32
+from ..packed import PackedLayout
+from ..rows import keep_rows
 from . import rotary
 from .attention import attend_by_layout, masks
 from .blockwise import ATTENDED
@@ -88,7 +90,11 @@ class Transformer(eqx.Module):
         return self.unembed(self.hidden(jnp.asarray(ids), layout, key=key))
 
     def hidden(
-        self, ids: Int[Array, " length"], layout: Layout, *, key: PRNGKeyArray | None = None
+        self,
+        ids: Int[Array, " length"],
+        layout: Layout | PackedLayout,
+        *,
+        key: PRNGKeyArray | None = None,
     ) -> Float[Array, "length width"]:
         """The last hidden states of a row made as `layout` says, normalised.
 
@@ -96,7 +102,7 @@ class Transformer(eqx.Module):
 
         `ValueError` where positions are learned and the row may be longer than they are.
         """
-        self.check_length(layout.prompt_width + max(layout.completion_widths, default=0))
+        self.check_length(layout.longest)
 
         def attend(query, key, value, masks, cache, rng):
             return attend_by_layout(
@@ -152,7 +158,8 @@ class Transformer(eqx.Module):
 
             arrays = arrays if bits is None else from_bits(arrays, bits, x)
             layer = eqx.combine(arrays, static)
-            return layer(x, tables, attend_here, config=config, key=key)
+            x, kept = layer(keep_rows(x), tables, attend_here, config=config, key=key)
+            return keep_rows(x), kept
 
         # Inside a scan common subexpressions are no danger, and to prevent them is slow.
         body = jax.checkpoint(body, prevent_cse=False, policy=None if config.remat else KEPT)

@@ -9,8 +9,8 @@ import jax.test_util
 import numpy as np
 import pytest
 
-from dpo_eqx import Layout, models
-from dpo_eqx.models import blockwise, rotary
+from dpo_eqx import Layout, PackedLayout, models
+from dpo_eqx.models import attention, blockwise, rotary
 from dpo_eqx.models.attention import attend, attend_by_layout, masks
 
 CONFIG = models.Config(vocab=1, width=1, layers=1, heads=4, key_heads=2, head_width=6)
@@ -50,6 +50,17 @@ def test_by_layout(window, softcap, dtype, bound):
     real = np.asarray(LAYOUT.segments) >= 0
     assert got.dtype == dtype
     assert np.abs(np.asarray(got) - want)[real].max() < bound
+
+
+def test_a_packed_pair_that_crosses_blocks_is_seen_to_its_first_token():
+    # The last token of the longest pair, of 8, is the first of a block of 9.
+    layout = PackedLayout(jnp.array([[1, 1, 0], [3, 2, 3], [4, 2, 1]]), 36, 6, 8)
+    assert -(-layout.length // attention.PACKED_BLOCKS) == 9
+    row = draw(layout.length, jnp.float64)
+    got = attend_by_layout(layout, *row, masks(layout, None), config=CONFIG, rng=None)
+    want = oracle(*map(np.asarray, row), np.asarray(layout.mask()), 6**-0.5, None)
+    real = np.asarray(layout.pairs) >= 0
+    assert np.abs(np.asarray(got) - want)[real].max() < 1e-13
 
 
 def plain(query, key, value, mask, softcap):

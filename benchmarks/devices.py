@@ -1,0 +1,126 @@
+"""What a step moves between devices and holds on each, read from compiled programs.
+
+    python -m benchmarks.devices           # 8, 64 and 256 virtual devices: a few minutes, 2 GB
+    python -m benchmarks.devices 8         # some of it
+
+Nothing is run and nothing is allocated: programs are compiled for virtual CPU devices, each number
+of devices in a process of its own. Megabytes are what one device sends in a ring; the least is
+what no ring can do without. CPUs have no reduce-scatter, and sum whole what is split afterwards;
+`accelerator` counts such sums once. The number of collectives in the program must not grow with
+the devices.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+
+MESHES = {
+    8: ["data=8", "fsdp=8", "tensor=8", "data=2,fsdp=2,tensor=2"],
+    64: ["data=64", "fsdp=64", "tensor=64", "data=4,fsdp=4,tensor=4"],
+    256: ["data=256", "fsdp=256", "data=4,tensor=64", "data=8,fsdp=8,tensor=4"],
+}
+LAYERS, WIDTH, VOCAB, PROMPT, COMPLETION, CHUNK = 4, 256, 1024, 48, 40, 512
+
+
+def rows(count: int) -> None:
+    """Prints a line for each mesh of so many devices."""
+    from dpo_eqx import sharding
+
+    for sizes in MESHES[count]:
+        mesh = sharding.make_mesh(sizes)
+        show(sizes, "filter_jit", compiled(mesh, count), mesh, count)
+    mesh = sharding.make_mesh(f"data={count}")
+    show(f"data={count}", "shard_map", mapped(mesh, count), mesh, count)
+
+
+def options(count: int) -> dict:
+    """Two pairs for each of the devices, the same model for all."""
+    from dpo_eqx import models
+
+    config = models.Config(vocab=VOCAB, width=WIDTH, layers=LAYERS, heads=64, remat=True)
+    lengths = {"prompt": PROMPT, "completion": COMPLETION, "chunk_size": CHUNK}
+    return {"config": config, "pairs": 2 * count, **lengths}
+
+
+def compiled(mesh, count: int):
+    """The step under automatic partitioning."""
+    from tests.sharding.programs import compiled_step
+
+    return compiled_step(mesh, **options(count))
+
+
+def mapped(mesh, count: int):
+    """The step under `shard_map`, parameters replicated."""
+    from tests.sharding.programs import mapped_step
+
+    return mapped_step(mesh, **options(count))
+
+
+def show(sizes: str, road: str, program, mesh, count: int) -> None:
+    from tests.sharding.hlo import collectives
+    from tests.sharding.programs import peak
+
+    moved = collectives(program.as_text())
+    sent = sum(each.ring_bytes for each in moved)
+    halved = sum(each.ring_bytes / 2 for each in moved if is_scattered(each, mesh))
+    floor = least(mesh, count)
+    print(
+        f"{sizes:24} {road:10} sent {sent / 1e6:8.2f} MB  accelerator "
+        f"{(sent - halved) / 1e6:8.2f}  least {floor / 1e6:8.2f}  ratio {sent / floor:5.2f}  "
+        f"{len(moved):4} collectives  peak {peak(program) / 1e6:8.2f} MB a device",
+        flush=True,
+    )
+
+
+def is_scattered(each, mesh) -> bool:
+    """Whether what is summed is a gradient of which each device keeps its part alone."""
+    matrix = len(each.shape) == 2 and min(each.shape) >= WIDTH // mesh.shape["tensor"]
+    return each.kind == "all-reduce" and matrix and mesh.shape["fsdp"] > 1
+
+
+def least(mesh, count: int) -> float:
+    """Bytes that a device must send at least, by the axes of the mesh.
+
+    `data` sums the gradient once. `fsdp` gathers parameters three times, for policy and reference
+    forward and for the policy backward, and scatters the gradient once. `tensor` sums activations
+    four times in a layer, twice forward and twice backward, and twice for the reference.
+    """
+    data, fsdp, tensor = (mesh.shape[name] for name in ("data", "fsdp", "tensor"))
+    parameters = 4 * (LAYERS * 16 * WIDTH * WIDTH + 2 * VOCAB * WIDTH) / tensor
+    tokens = 2 * count / (data * fsdp) * (PROMPT + 2 * COMPLETION)
+    activations = 4 * tokens * WIDTH
+    return (
+        2 * away(data) * parameters / fsdp
+        + 4 * away(fsdp) * parameters
+        + 6 * LAYERS * 2 * away(tensor) * activations
+    )
+
+
+def away(parts: int) -> float:
+    """The share of an array that is on the other devices."""
+    return (parts - 1) / parts
+
+
+def in_process(count: int) -> None:
+    """The lines of so many devices, in a process that has them."""
+    flags = f"--xla_force_host_platform_device_count={count} --xla_backend_optimization_level=0"
+    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "benchmarks.devices", "--inside", str(count)]
+    subprocess.run(command, env=environment, check=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("counts", nargs="*", type=int, default=list(MESHES))
+    parser.add_argument("--inside", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.inside:
+        rows(arguments.inside)
+        return
+    for count in arguments.counts:
+        in_process(count)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,37 @@
+"""The examples of the page on devices, run as they stand there."""
+
+import re
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import pytest
+
+from ..policies import assert_close
+
+PAGE = Path(__file__).parents[2] / "docs" / "devices.md"
+
+
+@pytest.fixture(scope="module")
+def ran():
+    namespace = {}
+    blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), flags=re.M | re.S)
+    with jax.numpy_dtype_promotion("standard"):
+        for block in blocks[:-1]:
+            exec(compile(block, str(PAGE), "exec"), namespace)
+        namespace["first"] = namespace["trained"], namespace["metrics"]
+        exec(compile(blocks[-1], str(PAGE), "exec"), namespace)
+    return namespace
+
+
+def test_the_three_roads_of_the_page_agree(ran):
+    trained, metrics = ran["first"]
+    want = eqx.filter(trained, eqx.is_array), metrics
+    assert_close((ran["mapped"], ran["mapped_metrics"]), want, 1e-6)
+    of_first = jax.tree.map(lambda x: x[0], (ran["pmapped"], ran["pmapped_metrics"]))
+    assert_close(of_first, want, 1e-6)
+
+
+def test_the_loop_of_the_page_runs(ran):
+    assert ran["metrics"]["grad_norm"] > 0
+    assert ran["local"].pairs == 8

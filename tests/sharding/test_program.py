@@ -1,0 +1,128 @@
+"""What the compiled steps move between devices and hold on each, read from the programs.
+
+Results would be right all the same: without these tests nobody would see that every device
+computes all rows, or holds all layers.
+"""
+
+import pytest
+
+from dpo_eqx import sharding
+
+from .hlo import Collective, collectives
+from .programs import CONFIG, compiled_step, peak
+
+WIDTH, VOCAB, ROWS = CONFIG.width, CONFIG.vocab, 16
+UNEMBEDDING = 4 * VOCAB * WIDTH
+MATRICES = {(WIDTH, WIDTH), (4 * WIDTH, WIDTH), (WIDTH, 4 * WIDTH)}
+LAYER = 4 * (4 * WIDTH * WIDTH + 3 * 4 * WIDTH * WIDTH)
+PARAMETERS = CONFIG.layers * LAYER + 2 * UNEMBEDDING
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return compiled_step(None)
+
+
+@pytest.fixture(scope="module")
+def fsdp():
+    return compiled_step(sharding.make_mesh("fsdp=8"))
+
+
+def moved(compiled) -> list[Collective]:
+    return collectives(compiled.as_text())
+
+
+def gathers(compiled):
+    return [each for each in moved(compiled) if each.kind == "all-gather"]
+
+
+def test_fsdp_gathers_no_logits_and_one_layer_at_a_time(fsdp):
+    for each in gathers(fsdp):
+        # Logits have the vocabulary, or a device's part of it, beside tokens.
+        of_vocabulary = {VOCAB, VOCAB // 8} & set(each.shape)
+        assert not of_vocabulary or each.shape == (VOCAB, WIDTH), each
+        # What has a leading axis of layers would be all of them at once.
+        assert each.size <= max(LAYER, UNEMBEDDING), each
+        assert each.shape[0] != CONFIG.layers, each
+    layers = [each for each in gathers(fsdp) if each.shape in MATRICES]
+    # Seven matrices of each layer, for the policy and its reference forward, and backward.
+    assert {each.times % CONFIG.layers for each in layers} == {0}
+    assert sum(each.times for each in layers) <= 5 * 7 * CONFIG.layers + 64
+
+
+def test_fsdp_keeps_the_rows_where_they_are(fsdp):
+    """No device has the activations of all rows in a layer.
+
+    Where the embeddings of all rows are smaller than the table, XLA sums them instead, once.
+    """
+    for each in moved(fsdp):
+        if each.shape[:1] == (ROWS,) and len(each.shape) > 2:
+            assert each.times == 1, each
+            assert each.size < UNEMBEDDING, each
+
+
+def test_fsdp_holds_an_eighth(alone, fsdp):
+    """Of parameters and moments an eighth, and of the rest as much but for what is gathered."""
+    held, whole = (c.memory_analysis().argument_size_in_bytes for c in (fsdp, alone))
+    assert held < 1.05 * whole / 8
+    # What is gathered at a time, and its gradient before it is split again.
+    assert peak(fsdp) < peak(alone) / 8 + 2 * max(LAYER, UNEMBEDDING)
+
+
+def test_fsdp_moves_what_a_ring_must(fsdp):
+    """The reference and the policy gathered once forward, the policy once more backward.
+
+    On CPUs there is no reduce-scatter: gradients are summed whole, at twice the bytes.
+    """
+    least = 7 / 8 * PARAMETERS
+    assert sum(each.ring_bytes for each in moved(fsdp)) < 1.1 * (3 + 2) * least
+
+
+@pytest.mark.slow
+def test_tensor_keeps_the_vocabulary_apart():
+    compiled = compiled_step(sharding.make_mesh("tensor=8"))
+    assert not gathers(compiled)
+    for each in moved(compiled):
+        assert VOCAB not in each.shape, each
+        assert VOCAB // 8 not in each.shape, each
+
+
+@pytest.mark.slow
+def test_data_sums_the_gradient_once():
+    least = 2 * 7 / 8 * PARAMETERS
+    compiled = compiled_step(sharding.make_mesh("data=8"))
+    assert sum(each.ring_bytes for each in moved(compiled)) < 2 * least
+
+
+@pytest.mark.slow
+def test_all_axes_at_once():
+    compiled = compiled_step(sharding.make_mesh("data=2,fsdp=2,tensor=2"))
+    for each in gathers(compiled):
+        assert each.size <= max(LAYER, UNEMBEDDING) / 2, each
+        assert each.shape[0] != CONFIG.layers, each
+
+
+def test_parsing_of_collectives():
+    """Bytes and groups of a program written by hand."""
+    text = """
+%body (p: f32[4]) -> f32[4] {
+  %g = f32[8,4]{1,0} all-gather(%x), replica_groups=[2,4]<=[8], dimensions={0}
+}
+%cond (p: f32[4]) -> pred[] {
+}
+ENTRY %main () -> f32[4] {
+  %w = f32[4]{0} while(%i), condition=%cond, body=%body, x={"known_trip_count":{"n":"3"}}
+  %r = (bf16[6]{0}, /*index=1*/f32[]) all-reduce(%a, %b), replica_groups={{0,1},{2,3}}
+  %s = f32[2]{0} reduce-scatter(%a), replica_groups=mesh['a'=2,'b'=4] {'b'}, to_apply=%add
+  %t = f32[]{} all-reduce(%a), replica_groups=mesh['a'=2,'b'=4], device_ids=([8]T(0)) {'a','b'}
+  %n = f32[2]{0} all-reduce(%a), replica_groups={{0},{1}}, to_apply=%add
+}
+"""
+    assert collectives(text) == [
+        Collective("all-gather", "f32", (8, 4), 4, 3),
+        Collective("all-reduce", "bf16", (6,), 2, 1),
+        Collective("all-reduce", "f32", (), 2, 1),
+        Collective("reduce-scatter", "f32", (2,), 4, 1),
+        Collective("all-reduce", "f32", (), 8, 1),
+    ]
+    assert [each.ring_bytes for each in collectives(text)] == [288, 12, 4, 24, 7]
