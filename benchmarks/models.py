@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 SHAPE = {
@@ -65,15 +66,15 @@ def full(folder: Path) -> dict:
     return {"load": load, **_measure(policy, reference, optax.adamw(1e-6))}
 
 
-def lora(folder: Path) -> dict:
-    """Adapters of rank 16 on a frozen base in bfloat16, which is its own reference."""
+def lora(folder: Path, quantize: str | None = None) -> dict:
+    """Adapters of rank 16 on a frozen base, bfloat16 or quantised, that is its own reference."""
     import jax
     import optax
 
     from dpo_eqx import models
 
     started = time.perf_counter()
-    policy = models.load(folder, remat=True)
+    policy = models.load(folder, quantize=quantize, remat=True)
     load = time.perf_counter() - started
     policy = models.add_lora(policy, rank=RANK, key=jax.random.key(0))
     settings = {"trainable": models.lora_filter(policy), "reference_of": models.without_lora}
@@ -161,12 +162,19 @@ def _peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
-PARTS = {"write": write, "lora": lora, "full": full, "compile": compile_times}
+PARTS = {
+    "write": write,
+    "lora": lora,
+    "int8": partial(lora, quantize="int8"),
+    "nf4": partial(lora, quantize="nf4"),
+    "full": full,
+    "compile": compile_times,
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("parts", nargs="*", default=["lora", "full", "compile"])
+    parser.add_argument("parts", nargs="*", default=["lora", "int8", "nf4", "full", "compile"])
     parser.add_argument("--inside", metavar="FOLDER", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.inside:

@@ -3,6 +3,7 @@
 The core of the library never imports this; a policy may be any other callable pytree.
 """
 
+from .adapter import load_lora as load_lora, save_lora as save_lora
 from .config import Config as Config, Rotary as Rotary
 from .generate import generate as generate
 from .hf import read_config as read_config
@@ -12,7 +13,10 @@ from .lora import (
     add_lora as add_lora,
     lora_filter as lora_filter,
     merge_lora as merge_lora,
+    pin_lora as pin_lora,
+    pinned_lora as pinned_lora,
     without_lora as without_lora,
 )
+from .quantize import Quantized as Quantized, dequantize as dequantize, quantize as quantize
 from .save import save as save
 from .transformer import Transformer as Transformer

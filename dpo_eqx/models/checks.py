@@ -40,7 +40,7 @@ def check_tensors(weights: Weights, sources: dict[str, LeafSource], tied: bool) 
     if problems:
         raise ValueError(
             f"The tensors in {weights.folder} are not those that its {CONFIG} asks for. "
-            + _shorten(sorted(problems))
+            + shorten(sorted(problems))
         )
 
 
@@ -69,6 +69,7 @@ def check_tokenizer(origin: Origin, vocab: int) -> None:
         )
 
 
-def _shorten(problems: list[str], limit: int = 12) -> str:
+def shorten(problems: list[str], limit: int = 12) -> str:
+    """The first of many problems, and how many more there are."""
     more = f"; and {len(problems) - limit} more" if len(problems) > limit else ""
     return "; ".join(problems[:limit]) + more + "."

@@ -6,7 +6,7 @@ What the tensors mean is in `names.py`; a pickle is never opened.
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from .names import Index
 from .origin import Origin
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 # What travels with a policy: the tokenizer in all of its forms, and how to generate.
 CARRIED = (
     "generation_config.json",
@@ -34,8 +35,12 @@ CARRIED = (
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
-def resolve(path: str | os.PathLike[str]) -> Path:
+def resolve(path: str | os.PathLike[str], files: Sequence[str] = ()) -> Path:
     """A local folder: `path` itself, or where `huggingface_hub` puts the repository of that name.
+
+    **Arguments:**
+
+    - `files`: patterns of those to fetch; by default a checkpoint's.
 
     **Raises:**
 
@@ -50,12 +55,11 @@ def resolve(path: str | os.PathLike[str]) -> Path:
             f"`path` must be a folder with a checkpoint, or a name on the Hugging Face hub such "
             f"as 'Qwen/Qwen3-0.6B'; there is no folder {name!r}."
         )
-    return _download(name)
+    return _download(name, list(files or (WEIGHTS, "model-*.safetensors", INDEX, CONFIG, *CARRIED)))
 
 
-def _download(name: str) -> Path:
+def _download(name: str, patterns: list[str]) -> Path:
     hub = require("huggingface_hub", extra="models")
-    patterns = [WEIGHTS, "model-*.safetensors", INDEX, CONFIG, *CARRIED]
     try:
         return Path(hub.snapshot_download(name, allow_patterns=patterns))
     except Exception as error:
@@ -68,12 +72,27 @@ def read_json(path: Path) -> dict[str, Any]:
     """The contents of a JSON file; errors name it."""
     if not path.is_file():
         raise FileNotFoundError(
-            f"A checkpoint needs `{path.name}`; there is none in {path.parent}."
+            f"A checkpoint needs `{path.name}`; there is none in {path.parent}.{_hint(path)}"
         )
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"`{path.name}` in {path.parent} is not JSON: {error}.") from None
+    if not isinstance(values, dict):
+        raise ValueError(
+            f"`{path.name}` in {path.parent} must hold an object, of keys and values; it holds "
+            f"{values!r:.40}. Fetch or save it again."
+        )
+    return values
+
+
+def _hint(path: Path) -> str:
+    """What the folder is of the two that are taken for each other."""
+    if path.name == CONFIG and path.with_name(ADAPTER_CONFIG).is_file():
+        return " It holds an adapter: load the base, and give this folder to `models.load_lora`."
+    if path.name == ADAPTER_CONFIG and path.with_name(CONFIG).is_file():
+        return " It holds a whole model, and no adapter."
+    return ""
 
 
 def read_origin(folder: Path) -> Origin:
@@ -93,6 +112,7 @@ class Weights:
     **Arguments:**
 
     - `folder`: holds `model.safetensors`, or several files and their index.
+    - `file`: the name of another file that holds them all.
 
     **Raises:**
 
@@ -100,19 +120,19 @@ class Weights:
     index names what is not there.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, file: str = WEIGHTS):
         self.folder = folder
         self.files: dict[str, Path] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
-        for file, named in _weight_files(folder).items():
-            with _open(file) as opened:
+        for path, named in _weight_files(folder, file).items():
+            with _open(path) as opened:
                 held = set(opened.keys())
                 for name in sorted(named - held):
-                    raise ValueError(f"{INDEX} says that {name!r} is in {file.name}; it is not.")
+                    raise ValueError(f"{INDEX} says that {name!r} is in {path.name}; it is not.")
                 for name in sorted(held):
                     tensor = opened.get_slice(name)
-                    self.files[name] = file
+                    self.files[name] = path
                     self.shapes[name] = tuple(tensor.get_shape())
                     self.dtypes[name] = tensor.get_dtype()
 
@@ -125,23 +145,24 @@ class Weights:
             return opened.get_slice(name)[tuple(slice(*bounds) for bounds in index)]
 
 
-def _weight_files(folder: Path) -> Mapping[Path, set[str]]:
+def _weight_files(folder: Path, file: str) -> Mapping[Path, set[str]]:
     """The files that hold weights, and what the index says of each."""
-    if (folder / INDEX).is_file():
+    if file == WEIGHTS and (folder / INDEX).is_file():
         files: dict[Path, set[str]] = {}
-        for name, file in read_json(folder / INDEX)["weight_map"].items():
-            files.setdefault(folder / file, set()).add(name)
+        for name, part in read_json(folder / INDEX)["weight_map"].items():
+            files.setdefault(folder / part, set()).add(name)
         return files
-    if (folder / WEIGHTS).is_file():
-        return {folder / WEIGHTS: set()}
+    if (folder / file).is_file():
+        return {folder / file: set()}
     pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
     if pickles:
         raise ValueError(
             f"{folder} holds its weights as {', '.join(pickles)}: a pickle, which can run any code "
-            "when it is opened, so it is refused. Save it once more with `transformers`, which "
-            "writes safetensors."
+            "when it is opened, so it is refused. Save it once more with `transformers`, or an "
+            "adapter with PEFT, which write safetensors."
         )
-    raise FileNotFoundError(f"A checkpoint needs `{WEIGHTS}` or `{INDEX}`; {folder} has neither.")
+    wanted = f"`{WEIGHTS}` or `{INDEX}`" if file == WEIGHTS else f"`{file}`"
+    raise FileNotFoundError(f"A checkpoint needs {wanted}; there is none in {folder}.")
 
 
 @contextlib.contextmanager

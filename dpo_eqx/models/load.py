@@ -14,10 +14,13 @@ import jax
 
 from .checks import check_tensors, check_tokenizer
 from .folder import CONFIG, Weights, read_json, read_origin, resolve
+from .formats import FORMATS, Int8Weight, NF4Weight
 from .hf import read_config
 from .paths import leaf_name
-from .placing import fill, leaf_dtype
-from .sources import sources_in
+from .placing import fill, fill_encoded, leaf_dtype
+from .quantize import Quantized, check_format
+from .sources import LeafSource, sources_in
+from .surgery import is_plain_linear, linear_paths, replace_at
 from .transformer import Transformer
 
 Sharding = jax.sharding.Sharding
@@ -28,6 +31,7 @@ def load(
     *,
     dtype: Any = None,
     sharding: Sharding | Callable[[str, jax.ShapeDtypeStruct], Sharding] | None = None,
+    quantize: str | None = None,
     remat: bool = False,
 ) -> Transformer:
     """Reads a Hugging Face checkpoint: llama, mistral, qwen2, qwen3, gpt2, phi or gemma2.
@@ -36,8 +40,9 @@ def load(
     policy = models.load("Qwen/Qwen3-0.6B", dtype=jnp.bfloat16)
     ```
 
-    Tensors are read one at a time: peak memory is one copy of the weights and one tensor. The
-    tokenizer's files are kept beside the policy, and `models.save` writes them again.
+    Tensors are read one at a time: peak memory is one copy of the weights, or of what they are
+    quantised to, and one tensor. The tokenizer's files are kept beside the policy, and
+    `models.save` writes them again.
 
     **Arguments:**
 
@@ -46,7 +51,11 @@ def load(
     - `dtype`: of all parameters; by default each keeps that of the file.
     - `sharding`: where the parameters go: one sharding for all, or a function of a leaf's path
         (`"layers.attention.query.weight"`) and of its shape and dtype, such as
-        `lambda path, leaf: NamedSharding(mesh, spec)`. Each device reads its own part only.
+        `lambda path, leaf: NamedSharding(mesh, spec)`. Each device reads its own part only, but of
+        what is quantised, `"layers.attention.query.stored.codes"` and `".stored.scales"`, the
+        whole of one layer.
+    - `quantize`: `"int8"` or `"nf4"`, as `models.quantize` does it, of every linear layer but the
+        unembedding.
     - `remat`: whether each layer is recomputed in the backward pass rather than stored.
 
     **Returns:**
@@ -55,10 +64,13 @@ def load(
 
     **Raises:**
 
-    `ValueError` on an unknown family, a missing, extra or mis-shaped tensor, a truncated file, a
-    pickle, a vocabulary smaller than the tokenizer's, or a configuration that is not built.
+    `ValueError` on an unknown family or format, a missing, extra or mis-shaped tensor, a truncated
+    file, a pickle, a vocabulary smaller than the tokenizer's, or a configuration that is not
+    built.
     `FileNotFoundError` where there is no checkpoint.
     """
+    if quantize is not None:
+        check_format("quantize", quantize)
     folder = resolve(path)
     config = dataclasses.replace(read_config(read_json(folder / CONFIG)), remat=remat)
     origin = read_origin(folder)
@@ -69,14 +81,43 @@ def load(
     sources = sources_in(weights, skeleton)
     check_tensors(weights, sources, config.tied)
 
+    quantised = set() if quantize is None else linear_paths(skeleton, r"^layers\.", is_plain_linear)
+
     def read(path, leaf):
-        source = sources[leaf_name(path)]
-        kind = leaf_dtype(dtype, [weights.dtypes[name] for name in source.tensors])
+        name = leaf_name(path)
+        source = sources[name]
+        kind = leaf_dtype(dtype, [weights.dtypes[tensor] for tensor in source.tensors])
         leaf = jax.ShapeDtypeStruct(leaf.shape, kind)
-        place = _place(sharding, leaf_name(path), leaf)
+        if quantize is not None and name.removesuffix(".weight") in quantised:
+            layer = name.removesuffix("weight")
+            return _read_encoded(leaf, sharding, layer, source, weights, FORMATS[quantize])
+        place = _place(sharding, name, leaf)
         return fill(leaf, place, source.stacked, functools.partial(source.read, weights))
 
-    return jax.tree_util.tree_map_with_path(read, skeleton)
+    policy = jax.tree_util.tree_map_with_path(read, skeleton)
+    return replace_at(policy, quantised, is_plain_linear, lambda _, layer: Quantized.of(layer))
+
+
+def _read_encoded(
+    leaf: jax.ShapeDtypeStruct,
+    sharding: Any,
+    layer: str,
+    source: LeafSource,
+    weights: Weights,
+    form: type[Int8Weight] | type[NF4Weight],
+) -> Int8Weight | NF4Weight:
+    """A stack of weights in `form`; `layer` is the path of the layers, with its last dot."""
+    like = eqx.filter_eval_shape(form.encode, leaf)
+    places = [
+        _place(sharding, f"{layer}stored.{leaf_name(path)}", part)
+        for path, part in jax.tree_util.tree_leaves_with_path(like)
+    ]
+    whole = tuple((0, size) for size in source.shape)
+
+    def read(number: int):
+        return source.read(weights, number, whole).astype(leaf.dtype, copy=False)
+
+    return fill_encoded(like, places, read, form.encode)
 
 
 def _place(sharding, path: str, leaf: jax.ShapeDtypeStruct) -> Sharding | None:

@@ -4,7 +4,6 @@ What is trained is chosen by `lora_filter`; the step itself knows nothing of ada
 """
 
 import math
-import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -15,7 +14,8 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from ..log_probs import at_least_float32
 from .paths import leaf_name
-from .pieces import Linear
+from .quantize import Quantized, dequantize, is_quantized
+from .surgery import is_plain_linear, linear_paths, replace_at
 
 Policy = TypeVar("Policy")
 
@@ -32,12 +32,14 @@ class LoRA(eqx.Module):
     - `down`: $A$. Shape `(*layers, rank, in)`.
     - `up`: $B$. Shape `(*layers, out, rank)`.
     - `scale`: $s$, `alpha / rank`.
+    - `pinned`: $A$ and $B$ as they were, where `pin_lora` has kept them; frozen by `lora_filter`.
     """
 
     base: Any
     down: Float[Array, "*layers rank in"]
     up: Float[Array, "*layers out rank"]
     scale: float = eqx.field(static=True)
+    pinned: tuple[Array, Array] | None = None
 
     def __call__(
         self, x: Float[Array, "*batch in"], *, key: PRNGKeyArray | None = None
@@ -81,7 +83,8 @@ def add_lora(
 
     **Arguments:**
 
-    - `policy`: holds layers of ours or `eqx.nn.Linear`, stacked along leading axes or not.
+    - `policy`: holds layers of ours or `eqx.nn.Linear`, stacked along leading axes or not,
+        quantised or not.
     - `rank`: of the adapters.
     - `alpha`: the term is scaled by `alpha / rank`; by default `2 * rank`. For rank-stabilised
         adapters give `alpha * rank ** 0.5`.
@@ -100,18 +103,13 @@ def add_lora(
         Hu et al., *LoRA: Low-Rank Adaptation of Large Language Models*, 2021 (arXiv 2106.09685).
     """
     _check_positive(rank=rank, alpha=alpha)
-    if adapters(policy):
-        raise ValueError("`policy` has adapters already; merge them first, with `merge_lora`.")
-    chosen = _targets(policy, target)
+    check_no_adapters(policy)
+    paths = linear_paths(policy, target, is_linear)
     scale = (2 * rank if alpha is None else alpha) / rank
-    keys = iter(jax.random.split(key, len(chosen)))
-
-    def adapt(path, node):
-        if not is_linear(node) or leaf_name(path) not in chosen:
-            return node
-        return _adapter(node, rank, scale, next(keys))
-
-    return jax.tree_util.tree_map_with_path(adapt, policy, is_leaf=is_linear)
+    keys = iter(jax.random.split(key, len(paths)))
+    return replace_at(
+        policy, paths, is_linear, lambda _, layer: _adapter(layer, rank, scale, next(keys))
+    )
 
 
 def lora_filter(policy: PyTree) -> PyTree:
@@ -136,30 +134,91 @@ def lora_filter(policy: PyTree) -> PyTree:
 def without_lora(policy: Policy) -> Policy:
     """The policy without its adapters: the base itself, not a copy.
 
-    For `reference_of=`, where the base is the reference at no memory.
+    For `reference_of=`, where the base is the reference at no memory. Where it is the adapters as
+    they were at the start, see `pin_lora`.
     """
     return _replace(policy, lambda lora: lora.base)
 
 
+def pin_lora(policy: Policy) -> Policy:
+    """Keeps the adapters as they are now beside those that are trained, for `pinned_lora`.
+
+    ```python
+    policy = models.pin_lora(models.load_lora(base, "adapter"))
+    step = dpx.make_step(loss, optimizer, trainable=models.lora_filter(policy),
+                         reference_of=models.pinned_lora)
+    ```
+
+    **Raises:**
+
+    `ValueError` where `policy` has no adapters.
+    """
+    if not adapters(policy):
+        raise ValueError("`policy` has no adapters to pin; add them with `add_lora`.")
+
+    def pin(lora: LoRA) -> LoRA:
+        # Copies: one buffer cannot be donated for both.
+        kept = jnp.array(lora.down, copy=True), jnp.array(lora.up, copy=True)
+        return LoRA(lora.base, lora.down, lora.up, lora.scale, kept)
+
+    return _replace(policy, pin)
+
+
+def pinned_lora(policy: Policy) -> Policy:
+    """The policy with its adapters as they were when `pin_lora` kept them.
+
+    For `reference_of=`, where training goes on from adapters, and the policy that they made is the
+    reference. The base is the policy's own.
+
+    **Raises:**
+
+    `ValueError` where `policy` has no adapters that are pinned.
+    """
+    if not adapters(policy):
+        raise ValueError("`policy` has no adapters; add them with `add_lora`.")
+
+    def as_pinned(lora: LoRA) -> LoRA:
+        if lora.pinned is None:
+            raise ValueError("`policy` has adapters that are not pinned; pin them with `pin_lora`.")
+        return LoRA(lora.base, *lora.pinned, lora.scale)
+
+    return _replace(policy, as_pinned)
+
+
 def merge_lora(policy: Policy) -> Policy:
-    """The policy with its adapters added into the weights, rounded to the weights' dtype."""
+    """The policy with its adapters added into the weights, rounded to the weights' dtype.
+
+    Quantised weights are decoded before, also those that have no adapter.
+    """
 
     def merge(lora: LoRA):
-        return eqx.tree_at(lambda layer: layer.weight, lora.base, lora.weight)
+        plain = dequantize(lora.base)
+        return eqx.tree_at(lambda layer: layer.weight, plain, lora.weight)
 
-    return _replace(policy, merge)
+    return dequantize(_replace(policy, merge))
 
 
-def adapters(policy: PyTree) -> list[LoRA]:
-    """All adapters of a policy."""
-    return [node for node in jax.tree.leaves(policy, is_leaf=_is_lora) if _is_lora(node)]
+def adapters(policy: PyTree) -> dict[str, LoRA]:
+    """All adapters of a policy, by the path of the layer that they are beside."""
+    nodes = jax.tree_util.tree_leaves_with_path(policy, is_leaf=_is_lora)
+    return {leaf_name(path): node for path, node in nodes if _is_lora(node)}
+
+
+def check_no_adapters(policy: PyTree) -> None:
+    """Raises where there are adapters already."""
+    if adapters(policy):
+        raise ValueError("`policy` has adapters already; merge them first, with `merge_lora`.")
 
 
 def is_linear(node: Any) -> bool:
-    """Whether `node` is a linear layer that can have an adapter."""
-    if isinstance(node, eqx.nn.Linear):
-        return "scalar" not in (node.in_features, node.out_features)
-    return isinstance(node, Linear)
+    """Whether `node` is a linear layer that can have an adapter, quantised or not."""
+    return is_plain_linear(node) or is_quantized(node)
+
+
+def weight_shape(layer: Any) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of a linear layer's weight; nothing is decoded."""
+    stored = layer.stored if isinstance(layer, Quantized) else layer.weight
+    return jax.ShapeDtypeStruct(stored.shape, stored.dtype)
 
 
 def _is_lora(node: Any) -> bool:
@@ -172,32 +231,10 @@ def _replace(policy: Policy, function: Callable[[LoRA], Any]) -> Policy:
     )
 
 
-def _targets(policy: PyTree, target: str | None) -> set[str]:
-    """The paths of the layers that get an adapter."""
-    nodes = jax.tree_util.tree_leaves_with_path(policy, is_leaf=is_linear)
-    layers = {leaf_name(path): node for path, node in nodes if is_linear(node)}
-    if target is None:
-        unembedding = getattr(policy, "unembedding", None)
-        chosen = {name for name, node in layers.items() if node.weight is not unembedding}
-    else:
-        chosen = {name for name in layers if re.search(target, _weight_of(name))}
-    if not chosen:
-        candidates = ", ".join(map(_weight_of, sorted(layers))) or "none"
-        raise ValueError(
-            f"`target` must match the path of a linear layer's weight; {target!r} matches none. "
-            f"There are: {candidates}."
-        )
-    return chosen
-
-
-def _weight_of(name: str) -> str:
-    # A policy that is itself one linear layer has an empty path.
-    return f"{name}.weight" if name else "weight"
-
-
 def _adapter(layer: Any, rank: int, scale: float, key: PRNGKeyArray) -> LoRA:
-    *lead, out, width = layer.weight.shape
-    dtype = at_least_float32(layer.weight.dtype)
+    weight = weight_shape(layer)
+    *lead, out, width = weight.shape
+    dtype = at_least_float32(weight.dtype)
     bound = 1 / math.sqrt(width)
     down = jax.random.uniform(key, (*lead, rank, width), dtype, -bound, bound)
     return LoRA(layer, down, jnp.zeros((*lead, out, rank), dtype), scale)

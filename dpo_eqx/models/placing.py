@@ -4,13 +4,13 @@ What is read is the caller's; nothing here knows about checkpoints.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, PyTree
 
 from .folder import DTYPES
 from .names import Index
@@ -47,6 +47,35 @@ def fill(
         for device, index in sharding.addressable_devices_indices_map(leaf.shape).items()
     ]
     return jax.make_array_from_single_device_arrays(leaf.shape, sharding, shards)
+
+
+def fill_encoded(
+    like: PyTree,
+    places: Sequence[Sharding | None],
+    read: Callable[[int], np.ndarray],
+    encode: Callable[[Array], PyTree],
+) -> PyTree:
+    """Stacks of what `encode` makes of the tensor of each layer, of which one at a time is held.
+
+    **Arguments:**
+
+    - `like`: what `encode` returns, as shapes and dtypes with a leading axis of layers.
+    - `places`: a sharding for each of its leaves, or `None`.
+    - `read`: the whole tensor of a layer.
+    """
+    shapes, treedef = jax.tree.flatten(like)
+    stacks = [
+        jnp.zeros(shape.shape, shape.dtype, device=place)
+        for shape, place in zip(shapes, places, strict=True)
+    ]
+    encode = jax.jit(encode)
+    for layer in range(shapes[0].shape[0]):
+        parts = jax.tree.leaves(encode(read(layer)))
+        for i, part in enumerate(parts):
+            # From the host, since it goes to whichever devices the stack is on.
+            stacks[i] = _set(stacks[i], layer, np.asarray(part)).block_until_ready()
+    placed = [jax.device_put(stack, place) for stack, place in zip(stacks, places, strict=True)]
+    return jax.tree.unflatten(treedef, placed)
 
 
 def _fill_shard(dtype, index: Index, device, stacked: bool, read) -> Array:

@@ -19,6 +19,7 @@ from .folder import CONFIG, INDEX, WEIGHTS, read_carried, resolve
 from .hf import write_config
 from .names import Source, source_of
 from .paths import leaf_name
+from .quantize import holds_quantized
 from .swap import replacing
 from .transformer import Transformer
 
@@ -49,8 +50,14 @@ def save(
     **Raises:**
 
     `ValueError` where the policy has parameters that its family's checkpoints have not, such as
-    adapters, or a configuration that they cannot say.
+    adapters, or quantised layers, or a configuration that they cannot say.
     """
+    if holds_quantized(policy):
+        raise ValueError(
+            "`policy` must be plain to be saved; it has quantised layers. Decode and merge them "
+            "before, with `models.merge_lora`, or write its adapters alone, with "
+            "`models.save_lora`."
+        )
     tensors = tensors_of(policy)
     config = {
         **policy.origin.config,

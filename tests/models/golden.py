@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import dpo_eqx as dpx
+from dpo_eqx import models
 
 FOLDER = Path(__file__).parents[1] / "golden" / "models"
 FAMILIES = sorted(path.name for path in (FOLDER / "families").iterdir())
@@ -35,6 +36,19 @@ def ragged_batch(seed, *, pairs=3, prompt=9, completion=7, vocab=96):
     rejected = rows(completion, [3, completion, 0])
     holes = chosen.mask & (rng.random(chosen.mask.shape) < 0.7)
     return dpx.PreferenceBatch(prompts, dpx.Tokens(chosen.ids, holes), rejected)
+
+
+def shaken(policy):
+    """With adapters that are not zero, nor what they were."""
+    rng = np.random.default_rng(1)
+
+    def shake(x, is_adapter):
+        # In NumPy, since JAX would compile it for each shape.
+        if not is_adapter:
+            return x
+        return jnp.asarray(np.asarray(x) + rng.normal(size=x.shape, scale=0.1).astype(x.dtype))
+
+    return jax.tree.map(shake, policy, models.lora_filter(policy))
 
 
 class Trace:

@@ -10,7 +10,7 @@ import pytest
 import dpo_eqx as dpx
 from dpo_eqx import losses, models
 
-from .golden import FOLDER, ragged_batch
+from .golden import FOLDER, ragged_batch, shaken
 
 IDS = np.arange(3, 15)
 
@@ -25,13 +25,6 @@ def adapted(base):
     """With adapters that are not zero."""
     policy = models.add_lora(base, rank=4, key=jax.random.key(0))
     return shaken(policy)
-
-
-def shaken(policy):
-    def shake(x, is_adapter):
-        return x + jax.random.normal(jax.random.key(1), x.shape, x.dtype) / 10 if is_adapter else x
-
-    return jax.tree.map(shake, policy, models.lora_filter(policy))
 
 
 @eqx.filter_jit

@@ -1,0 +1,150 @@
+"""Our adapters against PEFT's, both ways, on the golden checkpoints of all families; run by hand.
+
+The two may live in different environments, so it has three parts, run one after the other:
+
+    python -m tests.models.compare_peft make FOLDER     # with torch, transformers and peft
+    python -m tests.models.compare_peft ours FOLDER     # with dpo_eqx
+    python -m tests.models.compare_peft back FOLDER     # with torch, transformers and peft
+
+`make` writes adapters and the logits with them, which are also the golden ones in
+`tests/golden/models/peft`; `ours` compares, and saves what it loaded and adapters of its own;
+`back` loads these in PEFT and compares again. A deviation of 1e-4 fails.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+BASES = Path(__file__).parents[1] / "golden" / "models" / "families"
+# By name, the checkpoint and what PEFT's `LoraConfig` is given.
+CASES = {
+    "llama": ("llama", {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}),
+    "mistral": (
+        "mistral-sliding",
+        {
+            "r": 4,
+            "lora_alpha": 3,
+            "target_modules": ["q_proj", "v_proj"],
+            "use_rslora": True,
+            "layers_to_transform": [1],
+        },
+    ),
+    "qwen2": (
+        "qwen2-tied",
+        {
+            "r": 4,
+            "target_modules": r".*\.(q_proj|v_proj|up_proj)",
+            "rank_pattern": {"q_proj": 2, "mlp.up_proj": 3},
+            "alpha_pattern": {"v_proj": 5},
+        },
+    ),
+    "qwen3": ("qwen3", {"r": 2, "target_modules": "all-linear", "exclude_modules": ["k_proj"]}),
+    "gpt2": ("gpt2", {"r": 3, "target_modules": ["c_attn", "attn.c_proj", "c_fc"]}),
+    "phi": ("phi", {"r": 2, "lora_dropout": 0.1, "target_modules": ["dense", "fc1", "lm_head"]}),
+    "gemma2": ("gemma2", {"r": 2, "init_lora_weights": "gaussian", "target_modules": ["o_proj"]}),
+}
+LENGTH = 12
+
+
+def ids_of(base: str) -> np.ndarray:
+    """A row of the checkpoint's golden ids."""
+    return np.load(BASES / base / "expected.npz")["ids"][0, :LENGTH].astype(np.int64)
+
+
+def make(folder: Path) -> None:
+    import peft
+    import torch
+
+    for name, (base, settings) in CASES.items():
+        torch.manual_seed(0)
+        config = peft.LoraConfig(task_type="CAUSAL_LM", **settings)
+        model = peft.get_peft_model(_base(base), config)
+        for key, parameter in model.named_parameters():
+            if "lora_" in key:
+                torch.nn.init.normal_(parameter, std=0.2)
+        model.peft_config["default"].base_model_name_or_path = base
+        model.save_pretrained(folder / name)
+        (folder / name / "README.md").unlink()
+        np.save(folder / name / "logits.npy", _logits(model.eval(), base))
+
+
+def ours(folder: Path) -> None:
+    import jax
+
+    from dpo_eqx import models
+
+    worst = 0.0
+    for name, (base, _) in CASES.items():
+        plain = models.load(BASES / base)
+        loaded = models.load_lora(plain, folder / name)
+        want = np.load(folder / name / "logits.npy")
+        without = np.asarray(plain(ids_of(base)))
+        print(f"{name}: the adapter moves logits by {np.abs(want - without).max():.2f}")
+        worst = max(worst, _report(name, np.asarray(loaded(ids_of(base))), want))
+        fresh = models.add_lora(plain, rank=3, alpha=4.5, key=jax.random.key(0))
+        fresh = _shaken(fresh, models.lora_filter(fresh))
+        for kind, policy in (("again", loaded), ("fresh", fresh)):
+            path = folder / "back" / f"{name}-{kind}"
+            models.save_lora(policy, path, base=base)
+            np.save(path / "logits.npy", np.asarray(policy(ids_of(base))))
+    sys.exit(worst > 1e-4)
+
+
+def _shaken(policy, chosen):
+    """Random numbers in the place of all adapters."""
+    import jax
+
+    keys = iter(jax.random.split(jax.random.key(1), 100))
+    return jax.tree.map(
+        lambda x, is_it: jax.random.normal(next(keys), x.shape, x.dtype) / 5 if is_it else x,
+        policy,
+        chosen,
+    )
+
+
+def back(folder: Path) -> None:
+    import peft
+
+    worst = 0.0
+    for name, (base, _) in CASES.items():
+        for kind in ("again", "fresh"):
+            path = folder / "back" / f"{name}-{kind}"
+            model = peft.PeftModel.from_pretrained(_base(base), path)
+            want = np.load(path / "logits.npy")
+            worst = max(worst, _report(f"{name}-{kind}", _logits(model.eval(), base), want))
+            _check_the_same_tensors(model, path)
+    sys.exit(worst > 1e-4)
+
+
+def _check_the_same_tensors(model, path: Path) -> None:
+    """PEFT only warns of tensors that it misses or does not know."""
+    import safetensors.numpy
+
+    names = set(safetensors.numpy.load_file(path / "adapter_model.safetensors"))
+    known = {key.replace(".default.", ".") for key, _ in model.named_parameters() if "lora_" in key}
+    assert names == known, names ^ known
+
+
+def _base(name: str):
+    import torch
+    import transformers
+
+    return transformers.AutoModelForCausalLM.from_pretrained(BASES / name, dtype=torch.float32)
+
+
+def _logits(model, base: str) -> np.ndarray:
+    import torch
+
+    with torch.no_grad():
+        return model(torch.tensor(ids_of(base)[None])).logits[0].numpy()
+
+
+def _report(name: str, got: np.ndarray, want: np.ndarray) -> float:
+    deviation = float(np.abs(got - want).max())
+    print(f"{name:16} off by {deviation:.1e}, logits up to {np.abs(want).max():.1f}")
+    return deviation
+
+
+if __name__ == "__main__":
+    {"make": make, "ours": ours, "back": back}[sys.argv[1]](Path(sys.argv[2]))

@@ -1,0 +1,309 @@
+"""Adapters of PEFT: what it wrote, read; what we wrote, read again; what is refused, and how."""
+
+import json
+import shutil
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from dpo_eqx import models
+from dpo_eqx.models.folder import ADAPTER, ADAPTER_CONFIG
+from dpo_eqx.models.peft import read_peft
+
+from .golden import FOLDER, shaken
+
+PEFT = FOLDER / "peft"
+# Written by PEFT 0.21, see `compare_peft.py`.
+BASES = {path.name: json.loads((path / ADAPTER_CONFIG).read_text()) for path in PEFT.iterdir()}
+BASES = {name: values["base_model_name_or_path"] for name, values in BASES.items()}
+SLOW = [name for name in BASES if name not in ("gpt2", "qwen2")]
+
+
+def families(names=BASES):
+    return [
+        pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in sorted(names)
+    ]
+
+
+def base_of(name):
+    return models.load(FOLDER / "families" / BASES[name])
+
+
+def ids_of(name):
+    return np.load(FOLDER / "families" / BASES[name] / "expected.npz")["ids"][0, :12].astype(int)
+
+
+@eqx.filter_jit
+def call(policy, ids):
+    return policy(ids)
+
+
+def same(one, other):
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    return all(map(np.array_equal, jax.tree.leaves(one), jax.tree.leaves(other)))
+
+
+@pytest.mark.parametrize("name", families())
+def test_logits_are_those_of_peft(name, tmp_path):
+    base, ids = base_of(name), ids_of(name)
+    loaded = models.load_lora(base, PEFT / name)
+    want = np.load(PEFT / name / "logits.npy")
+    assert np.abs(call(loaded, ids) - want).max() < 1e-4
+    assert np.abs(call(base, ids) - want).max() > 0.5
+    models.save_lora(loaded, tmp_path / "again")
+    assert same(models.load_lora(base, tmp_path / "again"), loaded)
+
+
+@pytest.mark.parametrize("name", families(["gpt2", "llama", "mistral", "phi"]))
+def test_a_round_trip(name, tmp_path):
+    """Adapters of ours, also of an unembedding, come back bit by bit; on a quantised base too."""
+    base = models.load(FOLDER / "families" / BASES[name], quantize="nf4")
+    policy = shaken(models.add_lora(base, rank=3, alpha=5, target="", key=jax.random.key(0)))
+    models.save_lora(policy, tmp_path, base="somebody/something")
+    assert same(models.load_lora(base, tmp_path), policy)
+    config = json.loads((tmp_path / ADAPTER_CONFIG).read_text())
+    assert config["base_model_name_or_path"] == "somebody/something"
+    assert config["peft_type"] == "LORA"
+    with pytest.raises(ValueError, match="`policy` has adapters already"):
+        models.load_lora(policy, tmp_path)
+
+
+def gpt2_with(target):
+    base = base_of("gpt2")
+    return base, shaken(models.add_lora(base, rank=2, target=target, key=jax.random.key(0)))
+
+
+def test_queries_keys_and_values_in_one(tmp_path):
+    """Three adapters become one of three times the rank, made of blocks."""
+    _, policy = gpt2_with(r"attention\.(query|key|value)")
+    models.save_lora(policy, tmp_path)
+    tensors = load_file(tmp_path / ADAPTER)
+    down, up = (
+        tensors[f"base_model.model.transformer.h.1.attn.c_attn.lora_{x}.weight"] for x in "AB"
+    )
+    attention = policy.layers.attention
+    parts = attention.query, attention.key, attention.value
+    width = attention.query.up.shape[1]
+    want = [part.scale * part.up[1] @ part.down[1] for part in parts]
+    config = json.loads((tmp_path / ADAPTER_CONFIG).read_text())
+    assert (config["r"], config["target_modules"]) == (6, ["c_attn"])
+    assert config["fan_in_fan_out"]
+    assert np.abs(config["lora_alpha"] / 6 * up @ down - np.concatenate(want)).max() < 1e-6
+    assert not up[:width, 2:].any()
+
+
+def test_parts_of_unequal_scale_and_rank(tmp_path):
+    base, policy = gpt2_with(r"attention\.(query|value)")
+    query = policy.layers.attention.query
+    louder = models.LoRA(query.base, query.down[:, :1], query.up[..., :1], 3 * query.scale)
+    policy = eqx.tree_at(lambda p: p.layers.attention.query, policy, louder)
+    models.save_lora(policy, tmp_path)
+    ids = ids_of("gpt2")
+    again = models.load_lora(base, tmp_path)
+    assert again.layers.attention.query.down.shape[1] == 1
+    assert np.abs(call(again, ids) - call(policy, ids)).max() < 1e-5
+
+
+def test_a_part_of_them_stays_a_part(tmp_path):
+    base, policy = gpt2_with(r"attention\.(query|value)")
+    models.save_lora(policy, tmp_path)
+    again = models.load_lora(base, tmp_path)
+    assert same(again, policy)
+    assert not isinstance(again.layers.attention.key, models.LoRA)
+
+
+def test_layers_without_adapters_stay_without(tmp_path):
+    """PEFT's `layers_to_transform`: zeros for both matrices, which no gradient moves."""
+    base = base_of("mistral")
+    policy = models.load_lora(base, PEFT / "mistral")
+    query = policy.layers.attention.query
+    assert not np.any(query.down[0])
+    assert not np.any(query.up[0])
+    assert np.any(query.down[1])
+
+    @eqx.filter_jit
+    def slopes(policy, ids):
+        own, frozen = eqx.partition(policy, models.lora_filter(policy))
+        return eqx.filter_grad(lambda own: (eqx.combine(own, frozen)(ids) ** 2).sum())(own)
+
+    slope = slopes(policy, ids_of("mistral")).layers.attention.query
+    assert not np.any(slope.down[0])
+    assert not np.any(slope.up[0])
+    assert np.any(slope.down[1])
+    models.save_lora(policy, tmp_path)
+    assert load_file(tmp_path / ADAPTER).keys() == load_file(PEFT / "mistral" / ADAPTER).keys()
+
+
+def test_in_float32_on_a_narrow_base(tmp_path):
+    folder = shutil.copytree(PEFT / "qwen2", tmp_path / "narrow")
+    narrow = {n: x.astype(jnp.bfloat16) for n, x in load_file(folder / ADAPTER).items()}
+    save_file(narrow, folder / ADAPTER)
+    base = models.load(FOLDER / "families" / BASES["qwen2"], dtype=jnp.bfloat16)
+    query = models.load_lora(base, folder).layers.attention.query
+    assert query.down.dtype == np.float32
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    assert np.array_equal(query.down[0], narrow[name].astype(np.float32))
+
+
+def test_pinned_adapters_stay():
+    policy = models.load_lora(base_of("qwen2"), PEFT / "qwen2")
+    pinned = models.pin_lora(policy)
+    moved = shaken(pinned)
+    assert same(models.pinned_lora(moved), policy)
+    assert len(jax.tree.leaves(eqx.filter(moved, models.lora_filter(moved)))) == 6
+    assert same(models.merge_lora(moved), models.merge_lora(shaken(policy)))
+    buffers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(pinned)]
+    assert len(buffers) == len(set(buffers)), "nothing is donated twice"
+    with pytest.raises(ValueError, match=r"not pinned; pin them with `pin_lora`"):
+        models.pinned_lora(policy)
+    for view in (models.pin_lora, models.pinned_lora):
+        with pytest.raises(ValueError, match=r"`policy` has no adapters.*`add_lora`"):
+            view(base_of("qwen2"))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A copy of an adapter, to be spoilt."""
+    return shutil.copytree(PEFT / "llama", tmp_path / "adapter")
+
+
+def spoil_config(folder, **changes):
+    values = json.loads((folder / ADAPTER_CONFIG).read_text())
+    (folder / ADAPTER_CONFIG).write_text(json.dumps({**values, **changes}))
+
+
+def spoil_tensors(folder, change):
+    save_file(change(load_file(folder / ADAPTER)), folder / ADAPTER)
+
+
+EMBEDDING = "base_model.model.model.embed_tokens.weight"
+QUERY = "base_model.model.model.layers.0.self_attn.q_proj"
+
+
+def without(tensors, name):
+    return {key: x for key, x in tensors.items() if key != name}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: without(x, f"{QUERY}.lora_B.weight"), r"missing: \S+q_proj.lora_B.weight, of"),
+        (lambda x: {**x, "base_model.model.other.lora_A.weight": x[f"{QUERY}.lora_A.weight"]},
+         r"extra: base_model.model.other.lora_A.weight, of shape \(4, 32\)"),
+        (lambda x: {**x, f"{QUERY}.lora_A.weight": np.zeros((4, 33), np.float32)},
+         r"mis-shaped: \S+q_proj.lora_A.weight should be \(4, 32\), is \(4, 33\)"),
+        (lambda x: {**x, f"{QUERY}.lora_A.weight": np.zeros((5, 32), np.float32)},
+         r"q_proj.lora_A.weight is of rank 5, its configuration says 4"),
+        (lambda x: {**x, f"{QUERY}.lora_A.weight": np.zeros((4, 32), np.int8)},
+         r"q_proj.lora_A.weight is of dtype I8"),
+        (lambda x: {**x, EMBEDDING: np.zeros((96, 32), np.float32)},
+         r"embed_tokens.weight differs from the policy's"),
+    ],
+)  # fmt: skip
+def test_tensors_of_another_model(folder, change, message):
+    spoil_tensors(folder, change)
+    with pytest.raises(ValueError, match=message):
+        models.load_lora(base_of("llama"), folder)
+
+
+def test_an_adapter_for_other_sizes(folder):
+    with pytest.raises(ValueError, match=r"mis-shaped: .*should be .*, is .*; and \d+ more"):
+        models.load_lora(models.load(FOLDER / "families" / "mistral-wide-heads"), folder)
+
+
+def test_an_adapter_of_an_embedding(folder):
+    name = "base_model.model.model.embed_tokens.lora_embedding_A"
+    spoil_tensors(folder, lambda x: {**x, name: np.zeros((4, 96), np.float32)})
+    with pytest.raises(ValueError, match=r"extra: \S+lora_embedding_A.*to be merged .* with PEFT"):
+        models.load_lora(base_of("llama"), folder)
+
+
+REFUSED = [
+    ({"peft_type": "IA3"}, r"must be of the kind LORA; its `peft_type` is 'IA3'.*`merge_and_un"),
+    ({"use_dora": True}, r"asks for what is not built: `use_dora` \(True\)"),
+    ({"bias": "all", "lora_bias": True}, r"`bias` \('all'\), `lora_bias` \(True\)"),
+    ({"modules_to_save": ["lm_head"]}, r"`modules_to_save` \(\['lm_head'\]\)"),
+    ({"init_lora_weights": "pissa"}, r"`init_lora_weights` \('pissa'\)"),
+    ({"tomorrow": 1}, r"`tomorrow` \(1\)"),
+    ({"r": 0}, r"`r` of the adapter's configuration, .* must be positive numbers; got 0"),
+    ({"alpha_pattern": {"q_proj": "8"}}, r"`lora_alpha` of .* must be positive numbers; got '8'"),
+    ({"r": 5}, r"is of rank 4, its configuration says 5"),
+    ({"target_modules": None}, r"`target_modules` .* must name the modules.*got None"),
+    ({"target_modules": ["c_attn"]}, r"\('c_attn',\), match no linear layer of `policy`"),
+    ({"target_modules": ["q_proj"]}, r"extra: \S+.down_proj"),
+    ({"alpha_pattern": {"layers.0.self_attn.q_proj": 3}}, r"of model.layers.\*.self_attn.q_proj"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "message"), REFUSED)
+def test_configurations_that_are_refused(folder, changes, message):
+    spoil_config(folder, **changes)
+    with pytest.raises(ValueError, match=message):
+        models.load_lora(base_of("llama"), folder)
+
+
+def test_files_that_are_not_there(folder, tmp_path):
+    base = base_of("llama")
+    with pytest.raises(ValueError, match="has no adapters to save; add them with `add_lora`"):
+        models.save_lora(base, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+    (folder / ADAPTER).rename(folder / "adapter_model.bin")
+    with pytest.raises(ValueError, match=r"adapter_model.bin: a pickle, which can run any code"):
+        models.load_lora(base, folder)
+    (folder / "adapter_model.bin").unlink()
+    with pytest.raises(
+        FileNotFoundError, match=r"needs `adapter_model.safetensors`; there is none"
+    ):
+        models.load_lora(base, folder)
+    with pytest.raises(FileNotFoundError, match=r"holds an adapter: .* to `models.load_lora`"):
+        models.load(folder)
+    (folder / ADAPTER_CONFIG).write_text("[1]")
+    with pytest.raises(ValueError, match=r"must hold an object, of keys and values; it holds \[1"):
+        models.load_lora(base, folder)
+    (folder / ADAPTER_CONFIG).unlink()
+    with pytest.raises(FileNotFoundError, match=r"needs `adapter_config.json`; there is none"):
+        models.load_lora(base, folder)
+    with pytest.raises(FileNotFoundError, match="holds a whole model, and no adapter"):
+        models.load_lora(base, FOLDER / "families" / "llama")
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        models.load_lora(base, tmp_path / "nowhere")
+
+
+NAME = "model.layers.{}.self_attn.{}_proj".format
+
+
+@pytest.mark.parametrize(
+    ("changes", "yes", "no"),
+    [
+        ({"target_modules": ["q_proj"]}, [NAME(0, "q"), "q_proj"], [NAME(0, "k"), "xq_proj"]),
+        ({"target_modules": r".*\.1\..*q_proj"}, [NAME(1, "q")], [NAME(0, "q"), NAME(11, "q")]),
+        ({"target_modules": "all-linear"}, [NAME(0, "q")], ["lm_head"]),
+        ({"exclude_modules": ["k_proj"]}, [NAME(0, "q")], [NAME(0, "k")]),
+        ({"exclude_modules": r".*k_proj"}, [NAME(0, "q")], [NAME(0, "k")]),
+        ({"layers_to_transform": 1}, [NAME(1, "k")], [NAME(0, "k"), NAME(11, "k"), "q_proj"]),
+        (
+            {"layers_to_transform": [0, 2], "layers_pattern": "layers"},
+            [NAME(2, "q")],
+            [NAME(1, "q"), "model.blocks.2.q_proj"],
+        ),
+    ],
+)
+def test_which_modules_are_meant(changes, yes, no):
+    values = {"peft_type": "LORA", "r": 4, "target_modules": ["q_proj", "k_proj"], **changes}
+    config = read_peft(values)
+    assert all(map(config.has, yes))
+    assert not any(map(config.has, no))
+
+
+def test_ranks_and_scales():
+    values = {"peft_type": "LORA", "r": 4, "lora_alpha": 6, "target_modules": ["q_proj"]}
+    patterns = {"rank_pattern": {"self_attn.q_proj": 9}, "alpha_pattern": {"v_proj": 2}}
+    config = read_peft({**values, **patterns})
+    assert [config.rank_of(NAME(0, x)) for x in "qv"] == [9, 4]
+    assert [config.scale_of(NAME(0, x)) for x in "qv"] == [6 / 9, 2 / 4]
+    stabilised = read_peft({**values, **patterns, "use_rslora": True})
+    assert [stabilised.scale_of(NAME(0, x)) for x in "qv"] == [6 / 3, 2 / 2]
