@@ -2,7 +2,14 @@
 
 from . import losses as losses
 from .batch import PreferenceBatch as PreferenceBatch, UnpairedBatch as UnpairedBatch
+from .compare import Comparison as Comparison, compare as compare
+from .diagnose import (
+    Diagnosis as Diagnosis,
+    diagnose as diagnose,
+    make_diagnose as make_diagnose,
+)
 from .evaluate import make_eval as make_eval
+from .kl import linear_kl as linear_kl, token_kl as token_kl
 from .layout import FastPolicy as FastPolicy, Layout as Layout
 from .linear import linear_token_log_probs as linear_token_log_probs
 from .log_probs import (
@@ -15,6 +22,12 @@ from .losses.form import PairLoss as PairLoss, UnpairedLoss as UnpairedLoss
 from .metrics import Metrics as Metrics, default_metrics as default_metrics
 from .packed import PackedBatch as PackedBatch, PackedLayout as PackedLayout
 from .packed_score import score_packed as score_packed
+from .preferences import (
+    Calibration as Calibration,
+    Preferences as Preferences,
+    calibrate as calibrate,
+    count_preferences as count_preferences,
+)
 from .reference import (
     precompute_reference as precompute_reference,
     snapshot as snapshot,

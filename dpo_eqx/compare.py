@@ -1,0 +1,123 @@
+"""A policy beside its reference on the same completions: what each makes of every scored token.
+
+Losses and means are not here; `diagnose.py` and `preferences.py` have them.
+"""
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from .batch import PreferenceBatch
+from .kl import linear_kl, token_kl
+from .log_probs import PairLogProbs, sequence_log_probs
+from .predict import Hidden, Logits, predict
+from .tiles import Unembedding
+from .tokens import Tokens
+
+
+class Comparison(eqx.Module):
+    r"""Policy and reference on both completions of each pair.
+
+    **Arguments:**
+
+    - `policy`, `reference`: their log-probabilities, as from `score_pairs`.
+    - `chosen_tokens`, `rejected_tokens`: what each token adds to the log-ratio,
+        $\log\pi(y_t | x, y_{<t}) - \log\pi^{ref}(y_t | x, y_{<t})$ in nats; 0 where it is not
+        scored. Shape `(pairs, completion)`.
+    - `chosen_kl`, `rejected_kl`: $\sum_t \mathrm{KL}(\pi(\cdot | x, y_{<t}) \,\|\,
+        \pi^{ref}(\cdot | x, y_{<t}))$ over the scored positions, each over the whole vocabulary,
+        in nats. Shape `(pairs,)`.
+    """
+
+    policy: PairLogProbs
+    reference: PairLogProbs
+    chosen_tokens: Float[Array, "pairs completion"]
+    rejected_tokens: Float[Array, "pairs completion"]
+    chosen_kl: Float[Array, " pairs"]
+    rejected_kl: Float[Array, " pairs"]
+
+
+def compare(
+    policy: PyTree,
+    reference: PyTree,
+    batch: PreferenceBatch,
+    *,
+    chunk_size: int | None = None,
+) -> Comparison:
+    r"""What policy and reference make of each completion, token by token, and how far they differ.
+
+    Each of the two is run once, as `score_pairs` runs it, and where both offer `FastPolicy` the
+    logits are never built. The KL is that of the distributions at each position, given what the
+    batch has before it; on completions that the policy wrote its mean estimates the KL of whole
+    answers, on others it says how far the policy has moved there. Gradients flow into both.
+
+    **Arguments:**
+
+    - `policy`, `reference`: as in `score_pairs`, of one vocabulary. Take
+        `eqx.nn.inference_mode(policy)` of one with dropout.
+    - `batch`: the pairs; its own `reference` is not looked at.
+    - `chunk_size`: of `linear_kl`, where both are a `FastPolicy`.
+
+    **Raises:**
+
+    `ValueError` where the vocabularies differ, or a policy returns something of another shape.
+    """
+    pair = batch.chosen, batch.rejected
+    predictions = [
+        predict(model, batch.prompt, pair, keys=None, chunk_size=chunk_size)
+        for model in (policy, reference)
+    ]
+    mask = jnp.concatenate([tokens.mask for tokens in pair], axis=1)
+    ids = jnp.where(mask, jnp.concatenate([tokens.ids for tokens in pair], axis=1), 0)
+    log_probs = [_halves(prediction.log_probs(ids), pair) for prediction in predictions]
+    kl = _halves(_kl_of(predictions[0], predictions[1], chunk_size), pair)
+    chosen, rejected = (
+        jnp.where(tokens.mask, a - b, 0) for tokens, a, b in zip(pair, *log_probs, strict=True)
+    )
+    chosen_kl, rejected_kl = (
+        sequence_log_probs(x, tokens.mask) for x, tokens in zip(kl, pair, strict=True)
+    )
+    ours, theirs = (_totals(half, batch) for half in log_probs)
+    return Comparison(ours, theirs, chosen, rejected, chosen_kl, rejected_kl)
+
+
+def _halves(both: Float[Array, "pairs length"], pair: tuple[Tokens, Tokens]) -> list[Array]:
+    """What belongs to the chosen completion, and what to the rejected."""
+    return jnp.split(both, [pair[0].ids.shape[1]], axis=1)
+
+
+def _totals(halves: list[Array], batch: PreferenceBatch) -> PairLogProbs:
+    pair = batch.chosen, batch.rejected
+    sums = [sequence_log_probs(x, t.mask) for x, t in zip(halves, pair, strict=True)]
+    counts = [jnp.asarray(t.mask).sum(axis=1, dtype=jnp.int32) for t in pair]
+    weight = None if batch.weight is None else jnp.asarray(batch.weight, sums[0].dtype)
+    return PairLogProbs(*sums, *counts, weight=weight)
+
+
+def _kl_of(
+    ours: Logits | Hidden, theirs: Logits | Hidden, chunk_size: int | None
+) -> Float[Array, "pairs length"]:
+    if isinstance(ours, Hidden) and isinstance(theirs, Hidden):
+        options = {name: ours.options[name] for name in ("bias", "softcap")}
+        options |= {f"reference_{name}": theirs.options[name] for name in ("bias", "softcap")}
+        heads = (ours.hidden, ours.unembedding, theirs.hidden, theirs.unembedding)
+        return linear_kl(*heads, **options, chunk_size=chunk_size)
+    logits = [_logits(prediction) for prediction in (ours, theirs)]
+    if logits[0].shape != logits[1].shape:
+        raise ValueError(
+            "`policy` and `reference` must have one vocabulary; got logits of "
+            f"{logits[0].shape[-1]} and {logits[1].shape[-1]} tokens. Compare models that share a "
+            "tokenizer."
+        )
+    return token_kl(*logits)
+
+
+def _logits(prediction: Logits | Hidden) -> Float[Array, "pairs length vocab"]:
+    """All logits at once, where the other policy builds them anyway."""
+    if isinstance(prediction, Logits):
+        return prediction.logits
+    head = Unembedding(
+        prediction.unembedding, prediction.options["bias"], prediction.options["softcap"]
+    )
+    rows = prediction.hidden.reshape(-1, prediction.hidden.shape[-1])
+    return head.logits(rows).reshape(*prediction.hidden.shape[:-1], -1)
