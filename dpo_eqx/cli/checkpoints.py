@@ -9,7 +9,7 @@ import logging
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -63,9 +63,9 @@ class Checkpoints:
                 reason = _shorten(str(error)) or type(error).__name__
                 self._manager = None  # what it believes to have written is not to be relied on
             if reason is not None:
-                _hush_what_it_left()
                 gc.collect()
         if reason is not None:
+            _hush_what_it_left()
             raise OSError(self._words(step, reason))
 
     def restore(self, step: int, like: Tree) -> tuple[Tree, dict[str, Any]]:
@@ -125,17 +125,32 @@ def named(tree: PyTree) -> dict[str, Array]:
 def _silence() -> Iterator[None]:
     """Keeps Orbax's threads and coroutines from telling of one failure some sixty times."""
     before = sys.unraisablehook, threading.excepthook
+    tasks = logging.getLogger("asyncio")
+    level = tasks.level
     sys.unraisablehook = threading.excepthook = lambda _: None
+    tasks.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
         sys.unraisablehook, threading.excepthook = before
+        tasks.setLevel(level)
 
 
 def _hush_what_it_left() -> None:
     """What is half done complains when it is collected, at the end of the process at the latest."""
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+    sys.unraisablehook = _but_for_closed_loops(sys.unraisablehook)
+
+
+def _but_for_closed_loops(tell: Callable[[Any], object]) -> Callable[[Any], None]:
+    """TensorStore's threads may call back only when the event loop of the failure is closed."""
+
+    def hook(unraisable: Any) -> None:
+        if "Event loop is closed" not in str(unraisable.exc_value):
+            tell(unraisable)
+
+    return hook
 
 
 def _shorten(message: str, room: int = 160) -> str:

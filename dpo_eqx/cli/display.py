@@ -16,6 +16,7 @@ COLUMNS = {
     "loss": "loss",
     "rewards/accuracies": "accuracy",
     "rewards/margins": "margin",
+    "win_rate": "win rate",
 }
 # Plain lines in all, beside the first and the last.
 _LINES = 20
@@ -27,7 +28,7 @@ def say(text: str) -> None:
 
 
 @contextlib.contextmanager
-def display(start: int, steps: int) -> Iterator[Show]:
+def display(start: int, steps: int, *, what: str = "step") -> Iterator[Show]:
     """A function `show(step, numbers)` for the steps after `start`, up to `steps`."""
     if sys.stdout.isatty():
         with _bar(start, steps) as show:
@@ -40,9 +41,15 @@ def display(start: int, steps: int) -> Iterator[Show]:
         if step in (start + 1, steps) or step % every == 0:
             left = (time.monotonic() - clock) / (step - start) * (steps - step)
             width = len(str(steps))
-            say(f"step {step:{width}}/{steps}  {summary(numbers)}  {duration(left)} left")
+            say(f"{what} {step:{width}}/{steps}  {summary(numbers)}  {duration(left)} left")
 
     yield tell
+
+
+@contextlib.contextmanager
+def no_display() -> Iterator[Show]:
+    """A function that shows nothing, for processes other than the first."""
+    yield lambda step, numbers: None
 
 
 def summary(numbers: Mapping[str, float]) -> str:

@@ -21,7 +21,10 @@ from .settings import Settings
 from .yaml_file import differences, read_settings, write_settings
 
 # What may differ when a run goes on: how long it is, and what is written on the way.
-FREE = ("output", "steps", "epochs", "eval_every", "save_every", "keep", "log", "cache")
+FREE = (
+    *("output", "steps", "epochs", "eval_every", "save_every", "keep", "log", "cache", "mesh"),
+    "report",
+)
 PACKAGES = ("dpo-eqx", "jax", "jaxlib", "equinox", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -42,6 +45,12 @@ class Folder:
         self.checkpoints = path / "checkpoints"
         self.tensorboard = path / "tensorboard"
         self.model = path / "model"
+        self.adapter = path / "adapter"
+        self.probes = path / "report"
+        self.before = self.probes / "before.json"
+        self.after = self.probes / "after.json"
+        self.page = path / "report.html"
+        self.picture = path / "report.png"
 
     def check(self, settings: Settings) -> None:
         """Raises `ValueError` or `OSError` where this run must not, or cannot, write here."""
@@ -69,7 +78,7 @@ class Folder:
 
     def _clear(self) -> None:
         """Removes what a run has left that never came to a complete checkpoint."""
-        for path in (self.run, self.metrics, self.evaluations):
+        for path in (self.run, self.metrics, self.evaluations, self.before, self.after):
             path.unlink(missing_ok=True)
         shutil.rmtree(self.tensorboard, ignore_errors=True)
 
@@ -110,8 +119,13 @@ def facts_of(prepared: Prepared, shapes: object) -> dict[str, Any]:
 
 def replace_text(path: Path, text: str) -> None:
     """Puts a file in the place of another at once: after a crash it is the one or the other."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-        file.write(text)
+    replace_bytes(path, text.encode())
+
+
+def replace_bytes(path: Path, content: bytes) -> None:
+    """As `replace_text`, for what is no text."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        file.write(content)
     os.chmod(file.name, 0o644)
     os.replace(file.name, path)
 

@@ -8,12 +8,15 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Int
 
 from ..batch import PreferenceBatch
 from .sinks import Numbers
 
 Write = Callable[[int, Numbers], None]
+TOKENS = "tokens"
 
 
 class Lines:
@@ -27,19 +30,19 @@ class Lines:
 
     def __init__(self, write: Write, rates: np.ndarray):
         self._write, self._rates = write, rates
-        self._waiting: tuple[int, Mapping[str, Any], int, float] | None = None
+        self._waiting: tuple[int, Mapping[str, Any], float] | None = None
         self._ended = 0.0
 
-    def add(self, step: int, metrics: Mapping[str, Any], batch: Any, began: float) -> None:
+    def add(self, step: int, metrics: Mapping[str, Any], began: float) -> None:
         """The metrics of a step, which need not be computed yet.
 
         **Arguments:**
 
-        - `step`: from 1; `metrics`: scalars; `batch`: of this step.
+        - `step`: from 1; `metrics`: scalars, one of them the tokens of the batch.
         - `began`: when it did, in seconds of `time.perf_counter`.
         """
         self.flush()
-        self._waiting = step, metrics, tokens_of(batch), began
+        self._waiting = step, metrics, began
         # Where steps do not run on while the host does, there is nothing to wait for.
         if all(value.is_ready() for value in metrics.values()):
             self.flush()
@@ -53,8 +56,9 @@ class Lines:
         """
         if self._waiting is None:
             return
-        (step, metrics, tokens, began), self._waiting = self._waiting, None
+        (step, metrics, began), self._waiting = self._waiting, None
         line = {name: float(value) for name, value in metrics.items()}
+        tokens = line.pop(TOKENS)
         began, self._ended = max(began, self._ended), time.perf_counter()
         line["learning_rate"] = float(self._rates[step - 1])
         line["tokens_per_second"] = tokens / max(self._ended - began, 1e-9)
@@ -62,14 +66,15 @@ class Lines:
         _check_finite(step, line)
 
 
-def tokens_of(batch: Any) -> int:
-    """The tokens of a batch that count: a prompt once, and its completions."""
+def tokens_of(batch: Any) -> Int[Array, ""]:
+    """The tokens of a batch that count, of all processes: a prompt once, and its completions."""
     pair = isinstance(batch, PreferenceBatch)
     parts = (
         (batch.prompt, batch.chosen, batch.rejected) if pair else (batch.prompt, batch.completion)
     )
-    real = np.asarray(batch.weight) > 0
-    return sum(int(part.mask[real].sum()) for part in parts)
+    real = jnp.asarray(batch.weight) > 0
+    counts = [jnp.sum(part.mask & real[:, None], dtype=jnp.int32) for part in parts]
+    return jnp.stack(counts).sum(dtype=jnp.int32)
 
 
 def _check_finite(step: int, line: Numbers) -> None:

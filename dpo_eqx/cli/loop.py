@@ -11,13 +11,15 @@ from typing import Any
 import equinox as eqx
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Float, PyTree
 
 from .. import data
 from ..reference import sync_reference
 from ..step import Step
 from .checkpoints import Checkpoints
-from .lines import Lines, Write
+from .devices import put_batch
+from .lines import TOKENS, Lines, Write, tokens_of
 from .settings import Settings
 from .signals import Stop
 from .state import State, to_save
@@ -47,18 +49,19 @@ class Run:
     rates: Float[np.ndarray, " steps"]
 
 
-def make_advance(step: Step, *, dropout: bool) -> Advance:
-    """A jitted step on a `State`, which is used up."""
+def make_advance(step: Step, *, dropout: bool, mesh: Mesh | None = None) -> Advance:
+    """A jitted step on a `State`, which is used up, and on this process's part of a batch."""
 
     # Policy and optimiser are updated in place; what is `frozen` is kept.
     @eqx.filter_jit(donate="all-except-first")
     def train(frozen, policy, opt_state):
         batch, reference, key, number = frozen
         key = jax.random.fold_in(key, number) if dropout else None
-        return step(policy, opt_state, batch, reference, key=key)
+        policy, opt_state, metrics = step(policy, opt_state, batch, reference, key=key)
+        return policy, opt_state, {**metrics, TOKENS: tokens_of(batch)}
 
     def advance(state: State, batch: Any, number: int) -> tuple[State, dict[str, Any]]:
-        frozen = batch, state.reference, state.key, np.uint32(number)
+        frozen = put_batch(batch, mesh), state.reference, state.key, np.uint32(number)
         policy, opt_state, metrics = train(frozen, state.policy, state.opt_state)
         return State(policy, opt_state, state.reference, state.key), metrics
 
@@ -87,12 +90,12 @@ def loop(
 
     if start == 0:
         evaluate()
-    while step < run.steps and stop.signal is None:
+    while step < run.steps and not stop.before(step + 1):
         step += 1
         began = time.perf_counter()
         batch = next(run.batches)
         state, metrics = run.advance(state, batch, step)
-        lines.add(step, metrics, batch, began)
+        lines.add(step, metrics, began)
         if is_due(settings.sync_reference_every, step):
             state = synchronised(state, settings.sync_reference_alpha)
         if is_due(settings.eval_every, step) or step == run.steps:

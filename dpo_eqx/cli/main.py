@@ -7,11 +7,19 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+from .evaluate import evaluate
+from .generate import generate
+from .inspect import inspect
 from .parse import parse
+from .report import report
 from .train import train
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "train": (lambda arguments: train(parse(arguments)), "train a policy on preferences"),
+    "evaluate": (evaluate, "measure a policy against its reference on preferences"),
+    "generate": (generate, "let a model answer prompts, or two side by side"),
+    "report": (report, "draw what one run did, or compare several"),
+    "inspect": (inspect, "show preferences as tokens, and what is scored of them"),
 }
 
 

@@ -10,9 +10,10 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from .. import data, models
+from .. import data, models, sharding
 from ..reference import snapshot
 from .rows import Prepared, with_reference
 from .settings import Settings
@@ -32,9 +33,12 @@ class Reference:
     view: Callable[[Any], Any] | None = None
 
 
-def load_policy(settings: Settings) -> models.Transformer:
-    """The model to start from, with new adapters where they are asked for."""
-    policy = _load(settings.model, settings, remat=settings.remat)
+def load_policy(settings: Settings, mesh: Mesh | None = None) -> models.Transformer:
+    """The model to start from, with the adapters that are asked for, new ones or others."""
+    policy = _load(settings.model, settings, mesh, remat=settings.remat)
+    if settings.lora is not None:
+        policy = models.load_lora(policy, settings.lora)
+        return models.pin_lora(policy) if settings.lora_reference == "adapter" else policy
     if not settings.lora_rank:
         return policy
     return models.add_lora(
@@ -48,17 +52,28 @@ def load_policy(settings: Settings) -> models.Transformer:
 
 def trainable_of(policy: PyTree, settings: Settings) -> PyTree:
     """The filter of what is trained: the adapters, or all parameters."""
-    return models.lora_filter(policy) if settings.lora_rank else eqx.is_inexact_array
+    return models.lora_filter(policy) if has_adapters(settings) else eqx.is_inexact_array
+
+
+def has_adapters(settings: Settings) -> bool:
+    """Whether adapters are trained, and not the model."""
+    return settings.lora_rank > 0 or settings.lora is not None
 
 
 def choose_reference(
-    policy: PyTree, settings: Settings, prepared: Prepared, *, needed: bool
+    policy: PyTree,
+    settings: Settings,
+    prepared: Prepared,
+    *,
+    needed: bool,
+    mesh: Mesh | None = None,
 ) -> Reference:
     """The reference that the settings ask for.
 
     **Raises:**
 
-    `ValueError` where the loss does not need the one that was asked for.
+    `ValueError` where the loss does not need the one that was asked for, and where it could be
+    either of two and it was not said which.
     """
     if not needed:
         _check_not_asked_for(settings)
@@ -66,14 +81,26 @@ def choose_reference(
     if any(name.startswith("reference_") for name in prepared.form.numbers):
         return Reference("the log-probabilities in the data")
     if settings.reference is not None:
-        return Reference(settings.reference, _load(settings.reference, settings))
-    if settings.lora_rank:
+        return Reference(settings.reference, _load(settings.reference, settings, mesh))
+    if settings.lora is not None and settings.lora_reference is None:
+        raise ValueError(
+            "`--lora` leaves open what the reference is; say it by `--lora-reference base`, the "
+            "model without adapters, or `--lora-reference adapter`, the one that the run begins "
+            "with."
+        )
+    if settings.lora_reference == "adapter":
+        return Reference("the model with its adapters as they are now", view=models.pinned_lora)
+    if has_adapters(settings):
         return Reference("the model without its adapters", view=models.without_lora)
     return Reference("the model as it is now", snapshot(policy))
 
 
 def precompute(
-    reference: Reference, policy: PyTree, prepared: list[Prepared], settings: Settings
+    reference: Reference,
+    policy: PyTree,
+    prepared: list[Prepared],
+    settings: Settings,
+    mesh: Mesh | None = None,
 ) -> tuple[Reference, list[Prepared]]:
     """The rows with the reference's log-probabilities, and no reference to run any more."""
     source = reference.policy if reference.view is None else reference.view(policy)
@@ -86,6 +113,7 @@ def precompute(
             microbatches=settings.microbatches,
             compute_dtype=dtype_of(settings.compute_dtype),
             folder=settings.cache,
+            mesh=mesh,
         )
 
     rows = [with_reference(each, cache) for each in prepared]
@@ -102,8 +130,19 @@ def count(tree: PyTree) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(eqx.filter(tree, eqx.is_array)))
 
 
-def _load(path: str, settings: Settings, *, remat: bool = False) -> models.Transformer:
-    return models.load(path, dtype=dtype_of(settings.dtype), remat=remat)
+def parameters(policy: PyTree) -> int:
+    """How many numbers a policy is made of: quantised weights decoded, pinned adapters left out."""
+    whole = jax.eval_shape(models.dequantize, eqx.filter(policy, eqx.is_array))
+    leaves = jax.tree_util.tree_leaves_with_path(whole)
+    return sum(leaf.size for path, leaf in leaves if ".pinned" not in jax.tree_util.keystr(path))
+
+
+def _load(
+    path: str, settings: Settings, mesh: Mesh | None, *, remat: bool = False
+) -> models.Transformer:
+    place = None if mesh is None else sharding.placement(mesh)
+    dtype, quantize = dtype_of(settings.dtype), settings.quantize
+    return models.load(path, dtype=dtype, sharding=place, quantize=quantize, remat=remat)
 
 
 def _check_not_asked_for(settings: Settings) -> None:
@@ -111,6 +150,7 @@ def _check_not_asked_for(settings: Settings) -> None:
         "--reference": settings.reference is not None,
         "--precompute-reference": settings.precompute_reference,
         "--sync-reference-every": settings.sync_reference_every > 0,
+        "--lora-reference": settings.lora_reference is not None,
     }
     for name, is_asked in asked.items():
         if is_asked:

@@ -4,12 +4,12 @@ Everything here is said before a model is loaded, so that a bad line is found ea
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from .. import data, models
 from ..data.records import Form
-from ..models.folder import CONFIG, read_json, resolve
+from ..models.folder import ADAPTER_CONFIG, CONFIG, read_json, resolve
 from .options import split_pairs
 from .settings import Settings
 
@@ -30,7 +30,13 @@ class Prepared:
 
 def vocab_size(model: str) -> int:
     """The vocabulary of the model in a folder, whose weights are not read."""
-    return models.read_config(read_json(resolve(model) / CONFIG)).vocab
+    folder = resolve(model)
+    if (folder / ADAPTER_CONFIG).is_file() and not (folder / CONFIG).is_file():
+        raise ValueError(
+            f"{model} holds adapters and no model. Give the model that they are for by `--model`, "
+            "and this folder by `--lora`."
+        )
+    return models.read_config(read_json(folder / CONFIG)).vocab
 
 
 def prepare(path: str, settings: Settings, vocab: int) -> Prepared:
@@ -56,7 +62,21 @@ def prepare(path: str, settings: Settings, vocab: int) -> Prepared:
     )
     if not len(rows):
         raise ValueError(f"No row is left of {report}")
+    if "weight" in form.numbers and not any(row["weight"] > 0 for row in rows):
+        raise ValueError(
+            f"`weight` is 0 in each row of {path}, so that there is nothing to learn from; leave "
+            "the column out by `--columns weight=`, or give some rows a weight."
+        )
     return Prepared(rows, report, form, records.fingerprint())
+
+
+def data_facts(prepared: Sequence[Prepared]) -> dict[str, object]:
+    """What processes that train together must have found alike."""
+    reports = [each.report for each in prepared]
+    return {
+        "the data": [each.fingerprint for each in prepared],
+        "the records read, rows and tokens": [(r.read, r.kept, r.tokens) for r in reports],
+    }
 
 
 def load_tokenizer(settings: Settings) -> Any:
@@ -66,8 +86,15 @@ def load_tokenizer(settings: Settings) -> Any:
     return data.load_tokenizer(settings.tokenizer or resolve(settings.model))
 
 
-def make_batches(prepared: Prepared, settings: Settings, *, training: bool) -> data.Batches:
-    """Batches to train on without end, or to evaluate on once."""
+def make_batches(
+    prepared: Prepared, settings: Settings, *, training: bool, share: tuple[int, int] = (0, 1)
+) -> data.Batches:
+    """Batches to train on without end, or to evaluate on once.
+
+    **Arguments:**
+
+    - `share`: which part of each batch this process makes, and of how many.
+    """
     parts = 1 if training else settings.microbatches
     return data.batches(
         prepared.rows,
@@ -77,6 +104,8 @@ def make_batches(prepared: Prepared, settings: Settings, *, training: bool) -> d
         epochs=None if training else 1,
         buckets=settings.buckets,
         max_length=settings.max_length,
+        process_index=share[0],
+        process_count=share[1],
     )
 
 

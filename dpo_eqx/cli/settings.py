@@ -96,6 +96,15 @@ class Settings:
     lora_target: str | None = None
     """A regular expression for the layers that get one, such as `attention`; by default all but
     the unembedding."""
+    lora: str | None = None
+    """Go on from the adapters in this folder, as PEFT or an earlier run's `adapter/` holds them, in
+    place of new ones."""
+    lora_reference: Literal["base", "adapter"] | None = None
+    """The reference where `--lora` is given: the model without adapters, or with those that the
+    run begins with. There is no default."""
+    quantize: Literal["int8", "nf4"] | None = None
+    """Hold the linear layers of the frozen model in 8 or 4 bits; for adapters. The model of
+    `--reference` too."""
 
     dtype: Dtype | None = None
     """Of the parameters; by default that of the file."""
@@ -123,7 +132,21 @@ class Settings:
     for what does not fit in memory."""
     log: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Where metrics go beside `metrics.jsonl`."""
+    report: bool = True
+    """Whether some pairs and answers are kept at the start and the end, and `report.html` is
+    written."""
+
+    mesh: str | None = None
+    """How devices are used, `data=4,fsdp=2,tensor=1`: pairs are split over the first two,
+    parameters over the last two. By default one device, or `data` over those of all processes."""
+    coordinator: str | None = None
+    """HOST:PORT of process 0, where several processes train together; `auto` where the cluster
+    tells (Slurm, Open MPI, Kubernetes, TPU pods)."""
+    num_processes: int | None = None
+    """How many processes there are."""
+    process_id: int | None = None
+    """Which of them this one is, from 0."""
 
 
 # About one invocation and not about the run: they are not kept in `config.yaml`.
-INVOCATION = ("config", "resume")
+INVOCATION = ("config", "resume", "coordinator", "num_processes", "process_id")

@@ -14,6 +14,10 @@ class Stop:
 
     signal: str | None = None
 
+    def before(self, step: int) -> bool:
+        """Whether to stop before this step."""
+        return self.signal is not None
+
 
 @contextlib.contextmanager
 def catch_signals() -> Iterator[Stop]:

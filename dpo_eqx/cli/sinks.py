@@ -40,6 +40,12 @@ def open_sinks(settings: Settings, folder: Folder, start: int) -> Iterator[tuple
 
 
 @contextlib.contextmanager
+def no_sinks() -> Iterator[tuple[Sink, Sink]]:
+    """Two that write nothing, for processes other than the first."""
+    yield _all([]), _all([])
+
+
+@contextlib.contextmanager
 def json_lines(path: Path, start: int) -> Iterator[Sink]:
     """A file with one object of JSON a line, each on disk before the next is made."""
     cut_after(path, start)

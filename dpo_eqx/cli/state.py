@@ -22,18 +22,6 @@ class State(eqx.Module):
     key: PRNGKeyArray
 
 
-def committed(state: State) -> State:
-    """`state` with its arrays committed to where they are, as those of a checkpoint are.
-
-    So a run that goes on has the very program of one that begins.
-    """
-
-    def commit(leaf):
-        return jax.device_put(leaf, leaf.sharding) if isinstance(leaf, jax.Array) else leaf
-
-    return jax.tree.map(commit, state)
-
-
 def to_save(state: State, trainable: PyTree, *, moving_reference: bool) -> dict[str, PyTree]:
     """The arrays that a run changes: what is frozen comes from the model again."""
     return {

@@ -9,24 +9,27 @@ from typing import Any
 
 import equinox as eqx
 import jax
+from jax.sharding import Mesh
 
-from .. import models
+from .. import models, sharding
 from ..evaluate import make_eval
 from ..score import score_pairs, score_unpaired
 from ..step import make_step
-from . import policies
-from .check import check
+from . import devices, hosts, policies
+from .check import check, check_hosts
 from .checkpoints import Checkpoints
 from .compose import Loss, compose_loss, is_unpaired, needs_reference
-from .display import display, say
+from .display import display, no_display
 from .folder import Folder, facts_of
+from .hosts import say
 from .loop import Run, loop, make_advance
 from .optimizers import compose_optimizer, compose_schedule, learning_rates
-from .rows import Prepared, make_batches, prepare, vocab_size
+from .report import try_report
+from .report_probe import Probe, make_probe
+from .rows import Prepared, data_facts, make_batches, prepare, vocab_size
 from .settings import Settings
-from .signals import catch_signals
-from .sinks import open_sinks
-from .state import State, committed, restored, to_save
+from .sinks import no_sinks, open_sinks
+from .state import State, restored, to_save
 
 
 def train(settings: Settings) -> None:
@@ -36,20 +39,35 @@ def train(settings: Settings) -> None:
 
     `ValueError`, `OSError` or `ImportError` with a message for whoever gave the settings.
     """
-    check(settings)
+    check_hosts(settings)
+    with hosts.connected(settings):
+        _train(settings)
+
+
+def _train(settings: Settings) -> None:
     folder = Folder(settings.output)
-    folder.check(settings)
-    loss = compose_loss(settings)
-    prepared = _prepare_all(settings, loss)
+
+    def prepare() -> tuple[Loss, list[Prepared], Mesh | None]:
+        check(settings)
+        folder.check(settings)
+        loss = compose_loss(settings)
+        return loss, _prepare_all(settings, loss), devices.mesh_of(settings)
+
+    loss, prepared, mesh = hosts.together(prepare)
+    hosts.compare(settings, {"jax": jax.__version__} | data_facts(prepared))
     say("\n".join(str(each.report) for each in prepared))
 
-    policy = policies.load_policy(settings)
+    policy = hosts.together(functools.partial(policies.load_policy, settings, mesh))
     needed = needs_reference(loss)
-    reference = policies.choose_reference(policy, settings, prepared[0], needed=needed)
+    reference = hosts.together(
+        functools.partial(
+            policies.choose_reference, policy, settings, prepared[0], needed=needed, mesh=mesh
+        )
+    )
     if settings.precompute_reference:
-        reference, prepared = policies.precompute(reference, policy, prepared, settings)
+        reference, prepared = policies.precompute(reference, policy, prepared, settings, mesh)
 
-    batches = make_batches(prepared[0], settings, training=True)
+    batches = make_batches(prepared[0], settings, training=True, share=devices.share(mesh))
     steps = total_steps(settings, batches.steps_per_epoch)
     schedule = compose_schedule(settings, steps)
     optimizer = compose_optimizer(settings, schedule)
@@ -67,20 +85,21 @@ def train(settings: Settings) -> None:
 
     opt_state = optimizer.init(eqx.filter(policy, trainable))
     state = State(policy, opt_state, reference.policy, jax.random.key(settings.seed))
-    state = committed(state)
+    state = devices.put(state, mesh)
     run = Run(
         settings=settings,
         steps=steps,
-        advance=make_advance(step, dropout=settings.dropout),
-        evaluate=held_out and functools.partial(evaluate_all, evaluate, held_out, settings),
+        advance=make_advance(step, dropout=settings.dropout, mesh=mesh),
+        evaluate=held_out and functools.partial(evaluate_all, evaluate, held_out, settings, mesh),
         batches=batches,
         checkpoints=Checkpoints(folder.checkpoints, settings.keep),
         trainable=trainable,
         rates=learning_rates(schedule, steps),
     )
     say(_summary(run, state, reference.words))
+    probe = make_probe(settings, prepared, loss, options, mesh)
     with batches:
-        _carry_out(run, state, folder, prepared[0])
+        _carry_out(run, state, folder, prepared[0], probe)
 
 
 def total_steps(settings: Settings, steps_per_epoch: int) -> int:
@@ -92,11 +111,12 @@ def total_steps(settings: Settings, steps_per_epoch: int) -> int:
 
 
 def evaluate_all(
-    evaluate: Any, held_out: Prepared, settings: Settings, state: State
+    evaluate: Any, held_out: Prepared, settings: Settings, mesh: Mesh | None, state: State
 ) -> dict[str, float]:
     """The metrics on the held-out data, exact means over all of it."""
-    with make_batches(held_out, settings, training=False) as batches:
-        parts = (evaluate(state.policy, batch, state.reference) for batch in batches)
+    with make_batches(held_out, settings, training=False, share=devices.share(mesh)) as batches:
+        placed = (devices.put_batch(batch, mesh) for batch in batches)
+        parts = (evaluate(state.policy, batch, state.reference) for batch in placed)
         metrics = functools.reduce(operator.add, parts)
     return {f"eval/{name}": float(value) for name, value in metrics.mean().items()}
 
@@ -119,7 +139,7 @@ def _prepare_all(settings: Settings, loss: Loss) -> list[Prepared]:
     return prepared
 
 
-def _carry_out(run: Run, state: State, folder: Folder, prepared: Prepared) -> None:
+def _carry_out(run: Run, state: State, folder: Folder, prepared: Prepared, probe: Probe) -> None:
     """Goes on where the last complete checkpoint is, and writes the model at the end."""
     settings = run.settings
     start = run.checkpoints.latest() or 0
@@ -131,12 +151,15 @@ def _carry_out(run: Run, state: State, folder: Folder, prepared: Prepared) -> No
         state = restored(state, saved)
         run.batches.set_state(position)
         say(f"continued after step {start}")
-    folder.begin(settings, facts, start)
+    writes = hosts.is_first()
+    hosts.together(lambda: folder.begin(settings, facts, start) if writes else None)
+    if not start:
+        probe(state, start, folder.before)
     with (
-        catch_signals() as stop,
-        open_sinks(settings, folder, start) as (write, write_evaluation),
+        hosts.stop_signals() as stop,
+        open_sinks(settings, folder, start) if writes else no_sinks() as (write, write_evaluation),
     ):
-        with display(start, run.steps) as show:
+        with display(start, run.steps) if writes else no_display() as show:
 
             def write_and_show(step, numbers):
                 write(step, numbers)
@@ -154,10 +177,21 @@ def _carry_out(run: Run, state: State, folder: Folder, prepared: Prepared) -> No
         if step < run.steps:
             say(f"stopped by {stop.signal} after step {step}; continue with --resume")
             return
-        models.save(
-            models.merge_lora(state.policy), folder.model, tokenizer_from=_tokenizer(settings)
+        if policies.has_adapters(settings):
+            adapters = sharding.gather(eqx.filter(state.policy, run.trainable))
+            write_adapter = functools.partial(
+                models.save_lora, adapters, folder.adapter, base=settings.model
+            )
+            hosts.together(lambda: write_adapter() if writes else None)
+        trained = sharding.gather(models.merge_lora(state.policy))
+        write_model = functools.partial(
+            models.save, trained, folder.model, tokenizer_from=_tokenizer(settings)
         )
+        hosts.together(lambda: write_model() if writes else None)
         say(f"done: {folder.model}")
+        probe(state, step, folder.after)
+        if settings.report and writes:
+            try_report(folder)
 
 
 def _tokenizer(settings: Settings) -> str | None:
@@ -177,7 +211,7 @@ def _check_data(folder: Folder, prepared: Prepared) -> None:
 def _summary(run: Run, state: State, reference: str) -> str:
     trained = policies.count(eqx.filter(state.policy, run.trainable))
     return (
-        f"{policies.count(state.policy):,} parameters, {trained:,} trained; "
+        f"{policies.parameters(state.policy):,} parameters, {trained:,} trained; "
         f"loss {' + '.join(run.settings.loss)}; reference: {reference}\n"
         f"{run.steps} steps of {run.settings.batch_size}; {run.batches.shapes()}"
     )

@@ -79,7 +79,7 @@ def _check_template(tokenizer: Any, template: Mapping[str, Any]) -> None:
         return
     raise ValueError(
         f"`tokenizer` must have a chat template for conversations; {type(tokenizer).__name__} has "
-        "none. Set `tokenizer.chat_template`, or give it as "
+        "none. Take one that has, set `tokenizer.chat_template`, or give it as "
         '`template_arguments={"chat_template": ...}`.'
     )
 

@@ -15,10 +15,13 @@ from typing import Any
 import jax
 import numpy as np
 
+from ..sharding import gather
+
 
 def digest(*values: Any) -> str:
     """A digest of 32 hexadecimal digits of any tree of arrays, numbers, text and modules.
 
+    Arrays that other processes have parts of are brought together, so that these must call it too.
     Functions count by name, code and what they close over; Equinox modules by class and fields,
     static ones included.
 
@@ -45,7 +48,7 @@ def _add(update: Callable[[bytes], None], value: Any, seen: set[int]) -> None:
     if isinstance(value, jax.Array | np.ndarray | np.generic):
         if isinstance(value, jax.Array) and jax.numpy.issubdtype(value.dtype, jax.dtypes.prng_key):
             value = jax.random.key_data(value)
-        array = np.ascontiguousarray(value)
+        array = np.ascontiguousarray(gather(value))
         update(f"array {array.dtype.name} {array.shape};".encode())
         update(array.tobytes())
     elif value is None or isinstance(value, bool | int | float | complex | str | bytes | Path):

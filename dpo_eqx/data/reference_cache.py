@@ -11,10 +11,13 @@ from typing import Any
 
 import equinox as eqx
 import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 from jaxtyping import DTypeLike, Float, Int, PyTree
 
 from ..reference import precompute_reference
 from ..score import score_pairs
+from ..sharding import batch_share, gather, shard_batch
 from .batches import batches
 from .fingerprint import digest
 from .rows import Row, Rows, completions_of, lengths_of
@@ -58,6 +61,7 @@ def cache_reference(
     compute_dtype: DTypeLike | None = None,
     microbatches: int = 1,
     folder: str | Path | None = None,
+    mesh: Mesh | None = None,
 ) -> ReferenceRows:
     """`rows` with the reference's log-probabilities, so that training needs no reference.
 
@@ -72,6 +76,8 @@ def cache_reference(
     - `batch_size`, `microbatches`: how many rows are scored at once, and in how many parts.
     - `score`, `compute_dtype`: those of the step.
     - `folder`: of the caches; `None` is `$DPO_EQX_CACHE`, or the user's cache folder.
+    - `mesh`: where `reference` lies, if it does on one; the rows are then split over it. Several
+        processes call this together, and compute again where one of them does not find the cache.
 
     **Returns:**
 
@@ -90,7 +96,7 @@ def cache_reference(
     key = digest(digest_ids(rows), reference, score, dtype)
     folder = Path(folder or default_folder())
     path = folder / f"reference-{_VERSION}-{key}"
-    if path.exists():
+    if _is_everywhere(path, mesh):
         logger.info("reference log-probabilities read from %s", path)
     else:
 
@@ -104,7 +110,7 @@ def cache_reference(
                 microbatches=microbatches,
             )
 
-        log_probs = _compute(lambda batch: run(reference, batch), rows, batch_size)
+        log_probs = _compute(lambda batch: run(reference, batch), rows, batch_size, mesh)
         with aside(folder) as temporary:
             np.save(temporary / "log_probs.npy", log_probs)
             path = settle(temporary, path.name)
@@ -112,9 +118,20 @@ def cache_reference(
     return ReferenceRows(rows, np.load(path / "log_probs.npy", mmap_mode="r"))
 
 
-def _compute(run: Callable[[Any], Any], rows: Rows, batch_size: int) -> LogProbs:
+def _compute(run: Callable[[Any], Any], rows: Rows, batch_size: int, mesh: Mesh | None) -> LogProbs:
     """The log-probabilities of all rows in their order."""
-    with batches(rows, batch_size=batch_size, shuffle=False) as all_batches:
-        results = [run(batch) for batch in all_batches]
-    pairs = [np.stack([result.chosen, result.rejected], axis=1) for result in results]
+    index, count = (0, 1) if mesh is None else batch_share(mesh)
+    with batches(
+        rows, batch_size=batch_size, shuffle=False, process_index=index, process_count=count
+    ) as all_batches:
+        placed = (batch if mesh is None else shard_batch(batch, mesh) for batch in all_batches)
+        results = [run(batch) for batch in placed]
+    pairs = [np.stack([each.chosen, each.rejected], axis=1) for each in gather(results)]
     return np.concatenate(pairs)[: len(rows)]
+
+
+def _is_everywhere(path: Path, mesh: Mesh | None) -> bool:
+    """Whether all processes of the mesh find the cache: one that computes needs the others."""
+    if mesh is None or not mesh.is_multi_process:
+        return path.exists()
+    return bool(multihost_utils.process_allgather(np.array([path.exists()])).all())

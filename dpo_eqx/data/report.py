@@ -7,6 +7,9 @@ import collections
 import dataclasses
 from pathlib import Path
 
+import numpy as np
+from jaxtyping import Int
+
 DROPPED = {
     "prompt_fills_max_length": "the prompt alone has `max_length` tokens or more",
     "no_completion_token": "a completion has no token at all",
@@ -35,6 +38,7 @@ class Report:
     - `counts`: the number of records for each reason, a key of `REASONS`; one record can have
         several.
     - `examples`: for each reason the numbers of the first records it applies to, from 0.
+    - `without_row`: the numbers of all records that were dropped.
     - `tokens`: of prompts and completions in all rows.
     - `cache`: the folder that holds the rows, where they are on disk.
     """
@@ -45,6 +49,7 @@ class Report:
     tokens: int = 0
     counts: dict[str, int] = dataclasses.field(default_factory=collections.Counter)
     examples: dict[str, list[int]] = dataclasses.field(default_factory=dict)
+    without_row: list[int] = dataclasses.field(default_factory=list)
     cache: Path | None = None
 
     @property
@@ -72,7 +77,13 @@ class Report:
             examples = self.examples.setdefault(reason, [])
             if len(examples) < 5:
                 examples.append(self.read)
+        if not DROPPED.keys().isdisjoint(reasons):
+            self.without_row.append(self.read)
         self.read += 1
+
+    def numbers_of_rows(self) -> Int[np.ndarray, " rows"]:
+        """For each row the number of the record that it was, from 0."""
+        return np.delete(np.arange(self.read), self.without_row)
 
     def __str__(self):
         dropped = sum(self.dropped.values())

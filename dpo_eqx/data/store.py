@@ -22,7 +22,7 @@ from .report import Report
 from .rows import Row, completions_of, numbers_of
 
 # Change it with the layout of the files, or with the ids that the same input gives.
-_VERSION = 1
+_VERSION = 2
 
 
 def default_folder() -> Path:

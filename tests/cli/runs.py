@@ -14,7 +14,8 @@ DATA, TRACES = GOLDEN / "data", GOLDEN / "models" / "traces"
 
 
 def train(**settings):
-    """The exit status of `dpo-eqx train`."""
+    """The exit status of `dpo-eqx train`, without a report where none is asked for."""
+    settings = {"report": False} | settings
     lists = {n: tuple(v) if isinstance(v, list) else v for n, v in settings.items()}
     return main(["train", *flags_of(lists)])
 

@@ -93,6 +93,12 @@ def test_no_row_is_left(models, tmp_path, capsys):
     bad(capsys, tmp_path, "(?s)No row is left of .*dropped 1: the prompt alone", status)
 
 
+def test_no_row_has_a_weight(tmp_path, capsys):
+    ids = {"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3]}
+    (tmp_path / "data.jsonl").write_text(json.dumps({**ids, "weight": 0}) + "\n")
+    bad(capsys, tmp_path, "`weight` is 0 in each row of .*--columns weight=", small(tmp_path))
+
+
 def test_no_chat_template(models, tmp_path, capsys):
     (tmp_path / "data.jsonl").write_text(conversation() + "\n")
     status = train(model=models("llama"), data=tmp_path / "data.jsonl", output=tmp_path / "run")

@@ -5,12 +5,13 @@ import os
 import signal
 import subprocess
 import sys
+import types
 
 import jax
 import numpy as np
 import pytest
 
-from dpo_eqx.cli import lines
+from dpo_eqx.cli import checkpoints, lines
 
 from .runs import lines_of, same_weights
 from .small import STEPS, check_each_step_once, small, write_data
@@ -115,6 +116,18 @@ def test_a_full_disk(tmp_path, whole, compiled):
     assert "that of step 2 is whole" in run.stderr
     assert "Traceback" not in run.stderr
     go_on(tmp_path, whole)
+
+
+def test_a_full_disk_is_told_of_once_even_if_threads_come_late():
+    told = []
+    hook = checkpoints._but_for_closed_loops(told.append)
+    late, other = (
+        types.SimpleNamespace(exc_value=RuntimeError(words))
+        for words in ("Event loop is closed", "something else")
+    )
+    hook(late)
+    hook(other)
+    assert told == [other]
 
 
 @pytest.mark.slow

@@ -147,6 +147,10 @@ def test_help(capsys):
         ({"max_grad_norm": -1.0}, "`--max-grad-norm` must not be negative"),
         ({"sync_reference_alpha": 1.5}, r"must be in \[0, 1\], got 1.5"),
         ({"keep": 0}, "`--keep` must be positive"),
+        (
+            {"lora_rank": 2, "lora_target": "("},
+            r"`--lora-target` must be a regular expression; '\(' is none: missing \)",
+        ),
     ],
 )
 def test_contradictions(given, message):

@@ -162,11 +162,15 @@ def test_limits(limits, lengths, cut):
     assert row["chosen_ids"] == whole["chosen_ids"][: lengths[1]], "completions keep their start"
 
 
-def test_a_prompt_that_fills_the_length_is_dropped_and_counted():
+def test_a_prompt_that_fills_the_length_is_dropped_and_counted(tmp_path):
     records = [record(), record(prompt="Why on earth?"), record()]
     rows, report = data.tokenize(records, BYTES, max_length=14)
     assert len(rows) == report.kept == 2
     assert report.dropped == {"prompt_fills_max_length": 1}
+    _, on_disk = data.tokenize(records, BYTES, max_length=14, cache=tmp_path)
+    for each in (report, on_disk):
+        assert each.without_row == [1]
+        assert each.numbers_of_rows().tolist() == [0, 2]
     assert "dropped 1: the prompt alone has `max_length` tokens or more (records 1)" in str(report)
 
 

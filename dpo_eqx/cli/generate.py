@@ -1,0 +1,218 @@
+"""`dpo-eqx generate`: what a model answers, or two of them side by side.
+
+Sampling itself is `models.generate`; prompts are made in `prompts.py`.
+"""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from .. import data, models
+from ..data.tokenizers import special_id
+from ..extras import require
+from ..models.folder import resolve
+from ..tokens import Tokens
+from .display import say
+from .folder import replace_text
+from .prompts import encode_prompt, read_prompts, shown
+from .rows import vocab_size
+from .source import Loading, check_writable, parse_flags
+from .texts import counted, decode, escaped
+from .vocabularies import check_one_vocabulary
+
+_MULTIPLE = 16  # prompts are padded to it: few widths, few compilations
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Generate(Loading):
+    """Lets a model answer prompts; with `--compare` another one beside it."""
+
+    model: str
+    """A folder with `config.json`, safetensors and a tokenizer, or a name of the hub."""
+    prompt: tuple[str, ...] = ()
+    """One or several."""
+    data: str | None = None
+    """A file of prompts: one a line in a `.txt`, or records with `prompt`, or preferences."""
+    compare: str | None = None
+    """Another model with the same vocabulary, whose answers are shown beside the first's."""
+    limit: int | None = None
+    """How many prompts of `--data` at most."""
+    chat: bool = True
+    """Whether texts go through the tokenizer's chat template, where it has one."""
+    max_tokens: int = 128
+    """Of each answer at most; it ends at the EOS."""
+    temperature: float = 1.0
+    """Divides the logits; 0 takes the likeliest token."""
+    top_k: int | None = None
+    """Draw among this many of the likeliest tokens."""
+    top_p: float | None = None
+    """Draw among the fewest tokens whose probabilities sum to this."""
+    seed: int = 0
+    """Of what is drawn; the same for both models."""
+    batch_size: int = 8
+    """Prompts at once."""
+    tokenizer: str | None = None
+    """Where it is not in the folder of the model; `bytes` is the built-in one of bytes."""
+    output: Path | None = None
+    """A file of JSON Lines to write the answers to, beside showing them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What a model answered: its text, how many tokens, and whether it came to an end."""
+
+    text: str
+    tokens: int
+    ended: bool
+
+
+def generate(arguments: Sequence[str]) -> None:
+    """The command, from its flags.
+
+    **Raises:**
+
+    `ValueError`, `OSError` or `ImportError` with a message for whoever gave them.
+    """
+    flags = parse_flags(Generate, "generate", arguments)
+    _check(flags)
+    vocab_size(flags.model)  # which says it where there is no model
+    if flags.compare is not None:
+        check_one_vocabulary(flags.model, flags.compare, "--compare")
+    located = [("`--prompt`", prompt) for prompt in flags.prompt]
+    located += [] if flags.data is None else read_prompts(flags.data, flags.limit)
+    tokenizer = _tokenizer(flags)
+    prompts = [encode_prompt(tokenizer, p, where, chat=flags.chat) for where, p in located]
+    texts = [shown(tokenizer, prompt) for _, prompt in located]
+    sides = [(flags.model, flags.lora)]
+    sides += [] if flags.compare is None else [(flags.compare, None)]
+    answers = [_answers_of(*side, prompts, tokenizer, flags) for side in sides]
+    names = [" with ".join(filter(None, side)) for side in sides]
+    by_prompt = list(zip(*answers, strict=True))
+    _show(texts, names, by_prompt)
+    if flags.output is not None:
+        replace_text(flags.output, "".join(_lines(texts, by_prompt)))
+
+
+def draw_answers(
+    policy: models.Transformer,
+    prompts: Sequence[Sequence[int]],
+    tokenizer: Any,
+    *,
+    batch_size: int,
+    seed: int,
+    **options,
+) -> list[Answer]:
+    """An answer to each prompt, `batch_size` at a time.
+
+    **Arguments:**
+
+    - `prompts`: token ids.
+    - `tokenizer`: to make text of what is drawn; its EOS and those of the model end an answer.
+    - `options`: of `models.generate`.
+    """
+    ends = ends_of(policy, tokenizer)
+    width = -(-max(map(len, prompts)) // _MULTIPLE) * _MULTIPLE
+    answers = []
+    for start in range(0, len(prompts), batch_size):
+        part = list(prompts[start : start + batch_size])
+        # Filled up, so that one compilation does.
+        batch = padded(part + [part[0]] * (min(batch_size, len(prompts)) - len(part)), width)
+        key = jax.random.fold_in(jax.random.key(seed), start)
+        drawn = models.generate(policy, batch, key=key, eos=ends, **options)
+        rows = zip(np.asarray(drawn.ids), np.asarray(drawn.mask), part, strict=False)
+        answers += [_answer(ids[mask].tolist(), tokenizer, ends) for ids, mask, _ in rows]
+    return answers
+
+
+def ends_of(policy: models.Transformer, tokenizer: Any) -> tuple[int, ...]:
+    """The tokens that end an answer: the tokenizer's EOS, and those that the model names."""
+    beside = json.loads(policy.origin.files.get("generation_config.json", b"{}"))
+    named = [origin.get("eos_token_id") for origin in (policy.origin.config, beside)]
+    ids = {special_id(tokenizer, "eos")}
+    for value in named:
+        ids |= set(value) if isinstance(value, list) else {value}
+    return tuple(sorted(i for i in ids if type(i) is int and 0 <= i < policy.config.vocab))
+
+
+def padded(rows: Sequence[Sequence[int]], width: int) -> Tokens:
+    """Rows of ids on the left of an array, as prompts are."""
+    mask = np.arange(width) < np.array([len(row) for row in rows])[:, None]
+    ids = np.zeros(mask.shape, np.int32)
+    ids[mask] = [token for row in rows for token in row]
+    return Tokens(ids, mask)
+
+
+def _answers_of(
+    path: str, lora: str | None, prompts: list, tokenizer: Any, flags: Generate
+) -> list[Answer]:
+    """One model's answers; it is let go of before the next is loaded."""
+    return draw_answers(
+        flags.load(path, lora=lora),
+        prompts,
+        tokenizer,
+        batch_size=flags.batch_size,
+        seed=flags.seed,
+        max_new_tokens=flags.max_tokens,
+        temperature=flags.temperature,
+        top_k=flags.top_k,
+        top_p=flags.top_p,
+    )
+
+
+def _answer(ids: list[int], tokenizer: Any, ends: tuple[int, ...]) -> Answer:
+    ended = bool(ids) and ids[-1] in ends
+    return Answer(decode(tokenizer, ids[:-1] if ended else ids), len(ids), ended)
+
+
+def _tokenizer(flags: Generate) -> Any:
+    if flags.tokenizer == "bytes":
+        return data.ByteTokenizer()
+    return data.load_tokenizer(flags.tokenizer or resolve(flags.model))
+
+
+def _show(texts: list[str], names: list[str], answers: list[tuple[Answer, ...]]) -> None:
+    side_by_side = len(names) > 1 and sys.stdout.isatty()
+    for number, (text, given) in enumerate(zip(texts, answers, strict=True), 1):
+        say(f"=== prompt {number} of {len(texts)}\n{escaped(text, keep=chr(10))}")
+        titles = [f"{name} ({_length(a)})" for name, a in zip(names, given, strict=True)]
+        if side_by_side:
+            _table(titles, given)
+            continue
+        for title, answer in zip(titles, given, strict=True):
+            say(f"--- {title}\n{answer.text}")
+
+
+def _table(titles: list[str], answers: tuple[Answer, ...]) -> None:
+    table = require("rich.table", extra="train").Table(show_lines=True, expand=True)
+    for title in titles:
+        table.add_column(title, ratio=1, overflow="fold")
+    text = require("rich.text", extra="train").Text
+    table.add_row(*(text(answer.text) for answer in answers))
+    require("rich.console", extra="train").Console().print(table)
+
+
+def _length(answer: Answer) -> str:
+    return f"{counted(answer.tokens)}, {'ended' if answer.ended else 'cut off'}"
+
+
+def _lines(texts: list[str], answers: list[tuple[Answer, ...]]) -> Iterator[str]:
+    for text, given in zip(texts, answers, strict=True):
+        named = zip(("answer", "compared"), given, strict=False)
+        line = {"prompt": text} | {name: answer.text for name, answer in named}
+        yield json.dumps(line) + "\n"
+
+
+def _check(flags: Generate) -> None:
+    if not flags.prompt and flags.data is None:
+        raise ValueError("`--prompt` or `--data` must give something to answer; both are missing.")
+    for name in ("max_tokens", "batch_size", "limit"):
+        value = getattr(flags, name)
+        if value is not None and value < 1:
+            raise ValueError(f"`--{name.replace('_', '-')}` must be positive, got {value}.")
+    check_writable("--output", flags.output)

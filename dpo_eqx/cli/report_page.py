@@ -1,0 +1,203 @@
+"""The report as one page of HTML that needs no network.
+
+Its panels are drawn in `report_panels.py`; numbers come from `report_read.py`.
+"""
+
+import dataclasses
+import html
+import importlib.resources
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from ..data.report import CUT, DROPPED, REASONS
+from . import report_curves as curves
+from .report_panels import CURVES, cards, pair_panels
+from .report_read import Columns, Record
+from .settings import Settings
+
+
+def page(records: Sequence[Record]) -> str:
+    """The whole page."""
+    title = ", ".join(record.name for record in records)
+    style = importlib.resources.files("dpo_eqx.cli").joinpath("report.css").read_text("utf-8")
+    body = "\n".join(part for part in _sections(records) if part)
+    return (
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{_text(title)}</title>\n<style>\n{style}</style></head>\n"
+        f"<body><h1>{_text(title)}</h1>\n{body}\n</body></html>\n"
+    )
+
+
+def _sections(records: Sequence[Record]) -> Iterator[str]:
+    yield _remarks(records)
+    yield _numbers(records)
+    lengths = [len(r.metrics.get("step", ())) for r in records]
+    note = ""
+    if max(lengths) > curves.MOST_POINTS:
+        each = f"{-(-max(lengths) // curves.BUCKETS):,}"
+        note = (
+            f"Of long runs a line is the mean of neighbouring steps (up to {each}), and the band "
+            "around it goes from the least of them to the greatest: no step lies outside. "
+        )
+    if any(record.evaluations for record in records):
+        note += "Open circles are the held-out pairs."
+    yield _section("Training", note, cards(CURVES, records))
+    if panels := pair_panels(records):
+        yield _section("Pairs", _about_pairs(records), cards(panels, records))
+    for record in records:
+        yield _samples(record, f"Samples: {record.name}" if len(records) > 1 else "Samples")
+    yield _data(records)
+    settings = [record.settings for record in records]
+    given, rest = _split(settings)
+    yield _section("Settings", "Those that are not the defaults.", _table(given, records, settings))
+    yield f"<details><summary>The others</summary>{_table(rest, records, settings)}</details>"
+    machines = [r.facts.get("versions", {}) | r.facts.get("hardware", {}) for r in records]
+    names = list(dict.fromkeys(name for machine in machines for name in machine))
+    yield _section("Versions and hardware", "", _table(names, records, machines))
+
+
+def _remarks(records: Sequence[Record]) -> str:
+    lines = [f"{_of(r, records)}{remark}" for r in records for remark in r.remarks]
+    items = "".join(f"<li>{_text(line)}</li>" for line in lines)
+    return f'<ul class="remarks">{items}</ul>' if items else ""
+
+
+def _numbers(records: Sequence[Record]) -> str:
+    """Where each run began and ended, on the held-out data where there is any."""
+    names = {
+        "loss": "loss",
+        "rewards/accuracies": "accuracy",
+        "rewards/margins": "margin",
+        "logps/chosen": "log-probability of chosen",
+        "logps/rejected": "log-probability of rejected",
+    }
+    columns = [["", *names.values()]]
+    for record in records:
+        sources = {"training": ("", record.metrics), "held out": ("eval/", record.evaluations)}
+        for words, (prefix, lines) in sources.items():
+            for place in _first_and_last(lines):
+                step = f"{int(lines['step'][place]):,}"
+                found = [lines.get(prefix + name) for name in names]
+                cells = [number(math.nan if v is None else v[place]) for v in found]
+                columns.append([f"{_of(record, records)}{words}, step {step}", *cells])
+    return _rows("numbers", list(zip(*columns, strict=True))) if len(columns) > 1 else ""
+
+
+def _first_and_last(lines: Columns) -> tuple[int, ...]:
+    """Which lines stand in the table of numbers."""
+    return (0, -1)[: len(lines.get("step", ()))]
+
+
+def _about_pairs(records: Sequence[Record]) -> str:
+    """Which pairs the pictures are of; of several runs each has its own."""
+    sentences = []
+    for record in records:
+        found = next((x for x in (record.after, record.before) if x and x.get("margin")), None)
+        if found is None:
+            continue
+        count, kind = len(found["margin"]), found["data"]
+        pairs = "1 pair" if count == 1 else f"{count} pairs"
+        trained = ", on which the policy was trained: no held-out data was given"
+        end = "" if kind == "held-out" else trained
+        sentences.append(f"{_of(record, records)}{pairs} of the {kind} data{end}.")
+    return " ".join(sentences)
+
+
+def _samples(record: Record, title: str) -> str:
+    """What the policy writes after the same prompts, before and after."""
+    sides = {"before": record.before or {}, "after": record.after or {}}
+    drawn = {name: found["samples"] for name, found in sides.items() if found.get("samples")}
+    if not drawn:
+        reasons = {found["no_samples"] for found in sides.values() if found.get("no_samples")}
+        return _section(title, "", f"<p>{_text(' '.join(reasons))}</p>") if reasons else ""
+    shown = []
+    for samples in zip(*drawn.values(), strict=False):
+        prompt = samples[0]["prompt"].strip("\n")
+        prompt = prompt if len(prompt) <= 400 else f"... {prompt[-400:]}"
+        answers = "".join(
+            f"<h4>{name}</h4><pre>{_text(sample['text'])}{'' if sample['ended'] else ' ...'}</pre>"
+            for name, sample in zip(drawn, samples, strict=True)
+        )
+        shown.append(
+            f'<div class="sample"><h4>prompt</h4><pre>{_text(prompt)}</pre>{answers}</div>'
+        )
+    note = "Drawn at temperature 1 with the same random numbers; ... where it was cut off."
+    return _section(title, note, f'<div class="cards">{"".join(shown)}</div>')
+
+
+def _data(records: Sequence[Record]) -> str:
+    """What the training data was, and what became of its records."""
+    tables = [_data_of(record.facts.get("data", {})) for record in records]
+    names = list(dict.fromkeys(name for table in tables for name in table))
+    is_dropped = any(name.startswith("dropped") for name in names)
+    note = "" if is_dropped or not names else "No record was dropped."
+    return _section("Data", note, _table(names, records, tables)) if names else ""
+
+
+def _data_of(facts: Mapping[str, Any]) -> dict[str, Any]:
+    rows = {name: facts[name] for name in ("form", "records", "rows", "tokens") if name in facts}
+    for reason, count in facts.get("counts", {}).items():
+        kind = "dropped" if reason in DROPPED else "cut" if reason in CUT else "noted"
+        rows[f"{kind}: {REASONS.get(reason, reason)}"] = count
+    return rows
+
+
+def _split(settings: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[str]]:
+    """The names of settings that some run has given, and those that are the defaults of all."""
+    fields = {f.name.replace("_", "-"): f.default for f in dataclasses.fields(Settings)}
+    names = list(dict.fromkeys(name for each in settings for name in each))
+
+    def is_default(name: str) -> bool:
+        default = fields.get(name)
+        default = list(default) if isinstance(default, tuple) else default
+        return all(each.get(name) == default for each in settings)
+
+    return [n for n in names if not is_default(n)], [n for n in names if is_default(n)]
+
+
+def _table(
+    names: Sequence[str], records: Sequence[Record], tables: Sequence[Mapping[str, Any]]
+) -> str:
+    """A row for each name, a column for each run; of several runs what differs comes first."""
+    rows = [
+        [name, *(_value(table[name]) if name in table else "\N{EN DASH}" for table in tables)]
+        for name in names
+    ]
+    rows.sort(key=lambda row: len(set(row[1:])) == 1)
+    header = [["", *(record.name for record in records)]] if len(records) > 1 else []
+    return _rows("pairs", header + rows) if rows else ""
+
+
+def _section(title: str, note: str, content: str) -> str:
+    words = f"<p>{_text(note)}</p>" if note else ""
+    return f"<section><h2>{_text(title)}</h2>{words}{content}</section>"
+
+
+def _rows(kind: str, rows: Sequence[Sequence[str]]) -> str:
+    lines = ("".join(f"<td>{_text(cell)}</td>" for cell in row) for row in rows)
+    body = "".join(f"<tr>{line}</tr>" for line in lines)
+    return f'<div class="wide"><table class="{kind}">{body}</table></div>'
+
+
+def _of(record: Record, records: Sequence[Record]) -> str:
+    return f"{record.name}: " if len(records) > 1 else ""
+
+
+def number(value: float | int) -> str:
+    """In four digits; what is mere rounding of log-probabilities in the hundreds is 0."""
+    if math.isnan(value):
+        return "\N{EN DASH}"
+    return "0" if abs(value) < 1e-5 else f"{value:,.4g}"
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _text(text: str) -> str:
+    return html.escape(text)

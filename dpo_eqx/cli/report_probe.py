@@ -1,0 +1,131 @@
+"""What `train` keeps for its report at the start and at the end: margins of some pairs, samples.
+
+At most `PAIRS` pairs and `PROMPTS` answers, so that it costs the same however long the run is.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from .. import data, sharding
+from ..diagnose import make_diagnose
+from . import devices, hosts
+from .compose import Loss, is_unpaired
+from .evaluate import finite
+from .folder import replace_text
+from .generate import draw_answers
+from .rows import Prepared, load_tokenizer
+from .settings import Settings
+from .state import State
+from .texts import decode
+
+PAIRS, PROMPTS, TOKENS = 256, 4, 48
+Probe = Callable[[State, int, Path], None]
+
+
+def make_probe(
+    settings: Settings,
+    prepared: Sequence[Prepared],
+    loss: Loss,
+    options: Mapping[str, Any],
+    mesh: Mesh | None,
+) -> Probe:
+    """A function of a state, its step and a path, where the first process writes how it does.
+
+    It does nothing without `--report`. Pairs and prompts are of the held-out data, or where there
+    is none, of the training data. Of several processes all take part, and draw no samples.
+
+    **Arguments:**
+
+    - `prepared`: the training data, and the held-out data if there is any.
+    - `loss`; `options`: those of `make_step` that a `make_diagnose` takes.
+    - `mesh`: of the state.
+    """
+    if not settings.report:
+        return lambda state, step, path: None
+    source = prepared[-1]
+    rows = [source.rows[int(i)] for i in spread(len(source.rows), PAIRS)]
+    tokenizer = None if source.form.tokenized else load_tokenizer(settings)
+    examine = None if is_unpaired(loss) else eqx.filter_jit(make_diagnose(loss, **options))
+
+    def probe(state: State, step: int, path: Path) -> None:
+        found: dict[str, Any] = {"step": step, "data": "held-out" if prepared[1:] else "training"}
+        if examine is not None:
+            found |= _pairs(examine, state, rows, settings, mesh)
+        found |= _samples(state, rows[:PROMPTS], tokenizer, settings)
+        if hosts.is_first():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            replace_text(path, json.dumps(finite(found)) + "\n")
+
+    return probe
+
+
+def spread(count: int, at_most: int) -> np.ndarray:
+    """Numbers below `count`, `at_most` of them, from all over."""
+    return np.unique(np.linspace(0, count - 1, min(count, at_most)).astype(int))
+
+
+def _pairs(
+    examine: Any, state: State, rows: list, settings: Settings, mesh: Mesh | None
+) -> dict[str, list]:
+    """Margins, log-ratios and lengths of the rows, in their order."""
+    size = settings.batch_size // settings.microbatches
+    index, count = devices.share(mesh)
+    parts = []
+    with data.batches(
+        rows,
+        batch_size=size,
+        shuffle=False,
+        buckets=1,  # one width, for one compilation
+        process_index=index,
+        process_count=count,
+    ) as batches:
+        for batch in batches:
+            pairs = examine(state.policy, devices.put_batch(batch, mesh), state.reference)
+            numbers = {
+                "margin": pairs.margin,
+                "chosen_log_ratio": pairs.chosen_log_ratio,
+                "rejected_log_ratio": pairs.rejected_log_ratio,
+                "chosen_tokens": pairs.policy.chosen_length,
+                "rejected_tokens": pairs.policy.rejected_length,
+            }
+            parts.append(sharding.gather({n: x for n, x in numbers.items() if x is not None}))
+    columns = {n: np.concatenate([part[n] for part in parts])[: len(rows)] for n in parts[0]}
+    return {name: [_short(x) for x in values.tolist()] for name, values in columns.items()}
+
+
+def _samples(state: State, rows: list, tokenizer: Any, settings: Settings) -> dict[str, Any]:
+    """Answers drawn from the policy, with the same random numbers every time."""
+    if jax.process_count() > 1:
+        return {"samples": [], "no_samples": "Runs of several processes draw no samples."}
+    prompts = [row["prompt_ids"] or [row.get("start_id") or 0] for row in rows]
+    policy = eqx.nn.inference_mode(state.policy)
+    with jax.numpy_dtype_promotion("standard"):
+        try:
+            answers = draw_answers(
+                policy,
+                prompts,
+                tokenizer,
+                batch_size=PROMPTS,
+                seed=settings.seed,
+                max_new_tokens=TOKENS,
+            )
+        except ValueError as error:  # learned positions are too few for more tokens
+            return {"samples": [], "no_samples": str(error)}
+    pairs = zip(prompts, answers, strict=True)
+    return {
+        "samples": [
+            {"prompt": decode(tokenizer, p), **dataclasses.asdict(answer)} for p, answer in pairs
+        ]
+    }
+
+
+def _short(value: float | int) -> float | int:
+    return float(f"{value:.6g}") if isinstance(value, float) else value
