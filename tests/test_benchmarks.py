@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from benchmarks import accelerator, large, lengths, memory, step
+from benchmarks import accelerator, large, lengths, memory, parts, step
 from benchmarks.peers import ours, plain_jax
 from benchmarks.problem import (
     Problem,
@@ -117,6 +117,13 @@ def test_lengths_fits_a_line(capsys):
 
 
 @pytest.mark.slow
+def test_parts_prints_a_row_for_each(capsys):
+    sizes = "--vocab 97 --width 16 --layers 2 --heads 2 --prompt 6 --completion 5 --pairs 2"
+    parts.main([*sizes.split(), "--rounds", "1"])
+    assert "| unembedding, and backward | 0." in capsys.readouterr().out
+
+
+@pytest.mark.slow
 def test_accelerator_prints_tokens_per_second(capsys):
     accelerator.main(["--quick", "--shapes", "tiny-qwen3", "--steps", "1", "--remat"])
     out = capsys.readouterr().out
@@ -137,7 +144,10 @@ def test_the_floor_is_what_the_products_with_weights_cost():
     )
     forward = 2 * 4 * (3 * 128 * body + 2 * 128 * 32000 * 256)
     assert floor_flops(problem) == 4 * forward
-    assert floor_flops(dataclasses.replace(problem, precomputed=True)) == 3 * forward
+    assert sum(parts.forward_flops(problem)) == forward
+    precomputed = dataclasses.replace(problem, precomputed=True)
+    assert floor_flops(precomputed) == 3 * forward
+    assert parts.forward_flops(precomputed) == parts.forward_flops(problem)
     assert round(floor_flops(problem) / 1e9) == 106
 
 

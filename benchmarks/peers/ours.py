@@ -34,7 +34,7 @@ def training(problem: Problem, policy: models.Transformer, reference: models.Tra
     optimizer = optax.adamw(problem.learning_rate, weight_decay=problem.weight_decay)
     loss = partial(losses.dpo, beta=problem.beta)
     step = dpx.make_step(loss, optimizer, microbatches=problem.microbatches)
-    batch, frozen = batch_of(problem), dpx.snapshot(reference)
+    batch, frozen = batch_of(problem), reference
     if problem.precomputed:
         log_probs = eqx.filter_jit(dpx.precompute_reference)(reference, batch)
         batch = dpx.PreferenceBatch(batch.prompt, batch.chosen, batch.rejected, reference=log_probs)
