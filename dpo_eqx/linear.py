@@ -149,8 +149,10 @@ def _log_probs_forward(axis_name, parts, head, hidden, targets):
 
     state = fold(add, start, head, parts, (hidden, targets), axis_name)
     peak, total, picked = _over_devices(state, axis_name)
-    normaliser = jnp.where(jnp.isfinite(peak), peak, jnp.nan) + jnp.log(total)
-    return picked - normaliser, (head, hidden, targets, normaliser)
+    peak, total = jnp.where(jnp.isfinite(peak), peak, jnp.nan), jnp.log(total)
+    # Not `picked - normaliser`: without a gradient XLA fuses that sum into this one, in an order of
+    # its own, and a policy and a reference of the same parameters differ in the last bit.
+    return picked - peak - total, (head, hidden, targets, peak + total)
 
 
 def _log_probs_backward(axis_name, parts, residuals, cotangents):

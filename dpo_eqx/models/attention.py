@@ -145,8 +145,9 @@ def attend(
 
 def _dropped(query, key, value, mask, config: Config, rng: PRNGKeyArray):
     """Attention some of whose weights are zero."""
-    scores = scores_of(config.attention_scale, config.attention_softcap, query, key, mask)
-    weights = dropout(jax.nn.softmax(scores, axis=-1), config.attention_dropout, rng)
+    scale, softcap = config.attention_scale, config.attention_softcap
+    scores, factor = scores_of(scale, softcap, query, key, mask)
+    weights = dropout(jax.nn.softmax(factor * scores, axis=-1), config.attention_dropout, rng)
     return jnp.einsum("bkgts,bskh->btkgh", weights.astype(value.dtype), value)
 
 

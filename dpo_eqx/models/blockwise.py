@@ -50,12 +50,13 @@ def _forward(scale, softcap, query, key, value, mask):
 
     def block(operands):
         query, mask = operands
-        scores = scores_of(scale, softcap, query, key, mask)
-        peak = jax.lax.stop_gradient(scores).max(axis=-1, keepdims=True)
-        weights = jnp.exp(scores - peak)
+        scores, factor = scores_of(scale, softcap, query, key, mask)
+        peak = scores.max(axis=-1, keepdims=True)
+        weights = jnp.exp(factor * _at_most_zero(scores - peak))
         total = jnp.moveaxis(weights.sum(axis=-1, keepdims=True), 3, 1)
         product = _product("bkgts,bskh->btkgh", weights.astype(value.dtype), value)
-        return (product / total).astype(value.dtype), jnp.moveaxis(peak, 3, 1) + jnp.log(total)
+        normaliser = factor * jnp.moveaxis(peak, 3, 1) + jnp.log(total)
+        return (product / total).astype(value.dtype), normaliser
 
     blocks = jax.lax.map(block, (_blocks(query, size, 1), _blocks(mask, size, 0)))
     output, normaliser = checkpoint_name([_unblocked(x, length) for x in blocks], ATTENDED)
@@ -76,12 +77,12 @@ def _backward(scale, softcap, residuals, cotangent):
 
     def block(sums, operands):
         query, cotangent, mean, normaliser, mask = operands
-        scores = scores_of(scale, softcap, query, key, mask)
-        weights = jnp.exp(scores - jnp.moveaxis(normaliser, 1, 3))
+        scores, factor = scores_of(scale, softcap, query, key, mask)
+        weights = jnp.exp(factor * scores - jnp.moveaxis(normaliser, 1, 3))
         slopes = _product("btkgh,bskh->bkgts", cotangent, value) - jnp.moveaxis(mean, 1, 3)
         slopes = scale * weights * slopes
         if softcap is not None:
-            slopes = slopes * (1 - (jnp.where(mask, scores, 0) / softcap) ** 2)
+            slopes = slopes * (1 - jnp.where(mask, scores, 0) ** 2)
         slopes, weights = slopes.astype(narrow), weights.astype(narrow)
         in_query = _product("bkgts,bskh->btkgh", slopes, key).astype(narrow)
         # In this order of the operands the large one needs no transposed copy.
@@ -101,14 +102,30 @@ def _backward(scale, softcap, residuals, cotangent):
 blockwise.defvjp(_forward, _backward)
 
 
-def scores_of(scale, softcap, query, key, mask) -> Float[Array, "batch key_heads groups query key"]:
-    """What the softmax is of, in float32 or wider. Arguments as of `blockwise`."""
-    wide = at_least_float32(query.dtype)
-    scores = _product("btkgh,bskh->bkgts", query, key) * scale
+def scores_of(
+    scale, softcap, query, key, mask
+) -> tuple[Float[Array, "batch key_heads groups query key"], float]:
+    """What the softmax is of, in float32 or wider, but for a factor. Arguments as of `blockwise`.
+
+    The factor is left to be multiplied after the largest is subtracted: a product before it is
+    rounded in one program and not in another, as XLA fuses the two or not.
+    """
+    scores, factor = _product("btkgh,bskh->bkgts", query, key), scale
     if softcap is not None:
-        scores = softcap * jnp.tanh(scores / softcap)
+        scores, factor = jnp.tanh(scores * (scale / softcap)), softcap
     # Finite, not -inf: a softmax is then finite even where a row is all masked.
-    return jnp.where(mask, scores, jnp.finfo(wide).min)
+    return jnp.where(mask, scores, jnp.finfo(scores.dtype).min / max(1.0, factor)), factor
+
+
+def _at_most_zero(x: Array) -> Array:
+    """As it came, since none is larger.
+
+    On a CPU, XLA takes a largest score, a difference and an exponential together and has a kernel
+    of its own for them, with another exponential, but not where a gradient needs the largest too.
+    It does not look past this clamp, so that a policy and a reference of the same parameters agree
+    to the last bit.
+    """
+    return jax.lax.clamp(jnp.finfo(x.dtype).min, x, jnp.zeros((), x.dtype))
 
 
 def _product(form: str, one: Array, other: Array) -> Array:

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 import dpo_eqx as dpx
 from dpo_eqx import losses, models
 
+from ..policies import random_batch
 from .golden import FOLDER, ragged_batch
 
 CONFIG = models.Config(
@@ -99,6 +100,38 @@ def test_bf16_keeps_its_residual_stream(policy):
     assert logits.dtype == jnp.float32
     # A few roundings of 2^-8 each, on logits of at most 0.4 that are sums of larger terms.
     assert np.abs(logits - call(policy, IDS)).max() < 0.05
+
+
+@pytest.mark.parametrize(
+    ("kind", "microbatches"),
+    [
+        ({}, 1),
+        pytest.param({"layers": 1}, 1, marks=pytest.mark.slow),
+        ({"attention_softcap": 20.0}, 4),
+    ],
+)
+def test_the_first_margins_are_zero_to_the_last_bit(kind, microbatches):
+    sizes = {"vocab": 96, "width": 96, "layers": 2, "heads": 4}
+    policy = models.Transformer(models.Config(**{**sizes, **kind}), key=jax.random.key(0))
+    batch = random_batch(pairs=32, prompt=16, completion=24, weight=None)
+    log_probs = as_users_compile(dpx.precompute_reference, policy, batch)
+    grad = dpx.make_grad(losses.dpo, microbatches=microbatches)
+    _, live = as_users_compile(grad, policy, batch, dpx.snapshot(policy))
+    precomputed = dataclasses.replace(batch, reference=log_probs)
+    for metrics in live, as_users_compile(grad, policy, precomputed)[1]:
+        assert metrics["rewards/margins"] == 0
+        assert metrics["rewards/accuracies"] == 0.5
+
+
+def as_users_compile(function, *args):
+    """Under `jax.jit` without the flags of the tests, which change how XLA rounds."""
+    arrays, static = eqx.partition(args, eqx.is_array_like)
+
+    def of_arrays(arrays):
+        return eqx.filter(function(*eqx.combine(arrays, static)), eqx.is_array)
+
+    flags = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
+    return jax.jit(of_arrays, compiler_options=flags)(arrays)
 
 
 @pytest.mark.slow
