@@ -3,6 +3,7 @@
     python -m benchmarks.accelerator                                   # ours and plain JAX
     python -m benchmarks.accelerator --python-torch ENV/bin/python     # and PyTorch
     python -m benchmarks.accelerator --pairs 16 --remat --microbatches 4
+    python -m benchmarks.accelerator --systems ours,ours_unfused       # without cuDNN's attention
     python -m benchmarks.accelerator --quick                           # tiny, on any machine
 
 Compute in bfloat16, AdamW in float32, a live reference. Each system is a fresh process with the
@@ -11,6 +12,7 @@ step needs, nothing twice (`large.flops`), against the chip's dense rate in bflo
 """
 
 import argparse
+import dataclasses
 import subprocess
 import sys
 import tempfile
@@ -36,7 +38,12 @@ PEAKS = {
     "TPU v6": 918,
     "TPU v4": 275,
 }
-SYSTEMS = {"ours": "large_ours", "plain_jax": "large_plain_jax", "torch": "large_torch"}
+SYSTEMS = {
+    "ours": "large_ours",
+    "ours_unfused": "large_ours",
+    "plain_jax": "large_plain_jax",
+    "torch": "large_torch",
+}
 REAL, TINY = ("qwen3-0.6b", "llama-3.2-1b"), ("tiny-qwen3", "tiny-llama")
 
 
@@ -56,6 +63,7 @@ def peak_rate(device: str) -> float | None:
 def measure(name: str, case: Case, steps: int, python: str | None) -> dict[str, Any]:
     """A row of the table, or of what went wrong."""
     row: dict[str, Any] = {"shape": case.shape, "system": name}
+    case = dataclasses.replace(case, fused=name != "ours_unfused")
     module = f"benchmarks.peers.{SYSTEMS[name]}"
     with tempfile.TemporaryDirectory() as folder:
         try:

@@ -45,7 +45,8 @@ SHAPES = {
 class Case:
     """A training step of DPO: AdamW in float32, compute in bfloat16, a frozen reference run live.
 
-    `remat` recomputes each layer in the backward pass; `microbatches` applies to our library.
+    `remat` recomputes each layer in the backward pass; `microbatches` and `fused`, attention
+    through cuDNN's kernel, apply to our library.
     """
 
     shape: str
@@ -54,6 +55,7 @@ class Case:
     completion: int
     remat: bool = False
     microbatches: int = 1
+    fused: bool = True
     precomputed: bool = False
     beta: float = 0.1
     learning_rate: float = 1e-6

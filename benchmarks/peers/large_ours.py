@@ -24,7 +24,8 @@ def device_peak() -> float:
 
 def policy_of(case: Case) -> models.Transformer:
     """The shape with random weights in float32, made where they stay."""
-    config = dataclasses.replace(models.read_config(SHAPES[case.shape]), remat=case.remat)
+    config = models.read_config(SHAPES[case.shape])
+    config = dataclasses.replace(config, remat=case.remat, fused=case.fused)
     return eqx.filter_jit(models.Transformer)(config, key=jax.random.key(0))
 
 

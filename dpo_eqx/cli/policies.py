@@ -141,8 +141,14 @@ def _load(
     path: str, settings: Settings, mesh: Mesh | None, *, remat: bool = False
 ) -> models.Transformer:
     place = None if mesh is None else sharding.placement(mesh)
-    dtype, quantize = dtype_of(settings.dtype), settings.quantize
-    return models.load(path, dtype=dtype, sharding=place, quantize=quantize, remat=remat)
+    return models.load(
+        path,
+        dtype=dtype_of(settings.dtype),
+        sharding=place,
+        quantize=settings.quantize,
+        remat=remat,
+        fused=settings.fused,
+    )
 
 
 def _check_not_asked_for(settings: Settings) -> None:

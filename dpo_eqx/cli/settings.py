@@ -112,6 +112,8 @@ class Settings:
     """Of the forward pass; by default that of the parameters."""
     remat: bool = False
     """Whether each layer is computed again in the backward pass, which saves memory."""
+    fused: bool = True
+    """Whether attention in half precision goes through cuDNN's kernel on a GPU that has it."""
     precompute_reference: bool = False
     """Compute the reference's log-probabilities once, before training, and keep them on disk."""
     sync_reference_every: int = 0

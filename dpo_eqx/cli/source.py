@@ -51,10 +51,13 @@ class Loading:
     """Hold the linear layers of every model in 8 or 4 bits."""
     dtype: Dtype | None = None
     """Of the parameters; by default that of the file."""
+    fused: bool = True
+    """Whether attention in half precision goes through cuDNN's kernel on a GPU that has it."""
 
     def load(self, path: str, *, lora: str | None = None) -> models.Transformer:
         """The model in a folder, with the adapters in another if there are any."""
-        policy = models.load(path, dtype=dtype_of(self.dtype), quantize=self.quantize)
+        dtype = dtype_of(self.dtype)
+        policy = models.load(path, dtype=dtype, quantize=self.quantize, fused=self.fused)
         return policy if lora is None else models.load_lora(policy, lora)
 
 

@@ -16,6 +16,7 @@ from ..layout import Layout
 from ..packed import PackedLayout
 from .blockwise import blockwise, scores_of
 from .config import Config
+from .fused import fits, fused
 from .pieces import dropout
 
 # Blocks of queries in a packed row. More of them leave out more keys that no query sees, and take
@@ -112,7 +113,9 @@ def _attend_packed(layout: PackedLayout, query, key, value, mask, *, config: Con
     outputs = []
     for start, own in zip(starts, _split(rng, len(starts)), strict=True):
         queries = slice(start, min(start + block, layout.length))
-        keys = slice(max(start + 1 - layout.longest_pair, 0), queries.stop)
+        # From an even one on: of an even number the fused kernel has a gradient.
+        first = max(start + 1 - layout.longest_pair, 0) // 2 * 2
+        keys = slice(first, queries.stop)
         parts = query[None, queries], key[None, keys], value[None, keys], mask[queries, keys]
         outputs.append(attend(*parts, config=config, rng=own)[0])
     return jnp.concatenate(outputs)
@@ -131,15 +134,19 @@ def attend(
 
     Scores and their softmax are float32 or wider.
     """
+    scale, softcap = config.attention_scale, config.attention_softcap
+    rng = rng if config.attention_dropout > 0 else None
+    if rng is None and config.fused and fits(query, key, softcap):
+        return fused(scale, query, key, value, mask)
     if mask is None:
         mask = jnp.tri(query.shape[1], dtype=bool)
     groups = query.shape[2] // key.shape[2]
     grouped = query.reshape(*query.shape[:2], key.shape[2], groups, query.shape[3])
-    if rng is not None and config.attention_dropout > 0:
-        output = _dropped(grouped, key, value, mask, config, rng)
-    else:
-        scale, softcap = config.attention_scale, config.attention_softcap
-        output: Array = blockwise(scale, softcap, grouped, key, value, mask)
+    output: Array = (
+        blockwise(scale, softcap, grouped, key, value, mask)
+        if rng is None
+        else _dropped(grouped, key, value, mask, config, rng)
+    )
     return output.reshape(query.shape)
 
 

@@ -71,6 +71,7 @@ class Config:
     - `embedding_dropout`, `attention_dropout`, `residual_dropout`: probabilities; they apply
         where the policy is given a key.
     - `remat`: whether each layer is recomputed in the backward pass rather than stored.
+    - `fused`: whether attention in half precision goes through cuDNN's kernel on a GPU that has it.
 
     **Raises:**
 
@@ -109,6 +110,7 @@ class Config:
     attention_dropout: float = 0.0
     residual_dropout: float = 0.0
     remat: bool = False
+    fused: bool = True
 
     def __post_init__(self):
         check_sizes(self)

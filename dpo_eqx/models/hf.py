@@ -81,7 +81,7 @@ def write_config(config: Config) -> dict[str, Any]:
         **{key: getattr(config, field) for key, field in family.keys.items()},
         **family.write(config),
     }
-    again = dataclasses.replace(read_config(values), remat=config.remat)
+    again = dataclasses.replace(read_config(values), remat=config.remat, fused=config.fused)
     lost = [
         f"`{field.name}` ({getattr(config, field.name)!r})"
         for field in dataclasses.fields(config)

@@ -33,6 +33,7 @@ def load(
     sharding: Sharding | Callable[[str, jax.ShapeDtypeStruct], Sharding] | None = None,
     quantize: str | None = None,
     remat: bool = False,
+    fused: bool = True,
 ) -> Transformer:
     """Reads a Hugging Face checkpoint: llama, mistral, qwen2, qwen3, gpt2, phi or gemma2.
 
@@ -57,6 +58,7 @@ def load(
     - `quantize`: `"int8"` or `"nf4"`, as `models.quantize` does it, of every linear layer but the
         unembedding.
     - `remat`: whether each layer is recomputed in the backward pass rather than stored.
+    - `fused`: whether attention in half precision goes through cuDNN's kernel on a GPU that has it.
 
     **Returns:**
 
@@ -72,7 +74,8 @@ def load(
     if quantize is not None:
         check_format("quantize", quantize)
     folder = resolve(path)
-    config = dataclasses.replace(read_config(read_json(folder / CONFIG)), remat=remat)
+    config = read_config(read_json(folder / CONFIG))
+    config = dataclasses.replace(config, remat=remat, fused=fused)
     origin = read_origin(folder)
     check_tokenizer(origin, config.vocab)
     make = functools.partial(Transformer, config, origin=origin)

@@ -6,9 +6,14 @@ from pathlib import Path
 import pytest
 
 from dpo_eqx.cli.check import check
+from dpo_eqx.cli.evaluate import Evaluate
 from dpo_eqx.cli.parse import parse
+from dpo_eqx.cli.policies import load_policy
 from dpo_eqx.cli.settings import Settings
+from dpo_eqx.cli.source import parse_flags
 from dpo_eqx.cli.yaml_file import differences, read_settings, write_settings
+
+from .small import MODEL
 
 NEEDED = ["--model", "m", "--data", "d", "--output", "o"]
 
@@ -156,3 +161,10 @@ def test_help(capsys):
 def test_contradictions(given, message):
     with pytest.raises(ValueError, match=message):
         check(Settings(model="m", data="d", output=Path("o"), **given))
+
+
+def test_each_command_can_do_without_the_fused_kernel():
+    settings = parse(["--model", str(MODEL), "--data", "d", "--output", "o", "--no-fused"])
+    assert not load_policy(settings).config.fused
+    flags = parse_flags(Evaluate, "evaluate", [*NEEDED, "--no-fused"])
+    assert not flags.load(str(MODEL)).config.fused

@@ -57,6 +57,13 @@ def test_shards_and_index(policy, tmp_path):
     assert eqx.tree_equal(models.load(tmp_path / "saved"), policy)
 
 
+def test_how_a_policy_runs_is_not_in_its_checkpoint(policy, tmp_path):
+    other = models.load(LLAMA, remat=True, fused=False)
+    assert (other.config.remat, other.config.fused) == (True, False)
+    models.save(other, tmp_path / "saved")
+    assert eqx.tree_equal(models.load(tmp_path / "saved"), policy)
+
+
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_base_models_lack_the_prefix(name, tmp_path):
     folder = shutil.copytree(FOLDER / "families" / name, tmp_path / "base")
