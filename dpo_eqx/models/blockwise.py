@@ -54,7 +54,7 @@ def _forward(scale, softcap, query, key, value, mask):
         peak = scores.max(axis=-1, keepdims=True)
         weights = jnp.exp(factor * _at_most_zero(scores - peak))
         total = jnp.moveaxis(weights.sum(axis=-1, keepdims=True), 3, 1)
-        product = _product("bkgts,bskh->btkgh", weights.astype(value.dtype), value)
+        product = _product("bskh,bkgts->btkgh", value, weights.astype(value.dtype))
         normaliser = factor * jnp.moveaxis(peak, 3, 1) + jnp.log(total)
         return (product / total).astype(value.dtype), normaliser
 
@@ -77,17 +77,17 @@ def _backward(scale, softcap, residuals, cotangent):
 
     def block(sums, operands):
         query, cotangent, mean, normaliser, mask = operands
-        scores, factor = scores_of(scale, softcap, query, key, mask)
-        weights = jnp.exp(factor * scores - jnp.moveaxis(normaliser, 1, 3))
-        slopes = _product("btkgh,bskh->bkgts", cotangent, value) - jnp.moveaxis(mean, 1, 3)
-        slopes = scale * weights * slopes
+        mean, normaliser = (jnp.transpose(x, (0, 2, 4, 3, 1)) for x in (mean, normaliser))
+        scores, factor = scores_of(scale, softcap, query, key, mask, keys_first=True)
+        weights = jnp.exp(factor * scores - normaliser)
+        slopes = scale * weights * (_product("btkgh,bskh->bksgt", cotangent, value) - mean)
         if softcap is not None:
-            slopes = slopes * (1 - jnp.where(mask, scores, 0) ** 2)
+            # Scores are of a tanh here, but for masked ones.
+            slopes = slopes * (1 - jnp.maximum(scores, -1) ** 2)
         slopes, weights = slopes.astype(narrow), weights.astype(narrow)
-        in_query = _product("bkgts,bskh->btkgh", slopes, key).astype(narrow)
-        # In this order of the operands the large one needs no transposed copy.
-        in_key = _product("btkgh,bkgts->bskh", query, slopes)
-        in_value = _product("btkgh,bkgts->bskh", cotangent, weights)
+        in_query = _product("bksgt,bskh->btkgh", slopes, key).astype(narrow)
+        in_key = _product("btkgh,bksgt->bskh", query, slopes)
+        in_value = _product("btkgh,bksgt->bskh", cotangent, weights)
         return jax.tree.map(jnp.add, sums, (in_key, in_value)), in_query
 
     size, length = _block_size(query, key), query.shape[1]
@@ -102,15 +102,24 @@ def _backward(scale, softcap, residuals, cotangent):
 blockwise.defvjp(_forward, _backward)
 
 
-def scores_of(
-    scale, softcap, query, key, mask
-) -> tuple[Float[Array, "batch key_heads groups query key"], float]:
+def scores_of(scale, softcap, query, key, mask, *, keys_first=False) -> tuple[Array, float]:
     """What the softmax is of, in float32 or wider, but for a factor. Arguments as of `blockwise`.
 
     The factor is left to be multiplied after the largest is subtracted: a product before it is
     rounded in one program and not in another, as XLA fuses the two or not.
+
+    **Returns:**
+
+    Scores of shape `(batch, key_heads, groups, query, key)`, or with `keys_first`, which is how the
+    backward pass wants them, `(batch, key_heads, key, groups, query)`; and the factor.
     """
-    scores, factor = _product("btkgh,bskh->bkgts", query, key), scale
+    # Here and in `blockwise` the operands of products stand in the order in which no scores are
+    # copied to transpose them.
+    if keys_first:
+        scores, mask = _product("btkgh,bskh->bksgt", query, key), mask.T[:, None]
+    else:
+        scores = _product("bskh,btkgh->bkgts", key, query)
+    factor = scale
     if softcap is not None:
         scores, factor = jnp.tanh(scores * (scale / softcap)), softcap
     # Finite, not -inf: a softmax is then finite even where a row is all masked.
