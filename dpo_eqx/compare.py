@@ -11,8 +11,8 @@ from .batch import PreferenceBatch
 from .kl import linear_kl, token_kl
 from .log_probs import PairLogProbs, sequence_log_probs
 from .predict import Hidden, Logits, predict
+from .score import pair_log_probs, token_scores
 from .tiles import Unembedding
-from .tokens import Tokens
 
 
 class Comparison(eqx.Module):
@@ -67,31 +67,24 @@ def compare(
         predict(model, batch.prompt, pair, keys=None, chunk_size=chunk_size)
         for model in (policy, reference)
     ]
-    mask = jnp.concatenate([tokens.mask for tokens in pair], axis=1)
-    ids = jnp.where(mask, jnp.concatenate([tokens.ids for tokens in pair], axis=1), 0)
-    log_probs = [_halves(prediction.log_probs(ids), pair) for prediction in predictions]
-    kl = _halves(_kl_of(predictions[0], predictions[1], chunk_size), pair)
-    chosen, rejected = (
-        jnp.where(tokens.mask, a - b, 0) for tokens, a, b in zip(pair, *log_probs, strict=True)
+    ours, theirs = (token_scores(prediction, pair) for prediction in predictions)
+    chosen_tokens, rejected_tokens = (
+        jnp.where(tokens.mask, a.log_probs - b.log_probs, 0)
+        for tokens, a, b in zip(pair, ours, theirs, strict=True)
     )
+    kl = _kl_of(predictions[0], predictions[1], chunk_size)
+    halves = jnp.split(kl, [batch.chosen.ids.shape[1]], axis=1)
     chosen_kl, rejected_kl = (
-        sequence_log_probs(x, tokens.mask) for x, tokens in zip(kl, pair, strict=True)
+        sequence_log_probs(half, tokens.mask) for half, tokens in zip(halves, pair, strict=True)
     )
-    ours, theirs = (_totals(half, batch) for half in log_probs)
-    return Comparison(ours, theirs, chosen, rejected, chosen_kl, rejected_kl)
-
-
-def _halves(both: Float[Array, "pairs length"], pair: tuple[Tokens, Tokens]) -> list[Array]:
-    """What belongs to the chosen completion, and what to the rejected."""
-    return jnp.split(both, [pair[0].ids.shape[1]], axis=1)
-
-
-def _totals(halves: list[Array], batch: PreferenceBatch) -> PairLogProbs:
-    pair = batch.chosen, batch.rejected
-    sums = [sequence_log_probs(x, t.mask) for x, t in zip(halves, pair, strict=True)]
-    counts = [jnp.asarray(t.mask).sum(axis=1, dtype=jnp.int32) for t in pair]
-    weight = None if batch.weight is None else jnp.asarray(batch.weight, sums[0].dtype)
-    return PairLogProbs(*sums, *counts, weight=weight)
+    return Comparison(
+        policy=pair_log_probs(batch, *ours),
+        reference=pair_log_probs(batch, *theirs),
+        chosen_tokens=chosen_tokens,
+        rejected_tokens=rejected_tokens,
+        chosen_kl=chosen_kl,
+        rejected_kl=rejected_kl,
+    )
 
 
 def _kl_of(

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from .axis import vary_alike, varying_axes
+from .axis import total_of_parts, vary_alike
 from .log_probs import at_least_float32
 from .strided import merge, split
-from .tiles import Unembedding
+from .tiles import Unembedding, check_chunk_size, check_head
 
 # Logits of each side held at once where the caller does not choose: 32 MiB in float32.
 _LOGITS_AT_ONCE = 2**23
@@ -81,12 +81,12 @@ def linear_kl(
 
     `ValueError` at trace time where shapes do not fit or a number is out of range.
     """
-    _check(hidden, unembedding, softcap, "")
-    _check(reference_hidden, reference_unembedding, reference_softcap, "reference_")
+    check_head(hidden, unembedding, softcap)
+    check_head(reference_hidden, reference_unembedding, reference_softcap, "reference_")
     _check_together(hidden, unembedding, reference_hidden, reference_unembedding, chunk_size)
     heads = (
-        _head(unembedding, bias, softcap),
-        _head(reference_unembedding, reference_bias, reference_softcap),
+        Unembedding.of(unembedding, bias, softcap),
+        Unembedding.of(reference_unembedding, reference_bias, reference_softcap),
     )
     rows = [jnp.asarray(x) for x in (hidden, reference_hidden)]
     # A hidden state of NaN would reach the unembedding's gradient as 0 * NaN.
@@ -98,12 +98,6 @@ def linear_kl(
     chunks = tuple(_chunks(x.reshape(both.size, x.shape[-1]), count) for x in rows)
     kl = merge(_kl(axis_name, *vary_alike(heads, chunks)))
     return jnp.where(both, kl[: both.size].reshape(both.shape), jnp.nan)
-
-
-def _head(unembedding, bias, softcap) -> Unembedding:
-    return Unembedding(
-        jnp.asarray(unembedding), None if bias is None else jnp.asarray(bias), softcap
-    )
 
 
 def _chunks(x: Float[Array, "tokens width"], count: int) -> Float[Array, "count chunk width"]:
@@ -157,11 +151,7 @@ def _kl_backward(axis_name, residuals, cotangents):
     in_heads, in_hiddens = jax.lax.scan(
         chunk, jax.tree.map(jnp.zeros_like, heads), (hiddens, normalisers, kl, cotangents)
     )
-    if axis_name is not None and axis_name not in varying_axes(hiddens[0]):
-        # As in `linear_token_log_probs`: each device has seen its own part of the vocabulary, and
-        # where `shard_map` tracks what varies, the transpose of `vary_alike` has this sum.
-        in_hiddens = jax.lax.psum(in_hiddens, axis_name)
-    return in_heads, in_hiddens
+    return in_heads, total_of_parts(in_hiddens, hiddens[0], axis_name)
 
 
 _kl.defvjp(_kl_forward, _kl_backward)
@@ -193,16 +183,6 @@ def _over(reduce: Callable, x: Array, axis_name: str | None) -> Array:
     return x if axis_name is None else reduce(x, axis_name)
 
 
-def _check(hidden, unembedding, softcap, side: str) -> None:
-    if unembedding.ndim != 2 or unembedding.shape[1] != hidden.shape[-1]:
-        raise ValueError(
-            f"`{side}unembedding` must have shape `(vocab, width)` with the width of "
-            f"`{side}hidden`, {hidden.shape[-1]}; got {unembedding.shape}."
-        )
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"`{side}softcap` must be a positive number or None, got {softcap}.")
-
-
 def _check_together(hidden, unembedding, reference_hidden, reference_unembedding, chunk_size):
     if hidden.shape[:-1] != reference_hidden.shape[:-1]:
         raise ValueError(
@@ -215,5 +195,4 @@ def _check_together(hidden, unembedding, reference_hidden, reference_unembedding
             f"{unembedding.shape[0]} and {reference_unembedding.shape[0]} tokens. Compare models "
             "that share a tokenizer."
         )
-    if chunk_size is not None and not chunk_size > 0:
-        raise ValueError(f"`chunk_size` must be positive or None, got {chunk_size}.")
+    check_chunk_size(chunk_size)

@@ -11,10 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from .axis import vary_alike, varying_axes
+from .axis import total_of_parts, vary_alike
 from .log_probs import at_least_float32
 from .strided import merge
-from .tiles import Unembedding, fold, in_chunks, put_back, tile_at
+from .tiles import (
+    Unembedding,
+    check_chunk_size,
+    check_head,
+    fold,
+    in_chunks,
+    put_back,
+    tile_at,
+)
 
 
 def linear_token_log_probs(
@@ -55,9 +63,7 @@ def linear_token_log_probs(
     """
     _check_shapes(hidden, unembedding, targets, softcap, chunk_size)
     hidden, targets = jnp.asarray(hidden), jnp.asarray(targets)
-    head = Unembedding(
-        jnp.asarray(unembedding), None if bias is None else jnp.asarray(bias), softcap
-    )
+    head = Unembedding.of(unembedding, bias, softcap)
     # A hidden state of NaN would reach the unembedding's gradient as 0 * NaN.
     finite = jnp.isfinite(jax.lax.stop_gradient(hidden)).all(axis=-1)
     hidden = jnp.where(finite[..., None], hidden, 0)
@@ -111,15 +117,8 @@ def _check_shapes(hidden, unembedding, targets, softcap, chunk_size) -> None:
             "`hidden` must have shape `(*batch, length, width)` and `targets` `(*batch, length)`; "
             f"got {hidden.shape} and {targets.shape}."
         )
-    if unembedding.ndim != 2 or unembedding.shape[1] != hidden.shape[-1]:
-        raise ValueError(
-            f"`unembedding` must have shape `(vocab, width)` with the width of `hidden`, "
-            f"{hidden.shape[-1]}; got {unembedding.shape}."
-        )
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"`softcap` must be a positive number or None, got {softcap}.")
-    if chunk_size is not None and not chunk_size > 0:
-        raise ValueError(f"`chunk_size` must be positive or None, got {chunk_size}.")
+    check_head(hidden, unembedding, softcap)
+    check_chunk_size(chunk_size)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -181,10 +180,7 @@ def _log_probs_backward(axis_name, parts, residuals, cotangents):
     zeros = jax.tree.map(jnp.zeros_like, head), jnp.zeros_like(hidden, cotangents.dtype)
     carry = vary_alike(zeros, hidden)[0]
     (in_head, in_hidden), _ = jax.lax.scan(one_part, carry, jnp.arange(parts))
-    if axis_name is not None and axis_name not in varying_axes(hidden):
-        # Each device has seen its own part of the vocabulary. Where `shard_map` tracks what
-        # varies, the transpose of the cast in `vary_alike` has this sum; elsewhere it is ours.
-        in_hidden = jax.lax.psum(in_hidden, axis_name)
+    in_hidden = total_of_parts(in_hidden, hidden, axis_name)
     return in_head, in_hidden.astype(hidden.dtype), None
 
 

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from .batch import PreferenceBatch, UnpairedBatch
 from .keys import Keys, keys_per_pair
 from .log_probs import PairLogProbs, UnpairedLogProbs, sequence_log_probs
-from .predict import predict
+from .predict import Hidden, Logits, predict
 from .tokens import Tokens
 
 
@@ -58,15 +58,7 @@ def score_pairs(
     """
     completions = batch.chosen, batch.rejected
     chosen, rejected = _token_scores(policy, batch.prompt, completions, key, chunk_size, confidence)
-    return PairLogProbs(
-        chosen=chosen.total(),
-        rejected=rejected.total(),
-        chosen_length=chosen.length(),
-        rejected_length=rejected.length(),
-        weight=_weight(batch, chosen.log_probs),
-        chosen_confidence=chosen.confidence(),
-        rejected_confidence=rejected.confidence(),
-    )
+    return pair_log_probs(batch, chosen, rejected)
 
 
 def score_unpaired(
@@ -137,7 +129,7 @@ def ld_score(alpha: float | int | Float[Array, ""]) -> Callable[..., PairLogProb
         lengths = [tokens.length() for tokens in pair]
         shorter = jnp.minimum(*lengths)[:, None]
 
-        def desensitised(tokens: _TokenScores) -> Float[Array, " pairs"]:
+        def desensitised(tokens: TokenScores) -> Float[Array, " pairs"]:
             surplus = jnp.cumsum(tokens.mask, axis=1, dtype=jnp.int32) > shorter
             return sequence_log_probs(
                 jnp.where(surplus, alpha * tokens.log_probs, tokens.log_probs), tokens.mask
@@ -150,7 +142,7 @@ def ld_score(alpha: float | int | Float[Array, ""]) -> Callable[..., PairLogProb
     return score
 
 
-class _TokenScores(eqx.Module):
+class TokenScores(eqx.Module):
     """What is known of each token of one completion of each prompt."""
 
     log_probs: Float[Array, "pairs completion"]
@@ -172,6 +164,21 @@ class _TokenScores(eqx.Module):
         return jnp.exp(sequence_log_probs(excess, self.mask) / count)
 
 
+def pair_log_probs(
+    batch: PreferenceBatch, chosen: TokenScores, rejected: TokenScores
+) -> PairLogProbs:
+    """The sums over the tokens of each completion of `batch`, with what travels beside them."""
+    return PairLogProbs(
+        chosen=chosen.total(),
+        rejected=rejected.total(),
+        chosen_length=chosen.length(),
+        rejected_length=rejected.length(),
+        weight=_weight(batch, chosen.log_probs),
+        chosen_confidence=chosen.confidence(),
+        rejected_confidence=rejected.confidence(),
+    )
+
+
 def _token_scores(
     policy: PyTree,
     prompt: Tokens,
@@ -179,10 +186,17 @@ def _token_scores(
     key: Keys | None,
     chunk_size: int | None,
     confidence: bool = False,
-) -> list[_TokenScores]:
+) -> list[TokenScores]:
     """The scores of each of the completions, in their order."""
     keys = keys_per_pair(key, prompt.ids.shape[0])
     predictions = predict(policy, prompt, completions, keys=keys, chunk_size=chunk_size)
+    return token_scores(predictions, completions, confidence)
+
+
+def token_scores(
+    predictions: Logits | Hidden, completions: Sequence[Tokens], confidence: bool = False
+) -> list[TokenScores]:
+    """The scores of each of the completions, from the predictions of all of them side by side."""
     mask = jnp.concatenate([completion.mask for completion in completions], axis=1)
     ids = jnp.concatenate([completion.ids for completion in completions], axis=1)
     log_probs = predictions.log_probs(jnp.where(mask, ids, 0))
@@ -190,7 +204,7 @@ def _token_scores(
     widths = [completion.ids.shape[1] for completion in completions]
     ends = list(accumulate(widths))
     return [
-        _TokenScores(
+        TokenScores(
             log_probs[:, end - width : end],
             None if collisions is None else collisions[:, end - width : end],
             completion.mask,

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, DTypeLike, Float, Int
 
 from .log_probs import at_least_float32
@@ -29,6 +30,15 @@ class Unembedding(eqx.Module):
     weight: Float[Array, "vocab width"]
     bias: Float[Array, " vocab"] | None
     softcap: float | int | None = eqx.field(static=True)
+
+    @staticmethod
+    def of(
+        weight: Array | np.ndarray, bias: Array | np.ndarray | None, softcap: float | int | None
+    ) -> "Unembedding":
+        """Of arrays of NumPy, too."""
+        return Unembedding(
+            jnp.asarray(weight), None if bias is None else jnp.asarray(bias), softcap
+        )
 
     def logits(self, hidden: Float[Array, "chunk width"]) -> Float[Array, "chunk vocab"]:
         """In float32 or wider, accumulated there too."""
@@ -54,6 +64,23 @@ class Unembedding(eqx.Module):
         in_weight = jnp.einsum("tv,tw->vw", narrow, hidden, preferred_element_type=wide)
         in_bias = None if self.bias is None else slopes.sum(axis=0)
         return Unembedding(in_weight, in_bias, self.softcap), in_hidden
+
+
+def check_head(hidden, unembedding, softcap, side: str = "") -> None:
+    """Raises where these do not fit each other; the names of the arguments begin with `side`."""
+    if unembedding.ndim != 2 or unembedding.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"`{side}unembedding` must have shape `(vocab, width)` with the width of "
+            f"`{side}hidden`, {hidden.shape[-1]}; got {unembedding.shape}."
+        )
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"`{side}softcap` must be a positive number or None, got {softcap}.")
+
+
+def check_chunk_size(chunk_size: int | None) -> None:
+    """Raises where it is no number of tokens."""
+    if chunk_size is not None and not chunk_size > 0:
+        raise ValueError(f"`chunk_size` must be positive or None, got {chunk_size}.")
 
 
 class Tile(NamedTuple):

@@ -11,6 +11,7 @@ from jaxtyping import PyTree
 
 from .. import sharding
 from ..rows import ROWS
+from ..sharding.mesh import size_of
 from .settings import Settings
 
 Tree = TypeVar("Tree", bound=PyTree)
@@ -26,7 +27,7 @@ def mesh_of(settings: Settings) -> Mesh | None:
     if settings.mesh is None and jax.process_count() == 1:
         return None
     mesh = sharding.make_mesh(settings.mesh or f"data={jax.device_count()}")
-    count = mesh.shape[ROWS[0]] * mesh.shape[ROWS[1]]
+    count = size_of(mesh, ROWS)
     pairs = settings.batch_size // settings.microbatches
     if pairs % count:
         raise ValueError(

@@ -21,6 +21,7 @@ from ..compare import compare
 from ..diagnose import diagnose
 from ..precision import in_dtype
 from ..preferences import Preferences, count_preferences
+from .check import flag
 from .display import display, say
 from .folder import replace_text
 from .policies import dtype_of
@@ -199,7 +200,7 @@ def _check(flags: Evaluate) -> None:
     for name in ("beta", "batch_size"):
         value = getattr(flags, name)
         if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"`--{name.replace('_', '-')}` must be positive, got {value}.")
+            raise ValueError(f"{flag(name)} must be positive, got {value}.")
     if flags.reference is None and flags.lora is None:
         raise ValueError(
             "`--reference` must be the model to compare with, most often the one that training "

@@ -13,15 +13,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from .. import data, models
+from .. import models
 from ..data.tokenizers import special_id
 from ..extras import require
-from ..models.folder import resolve
 from ..tokens import Tokens
+from .check import flag
 from .display import say
 from .folder import replace_text
 from .prompts import encode_prompt, read_prompts, shown
-from .rows import vocab_size
+from .rows import load_tokenizer, vocab_size
 from .source import Loading, check_writable, parse_flags
 from .texts import counted, decode, escaped
 from .vocabularies import check_one_vocabulary
@@ -86,7 +86,7 @@ def generate(arguments: Sequence[str]) -> None:
         check_one_vocabulary(flags.model, flags.compare, "--compare")
     located = [("`--prompt`", prompt) for prompt in flags.prompt]
     located += [] if flags.data is None else read_prompts(flags.data, flags.limit)
-    tokenizer = _tokenizer(flags)
+    tokenizer = load_tokenizer(flags.model, flags.tokenizer)
     prompts = [encode_prompt(tokenizer, p, where, chat=flags.chat) for where, p in located]
     texts = [shown(tokenizer, prompt) for _, prompt in located]
     sides = [(flags.model, flags.lora)]
@@ -170,12 +170,6 @@ def _answer(ids: list[int], tokenizer: Any, ends: tuple[int, ...]) -> Answer:
     return Answer(decode(tokenizer, ids[:-1] if ended else ids), len(ids), ended)
 
 
-def _tokenizer(flags: Generate) -> Any:
-    if flags.tokenizer == "bytes":
-        return data.ByteTokenizer()
-    return data.load_tokenizer(flags.tokenizer or resolve(flags.model))
-
-
 def _show(texts: list[str], names: list[str], answers: list[tuple[Answer, ...]]) -> None:
     side_by_side = len(names) > 1 and sys.stdout.isatty()
     for number, (text, given) in enumerate(zip(texts, answers, strict=True), 1):
@@ -214,5 +208,5 @@ def _check(flags: Generate) -> None:
     for name in ("max_tokens", "batch_size", "limit"):
         value = getattr(flags, name)
         if value is not None and value < 1:
-            raise ValueError(f"`--{name.replace('_', '-')}` must be positive, got {value}.")
+            raise ValueError(f"{flag(name)} must be positive, got {value}.")
     check_writable("--output", flags.output)

@@ -212,7 +212,7 @@ def _tokenizer(flags: Inspect, *, tokenized: bool) -> Any:
     """The tokenizer; for records of ids `None` will do where the model comes with none."""
     if tokenized and flags.tokenizer is None and not has_tokenizer(flags.model):
         return None
-    return load_tokenizer(flags.as_training())
+    return load_tokenizer(flags.model, flags.tokenizer)
 
 
 def _check(flags: Inspect) -> None:

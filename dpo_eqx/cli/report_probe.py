@@ -52,7 +52,8 @@ def make_probe(
         return lambda state, step, path: None
     source = prepared[-1]
     rows = [source.rows[int(i)] for i in spread(len(source.rows), PAIRS)]
-    tokenizer = None if source.form.tokenized else load_tokenizer(settings)
+    tokenized = source.form.tokenized
+    tokenizer = None if tokenized else load_tokenizer(settings.model, settings.tokenizer)
     examine = None if is_unpaired(loss) else eqx.filter_jit(make_diagnose(loss, **options))
 
     def probe(state: State, step: int, path: Path) -> None:

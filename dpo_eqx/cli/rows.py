@@ -52,7 +52,7 @@ def prepare(path: str, settings: Settings, vocab: int) -> Prepared:
     _check_numbers(form, settings)
     rows, report = data.tokenize(
         records,
-        None if form.tokenized else load_tokenizer(settings),
+        None if form.tokenized else load_tokenizer(settings.model, settings.tokenizer),
         max_length=settings.max_length,
         max_prompt_length=settings.max_prompt_length,
         max_completion_length=settings.max_completion_length,
@@ -79,11 +79,11 @@ def data_facts(prepared: Sequence[Prepared]) -> dict[str, object]:
     }
 
 
-def load_tokenizer(settings: Settings) -> Any:
+def load_tokenizer(model: str, named: str | None) -> Any:
     """The tokenizer of the model, or the one that `--tokenizer` names."""
-    if settings.tokenizer == "bytes":
-        return data.ByteTokenizer()
-    return data.load_tokenizer(settings.tokenizer or resolve(settings.model))
+    return (
+        data.ByteTokenizer() if named == "bytes" else data.load_tokenizer(named or resolve(model))
+    )
 
 
 def make_batches(

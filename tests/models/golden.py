@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,6 +37,16 @@ def ragged_batch(seed, *, pairs=3, prompt=9, completion=7, vocab=96):
     rejected = rows(completion, [3, completion, 0])
     holes = chosen.mask & (rng.random(chosen.mask.shape) < 0.7)
     return dpx.PreferenceBatch(prompts, dpx.Tokens(chosen.ids, holes), rejected)
+
+
+class Perceptron(eqx.Module):
+    """A user's policy of plain Equinox layers."""
+
+    embedding: jax.Array
+    mlp: eqx.nn.MLP
+
+    def __call__(self, ids):
+        return jax.vmap(self.mlp)(self.embedding[ids])
 
 
 def shaken(policy):

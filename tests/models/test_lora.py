@@ -10,7 +10,7 @@ import pytest
 import dpo_eqx as dpx
 from dpo_eqx import losses, models
 
-from .golden import FOLDER, ragged_batch, shaken
+from .golden import FOLDER, Perceptron, ragged_batch, shaken
 
 IDS = np.arange(3, 15)
 
@@ -83,16 +83,6 @@ def test_adapter_of_the_unembedding_is_seen_by_the_fast_path(base):
     assert np.abs(call(policy, IDS) - call(merged, IDS)).max() < 1e-5
     assert np.abs(policy.unembedding - merged.unembedding).max() < 1e-6
     assert np.abs(policy.unembedding - base.unembedding).max() > 0.01
-
-
-class Perceptron(eqx.Module):
-    """A user's policy of plain Equinox layers."""
-
-    embedding: jax.Array
-    mlp: eqx.nn.MLP
-
-    def __call__(self, ids):
-        return jax.vmap(self.mlp)(self.embedding[ids])
 
 
 def test_any_equinox_module():

@@ -13,7 +13,7 @@ import dpo_eqx as dpx
 from dpo_eqx import losses, models, sharding
 from dpo_eqx.models.formats import FORMATS
 
-from .golden import CHECKPOINTS, FOLDER, expected, ragged_batch, shaken
+from .golden import CHECKPOINTS, FOLDER, Perceptron, expected, ragged_batch, shaken
 
 # Appendix E of arXiv 2305.14314.
 NF4 = np.array(
@@ -223,16 +223,6 @@ def test_saving_needs_merging(quantised, tmp_path):
     ids = np.arange(3, 15)[None]
     loaded = models.load(tmp_path / "saved")
     assert np.abs(logits_of(loaded, ids) - logits_of(quantised, ids)).max() < 1e-5
-
-
-class Perceptron(eqx.Module):
-    """A user's policy of plain Equinox layers."""
-
-    embedding: jax.Array
-    mlp: eqx.nn.MLP
-
-    def __call__(self, ids):
-        return jax.vmap(self.mlp)(self.embedding[ids])
 
 
 def perceptron():
