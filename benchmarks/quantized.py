@@ -18,8 +18,10 @@ import equinox as eqx
 import jax
 import numpy as np
 import quickstart
-import reviews
-from exam import CHUNK, in_chunks
+from support import grammar
+from support.exam import CHUNK
+from support.tasks import HELD_OUT_PROMPTS, PAIRS, WORDS, encoded, judged_samples
+from support.vocabulary import in_chunks, random_batches, take
 
 import dpo_eqx as dpx
 from dpo_eqx import models
@@ -51,25 +53,22 @@ def task(seed: int):
     """The fitted reference, and judged pairs to train on and to hold out, as the quickstart's."""
     rng = random.Random(seed)
     keys = jax.random.split(jax.random.key(seed), 3)
-    prompts = reviews.all_prompts()
+    prompts = grammar.all_prompts()
     rng.shuffle(prompts)
-    new, known = (
-        prompts[: quickstart.HELD_OUT_PROMPTS],
-        prompts[quickstart.HELD_OUT_PROMPTS :],
-    )
-    words, widths = quickstart.WORDS, SETTINGS.widths
+    new, known = prompts[:HELD_OUT_PROMPTS], prompts[HELD_OUT_PROMPTS:]
+    widths = SETTINGS.widths
     asked = rng.choices(known, k=SETTINGS.fit_steps * SETTINGS.fit_batch)
-    answers = [reviews.write_review(prompt, rng).encode() for prompt in asked]
-    texts = words.texts(quickstart.encoded(asked), answers, widths)
-    reference = quickstart.fit(texts, words, SETTINGS, seed=seed)
+    answers = [grammar.write_review(prompt, rng).encode() for prompt in asked]
+    texts = WORDS.texts(encoded(asked), answers, widths)
+    reference = quickstart.fit(texts, WORDS, SETTINGS, seed=seed)
     sets = []
     for choices, count, key in (
-        (known, quickstart.PAIRS, keys[0]),
+        (known, PAIRS, keys[0]),
         (new, SETTINGS.held_out, keys[1]),
     ):
         asked = rng.choices(choices, k=count)
-        pairs, _ = quickstart.judged_samples(reference, widths, asked, rng, key)
-        sets.append(words.pairs(pairs, widths))
+        pairs, _ = judged_samples(reference, widths, asked, rng, key)
+        sets.append(WORDS.pairs(pairs, widths))
     return reference, *sets
 
 
@@ -80,8 +79,8 @@ def train(policy, reference, pairs, seed: int, rate: float, steps: int, **settin
     step = eqx.filter_jit(dpx.make_step(loss, optimizer, **settings))
     trainable = settings.get("trainable", eqx.is_inexact_array)
     opt_state = optimizer.init(eqx.filter(policy, trainable))
-    for rows in quickstart.random_batches(pairs.pairs, SETTINGS.batch, steps, seed):
-        policy, opt_state, _ = step(policy, opt_state, quickstart.take(pairs, rows), reference)
+    for rows in random_batches(pairs.pairs, SETTINGS.batch, steps, seed):
+        policy, opt_state, _ = step(policy, opt_state, take(pairs, rows), reference)
     return policy
 
 

@@ -14,10 +14,11 @@ import equinox as eqx
 import jax
 import numpy as np
 import quickstart
-import reviews
-import show
-from quickstart import REVIEWS, WORDS, gold
-from vocabulary import Pair, in_chunks
+from quickstart import REVIEWS
+from support import grammar, show
+from support.options import positive
+from support.tasks import WORDS, encoded, gold, judged_samples
+from support.vocabulary import Pair, in_chunks, random_batches
 
 import dpo_eqx as dpx
 from dpo_eqx import models
@@ -59,15 +60,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def judged_pairs(seed: int, fit_steps: int) -> tuple[list[Pair], models.Transformer]:
     """Two samples of a new reference for each prompt, labelled by the noisy reader."""
     rng = random.Random(seed)
-    prompts = reviews.all_prompts()
+    prompts = grammar.all_prompts()
     asked = rng.choices(prompts, k=fit_steps * REVIEWS.fit_batch)
-    answers = [reviews.write_review(prompt, rng).encode() for prompt in asked]
-    texts = WORDS.texts(quickstart.encoded(asked), answers, REVIEWS.widths)
+    answers = [grammar.write_review(prompt, rng).encode() for prompt in asked]
+    texts = WORDS.texts(encoded(asked), answers, REVIEWS.widths)
     settings = dataclasses.replace(REVIEWS, fit_steps=fit_steps)
     reference = quickstart.fit(texts, WORDS, settings, seed=seed)
     asked = rng.choices(prompts, k=PAIRS)
     key = jax.random.key(seed)
-    return quickstart.judged_samples(reference, REVIEWS.widths, asked, rng, key)[0], reference
+    return judged_samples(reference, REVIEWS.widths, asked, rng, key)[0], reference
 
 
 def plant(pairs: Sequence[Pair], share: float, *, seed: int) -> tuple[list[Pair], np.ndarray]:
@@ -88,7 +89,7 @@ def learn(
     """DPO on all pairs, the wrong ones among them."""
     optimizer = quickstart.schedule(RATE, steps)
     step = dpx.make_step(partial(dpx.losses.dpo, beta=BETA), optimizer)
-    batches = quickstart.random_batches(batch.pairs, REVIEWS.batch, steps, seed)
+    batches = random_batches(batch.pairs, REVIEWS.batch, steps, seed)
     policy = dpx.snapshot(reference)
     return quickstart.optimise(
         step, optimizer, policy, batch, reference, batches=batches, title="DPO"
@@ -170,7 +171,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, default=0, help="of everything random")
-    positive = quickstart.positive
     parser.add_argument("--steps", type=positive, default=STEPS, help="of DPO (%(default)s)")
     parser.add_argument(
         "--fit-steps",

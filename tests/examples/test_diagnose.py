@@ -8,7 +8,7 @@ from pathlib import Path
 import diagnose
 import numpy as np
 import pytest
-from vocabulary import Pair
+from support.vocabulary import Pair
 
 PAIRS = [Pair(b"The inn soup", b" was tasty.", b" was stale."), Pair(b"p", b"c", b"r")] * 10
 

@@ -3,9 +3,9 @@
 import gzip
 import json
 
-import preference_file
 import pytest
-from vocabulary import BYTES, Pair, Widths
+from support import preference_file
+from support.vocabulary import BYTES, Pair, Widths
 
 EXPLICIT = {"prompt": "Hi", "chosen": " there", "rejected": " you"}
 IMPLICIT = {"chosen": "Q: é? A: yes", "rejected": "Q: é? A: no", "other": 1}

@@ -9,13 +9,12 @@ import sys
 from pathlib import Path
 
 import equinox as eqx
-import exam
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import quickstart
-import show
+from support import exam, show
 
 import dpo_eqx as dpx
 

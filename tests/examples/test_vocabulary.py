@@ -4,9 +4,9 @@ import random
 
 import numpy as np
 import pytest
-import quickstart
-import reviews
-from vocabulary import BYTES, Pair, Vocabulary, Widths, in_chunks
+from support import grammar
+from support.tasks import WORDS
+from support.vocabulary import BYTES, Pair, Vocabulary, Widths, in_chunks
 
 
 def test_bytes_there_and_back():
@@ -18,18 +18,18 @@ def test_bytes_there_and_back():
 
 def test_reviews_there_and_back_in_the_width_that_is_set():
     rng, widths = random.Random(0), quickstart.REVIEWS.widths
-    prompts = reviews.all_prompts() * 5
-    completions = [reviews.write_review(prompt, rng).encode() for prompt in prompts]
-    batch = quickstart.WORDS.texts([prompt.encode() for prompt in prompts], completions, widths)
-    assert quickstart.WORDS.decode(batch.completion) == completions
-    assert quickstart.WORDS.decode(batch.prompt) == [prompt.encode() for prompt in prompts]
-    ends = (batch.completion.ids == quickstart.WORDS.end) & batch.completion.mask
+    prompts = grammar.all_prompts() * 5
+    completions = [grammar.write_review(prompt, rng).encode() for prompt in prompts]
+    batch = WORDS.texts([prompt.encode() for prompt in prompts], completions, widths)
+    assert WORDS.decode(batch.completion) == completions
+    assert WORDS.decode(batch.prompt) == [prompt.encode() for prompt in prompts]
+    ends = (batch.completion.ids == WORDS.end) & batch.completion.mask
     np.testing.assert_array_equal(ends.sum(axis=1), 1)
     assert batch.completion.mask.sum(axis=1).max() == widths.completion
 
 
 def test_whatever_a_policy_writes_can_be_read_again():
-    words, rng = quickstart.WORDS, random.Random(0)
+    words, rng = WORDS, random.Random(0)
     for _ in range(200):
         ids = rng.choices(range(words.end), k=8)
         text = b"".join(words.pieces[i] for i in ids)

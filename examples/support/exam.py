@@ -4,18 +4,22 @@ Training is not here; a look changes nothing.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
 from functools import partial, reduce
 from operator import add
+from typing import TYPE_CHECKING
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from vocabulary import Vocabulary, in_chunks
 
 import dpo_eqx as dpx
 from dpo_eqx import models
+
+from .vocabulary import in_chunks
+
+if TYPE_CHECKING:
+    from .tasks import Task
 
 CHUNK = 64  # pairs that are evaluated at once: it changes memory, and nothing else
 
@@ -28,22 +32,18 @@ class Exam:
     **Arguments:**
 
     - `reference`: its log-probabilities of the pairs are computed once, here.
-    - `pairs`, `prompts`: to rank, and to complete; of tokens of `vocabulary`.
+    - `pairs`: pairs to rank.
+    - `task`: prompts to complete (`asked`), the vocabulary, widths, key and gold reward.
     - `beta`: of the loss and the rewards.
-    - `key`: for the random numbers of what is written, the same every time.
-    - `gold`: the rewards of completions of the prompts, where they are known.
     """
 
     def __init__(
         self,
         reference: models.Transformer,
         pairs: dpx.PreferenceBatch,
-        prompts: dpx.Tokens,
-        vocabulary: Vocabulary,
+        task: "Task",
         *,
         beta: float,
-        key: jax.Array,
-        gold: Callable[[Sequence[bytes]], Sequence[float]] | None = None,
     ):
         precompute = eqx.filter_jit(dpx.precompute_reference)
         self.chunks = [
@@ -51,28 +51,28 @@ class Exam:
             for chunk in in_chunks(pairs, CHUNK)
         ]
         self.evaluate = eqx.filter_jit(dpx.make_eval(partial(dpx.losses.dpo, beta=beta)))
-        self.reference, self.prompts, self.vocabulary = reference, prompts, vocabulary
-        self.key, self.gold = key, gold
-        self.width = pairs.chosen.ids.shape[1]
+        self.reference, self.task = reference, task
+        self.prompts = task.vocabulary.prompts(task.asked, task.widths.prompt)
 
     def write(self, policy: models.Transformer) -> list[bytes]:
         """A completion of each prompt, with the same random numbers every time."""
-        return self.vocabulary.decode(self._draw(policy))
+        return self.task.vocabulary.decode(self._draw(policy))
 
     def look(self, policy: models.Transformer) -> Metrics:
         """The metrics of the pairs; KL and gold reward of what is written, with standard errors."""
         metrics = reduce(add, (self.evaluate(policy, chunk) for chunk in self.chunks)).mean()
         written = self._draw(policy)
         samples = {"kl": np.asarray(kl(policy, self.reference, self.prompts, written))}
-        if self.gold is not None:
-            samples["gold"] = np.asarray(self.gold(self.vocabulary.decode(written)))
+        rewards = self.task.gold(self.task.vocabulary.decode(written))
+        if rewards is not None:
+            samples["gold"] = np.asarray(rewards)
         means = {name: float(x.mean()) for name, x in samples.items()}
         errors = {f"{name}_error": float(x.std()) / x.size**0.5 for name, x in samples.items()}
         return {name: float(value) for name, value in metrics.items()} | means | errors
 
     def _draw(self, policy: models.Transformer) -> dpx.Tokens:
-        end = self.vocabulary.end
-        return draw(policy, self.prompts, width=self.width, key=self.key, end=end)
+        width, end = self.task.widths.completion, self.task.vocabulary.end
+        return draw(policy, self.prompts, width=width, key=self.task.key, end=end)
 
 
 def draw(

@@ -109,3 +109,12 @@ def in_chunks(batch: dpx.PreferenceBatch, size: int) -> list[dpx.PreferenceBatch
     weight = (rows < batch.pairs).astype(np.float32)
     filled = dataclasses.replace(take(batch, rows % batch.pairs), weight=weight)
     return [take(filled, part) for part in np.split(rows, len(rows) // size)]
+
+
+def random_batches(count: int, size: int, steps: int, seed: int) -> list[np.ndarray]:
+    """Row numbers of each batch, one epoch after the other, each in a new order."""
+    rng = np.random.default_rng(seed)
+    size = min(size, count)
+    epochs = -(-steps * size // count)
+    rows = np.concatenate([rng.permutation(count) for _ in range(epochs)])
+    return np.split(rows[: steps * size], steps)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from vocabulary import Pair, Widths
+from .vocabulary import Pair, Widths
 
 GZIP = b"\x1f\x8b"
 

@@ -57,6 +57,12 @@ def say_what_is_missing() -> None:
         say(f'Left out: {", ".join(missing)}. For all of it: pip install "dpo-eqx[examples]"')
 
 
+def summary(metrics: Mapping[str, float]) -> str:
+    """The metrics of a step that its line has room for."""
+    names = {"loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin"}
+    return "  ".join(f"{names[key]} {metrics[key]:.3f}" for key in names if key in metrics)
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Rows under a header as lines of text: the first column to the left, the others right."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
