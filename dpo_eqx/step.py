@@ -169,6 +169,7 @@ def make_step(
     compute_dtype: DTypeLike | None = None,
     reference_of: Callable[[Any], Any] | None = None,
     metrics: MetricsFunction = default_metrics,
+    update_fraction: bool = False,
 ) -> Step:
     """One training step: `make_grad`, and the optimiser's update of what is trainable.
 
@@ -182,6 +183,9 @@ def make_step(
 
     - `optimizer`: an Optax transformation. Its arithmetic is in float32 at least; its state and
         the parameters keep the dtypes that they came in.
+    - `update_fraction`: adds a metric of that name, the fraction of the trained numbers that this
+        step changed, as seen in the parameters' own dtype. A fraction near 0 means that updates
+        are rounded away.
     - The others are those of `make_grad`.
 
     **Returns:**
@@ -220,6 +224,8 @@ def make_step(
         updates, new_state = optimizer.update(gradients, wide_state, wide_params)
         new_params = optax.apply_updates(wide_params, updates)
         new_params, new_state = in_dtypes_of((new_params, new_state), (params, opt_state))
+        if update_fraction:
+            means = {**means, "update_fraction": _changed_fraction(new_params, params)}
         return eqx.combine(new_params, frozen), new_state, means
 
     return step
@@ -252,6 +258,17 @@ def _vjp(function: Callable, params: PyTree) -> tuple[PyTree, Callable[[PyTree],
 
     floats, pull, rest = jax.vjp(floats_and_rest, params, has_aux=True)
     return eqx.combine(floats, rest), lambda slopes: pull(slopes)[0]
+
+
+def _changed_fraction(new: PyTree, old: PyTree) -> Float[Array, ""]:
+    """The fraction of all numbers in `new` that differ from their counterparts in `old`."""
+
+    def count(x, y):
+        # By rows, because a count over all layers of a large model does not fit an int32.
+        return jnp.atleast_1d(x != y).sum(-1).astype(jnp.zeros(()).dtype).sum()
+
+    counts = jax.tree.leaves(jax.tree.map(count, new, old))
+    return sum(counts) / max(sum(x.size for x in jax.tree.leaves(old)), 1)
 
 
 def _check_opt_state(optimizer: optax.GradientTransformation, opt_state, params) -> None:

@@ -16,6 +16,7 @@ from dpo_eqx.losses import dpo
 
 from . import brute_force
 from .policies import (
+    VOCAB,
     Attention,
     Perceptron,
     Recurrent,
@@ -343,3 +344,32 @@ def test_memory_falls_with_the_number_of_microbatches(microbatches):
         return compiled.compiled.memory_analysis().temp_size_in_bytes
 
     assert temporary(8 * microbatches) < 0.4 * temporary(microbatches)
+
+
+def test_the_update_fraction_counts_the_trained_numbers_that_changed(batch, stepped):
+    """Rows of the embedding that no token uses keep their value, all else of it moves."""
+    trainable = jax.tree.map(lambda _: False, POLICY)
+    trainable = eqx.tree_at(
+        lambda p: (p.embedding, p.mlp.layers[1].bias), trainable, replace=(True, True)
+    )
+    policy, metrics = one_step(batch, trainable=trainable, update_fraction=True)
+    ids = [
+        np.unique(tokens.ids[tokens.mask])
+        for tokens in (batch.prompt, batch.chosen, batch.rejected)
+    ]
+    moved = np.asarray(policy.embedding != POLICY.embedding)
+    assert moved.sum() == np.unique(np.concatenate(ids)).size * 4
+    changed = moved.sum() + (policy.mlp.layers[1].bias != POLICY.mlp.layers[1].bias).sum()
+    np.testing.assert_allclose(metrics["update_fraction"], changed / (VOCAB * 4 + VOCAB))
+    assert metrics.keys() == {*stepped[1], "update_fraction"}
+
+
+@pytest.mark.parametrize(("dtype", "low", "high"), [("float32", 0.7, 1), ("bfloat16", 0, 0.05)])
+def test_the_update_fraction_shows_updates_that_are_rounded_away(
+    batch, dtype, low, high, standard_promotion
+):
+    policy = jax.tree.map(lambda x: x.astype(dtype) if eqx.is_inexact_array(x) else x, POLICY)
+    optimizer = optax.adam(1e-6)
+    step = eqx.filter_jit(dpx.make_step(dpo, optimizer, update_fraction=True))
+    _, _, metrics = step(policy, optimizer.init(arrays(policy)), batch, policy)
+    assert low <= metrics["update_fraction"] <= high
