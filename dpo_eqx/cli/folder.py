@@ -23,7 +23,7 @@ from .yaml_file import differences, read_settings, write_settings
 # What may differ when a run goes on: how long it is, and what is written on the way.
 FREE = (
     *("output", "steps", "epochs", "eval_every", "save_every", "keep", "log", "cache", "mesh"),
-    "report",
+    *("save_dtype", "report"),
 )
 PACKAGES = ("dpo-eqx", "jax", "jaxlib", "equinox", "optax", "orbax-checkpoint", "grain", "numpy")
 

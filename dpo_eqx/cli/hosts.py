@@ -66,6 +66,12 @@ def say(text: str) -> None:
         display.say(text)
 
 
+def warn(text: str) -> None:
+    """A warning on stderr, from the first process."""
+    if is_first():
+        print(f"dpo-eqx train: warning: {text}", file=sys.stderr, flush=True)
+
+
 def together(function: Callable[[], Result]) -> Result:
     """What `function` returns, or an error on every process where it raises one on any.
 

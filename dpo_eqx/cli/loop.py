@@ -37,6 +37,7 @@ class Run:
     - `batches`: to train on, at the first of them.
     - `checkpoints`; `trainable`: the filter of what they hold of the policy.
     - `rates`: the learning rate of each step.
+    - `finish`: makes the policy to be written of the one that was trained.
     """
 
     settings: Settings
@@ -47,6 +48,7 @@ class Run:
     checkpoints: Checkpoints
     trainable: PyTree
     rates: Float[np.ndarray, " steps"]
+    finish: Callable[[PyTree], PyTree]
 
 
 def make_advance(step: Step, *, dropout: bool, mesh: Mesh | None = None) -> Advance:

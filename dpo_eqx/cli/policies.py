@@ -11,10 +11,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import PyTree
+from jaxtyping import DTypeLike, PyTree
 
 from .. import data, models, sharding
 from ..reference import snapshot
+from .dtypes import keep_wide
 from .rows import Prepared, with_reference
 from .settings import Settings
 
@@ -34,7 +35,10 @@ class Reference:
 
 
 def load_policy(settings: Settings, mesh: Mesh | None = None) -> models.Transformer:
-    """The model to start from, with the adapters that are asked for, new ones or others."""
+    """The model to start from, with the adapters that are asked for, new ones or others.
+
+    Its parameters are in `--dtype`, or as stored in the checkpoint.
+    """
     policy = _load(settings.model, settings, mesh, remat=settings.remat)
     if settings.lora is not None:
         policy = models.load_lora(policy, settings.lora)
@@ -81,7 +85,8 @@ def choose_reference(
     if any(name.startswith("reference_") for name in prepared.form.numbers):
         return Reference("the log-probabilities in the data")
     if settings.reference is not None:
-        return Reference(settings.reference, _load(settings.reference, settings, mesh))
+        other = _load(settings.reference, settings, mesh)
+        return Reference(settings.reference, _to_be_kept(other, settings))
     if settings.lora is not None and settings.lora_reference is None:
         raise ValueError(
             "`--lora` leaves open what the reference is; say it by `--lora-reference base`, the "
@@ -92,7 +97,7 @@ def choose_reference(
         return Reference("the model with its adapters as they are now", view=models.pinned_lora)
     if has_adapters(settings):
         return Reference("the model without its adapters", view=models.without_lora)
-    return Reference("the model as it is now", snapshot(policy))
+    return Reference("the model as it is now", _to_be_kept(snapshot(policy), settings))
 
 
 def precompute(
@@ -100,6 +105,7 @@ def precompute(
     policy: PyTree,
     prepared: list[Prepared],
     settings: Settings,
+    compute_dtype: DTypeLike,
     mesh: Mesh | None = None,
 ) -> tuple[Reference, list[Prepared]]:
     """The rows with the reference's log-probabilities, and no reference to run any more."""
@@ -111,7 +117,7 @@ def precompute(
             rows,
             batch_size=settings.batch_size,
             microbatches=settings.microbatches,
-            compute_dtype=dtype_of(settings.compute_dtype),
+            compute_dtype=compute_dtype,
             folder=settings.cache,
             mesh=mesh,
         )
@@ -149,6 +155,11 @@ def _load(
         remat=remat,
         fused=settings.fused,
     )
+
+
+def _to_be_kept(reference: PyTree, settings: Settings) -> PyTree:
+    """The reference as it is loaded; one that moves towards the policy in float32, as that is."""
+    return keep_wide(reference, settings) if settings.sync_reference_every else reference
 
 
 def _check_not_asked_for(settings: Settings) -> None:

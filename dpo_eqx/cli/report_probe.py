@@ -13,9 +13,11 @@ import equinox as eqx
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import DTypeLike
 
 from .. import data, sharding
 from ..diagnose import make_diagnose
+from ..precision import in_dtype
 from . import devices, hosts
 from .compose import Loss, is_unpaired
 from .evaluate import finite
@@ -60,7 +62,7 @@ def make_probe(
         found: dict[str, Any] = {"step": step, "data": "held-out" if prepared[1:] else "training"}
         if examine is not None:
             found |= _pairs(examine, state, rows, settings, mesh)
-        found |= _samples(state, rows[:PROMPTS], tokenizer, settings)
+        found |= _samples(state, rows[:PROMPTS], tokenizer, settings, options["compute_dtype"])
         if hosts.is_first():
             path.parent.mkdir(parents=True, exist_ok=True)
             replace_text(path, json.dumps(finite(found)) + "\n")
@@ -102,12 +104,14 @@ def _pairs(
     return {name: [_short(x) for x in values.tolist()] for name, values in columns.items()}
 
 
-def _samples(state: State, rows: list, tokenizer: Any, settings: Settings) -> dict[str, Any]:
+def _samples(
+    state: State, rows: list, tokenizer: Any, settings: Settings, compute_dtype: DTypeLike
+) -> dict[str, Any]:
     """Answers drawn from the policy, with the same random numbers every time."""
     if jax.process_count() > 1:
         return {"samples": [], "no_samples": "Runs of several processes draw no samples."}
     prompts = [row["prompt_ids"] or [row.get("start_id") or 0] for row in rows]
-    policy = eqx.nn.inference_mode(state.policy)
+    policy = in_dtype(eqx.nn.inference_mode(state.policy), compute_dtype)
     with jax.numpy_dtype_promotion("standard"):
         try:
             answers = draw_answers(

@@ -107,9 +107,14 @@ class Settings:
     `--reference` too."""
 
     dtype: Dtype | None = None
-    """Of the parameters; by default that of the file."""
+    """Dtype of the parameters in training (default: float32 for those that are trained, as stored
+    in the checkpoint for those that are frozen). Adapters are always in float32."""
     compute_dtype: Dtype | None = None
-    """Of the forward pass; by default that of the parameters."""
+    """Dtype of the forward pass (default: that of the checkpoint, or `--dtype` if it is
+    narrower)."""
+    save_dtype: Dtype | None = None
+    """Dtype of the finished model in `model/` (default: that of the checkpoint, or `--dtype` if it
+    is narrower)."""
     remat: bool = False
     """Whether each layer is computed again in the backward pass, which saves memory."""
     fused: bool = True

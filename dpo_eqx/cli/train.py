@@ -5,11 +5,13 @@ Everything that can be wrong with the input is found before anything is written.
 
 import functools
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
 import jax
 from jax.sharding import Mesh
+from jaxtyping import PyTree
 
 from .. import models, sharding
 from ..evaluate import make_eval
@@ -20,6 +22,15 @@ from .check import check, check_hosts
 from .checkpoints import Checkpoints
 from .compose import Loss, compose_loss, is_unpaired, needs_reference
 from .display import display, no_display
+from .dtypes import (
+    Dtypes,
+    check_saved,
+    choose_dtypes,
+    dtypes_of,
+    finished,
+    keep_trained_wide,
+    narrow_warning,
+)
 from .folder import Folder, facts_of
 from .hosts import say
 from .loop import Run, loop, make_advance
@@ -30,6 +41,7 @@ from .rows import Prepared, data_facts, make_batches, prepare, vocab_size
 from .settings import Settings
 from .sinks import no_sinks, open_sinks
 from .state import State, restored, to_save
+from .updates import UpdateWatch
 
 
 def train(settings: Settings) -> None:
@@ -57,28 +69,30 @@ def _train(settings: Settings) -> None:
     hosts.compare(settings, {"jax": jax.__version__} | data_facts(prepared))
     say("\n".join(str(each.report) for each in prepared))
 
-    policy = hosts.together(functools.partial(policies.load_policy, settings, mesh))
-    needed = needs_reference(loss)
-    reference = hosts.together(
-        functools.partial(
-            policies.choose_reference, policy, settings, prepared[0], needed=needed, mesh=mesh
-        )
+    policy, reference, trainable, dtypes, finish = hosts.together(
+        functools.partial(_load, settings, prepared[0], needs_reference(loss), mesh)
     )
     if settings.precompute_reference:
-        reference, prepared = policies.precompute(reference, policy, prepared, settings, mesh)
+        reference, prepared = policies.precompute(
+            reference, policy, prepared, settings, dtypes.compute, mesh
+        )
 
     batches = make_batches(prepared[0], settings, training=True, share=devices.share(mesh))
     steps = total_steps(settings, batches.steps_per_epoch)
     schedule = compose_schedule(settings, steps)
     optimizer = compose_optimizer(settings, schedule)
-    trainable = policies.trainable_of(policy, settings)
     options = {
         "score": score_unpaired if is_unpaired(loss) else score_pairs,
-        "compute_dtype": policies.dtype_of(settings.compute_dtype),
+        "compute_dtype": dtypes.compute,
         "reference_of": reference.view,
     }
     step = make_step(
-        loss, optimizer, trainable=trainable, microbatches=settings.microbatches, **options
+        loss,
+        optimizer,
+        trainable=trainable,
+        microbatches=settings.microbatches,
+        update_fraction=True,
+        **options,
     )
     evaluate = eqx.filter_jit(make_eval(loss, **options))
     held_out = prepared[1] if len(prepared) > 1 else None
@@ -95,8 +109,9 @@ def _train(settings: Settings) -> None:
         checkpoints=Checkpoints(folder.checkpoints, settings.keep),
         trainable=trainable,
         rates=learning_rates(schedule, steps),
+        finish=finish,
     )
-    say(_summary(run, state, reference.words))
+    say(_summary(run, state, reference.words, dtypes))
     probe = make_probe(settings, prepared, loss, options, mesh)
     with batches:
         _carry_out(run, state, folder, prepared[0], probe)
@@ -119,6 +134,29 @@ def evaluate_all(
         parts = (evaluate(state.policy, batch, state.reference) for batch in placed)
         metrics = functools.reduce(operator.add, parts)
     return {f"eval/{name}": float(value) for name, value in metrics.mean().items()}
+
+
+def _load(
+    settings: Settings, prepared: Prepared, needs_reference: bool, mesh: Mesh | None
+) -> tuple[PyTree, policies.Reference, PyTree, Dtypes, Callable[[PyTree], PyTree]]:
+    """The policy in the dtypes of training, and what it is trained against.
+
+    **Returns:**
+
+    The policy, its reference, the filter of what is trained, the run's dtypes, and a function that
+    makes the policy to be written of the one that was trained.
+    """
+    policy = policies.load_policy(settings, mesh)
+    dtypes = choose_dtypes(settings)
+    # Of the policy as it is stored: in half precision it takes half the memory.
+    reference = policies.choose_reference(
+        policy, settings, prepared, needed=needs_reference, mesh=mesh
+    )
+    trainable = policies.trainable_of(policy, settings)
+    loaded = dtypes_of(eqx.filter(policy, trainable))
+    finish = functools.partial(finished, saved=dtypes.saved, trainable=trainable, loaded=loaded)
+    policy = keep_trained_wide(policy, trainable, settings)
+    return policy, reference, trainable, dtypes, finish
 
 
 def _prepare_all(settings: Settings, loss: Loss) -> list[Prepared]:
@@ -159,11 +197,13 @@ def _carry_out(run: Run, state: State, folder: Folder, prepared: Prepared, probe
         hosts.stop_signals() as stop,
         open_sinks(settings, folder, start) if writes else no_sinks() as (write, write_evaluation),
     ):
+        watch = _watch(run, state)
         with display(start, run.steps) if writes else no_display() as show:
 
             def write_and_show(step, numbers):
                 write(step, numbers)
                 show(step, numbers)
+                watch.add(numbers)
 
             state, step = loop(
                 run,
@@ -173,25 +213,44 @@ def _carry_out(run: Run, state: State, folder: Folder, prepared: Prepared, probe
                 write_evaluation=write_evaluation,
                 stop=stop,
             )
+        watch.close()
         run.checkpoints.close()
         if step < run.steps:
             say(f"stopped by {stop.signal} after step {step}; continue with --resume")
             return
-        if policies.has_adapters(settings):
-            adapters = sharding.gather(eqx.filter(state.policy, run.trainable))
-            write_adapter = functools.partial(
-                models.save_lora, adapters, folder.adapter, base=settings.model
-            )
-            hosts.together(lambda: write_adapter() if writes else None)
-        trained = sharding.gather(models.merge_lora(state.policy))
-        write_model = functools.partial(
-            models.save, trained, folder.model, tokenizer_from=_tokenizer(settings)
-        )
-        hosts.together(lambda: write_model() if writes else None)
+        _write_model(run, state, folder)
         say(f"done: {folder.model}")
         probe(state, step, folder.after)
         if settings.report and writes:
             try_report(folder)
+
+
+def _write_model(run: Run, state: State, folder: Folder) -> None:
+    """Writes the adapters if there are any, and the model."""
+    settings = run.settings
+    if policies.has_adapters(settings):
+        adapters = sharding.gather(eqx.filter(state.policy, run.trainable))
+        _by_the_first(models.save_lora, adapters, folder.adapter, base=settings.model)
+    trained = sharding.gather(run.finish(state.policy))
+    _by_the_first(check_saved, trained, settings)
+    _by_the_first(models.save, trained, folder.model, tokenizer_from=_tokenizer(settings))
+
+
+def _by_the_first(write: Callable[..., None], *args: Any, **options: Any) -> None:
+    """Lets the first process write; an error there is one on every process."""
+    hosts.together(lambda: write(*args, **options) if hosts.is_first() else None)
+
+
+def _watch(run: Run, state: State) -> UpdateWatch:
+    """What warns if training moves too little; parameters in half precision it warns of at once."""
+    params = eqx.filter(state.policy, run.trainable)
+    warning = narrow_warning(params, run.settings)
+    if warning is not None:
+        hosts.warn(warning)
+    kinds = {str(leaf.dtype) for leaf in jax.tree.leaves(params)}
+    return UpdateWatch(
+        float(run.rates.max()), " or ".join(sorted(kinds)), hosts.warn, narrow=bool(warning)
+    )
 
 
 def _tokenizer(settings: Settings) -> str | None:
@@ -208,10 +267,12 @@ def _check_data(folder: Folder, prepared: Prepared) -> None:
         )
 
 
-def _summary(run: Run, state: State, reference: str) -> str:
-    trained = policies.count(eqx.filter(state.policy, run.trainable))
+def _summary(run: Run, state: State, reference: str, dtypes: Dtypes) -> str:
+    params = eqx.filter(state.policy, run.trainable)
+    kinds = " and ".join(sorted({str(leaf.dtype) for leaf in jax.tree.leaves(params)}))
     return (
-        f"{policies.parameters(state.policy):,} parameters, {trained:,} trained; "
+        f"{policies.parameters(state.policy):,} parameters, {policies.count(params):,} trained; "
+        f"trained in {kinds}, {dtypes}\n"
         f"loss {' + '.join(run.settings.loss)}; reference: {reference}\n"
         f"{run.steps} steps of {run.settings.batch_size}; {run.batches.shapes()}"
     )
