@@ -8,24 +8,13 @@ from typing import TypeVar
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array
 
 Tree = TypeVar("Tree")
 AxisName = Hashable  # the name of one mapped axis, or a tuple of several
-
-
-def check_axis(axis_name: AxisName | None) -> None:
-    """Raises where the axis is one of `vmap`, which has no replicated parameters to sum over."""
-    try:
-        vary(jnp.zeros(()), axis_name)
-    except ValueError as error:
-        raise ValueError(
-            f"`axis_name` must name an axis of `shard_map` or `pmap`, got {axis_name!r}, an axis "
-            "of `vmap`. Call the step without `axis_name` there: `vmap` makes one step for each "
-            "entry."
-        ) from error
 
 
 def vary(tree: Tree, axis_name: AxisName | None) -> Tree:
@@ -34,8 +23,20 @@ def vary(tree: Tree, axis_name: AxisName | None) -> Tree:
     Under `shard_map` the gradient with respect to a value that does *not* vary is already summed
     over the axis, by the transpose of this very cast where JAX inserts it. Casting first, outside
     the differentiated function, leaves the sum to the caller, as under `pmap`.
+
+    **Raises:**
+
+    `ValueError` if nothing binds a name, or if it is that of an axis of `vmap`, which has no
+    replicated parameters to sum over. Under `jit` the second is raised when the program is lowered:
+    `eqx.filter_pmap` finds the shapes of what it maps under such a `vmap`, which must trace.
     """
-    return _vary(tree, frozenset(_names(axis_name)))
+    names = frozenset(_names(axis_name))
+    over_devices = names & set(jax.sharding.get_abstract_mesh().manual_axes)
+    tree = _vary(tree, over_devices)
+    for name in names - over_devices:
+        _check_bound(name)
+        tree = jax.tree.map(lambda x, n=name: _refuse(x, n) if _is_any_array(x) else x, tree)
+    return tree
 
 
 def vary_alike(*trees):
@@ -94,3 +95,39 @@ def _vary(tree: Tree, axes: frozenset[Hashable]) -> Tree:
         return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
 
     return jax.tree.map(cast, tree)
+
+
+def _is_any_array(x) -> bool:
+    return isinstance(x, jax.Array | np.ndarray)
+
+
+def _check_bound(axis_name: Hashable) -> None:
+    try:
+        jax.lax.axis_size(axis_name)
+    except NameError as error:
+        raise ValueError(
+            f"`axis_name` must name an axis of `shard_map` or `pmap`, got {axis_name!r}, which "
+            "neither of them binds here. Call the step inside one of them, or make it without "
+            "`axis_name`."
+        ) from error
+
+
+def _raise_of_vmap(*_, axis_name: Hashable):
+    raise ValueError(
+        f"`axis_name` must name an axis of `shard_map` or `pmap`, got {axis_name!r}, an axis of "
+        "`vmap`. Call the step without `axis_name` there: `vmap` makes one step for each entry."
+    )
+
+
+def _refuse(x: Array, axis_name: Hashable) -> Array:
+    return _over_vmap.bind(x, axis_name=axis_name)
+
+
+# The identity, which traces and neither runs nor is lowered. Whether a `vmap` will only give shapes
+# cannot be seen while it traces.
+_over_vmap = Primitive("dpo_eqx_over_vmap")
+_over_vmap.def_abstract_eval(lambda x, **_: x)
+_over_vmap.def_impl(_raise_of_vmap)
+mlir.register_lowering(_over_vmap, _raise_of_vmap)
+batching.defvectorized(_over_vmap)
+ad.deflinear2(_over_vmap, lambda cotangent, _, axis_name: [_refuse(cotangent, axis_name)])

@@ -5,7 +5,7 @@ from typing import Any
 
 from jaxtyping import DTypeLike, PyTree
 
-from .axis import AxisName, check_axis, total, vary
+from .axis import AxisName, total, vary
 from .metrics import Metrics, MetricsFunction, default_metrics, weighted_sums
 from .objective import LossFunction, Scored, loss_of, pair_weights
 from .reference import Score, choose_reference, run_inference, run_reference
@@ -44,7 +44,6 @@ def make_eval(
     """
 
     def evaluate(policy: PyTree, batch: Any, reference: PyTree | None = None) -> Metrics:
-        check_axis(axis_name)
         reference = choose_reference(policy, batch, reference, reference_of)
         batch = vary(batch, axis_name)
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, DTypeLike, Float, PyTree
 
-from .axis import AxisName, check_axis, total, vary
+from .axis import AxisName, total, vary
 from .keys import Keys, own_keys
 from .losses.form import is_coupled
 from .metrics import MetricsFunction, default_metrics, weighted_sums
@@ -105,7 +105,6 @@ def make_grad(
         *,
         key: Keys | None = None,
     ) -> tuple[PyTree, dict[str, Float[Array, ""]]]:
-        check_axis(axis_name)
         check_divides(microbatches, rows_of(batch))
         own, frozen = split_trainable(policy, trainable)
         reference = choose_reference(policy, batch, reference, reference_of, own)

@@ -101,6 +101,29 @@ def test_pmap(alone, batch, microbatches):
         assert_close(jax.tree.map(lambda x, d=device: x[d], got), want, TOLERANCE)
 
 
+@pytest.mark.parametrize(
+    "loss", [pytest.param(dpo, marks=pytest.mark.slow), centred], ids=list(LOSSES)
+)
+def test_filter_pmap(batch, loss):
+    """Equinox finds shapes under a `vmap` of the same name first; with dropout and microbatches."""
+    policy, key = Perceptron(jax.random.key(0), rate=0.5), jax.random.key(3)
+    want = (
+        eqx.filter_jit(dpx.make_grad(loss))(policy, batch, REFERENCE, key=key),
+        eqx.filter_jit(dpx.make_eval(loss))(policy, batch, REFERENCE),
+    )
+    grad = dpx.make_grad(loss, axis_name="data", microbatches=2)
+    evaluate = dpx.make_eval(loss, axis_name="data")
+
+    def on_device(policy, batch):
+        return grad(policy, batch, REFERENCE, key=key), evaluate(policy, batch, REFERENCE)
+
+    split = jax.tree.map(lambda x: x.reshape(8, 2, *x.shape[1:]), batch)
+    mapped = eqx.filter_pmap(
+        on_device, in_axes=(None, eqx.if_array(0)), out_axes=None, axis_name="data"
+    )
+    assert_close(mapped(policy, split), want, TOLERANCE)
+
+
 def sharded(batch, mesh=MESH):
     return jax.device_put(batch, NamedSharding(mesh, P("data")))
 

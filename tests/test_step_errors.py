@@ -121,11 +121,21 @@ def test_a_metric_that_is_reduced():
         gradient(POLICY, BATCH, POLICY, metrics=metrics)
 
 
-def test_an_axis_of_vmap_is_not_an_axis_to_sum_over():
-    grad = dpx.make_grad(dpo, axis_name="data")
+@pytest.mark.parametrize("wrap", [lambda function: function, jax.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize("make", [dpx.make_grad, dpx.make_eval])
+def test_an_axis_of_vmap_is_not_an_axis_to_sum_over(make, wrap):
+    run = make(dpo, axis_name="data")
     batches = jax.tree.map(lambda x: np.stack([x, x]), BATCH)
-    with pytest.raises(ValueError, match="`axis_name` must name an axis of `shard_map` or `pmap`"):
-        jax.vmap(lambda b: grad(POLICY, b, POLICY)[1], axis_name="data")(batches)
+    mapped = jax.vmap(lambda b: jax.tree.leaves(run(POLICY, b, POLICY)), axis_name="data")
+    with pytest.raises(ValueError, match=r"`axis_name` must name .* got 'data', an axis of `vmap`"):
+        wrap(mapped)(batches)
+
+
+@pytest.mark.parametrize("wrap", [lambda function: function, eqx.filter_jit], ids=["eager", "jit"])
+def test_an_axis_that_nothing_binds(wrap):
+    grad = dpx.make_grad(dpo, axis_name="data")
+    with pytest.raises(ValueError, match="got 'data', which neither of them binds here"):
+        wrap(grad)(POLICY, BATCH, POLICY)
 
 
 def test_a_wrong_shape_is_named_by_the_hook_where_it_is_on():

@@ -24,12 +24,14 @@ def ran():
     return namespace
 
 
-def test_the_three_roads_of_the_page_agree(ran):
+def test_the_roads_of_the_page_agree(ran):
     trained, metrics = ran["first"]
     want = eqx.filter(trained, eqx.is_array), metrics
     assert_close((ran["mapped"], ran["mapped_metrics"]), want, 1e-6)
     of_first = jax.tree.map(lambda x: x[0], (ran["pmapped"], ran["pmapped_metrics"]))
     assert_close(of_first, want, 1e-6)
+    of_all = eqx.filter(ran["filter_pmapped"], eqx.is_array), ran["filter_pmapped_metrics"]
+    assert_close(of_all, want, 1e-6)
 
 
 def test_the_loop_of_the_page_runs(ran):
