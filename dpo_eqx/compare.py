@@ -3,14 +3,17 @@
 Losses and means are not here; `diagnose.py` and `preferences.py` have them.
 """
 
+from functools import partial
+
 import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from .batch import PreferenceBatch
+from .explicit import automatic
 from .kl import linear_kl, token_kl
 from .log_probs import PairLogProbs, sequence_log_probs
-from .predict import Hidden, Logits, predict
+from .predict import Hidden, Logits, offers_fast_path, predict
 from .score import pair_log_probs, token_scores
 from .tiles import Unembedding
 
@@ -62,6 +65,14 @@ def compare(
 
     `ValueError` where the vocabularies differ, or a policy returns something of another shape.
     """
+    is_fast = any(map(offers_fast_path, (policy, reference)))
+    run = partial(automatic, like=2)(_compare) if is_fast else _compare
+    return run(policy, reference, batch, chunk_size)
+
+
+def _compare(
+    policy: PyTree, reference: PyTree, batch: PreferenceBatch, chunk_size: int | None
+) -> Comparison:
     pair = batch.chosen, batch.rejected
     predictions = [
         predict(model, batch.prompt, pair, keys=None, chunk_size=chunk_size)

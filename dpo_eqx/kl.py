@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from .axis import total_of_parts, vary_alike
+from .explicit import automatic
 from .log_probs import at_least_float32
 from .strided import merge, split
 from .tiles import Unembedding, check_chunk_size, check_head
@@ -43,6 +44,7 @@ def token_kl(
     return (jnp.exp(log_p) * _difference(log_p, log_q)).sum(axis=-1)
 
 
+@automatic
 def linear_kl(
     hidden: Float[Array | np.ndarray, "*batch width"],
     unembedding: Float[Array | np.ndarray, "vocab width"],

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from .axis import total_of_parts, vary_alike
+from .explicit import automatic
 from .log_probs import at_least_float32
 from .strided import merge
 from .tiles import (
@@ -25,6 +26,7 @@ from .tiles import (
 )
 
 
+@automatic
 def linear_token_log_probs(
     hidden: Float[Array | np.ndarray, "*batch length width"],
     unembedding: Float[Array | np.ndarray, "vocab width"],

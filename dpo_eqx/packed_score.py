@@ -3,10 +3,13 @@
 How such rows are made is in `packed.py` and `data/pack.py`.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, PyTree
 
+from .explicit import automatic
 from .keys import Keys, keys_per_pair
 from .log_probs import PairLogProbs, sequence_log_probs
 from .packed import PackedBatch, PackedLayout, by_pair
@@ -14,6 +17,7 @@ from .predict import Hidden, check_hidden, head_options, offers_fast_path
 from .rows import keep_rows, row_axes
 
 
+@partial(automatic, like=1)
 def score_packed(
     policy: PyTree,
     batch: PackedBatch,

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
+from .explicit import split_like
 from .keys import Keys
 from .layout import FastPolicy, Layout
 from .linear import collisions_of, linear_collisions, linear_token_log_probs
@@ -139,7 +140,7 @@ def _plain_logits(
         return jax.vmap(one_sequence, in_axes=(None, None, 0, 0))(prompt, length, completions, keys)
 
     over_pairs = jax.vmap(one_prompt, spmd_axis_name=row_axes(rows))
-    logits = over_pairs(prompts, lengths, rows, keys)
+    logits = over_pairs(prompts, lengths, rows, split_like(keys, rows))
     return jnp.concatenate([logits[:, i, :width] for i, width in enumerate(widths)], axis=1)
 
 

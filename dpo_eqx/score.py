@@ -14,9 +14,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .batch import PreferenceBatch, UnpairedBatch
+from .explicit import automatic
 from .keys import Keys, keys_per_pair
 from .log_probs import PairLogProbs, UnpairedLogProbs, sequence_log_probs
-from .predict import Hidden, Logits, predict
+from .predict import Hidden, Logits, offers_fast_path, predict
 from .tokens import Tokens
 
 
@@ -188,9 +189,15 @@ def _token_scores(
     confidence: bool = False,
 ) -> list[TokenScores]:
     """The scores of each of the completions, in their order."""
-    keys = keys_per_pair(key, prompt.ids.shape[0])
-    predictions = predict(policy, prompt, completions, keys=keys, chunk_size=chunk_size)
-    return token_scores(predictions, completions, confidence)
+
+    def run(prompt, completions, policy, key):
+        keys = keys_per_pair(key, prompt.ids.shape[0])
+        predictions = predict(policy, prompt, completions, keys=keys, chunk_size=chunk_size)
+        return token_scores(predictions, completions, confidence)
+
+    # On a mesh with explicit axes a plain policy may name shardings itself.
+    run = automatic(run) if offers_fast_path(policy) else run
+    return run(prompt, completions, policy, key)
 
 
 def token_scores(

@@ -11,11 +11,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from .explicit import whole_unless_split
+
 
 def split(tree: Any, parts: int) -> Any:
     """Every array `(rows, ...)` as `(parts, rows // parts, ...)`: part `i` has rows `i::parts`."""
 
     def split_one(x):
+        x = whole_unless_split(x, parts)
         return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
 
     return jax.tree.map(split_one, tree)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from ..explicit import automatic
 from ..log_probs import PairLogProbs, UnpairedLogProbs, check_one_shape
 
 # A hyper-parameter: a number, a traced scalar, or one value per pair.
@@ -184,9 +185,11 @@ def couples_pairs(loss: Callable[Arguments, Returned]) -> Callable[Arguments, Re
     The same loss, marked.
     """
 
+    on_any_mesh = automatic(loss)
+
     @functools.wraps(loss)
     def coupled(*args: Arguments.args, **keywords: Arguments.kwargs) -> Returned:
-        return loss(*args, **keywords)
+        return on_any_mesh(*args, **keywords)
 
     coupled.couples_pairs = True  # pyright: ignore[reportAttributeAccessIssue]: it is the mark
     return derived(coupled, loss)

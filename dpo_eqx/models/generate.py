@@ -5,6 +5,7 @@ row for every token.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import equinox as eqx
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
+from ..explicit import automatic
 from ..layout import Layout
 from ..tokens import Tokens
 from .attention import attend, attend_by_layout, masks, visible
@@ -19,6 +21,7 @@ from .sample import Scalar, choose
 from .transformer import Transformer
 
 
+@partial(automatic, like=1)
 def generate(
     policy: PyTree,
     prompt: Tokens,

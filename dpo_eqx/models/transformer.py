@@ -4,6 +4,7 @@ The pieces are in `layer.py`; which family they add up to is data, a `Config`.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import equinox as eqx
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from ..explicit import automatic
 from ..layout import Layout
 from ..log_probs import at_least_float32
 from ..packed import PackedLayout
@@ -76,6 +78,7 @@ class Transformer(eqx.Module):
         self.config = config
         self.origin = Origin() if origin is None else origin
 
+    @partial(automatic, like=1)
     def __call__(
         self, ids: Int[Array | np.ndarray, " length"], *, key: PRNGKeyArray | None = None
     ) -> Float[Array, "length vocab"]:
@@ -89,6 +92,7 @@ class Transformer(eqx.Module):
         layout = Layout(jnp.asarray(ids.size), ids.size, ())
         return self.unembed(self.hidden(jnp.asarray(ids), layout, key=key))
 
+    @partial(automatic, like=1)
     def hidden(
         self,
         ids: Int[Array, " length"],
@@ -166,6 +170,7 @@ class Transformer(eqx.Module):
         x, kept = jax.lax.scan(body, x, (arrays, bits, which, cache, keys))
         return self.norm(x), kept
 
+    @partial(automatic, like=1)
     def unembed(self, hidden: Float[Array, "length width"]) -> Float[Array, "length vocab"]:
         """Logits from hidden states, in float32 or wider."""
         dtype = at_least_float32(hidden.dtype)

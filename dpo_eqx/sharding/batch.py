@@ -38,7 +38,8 @@ def shard_batch(batch: Batch, mesh: Mesh) -> Batch:
 
     **Raises:**
 
-    `ValueError` where the rows cannot be split equally over the devices of this process.
+    `ValueError` if the rows cannot be split equally over the devices of this process, or the mesh
+    has neither of these axes.
     """
     _, count = batch_share(mesh)
     total = size_of(mesh, ROWS)
@@ -66,6 +67,13 @@ def batch_share(mesh: Mesh) -> tuple[int, int]:
 
     `ValueError` where the rows of two processes overlap in part.
     """
+    if not _rows_in(mesh):
+        raise ValueError(
+            f"`mesh` must have an axis {' or '.join(ROWS)} for the rows of a batch; got "
+            f"{', '.join(mesh.axis_names)}. Make it by `sharding.make_mesh('data=8')`, or put the "
+            "batch on this one by `jax.device_put(batch, NamedSharding(mesh, PartitionSpec("
+            f"{mesh.axis_names[0]!r})))`."
+        )
     # Along the other axes, rows are repeated.
     leading = [mesh.axis_names.index(name) for name in _rows_in(mesh)]
     devices = np.moveaxis(mesh.devices, leading, range(len(leading)))

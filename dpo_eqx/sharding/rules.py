@@ -124,7 +124,7 @@ def spec_of(path: str, shape: Shape, mesh: Mesh, rules: Rules) -> P:
         rule = stacked if _STACK.search(path) else largest
     spec = align(rule, shape) if isinstance(rule, P) else rule(shape, mesh)
     _check(spec, path, shape, mesh)
-    return spec
+    return _within(spec, mesh)
 
 
 def align(spec: P, shape: Shape) -> P:
@@ -137,6 +137,17 @@ def misfits(spec: P, shape: Shape, mesh: Mesh) -> list[int]:
     """The axes that do not divide."""
     pairs = enumerate(zip(spec, shape, strict=False))
     return [axis for axis, (entry, size) in pairs if size % size_of(mesh, entry)]
+
+
+def _within(spec: P, mesh: Mesh) -> P:
+    """The specification without the axes that the mesh lacks, which count as 1."""
+
+    def kept(entry):
+        names = (entry,) if isinstance(entry, str) else entry or ()
+        names = tuple(name for name in names if name in mesh.axis_names)
+        return names[0] if len(names) == 1 else names or None
+
+    return spec if set(AXES) <= set(mesh.axis_names) else P(*map(kept, spec))
 
 
 def _check(spec: P, path: str, shape: Shape, mesh: Mesh) -> None:

@@ -32,6 +32,8 @@ def test_the_roads_of_the_page_agree(ran):
     assert_close(of_first, want, 1e-6)
     of_all = eqx.filter(ran["filter_pmapped"], eqx.is_array), ran["filter_pmapped_metrics"]
     assert_close(of_all, want, 1e-6)
+    explicit = eqx.filter(ran["explicit_trained"], eqx.is_array), ran["explicit_metrics"]
+    assert_close(explicit, want, 1e-6)
 
 
 def test_the_loop_of_the_page_runs(ran):
