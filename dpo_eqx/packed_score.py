@@ -64,7 +64,7 @@ def score_packed(
         return keep_rows(hidden[layout.predicts[scored]]), ids[scored], _parts_of(layout, scored)
 
     ids, lengths, scored = map(jnp.asarray, (batch.ids, batch.lengths, batch.scored))
-    over_rows = jax.vmap(one_row, spmd_axis_name=row_axes(ids))
+    over_rows = jax.vmap(one_row, spmd_axis_name=row_axes(ids, policy, keys))
     hidden, targets, parts = over_rows(ids, lengths, scored, keys)
     options = head_options(policy, chunk_size)
     log_probs = Hidden(hidden, policy.unembedding, options).log_probs(targets)

@@ -139,7 +139,7 @@ def _plain_logits(
         keys = None if key is None else jax.random.split(key, len(completions))
         return jax.vmap(one_sequence, in_axes=(None, None, 0, 0))(prompt, length, completions, keys)
 
-    over_pairs = jax.vmap(one_prompt, spmd_axis_name=row_axes(rows))
+    over_pairs = jax.vmap(one_prompt, spmd_axis_name=row_axes(rows, policy, keys))
     logits = over_pairs(prompts, lengths, rows, split_like(keys, rows))
     return jnp.concatenate([logits[:, i, :width] for i, width in enumerate(widths)], axis=1)
 
@@ -161,7 +161,7 @@ def _fast_hidden(
         check_hidden(hidden, row, policy.unembedding)
         return keep_rows(hidden[_predicts(layout)])
 
-    return jax.vmap(one_row, spmd_axis_name=row_axes(rows))(rows, lengths, keys)
+    return jax.vmap(one_row, spmd_axis_name=row_axes(rows, policy, keys))(rows, lengths, keys)
 
 
 def _predicts(layout: Layout) -> Int[Array, " length"]:

@@ -15,6 +15,7 @@ from jaxtyping import Array, DTypeLike, Float, PyTree
 from .log_probs import PairLogProbs, at_least_float32
 from .packed import rows_of
 from .precision import in_dtype
+from .rows import beside_sweeps
 from .score import score_pairs
 from .strided import check_divides, merge, split
 
@@ -65,6 +66,7 @@ def sync_reference(
     return eqx.combine(moved, eqx.filter(reference, eqx.is_array, inverse=True))
 
 
+@beside_sweeps
 def precompute_reference(
     reference: PyTree,
     batch: Any,

@@ -1,14 +1,21 @@
 """Rows kept on their devices under automatic partitioning, as the types of the arrays tell it.
 
 No function takes a mesh; where there is none, or one of other axes than `dpo_eqx.sharding` makes,
-nothing is done. What is mapped by `shard_map` or `pmap` is in `axis.py`.
+nothing is done. Meshes with explicit axes are in `explicit.py`, and what is mapped by `shard_map`
+or `pmap` in `axis.py`.
 """
 
+import contextlib
+import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from contextvars import ContextVar
+from typing import ParamSpec, TypeVar
 
 import jax
 import numpy as np
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec as P
 from jaxtyping import Array, PyTree
 
@@ -20,16 +27,43 @@ from .log_probs import at_least_float32
 ROWS = ("data", "fsdp")
 AXES = (*ROWS, "tensor")
 
+Arguments = ParamSpec("Arguments")
+Returned = TypeVar("Returned")
 
-def row_axes(x: Array | np.ndarray) -> tuple[str, ...] | None:
+# What `beside_sweeps` has found.
+_TAKEN: ContextVar[frozenset[Hashable]] = ContextVar("_TAKEN", default=frozenset())
+
+
+def row_axes(x: Array | np.ndarray, *beside: PyTree) -> tuple[str, ...] | None:
     """The axes over which the rows of `x`, its first axis, are split, for `vmap(spmd_axis_name=)`.
 
-    `None` where there is no mesh, or where they do not divide the rows.
+    `None` where there is no mesh, or where they do not divide the rows. Axes over which a `vmap` of
+    the caller splits `x`, or arrays of `beside`, are left to it.
     """
     mesh = mesh_of(x)
-    if mesh is None or x.shape[0] % math.prod(mesh.shape[name] for name in _rows_in(mesh)):
+    if mesh is None:
         return None
-    return _rows_in(mesh) or None
+    taken = _taken((x, beside))
+    names = tuple(name for name in ROWS if name in mesh.axis_names and name not in taken)
+    divides = x.shape[0] % math.prod(mesh.shape[name] for name in names) == 0
+    return names if names and divides else None
+
+
+def beside_sweeps(function: Callable[Arguments, Returned]) -> Callable[Arguments, Returned]:
+    """`function`, within which the axes that a `vmap` around it splits over are left to that.
+
+    Inside a loop or a checkpoint of `function` nothing tells that its arrays are under a `vmap`.
+    """
+
+    @functools.wraps(function)
+    def beside(*args: Arguments.args, **keywords: Arguments.kwargs) -> Returned:
+        token = _TAKEN.set(frozenset(_taken((args, keywords))))
+        try:
+            return function(*args, **keywords)
+        finally:
+            _TAKEN.reset(token)
+
+    return beside
 
 
 def keep_rows(x: Array) -> Array:
@@ -54,7 +88,8 @@ def over_data(function: Callable[..., Array], rows: Sequence[Array], *shared: Py
     """
     mesh = mesh_of(rows[0])
     parts = 1 if mesh is None else mesh.shape.get("data", 1)
-    if parts == 1 or rows[0].shape[0] % parts:
+    # JAX has no `shard_map` inside a `vmap` that splits over another axis of the mesh.
+    if parts == 1 or rows[0].shape[0] % parts or _taken((rows, shared)):
         return function(rows, *shared)
     split = P("data")
     dtypes = jax.tree.map(lambda x: x.dtype, shared)
@@ -83,5 +118,33 @@ def mesh_of(x: Array | np.ndarray) -> AbstractMesh | None:
     return mesh if set(mesh.axis_types) == {AxisType.Auto} else None
 
 
-def _rows_in(mesh: AbstractMesh) -> tuple[str, ...]:
-    return tuple(name for name in ROWS if name in mesh.axis_names)
+def _taken(tree: PyTree) -> set[Hashable]:
+    """The axes of the mesh over which a `vmap(spmd_axis_name=)` around splits arrays of `tree`."""
+    names = set(_TAKEN.get())
+    for x in jax.tree.leaves(tree):
+        if isinstance(x, jax.core.Tracer):
+            with contextlib.suppress(_SeenError):
+                _seen.bind(x, names=names.update)
+    return names
+
+
+class _SeenError(Exception):
+    """Ends the look at an array, so that nothing of it is in the program."""
+
+
+def _end(*_, names):
+    raise _SeenError
+
+
+def _look_at_vmap(axis_data, operands, dims, *, names):
+    names(axis_data.spmd_name or ())
+    return _seen.bind(*operands, names=names), dims[0]
+
+
+# Goes from a tracer through all transformations around, and asks each `vmap` for its axis: JAX
+# refuses a second use of it, and has no other way to know.
+_seen = Primitive("dpo_eqx_seen")
+_seen.def_abstract_eval(_end)
+_seen.def_impl(_end)
+ad.deflinear2(_seen, _end)
+batching.fancy_primitive_batchers[_seen] = _look_at_vmap

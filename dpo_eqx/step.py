@@ -26,6 +26,7 @@ from .objective import (
 from .packed import rows_of
 from .precision import in_dtype, in_dtypes_of, in_float32_at_least, is_narrow
 from .reference import Score, choose_reference, run_reference
+from .rows import beside_sweeps
 from .score import score_pairs
 from .strided import accumulate, check_divides
 
@@ -154,7 +155,7 @@ def make_grad(
         means = total(weighted_sums(values, pairs.weight), axis_name).mean()
         return gradients, {**means, "grad_norm": optax.tree.norm(gradients)}
 
-    return grad
+    return beside_sweeps(grad)
 
 
 def make_step(
