@@ -6,13 +6,15 @@ computed once more, in the backward pass; which tokens and which part is in `til
 
 from functools import partial
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from .axis import total_of_parts, vary_alike
+from .axis import vary_alike
 from .explicit import automatic
+from .linear_map import moving, share, sum_parts, with_transpose
 from .log_probs import at_least_float32
 from .strided import merge
 from .tiles import (
@@ -21,6 +23,7 @@ from .tiles import (
     check_head,
     fold,
     in_chunks,
+    part_at,
     put_back,
     tile_at,
 )
@@ -70,7 +73,7 @@ def linear_token_log_probs(
     finite = jnp.isfinite(jax.lax.stop_gradient(hidden)).all(axis=-1)
     hidden = jnp.where(finite[..., None], hidden, 0)
     rows, parts = in_chunks(chunk_size, unembedding.shape[0], hidden, targets)
-    log_probs = merge(_log_probs(axis_name, parts, *vary_alike(head, *rows)))
+    log_probs = merge(_log_probs(axis_name, parts, *vary_alike(head, *rows))[0])
     vocab = unembedding.shape[0] * (1 if axis_name is None else jax.lax.axis_size(axis_name))
     known = finite & (targets >= 0) & (targets < vocab)
     return jnp.where(known, log_probs[: known.size].reshape(known.shape), jnp.nan)
@@ -95,7 +98,7 @@ def linear_collisions(
 
     def add(tile, state, hidden):
         peak, total, squares = state
-        logits = tile.head.logits(hidden)
+        logits = tile.logits(hidden)
         peak, offset, shrunk = _raised(peak, logits)
         shares = jnp.exp(logits - offset[:, None])
         total = total * shrunk + shares.sum(axis=-1)
@@ -123,70 +126,120 @@ def _check_shapes(hidden, unembedding, targets, softcap, chunk_size) -> None:
     check_chunk_size(chunk_size)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _log_probs(
     axis_name: str | None,
     parts: int,
     head: Unembedding,
     hidden: Float[Array, "count chunk width"],
     targets: Int[Array, "count chunk"],
-) -> Float[Array, "count chunk"]:
-    return _log_probs_forward(axis_name, parts, head, hidden, targets)[0]
-
-
-def _log_probs_forward(axis_name, parts, head, hidden, targets):
-    """Log-probabilities, and of each token only the normaliser as a residual."""
+) -> tuple[Float[Array, "count chunk"], Float[Array, "count chunk"]]:
+    """Log-probabilities, and the normaliser of each token: all that its derivatives need."""
     zeros = jnp.zeros(targets.shape, at_least_float32(hidden.dtype))
     start = vary_alike((zeros - jnp.inf, zeros, zeros), hidden)[0]
 
     def add(tile, state, hidden, targets):
         peak, total, picked = state
-        logits = tile.head.logits(hidden)
+        logits = tile.logits(hidden)
         peak, offset, shrunk = _raised(peak, logits)
         total = total * shrunk + jnp.exp(logits - offset[:, None]).sum(axis=-1)
-        # By comparison, not by a gather, so that vocabulary shards stay local.
-        is_target = targets[:, None] == tile.ids
-        return peak, total, picked + jnp.where(is_target, logits, 0).sum(axis=-1)
+        return peak, total, picked + jnp.where(tile.holds(targets), logits, 0).sum(axis=-1)
 
     state = fold(add, start, head, parts, (hidden, targets), axis_name)
     peak, total, picked = _over_devices(state, axis_name)
     peak, total = jnp.where(jnp.isfinite(peak), peak, jnp.nan), jnp.log(total)
     # Not `picked - normaliser`: without a gradient XLA fuses that sum into this one, in an order of
     # its own, and a policy and a reference of the same parameters differ in the last bit.
-    return picked - peak - total, (head, hidden, targets, peak + total)
+    return picked - peak - total, peak + total
 
 
-def _log_probs_backward(axis_name, parts, residuals, cotangents):
-    """Each tile's logits once more; the slope in a logit is `(is target) - p`."""
-    head, hidden, targets, normalisers = residuals
-    # A cotangent of 0 means 0 whatever the logits: padding and masked tokens end here.
-    live = (cotangents != 0) & jnp.isfinite(normalisers)
-    rows = hidden, targets, jnp.where(live, normalisers, 0), jnp.where(live, cotangents, 0), live
+def _log_probs_jvp(axis_name, parts, primals, tangents):
+    """Each tile's logits once more, in either mode."""
+    head, hidden, targets = primals
+    results = _log_probs(axis_name, parts, head, hidden, targets)
+    # Not by the cotangent, which is 0 at a masked token but elsewhere too, and has a derivative
+    # there. A token whose logits are all finite gives 0 from a cotangent of 0.
+    live = jnp.isfinite(results[1])
+    rows = hidden, targets, jnp.where(live, results[1], 0), live
+    in_head, in_hidden, _ = moving(tangents)
+    operands = in_head, share(in_hidden, axis_name, hidden)
+    pushed = with_transpose(
+        partial(_push, axis_name, parts, head, rows),
+        lambda cotangents: eqx.filter(
+            _pull(axis_name, parts, head, rows, cotangents),
+            jax.tree.map(lambda x: x is not None, operands, is_leaf=lambda x: x is None),
+        ),
+        operands,
+        results,
+    )
+    return results, sum_parts(pushed, axis_name, hidden)
+
+
+_log_probs.defjvp(_log_probs_jvp, symbolic_zeros=True)
+
+
+def _push(axis_name, parts, head, rows, tangents):
+    """What tangents of `head` and `hidden` are in the log-probabilities and the normalisers.
+
+    With $p$ of a tile's logits, a normaliser moves by the mean of their tangents under $p$, and a
+    log-probability by its own logit's tangent less that.
+    """
+    hidden, targets, normalisers, live = rows
+    in_head, in_hidden = tangents
+    zeros = jnp.zeros_like(normalisers)
+    start = vary_alike((zeros, zeros), hidden)[0]
+
+    def one_part(state, index):
+        tile = tile_at(head, index, parts, targets.dtype, axis_name)
+        in_tile = part_at(in_head, index, parts)
+
+        def chunk(operands):
+            (picked, means), in_hidden, hidden, targets, normaliser, live = operands
+            logits, slopes = eqx.filter_jvp(
+                lambda head, hidden: tile._replace(head=head).logits(hidden),
+                (tile.head, hidden),
+                (in_tile, in_hidden),
+            )
+            slopes = jnp.where(live[:, None], slopes, 0)
+            probs = jnp.exp(jnp.where(live[:, None], logits, -jnp.inf) - normaliser[:, None])
+            picked = picked + jnp.where(tile.holds(targets), slopes, 0).sum(axis=-1)
+            return picked, means + (probs * slopes).sum(axis=-1)
+
+        operands = state, in_hidden, hidden, targets, normalisers, live
+        return jax.lax.map(chunk, operands), None
+
+    picked, means = jax.lax.scan(one_part, start, jnp.arange(parts))[0]
+    return picked - means, means
+
+
+def _pull(axis_name, parts, head, rows, cotangents):
+    """The transpose of `_push`: in a logit the slope of a log-probability is `(is target) - p`."""
+    hidden, targets, normalisers, live = rows
+    wide = normalisers.dtype
+    cotangents = [jnp.where(live, x, 0) for x in cotangents]
 
     def one_part(carry, index):
         in_head, in_hidden = carry
         tile = tile_at(head, index, parts, targets.dtype, axis_name)
 
         def chunk(in_tile, operands):
-            in_hidden, hidden, targets, normaliser, cotangent, live = operands
-            logits = tile.head.logits(hidden)
+            in_hidden, hidden, targets, normaliser, live, cotangent, of_normaliser = operands
+            logits = tile.logits(hidden)
             probs = jnp.exp(jnp.where(live[:, None], logits, -jnp.inf) - normaliser[:, None])
-            slopes = jnp.where(targets[:, None] == tile.ids, 1 - probs, -probs)
-            more = tile.head.pull(hidden, logits, slopes * cotangent[:, None])
+            own = jnp.where(tile.holds(targets), cotangent[:, None], 0)
+            slopes = own - probs * (cotangent - of_normaliser)[:, None]
+            more = tile.head.pull(hidden, logits, slopes)
             return jax.tree.map(jnp.add, (in_tile, in_hidden), more)
 
-        wide = jax.tree.map(lambda x: jnp.zeros_like(x, cotangents.dtype), tile.head)
-        in_tile, in_hidden = jax.lax.scan(chunk, vary_alike(wide, hidden)[0], (in_hidden, *rows))
+        zeros = jax.tree.map(lambda x: jnp.zeros_like(x, wide), tile.head)
+        operands = in_hidden, hidden, targets, normalisers, live, *cotangents
+        in_tile, in_hidden = jax.lax.scan(chunk, vary_alike(zeros, hidden)[0], operands)
         return (put_back(in_head, in_tile, index, parts), in_hidden), None
 
-    zeros = jax.tree.map(jnp.zeros_like, head), jnp.zeros_like(hidden, cotangents.dtype)
+    zeros = jax.tree.map(jnp.zeros_like, head), jnp.zeros_like(hidden, wide)
     carry = vary_alike(zeros, hidden)[0]
     (in_head, in_hidden), _ = jax.lax.scan(one_part, carry, jnp.arange(parts))
-    in_hidden = total_of_parts(in_hidden, hidden, axis_name)
-    return in_head, in_hidden.astype(hidden.dtype), None
-
-
-_log_probs.defvjp(_log_probs_forward, _log_probs_backward)
+    return in_head, in_hidden.astype(hidden.dtype)
 
 
 def _raised(peak, logits):

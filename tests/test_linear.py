@@ -3,6 +3,7 @@
 from functools import partial
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import jax.test_util
 import numpy as np
@@ -87,10 +88,113 @@ def test_small_shapes(shape, vocab):
     )
 
 
-def test_reverse_mode_of_both_orders(tiny_tiles):
+VALUES = jax.random.normal(jax.random.key(9), (64,), jnp.float64)
+
+
+def directions(operands):
+    return jax.tree.map(lambda x: jnp.resize(VALUES, x.shape), operands)
+
+
+def derivatives(function, *operands):
+    """In forward mode, and of second order: forward over reverse, and each of the others."""
+    along = directions(operands)
+
+    def squares(*operands):
+        return (function(*operands) ** 2).sum()
+
+    def gradient(*operands):
+        return jax.grad(squares, (0, 1, 2))(*operands)
+
+    def slope(*operands):
+        return sum(map(jnp.vdot, gradient(*operands), along))
+
+    def pushed(*operands):
+        return jax.jvp(squares, operands, along)[1]
+
+    return (
+        jax.jvp(function, operands, along)[1],
+        jax.jvp(gradient, operands, along)[1],
+        jax.grad(slope, (0, 1, 2))(*operands),
+        jax.grad(pushed, (0, 1, 2))(*operands),
+    )
+
+
+@pytest.mark.parametrize("settings", [(11, 2.0, 2), (16, None, None)], ids=["overlap", "whole"])
+def test_every_mode_and_order_at_slopes_of_zero(tiny_tiles, settings):
+    vocab, softcap, chunk_size = settings
+    operands, targets, _ = example((5,), vocab)
+    start = from_logits(*operands, targets, softcap)
+    # The third is padding, with a hidden state and a target that are none.
+    mask = jnp.arange(5) != 2
+    spoiled = operands[0].at[2].set(jnp.nan), *operands[1:]
+    bad_targets = targets.at[2].set(-1)
+
+    def plain(*operands):
+        return jnp.where(mask, from_logits(*operands, targets, softcap) - start, 0)
+
+    def ours(*operands):
+        got = dpx.linear_token_log_probs(
+            operands[0],
+            operands[1],
+            bad_targets,
+            bias=operands[2],
+            softcap=softcap,
+            chunk_size=chunk_size,
+        )
+        return jnp.where(mask, got - start, 0)
+
+    want = jax.jit(partial(derivatives, plain))(*operands)
+    assert np.abs(want[1][1]).max() > 0.1
+    got = jax.jit(partial(derivatives, ours))(*spoiled)
+    assert_close(got, want, 1e-11)
+
+
+def test_linearize_of_the_hidden_states_alone(tiny_tiles):
+    (hidden, head, _), targets, _ = example((3,))
+    got = jax.linearize(lambda h: dpx.linear_token_log_probs(h, head, targets), hidden)[1]
+    want = jax.jvp(lambda h: from_logits(h, head, None, targets, None), (hidden,), (hidden**2,))
+    np.testing.assert_allclose(got(hidden**2), want[1], rtol=1e-12)
+
+
+@pytest.mark.parametrize("vocab", [7, 31, 32003, 50257, 32008, 151936])
+def test_parts_of_any_vocabulary_are_of_about_the_size_that_is_wanted(vocab):
+    for most in (1, 100, 4096, 12000):
+        wanted = most * vocab / tiles.LOGITS_AT_ONCE["cpu"]
+        (rows,), parts = tiles.in_chunks(most, vocab, jnp.zeros((most, 1)))
+        assert rows.shape == (1, most, 1)
+        assert parts <= max(1, 1.6 * wanted)
+        assert vocab / parts <= 1.6 * vocab / max(1, wanted)
+
+
+@pytest.mark.parametrize("vocab", [7, 31, 8 * 13, 32003])
+def test_a_last_part_that_overlaps(monkeypatch, vocab):
+    monkeypatch.setitem(tiles.LOGITS_AT_ONCE, "cpu", 5 * vocab // 3)
+    operands, targets, slopes = example((5,), vocab)
+    targets = targets.at[0].set(vocab - 1)
+    assert tiles.in_chunks(None, vocab, operands[0])[1] == 3
+    plain, chunked = objectives(targets, slopes, 2.0)
+    want = jax.jit(jax.value_and_grad(plain, (0, 1, 2)))(*operands)
+    assert_close(jax.jit(jax.value_and_grad(chunked, (0, 1, 2)))(*operands), want, 1e-12)
+
+
+def test_a_symbolic_number_of_rows():
+    (hidden, head, _), targets, _ = example((3, 4))
+    (rows,) = jax.export.symbolic_shape("rows")
+    shapes = [jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for x in (hidden, targets)]
+
+    def run(hidden, targets):
+        return dpx.linear_token_log_probs(hidden, head, targets, chunk_size=3)
+
+    exported = jax.export.export(jax.jit(run))(*shapes)
+    for n in (1, 2, 3):
+        want = run(hidden[:n], targets[:n])
+        np.testing.assert_allclose(exported.call(hidden[:n], targets[:n]), want, rtol=1e-13)
+
+
+def test_both_modes_of_both_orders(tiny_tiles):
     operands, targets, slopes = example((3,))
     _, chunked = objectives(targets, slopes, 2.0, chunk_size=2)
-    jax.test_util.check_grads(chunked, operands, order=2, modes=("rev",))
+    jax.test_util.check_grads(jax.jit(chunked), operands, order=2, modes=("fwd", "rev"))
 
 
 def test_under_vmap_scan_and_remat():
