@@ -1,6 +1,7 @@
-"""Adapters read and written as folders of PEFT: `adapter_config.json` and safetensors.
+"""Adapters read and written as folders: PEFT's `adapter_config.json` and safetensors, or our own.
 
-What the configuration means is in `peft.py`; which of our layers are which of the checkpoint's,
+Our own is for modules that PEFT has no names for; it is in `adapter_paths.py`. What PEFT's
+configuration means is in `peft.py`; which of our layers are which of the checkpoint's,
 and what becomes of three layers that are one there, in `sites.py`; what is refused in
 `adapter_checks.py`.
 """
@@ -8,26 +9,30 @@ and what becomes of three layers that are one there, in `sites.py`; what is refu
 import json
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 
 from ..extras import require
 from ..log_probs import at_least_float32
 from .adapter_checks import check_sites, check_tensors, tensor_name
+from .adapter_paths import is_by_path, read_by_path, write_by_path
+from .families import FAMILIES
 from .folder import ADAPTER, ADAPTER_CONFIG, Weights, read_json, resolve
 from .lora import LoRA, adapters, check_no_adapters, is_linear, weight_shape
 from .paths import leaf_name
 from .peft import PeftConfig, read_peft, write_peft
 from .sites import Pair, Site, join, short_names, sites_of, split
-from .surgery import replace_at
+from .surgery import Policy, replace_at
 from .transformer import Transformer
 
 
-def load_lora(policy: Transformer, path: str | os.PathLike[str]) -> Transformer:
+def load_lora(policy: Policy, path: str | os.PathLike[str]) -> Policy:
     """Puts the adapters beside the layers of a policy that PEFT, or `save_lora`, has written.
 
     ```python
@@ -38,9 +43,14 @@ def load_lora(policy: Transformer, path: str | os.PathLike[str]) -> Transformer:
     stack that has no adapter gets one of zeros, $A$ and $B$, which no gradient moves. GPT-2's
     queries, keys and values, one layer in its checkpoints, get an adapter each.
 
+    Adapters that `save_lora` has written of any other Equinox module are found by the paths of its
+    layers, and come back bit by bit. Such a module may have the same adapters already, whose place
+    they take.
+
     **Arguments:**
 
-    - `policy`: the base that the adapter is for, quantised or not, without adapters.
+    - `policy`: the base that the adapter is for, quantised or not, without adapters; for an adapter
+        of PEFT, a `Transformer`.
     - `path`: a folder with `adapter_config.json` and `adapter_model.safetensors`; or a name on
         the Hugging Face hub.
 
@@ -55,9 +65,21 @@ def load_lora(policy: Transformer, path: str | os.PathLike[str]) -> Transformer:
     where it is a pickle, and where the policy has adapters already. `FileNotFoundError` where
     there is none.
     """
-    check_no_adapters(policy)
     folder = resolve(path, (ADAPTER, ADAPTER_CONFIG))
-    config = read_peft(read_json(folder / ADAPTER_CONFIG))
+    values = read_json(folder / ADAPTER_CONFIG)
+    if is_by_path(values):
+        return read_by_path(policy, values, Weights(folder, ADAPTER))
+    if not isinstance(policy, Transformer):
+        raise ValueError(
+            "`policy` must be a `models.Transformer` for an adapter of PEFT, which names layers of "
+            f"its checkpoints; got {type(policy).__name__}. For another Equinox module give the "
+            "folder that `models.save_lora` has written of it."
+        )
+    return _load_peft(policy, folder, read_peft(values))
+
+
+def _load_peft(policy: Transformer, folder: Path, config: PeftConfig) -> Transformer:
+    check_no_adapters(policy)
     weights = Weights(folder, ADAPTER)
     shapes = _linear_shapes(policy)
     sites = [site for site in sites_of(policy, shapes) if any(map(config.has, site.names()))]
@@ -71,9 +93,7 @@ def load_lora(policy: Transformer, path: str | os.PathLike[str]) -> Transformer:
     )
 
 
-def save_lora(
-    policy: Transformer, path: str | os.PathLike[str], *, base: str | None = None
-) -> None:
+def save_lora(policy: PyTree, path: str | os.PathLike[str], *, base: str | None = None) -> None:
     """Writes the adapters of a policy, alone, as a folder that PEFT, vLLM and `load_lora` load.
 
     ```python
@@ -83,6 +103,9 @@ def save_lora(
     They are exactly those of the policy. Where GPT-2's queries, keys and values have adapters of
     their own, that of the layer which they are in its checkpoints has the sum of their ranks.
 
+    PEFT has names for the layers of a `Transformer` alone. The adapters of any other Equinox module
+    are written by the paths of their layers, such as `"mlp.layers.0"`, for `load_lora`.
+
     **Arguments:**
 
     - `policy`: with adapters, on a base of whatever form.
@@ -91,17 +114,32 @@ def save_lora(
 
     **Raises:**
 
-    `ValueError` where the policy has no adapters.
+    `ValueError` where the policy has no adapters, or two of one path.
     """
-    found = {name: _pair(lora) for name, lora in adapters(policy).items()}
+    found = adapters(policy)
     if not found:
         raise ValueError("`policy` has no adapters to save; add them with `add_lora`.")
+    if (
+        isinstance(policy, Transformer)
+        and found.keys() <= FAMILIES[policy.config.family].names.keys()
+    ):
+        tensors, config = _in_peft(policy, found, base)
+    else:
+        tensors, config = write_by_path(found, base)
+    _write(Path(path), tensors, config)
+
+
+def _in_peft(
+    policy: Transformer, found: Mapping[str, LoRA], base: str | None
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The tensors, and the contents of the `adapter_config.json`, as PEFT has them."""
+    pairs = {name: _pair(lora) for name, lora in found.items()}
     tensors: dict[str, np.ndarray] = {}
     ranks: dict[str, int] = {}
     scales: dict[str, float] = {}
-    sites = sites_of(policy, found)
+    sites = sites_of(policy, pairs)
     for site in sites:
-        pair = join(site, found)
+        pair = join(site, pairs)
         live = [bool(down.any() or up.any()) for down, up in zip(*pair[:2], strict=True)]
         whole = all(live) or not any(live)
         for layer, name in enumerate(site.names()):
@@ -111,7 +149,7 @@ def save_lora(
                 name = short_names(policy)[site.module] if whole else name
                 ranks[name], scales[name] = pair.down.shape[1], pair.scale
     transposed = any(site.transposed for site in sites)
-    _write(Path(path), tensors, write_peft(ranks, scales, transposed=transposed, base=base))
+    return tensors, write_peft(ranks, scales, transposed=transposed, base=base)
 
 
 def _linear_shapes(policy: Transformer) -> dict[str, jax.ShapeDtypeStruct]:

@@ -3,11 +3,15 @@
 All problems are found at once, and named with what was expected and what was found.
 """
 
+import dataclasses
 import json
 import re
+import warnings
 
 import numpy as np
 
+from .config import Config
+from .families import FAMILIES
 from .folder import CONFIG, DTYPES, Weights
 from .origin import Origin
 from .sources import LeafSource
@@ -25,9 +29,9 @@ def check_tensors(weights: Weights, sources: dict[str, LeafSource], tied: bool) 
     }
     found = weights.shapes
     extra = {name for name in found.keys() - expected.keys() if not _CONSTANTS.search(name)}
-    if tied and "lm_head.weight" in extra:
-        _check_tied(weights, sources["embedding.weight"].tensors[0])
-        extra.remove("lm_head.weight")
+    if tied:
+        # `with_tying_of` has seen that it is the embedding once more.
+        extra.discard("lm_head.weight")
     problems = [
         f"missing: {name}, of shape {expected[name]}" for name in expected.keys() - found.keys()
     ]
@@ -44,12 +48,25 @@ def check_tensors(weights: Weights, sources: dict[str, LeafSource], tied: bool) 
         )
 
 
-def _check_tied(weights: Weights, embedding: str) -> None:
-    if not np.array_equal(weights.read("lm_head.weight"), weights.read(embedding)):
-        raise ValueError(
-            f"`tie_word_embeddings` is true in {CONFIG}, but lm_head.weight differs from "
-            f"{embedding}. Set it to false there to use both."
-        )
+def with_tying_of(weights: Weights, config: Config) -> Config:
+    """The configuration, not tied if embedding and unembedding are both there and differ.
+
+    `transformers` does the same, with a warning too.
+    """
+    names = FAMILIES[config.family].names
+    unembedding, embedding = (names[name].tensor(0, "weight") for name in ("head", "embedding"))
+    if embedding not in weights.shapes:
+        embedding = embedding.split(".", 1)[1]
+    if not config.tied or not {unembedding, embedding} <= weights.shapes.keys():
+        return config
+    if np.array_equal(weights.read(unembedding), weights.read(embedding)):
+        return config
+    warnings.warn(
+        f"`tie_word_embeddings` is true in {weights.folder / CONFIG}, but {unembedding} differs "
+        f"from {embedding}. Both are used, as in `transformers`; set it to false there to say so.",
+        stacklevel=3,
+    )
+    return dataclasses.replace(config, tied=False)
 
 
 def check_tokenizer(origin: Origin, vocab: int) -> None:

@@ -127,10 +127,15 @@ class Config:
 
 
 def check_sizes(config: Config) -> None:
-    """Raises where a size is not positive."""
-    for name in ("vocab", "width", "layers", "heads"):
+    """Raises where a size is not positive, or one that has a default is negative."""
+    for name in ("vocab", "width", "layers", "heads", "max_length"):
         if not getattr(config, name) > 0:
             raise ValueError(f"`{name}` must be positive, got {getattr(config, name)}.")
+    for name in ("key_heads", "head_width", "feed_forward"):
+        if not getattr(config, name) >= 0:
+            raise ValueError(
+                f"`{name}` must be positive, or 0 for its default; got {getattr(config, name)}."
+            )
 
 
 def check_fit(config: Config) -> None:

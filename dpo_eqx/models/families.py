@@ -10,6 +10,7 @@ from typing import Any
 
 from . import names, readers
 from .config import Config
+from .rope import ROTARY_KEYS
 
 Values = Mapping[str, Any]
 
@@ -37,6 +38,23 @@ class Family:
     read: Callable[[Values], dict[str, Any]]
     write: Callable[[Config], dict[str, Any]]
 
+    def aliases(self) -> dict[str, str]:
+        """Other names of its keys, by the names that are used here."""
+        return {other: key for key, other in _ALIASES.items() if key in self.defaults}
+
+    def reads(self) -> frozenset[str]:
+        """All keys of a `config.json` that it reads."""
+        rotary = () if "rotary" in self.fixed else ROTARY_KEYS
+        return frozenset({"model_type", *self.defaults, *self.aliases(), *rotary})
+
+
+# What `transformers` calls keys of GPT-2 in all other families, and reads there too.
+_ALIASES = {
+    "n_embd": "hidden_size",
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_positions": "max_position_embeddings",
+}
 
 _KEYS = {
     "vocab_size": "vocab",
@@ -100,6 +118,7 @@ FAMILIES = {
             "intermediate_size": 14336,
             "max_position_embeddings": 4096 * 32,
             "sliding_window": 4096,
+            "layer_types": None,
         },
         keys=_KEYS,
         fixed={},
@@ -128,7 +147,7 @@ FAMILIES = {
         architecture="Gemma2ForCausalLM",
         names=names.GEMMA2,
         defaults={
-            **_LLAMA,
+            **{key: value for key, value in _LLAMA.items() if key != "hidden_act"},
             "vocab_size": 256000,
             "hidden_size": 2304,
             "num_hidden_layers": 26,

@@ -4,6 +4,7 @@ What the tensors mean is in `names.py`; a pickle is never opened.
 """
 
 import contextlib
+import fnmatch
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,22 +16,38 @@ import numpy as np
 from ..extras import require
 from .names import Index
 from .origin import Origin
+from .values import shown
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-# What travels with a policy: the tokenizer in all of its forms, and how to generate.
+TEMPLATES = "additional_chat_templates"
+# What travels with a policy, as patterns: the tokenizer in all of the forms that `transformers`
+# reads, its chat templates, and how to generate.
 CARRIED = (
     "generation_config.json",
     "tokenizer.json",
+    # Fast tokenizers of several versions of `transformers`.
+    "tokenizer.[0-9]*.json",
     "tokenizer_config.json",
-    "tokenizer.model",
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
     "chat_template.json",
+    f"{TEMPLATES}/*.jinja",
+    "processor_config.json",
+    "preprocessor_config.json",
     "vocab.json",
     "vocab.txt",
     "merges.txt",
+    # SentencePiece, tiktoken, and Mistral's own.
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece*.model",
+    "spm*.model",
+    "tiktoken.model",
+    "*.tiktoken",
+    "tokenizer.model.v*",
+    "tekken.json",
 )
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -101,9 +118,21 @@ def read_origin(folder: Path) -> Origin:
 
 
 def read_carried(folder: Path) -> dict[str, bytes]:
-    """Those of the files to be carried that are there, by name."""
-    files = {name: folder / name for name in CARRIED}
-    return {name: file.read_bytes() for name, file in files.items() if file.is_file()}
+    """Those of the files to be carried that are there, by name, in folders by `folder/name`."""
+    files = {file for pattern in CARRIED for file in folder.glob(pattern) if file.is_file()}
+    contents = {file.relative_to(folder).as_posix(): file.read_bytes() for file in sorted(files)}
+    return {name: content for name, content in contents.items() if not _is_pickle(content)}
+
+
+def is_carried(name: str) -> bool:
+    """Whether a file, or a folder, of this name is one that travels with a policy."""
+    patterns = (pattern.split("/")[0] for pattern in CARRIED)
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _is_pickle(content: bytes) -> bool:
+    # Bare, or in the archive that PyTorch puts it in: whatever its name, it is no tokenizer.
+    return content.startswith((b"\x80", b"PK\x03\x04"))
 
 
 class Weights:
@@ -111,7 +140,8 @@ class Weights:
 
     **Arguments:**
 
-    - `folder`: holds `model.safetensors`, or several files and their index.
+    - `folder`: holds `model.safetensors`, or several files and their index. Where both are there
+        the whole file counts, as in `transformers`.
     - `file`: the name of another file that holds them all.
 
     **Raises:**
@@ -130,7 +160,8 @@ class Weights:
                 held = set(opened.keys())
                 for name in sorted(named - held):
                     raise ValueError(f"{INDEX} says that {name!r} is in {path.name}; it is not.")
-                for name in sorted(held):
+                # One that lies in two files is read from that which the index names.
+                for name in sorted(named | (held - self.files.keys())):
                     tensor = opened.get_slice(name)
                     self.files[name] = path
                     self.shapes[name] = tuple(tensor.get_shape())
@@ -147,13 +178,10 @@ class Weights:
 
 def _weight_files(folder: Path, file: str) -> Mapping[Path, set[str]]:
     """The files that hold weights, and what the index says of each."""
-    if file == WEIGHTS and (folder / INDEX).is_file():
-        files: dict[Path, set[str]] = {}
-        for name, part in read_json(folder / INDEX)["weight_map"].items():
-            files.setdefault(folder / part, set()).add(name)
-        return files
     if (folder / file).is_file():
         return {folder / file: set()}
+    if file == WEIGHTS and (folder / INDEX).is_file():
+        return _indexed_files(folder)
     pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
     if pickles:
         raise ValueError(
@@ -162,7 +190,34 @@ def _weight_files(folder: Path, file: str) -> Mapping[Path, set[str]]:
             "adapter with PEFT, which write safetensors."
         )
     wanted = f"`{WEIGHTS}` or `{INDEX}`" if file == WEIGHTS else f"`{file}`"
-    raise FileNotFoundError(f"A checkpoint needs {wanted}; there is none in {folder}.")
+    parts = sorted(p.name for p in folder.glob("*.safetensors"))
+    beside = f", only {', '.join(parts[:3])}" + " ..." * (len(parts) > 3) if parts else ""
+    raise FileNotFoundError(f"A checkpoint needs {wanted}; there is none in {folder}{beside}.")
+
+
+def _indexed_files(folder: Path) -> Mapping[Path, set[str]]:
+    """The files that the index names, and the tensors that it says are in each."""
+    index = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(index, dict) or not all(isinstance(part, str) for part in index.values()):
+        raise ValueError(
+            f"`weight_map` of {INDEX} in {folder} must be an object of the file of each tensor; "
+            f"got {shown(index)}. Fetch or save it again."
+        )
+    files: dict[Path, set[str]] = {}
+    for name, part in index.items():
+        if Path(part).name != part:
+            raise ValueError(
+                f"{INDEX} in {folder} must name files beside it; it says that {name!r} is in "
+                f"{part!r}."
+            )
+        files.setdefault(folder / part, set()).add(name)
+    missing = sorted(file.name for file in files if not file.is_file())
+    if missing:
+        raise FileNotFoundError(
+            f"{INDEX} names {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} "
+            f"not in {folder}. Fetch or save the checkpoint again."
+        )
+    return files
 
 
 @contextlib.contextmanager
@@ -170,10 +225,6 @@ def _open(file: Path) -> Iterator[Any]:
     safetensors = require("safetensors", extra="models")
     try:
         opened = safetensors.safe_open(file, framework="numpy")
-    except FileNotFoundError:
-        raise FileNotFoundError(
-            f"{INDEX} names {file.name}, which is not in {file.parent}."
-        ) from None
     except safetensors.SafetensorError as error:
         raise ValueError(
             f"{file} is no complete safetensors file ({error}); fetch or save it again."

@@ -9,15 +9,9 @@ from typing import Any
 
 from .config import Config
 from .families import FAMILIES, Family
+from .keys import check_unread
 from .pieces import ACTIVATIONS
-
-# What `transformers` calls the same thing in GPT-2.
-_ALIASES = {
-    "hidden_size": "n_embd",
-    "num_hidden_layers": "n_layer",
-    "num_attention_heads": "n_head",
-    "max_position_embeddings": "n_positions",
-}
+from .values import KINDS, check_kinds
 
 
 def family_of(values: Mapping[str, Any]) -> Family:
@@ -48,7 +42,9 @@ def read_config(values: Mapping[str, Any]) -> Config:
 
     **Raises:**
 
-    `ValueError` on an unknown family (listing the known ones), and on anything not built.
+    `ValueError` on an unknown family (listing the known ones), on a value that is not of its key's
+    kind, on anything not built, and on keys that the family does not read and that may change the
+    logits. Keys that cannot, of training, generation or labels, are passed over.
     """
     family = family_of(values)
     if values.get("quantization_config"):
@@ -56,15 +52,23 @@ def read_config(values: Mapping[str, Any]) -> Config:
             "`quantization_config`: checkpoints that are stored quantised are not built. Save "
             "one with its weights in float32, float16 or bfloat16."
         )
-    aliases = {_ALIASES[key]: values[key] for key in _ALIASES.keys() & values.keys()}
-    values = {**family.defaults, **aliases, **values}
-    fields = {field: values[key] for key, field in family.keys.items()}
+    read = family.reads()
+    check_kinds({key: values[key] for key in sorted(values.keys() & read)}, KINDS, "config.json")
+    # Where both names are there, `transformers` sets the alias last.
+    aliases = {key: values[a] for a, key in family.aliases().items() if a in values}
+    settings = {**family.defaults, **values, **aliases}
+    fields = {field: settings[key] for key, field in family.keys.items()}
     if fields["activation"] not in ACTIVATIONS:
         raise ValueError(
             f"The activation must be one of {sorted(ACTIVATIONS)}; got {fields['activation']!r}."
         )
-    fields = {**fields, **family.fixed, **family.read(values), "family": values["model_type"]}
-    return Config(**{name: _plain(name, value) for name, value in fields.items()})
+    fields = {**fields, **family.fixed, **family.read(settings), "family": values["model_type"]}
+    try:
+        config = Config(**{name: _plain(name, value) for name, value in fields.items()})
+    except ValueError as error:
+        raise ValueError(_in_keys(str(error), family)) from None
+    check_unread(values, read, config)
+    return config
 
 
 def write_config(config: Config) -> dict[str, Any]:
@@ -90,6 +94,13 @@ def write_config(config: Config) -> dict[str, Any]:
     if lost:
         raise ValueError(f"Checkpoints of {config.family!r} cannot say {', '.join(lost)}.")
     return values
+
+
+def _in_keys(message: str, family: Family) -> str:
+    """An error about fields of `Config`, in the names of the keys that they were read from."""
+    for key, field in family.keys.items():
+        message = message.replace(f"`{field}`", f"`{key}`")
+    return message
 
 
 _FIELDS = {field.name: field for field in dataclasses.fields(Config)}

@@ -6,14 +6,16 @@ Everything is checked before the first tensor is read, so that nothing is ever h
 import dataclasses
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import equinox as eqx
 import jax
 
-from .checks import check_tensors, check_tokenizer
-from .folder import CONFIG, Weights, read_json, read_origin, resolve
+from .checks import check_tensors, check_tokenizer, with_tying_of
+from .config import Config
+from .folder import CONFIG, Weights, read_origin, resolve
 from .formats import FORMATS, Int8Weight, NF4Weight
 from .hf import read_config
 from .paths import leaf_name
@@ -67,20 +69,21 @@ def load(
     **Raises:**
 
     `ValueError` on an unknown family or format, a missing, extra or mis-shaped tensor, a truncated
-    file, a pickle, a vocabulary smaller than the tokenizer's, or a configuration that is not
-    built.
+    file, a pickle, a vocabulary smaller than the tokenizer's, a configuration that is not built or
+    has values of the wrong kind, or keys that are not read here and may change the logits.
     `FileNotFoundError` where there is no checkpoint.
     """
     if quantize is not None:
         check_format("quantize", quantize)
     folder = resolve(path)
-    config = read_config(read_json(folder / CONFIG))
-    config = dataclasses.replace(config, remat=remat, fused=fused)
     origin = read_origin(folder)
+    config = _read_config(origin.config, folder)
+    config = dataclasses.replace(config, remat=remat, fused=fused)
     check_tokenizer(origin, config.vocab)
+    weights = Weights(folder)
+    config = with_tying_of(weights, config)
     make = functools.partial(Transformer, config, origin=origin)
     skeleton = eqx.filter_eval_shape(make, key=jax.random.key(0))
-    weights = Weights(folder)
     sources = sources_in(weights, skeleton)
     check_tensors(weights, sources, config.tied)
 
@@ -99,6 +102,14 @@ def load(
 
     policy = jax.tree_util.tree_map_with_path(read, skeleton)
     return replace_at(policy, quantised, is_plain_linear, lambda _, layer: Quantized.of(layer))
+
+
+def _read_config(values: Mapping[str, Any], folder: Path) -> Config:
+    """The configuration of a folder, which errors name."""
+    try:
+        return read_config(values)
+    except ValueError as error:
+        raise ValueError(f"{folder / CONFIG} cannot be read. {error}") from None
 
 
 def _read_encoded(

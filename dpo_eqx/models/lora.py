@@ -199,9 +199,23 @@ def merge_lora(policy: Policy) -> Policy:
 
 
 def adapters(policy: PyTree) -> dict[str, LoRA]:
-    """All adapters of a policy, by the path of the layer that they are beside."""
+    """All adapters of a policy, by the path of the layer that they are beside.
+
+    **Raises:**
+
+    `ValueError` if two layers have one path, as a dictionary's key that holds a dot can make it.
+    """
     nodes = jax.tree_util.tree_leaves_with_path(policy, is_leaf=_is_lora)
-    return {leaf_name(path): node for path, node in nodes if _is_lora(node)}
+    found = [(leaf_name(path), node) for path, node in nodes if _is_lora(node)]
+    by_path = dict(found)
+    if len(by_path) < len(found):
+        paths = [path for path, _ in found]
+        twice = sorted({path for path in paths if paths.count(path) > 1})
+        raise ValueError(
+            f"`policy` must have one path for each adapter; got two at {', '.join(twice)}. Rename "
+            "the keys of its dictionaries so that they hold no dot."
+        )
+    return by_path
 
 
 def check_no_adapters(policy: PyTree) -> None:

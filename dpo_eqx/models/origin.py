@@ -3,19 +3,18 @@
 They are no part of what a policy computes; reading and writing them is in `folder.py`.
 """
 
-import dataclasses
 import hashlib
 from collections.abc import Mapping
 from typing import Any
 
 
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Origin:
     """The files that `models.load` found beside the weights, for `models.save` to write again.
 
     It is compared by the content of the files: two policies with different tokenizers differ as
     pytrees, so that a jitted step never hands one the tokenizer of the other. A policy without
-    any files is equal to all.
+    any files is equal to all. It is no dataclass, since Equinox would print all the fields of one:
+    megabytes of a tokenizer, wherever its policy is printed.
 
     **Arguments:**
 
@@ -23,8 +22,13 @@ class Origin:
     - `config`: the parsed `config.json`, of which the keys that we do not read are written again.
     """
 
-    files: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
-    config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    __slots__ = ("config", "files")
+
+    def __init__(
+        self, files: Mapping[str, bytes] | None = None, config: Mapping[str, Any] | None = None
+    ):
+        self.files: Mapping[str, bytes] = {} if files is None else files
+        self.config: Mapping[str, Any] = {} if config is None else config
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Origin):
@@ -36,5 +40,8 @@ class Origin:
         return hash(Origin)
 
     def __repr__(self) -> str:
-        contents = b"".join(self.files[name] for name in sorted(self.files))
-        return f"Origin({hashlib.sha256(contents).hexdigest()[:8] if self.files else ''})"
+        if not self.files:
+            return "Origin()"
+        digest = hashlib.sha256(b"".join(self.files[name] for name in sorted(self.files)))
+        size = sum(map(len, self.files.values()))
+        return f"Origin({len(self.files)} files, {size:,} bytes, {digest.hexdigest()[:8]})"

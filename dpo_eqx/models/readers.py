@@ -4,7 +4,7 @@ Each `read_` takes all keys, defaults filled in, and gives fields of `Config`; e
 `Config` and gives keys. What is not built is refused here.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .config import Config
@@ -36,14 +36,21 @@ def write_llama(config: Config) -> dict[str, Any]:
 
 
 def read_mistral(values: Values) -> dict[str, Any]:
-    """Mistral: one window for all layers."""
-    layers = values["num_hidden_layers"]
-    return {"windows": (values["sliding_window"],) * layers, "rotary": read_whole_rotary(values)}
+    """Mistral: one window for all layers, or as `layer_types` says, which makes it Ministral."""
+    window = values["sliding_window"]
+    types = (
+        values["layer_types"]
+        or [_FULL if window is None else _SLIDING] * values["num_hidden_layers"]
+    )
+    return {"windows": read_windows(types, window, values), "rotary": read_whole_rotary(values)}
 
 
 def write_mistral(config: Config) -> dict[str, Any]:
     """The same, back."""
-    return {"sliding_window": config.windows[0], **write_rotary(config)}
+    # Readers that do not know `layer_types` go by the window alone.
+    is_mixed = len(set(config.windows)) > 1
+    windows = write_windows(config) if is_mixed else {"sliding_window": config.windows[0]}
+    return {**windows, **write_rotary(config)}
 
 
 def read_qwen(values: Values) -> dict[str, Any]:
@@ -54,7 +61,7 @@ def read_qwen(values: Values) -> dict[str, Any]:
         _SLIDING if window is not None and layer >= first else _FULL
         for layer in range(values["num_hidden_layers"])
     ]
-    return {"windows": read_windows(types, window), "rotary": read_whole_rotary(values)}
+    return {"windows": read_windows(types, window, values), "rotary": read_whole_rotary(values)}
 
 
 def write_qwen(config: Config) -> dict[str, Any]:
@@ -88,7 +95,7 @@ def read_gemma2(values: Values) -> dict[str, Any]:
     ]
     bias = values["attention_bias"]
     return {
-        "windows": read_windows(types, values["sliding_window"]),
+        "windows": read_windows(types, values["sliding_window"], values),
         "query_bias": bias,
         "output_bias": bias,
         "attention_scale": values["query_pre_attn_scalar"] ** -0.5,
@@ -122,8 +129,9 @@ def write_gpt2(config: Config) -> dict[str, Any]:
 
 
 def read_phi(values: Values) -> dict[str, Any]:
-    """Phi: part of each head is rotated."""
-    return {"rotary": read_rotary(values)}
+    """Phi: part of each head is rotated, by default half."""
+    fraction = values["partial_rotary_factor"] or 0.5
+    return {"rotary": read_rotary({**values, "partial_rotary_factor": fraction})}
 
 
 def write_phi(config: Config) -> dict[str, Any]:
@@ -131,13 +139,27 @@ def write_phi(config: Config) -> dict[str, Any]:
     return write_rotary(config)
 
 
-def read_windows(types: list[str], window: int | None) -> tuple[int | None, ...]:
-    """The window of each layer from its type."""
+def read_windows(
+    types: Sequence[str], window: int | None, values: Values
+) -> tuple[int | None, ...]:
+    """The window of each layer from its type; `values` say how many layers there are."""
+    # Older files call it so.
+    types = [_FULL if kind == "attention" else kind for kind in types]
     unknown = set(types) - {_SLIDING, _FULL}
     if unknown:
         raise ValueError(
             f"`layer_types` may hold {_SLIDING!r} and {_FULL!r}; got {sorted(unknown)} too, "
             "which are not built."
+        )
+    if len(types) != values["num_hidden_layers"]:
+        raise ValueError(
+            f"`layer_types` must have one entry per layer, as `num_hidden_layers` says "
+            f"{values['num_hidden_layers']}; got {len(types)}."
+        )
+    if window is None and _SLIDING in types:
+        raise ValueError(
+            f"`layer_types` has layers of {_SLIDING!r}, for which `sliding_window` must be a "
+            "positive integer that is in use; got null, or `use_sliding_window` is false."
         )
     return tuple(window if kind == _SLIDING else None for kind in types)
 

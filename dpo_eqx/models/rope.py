@@ -10,6 +10,26 @@ from typing import Any
 
 from .config import Config, Rotary
 from .rotary import KINDS
+from .values import (
+    FLAG,
+    KINDS as KINDS_OF_CONFIG,
+    NOT_NEGATIVE,
+    NUMBER,
+    POSITIVE,
+    TEXT,
+    check_kinds,
+    optional,
+    shown,
+)
+
+# The keys outside of the two dictionaries that are read too.
+ROTARY_KEYS = (
+    "rope_theta",
+    "rope_scaling",
+    "rope_parameters",
+    "partial_rotary_factor",
+    "original_max_position_embeddings",
+)
 
 
 def read_rotary(values: Mapping[str, Any]) -> Rotary:
@@ -17,30 +37,55 @@ def read_rotary(values: Mapping[str, Any]) -> Rotary:
 
     **Raises:**
 
-    `ValueError` on a kind that is not built, or one of whose settings is missing.
+    `ValueError` on a kind that is not built, on a setting that is missing or is not of its kind,
+    and on one that the kind does not have.
     """
-    scaling = values.get("rope_scaling") or values.get("rope_parameters") or {}
+    name = "rope_scaling" if values.get("rope_scaling") else "rope_parameters"
+    scaling = values.get(name) or {}
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind not in KINDS or any(isinstance(value, Mapping) for value in scaling.values()):
         raise ValueError(
             f"The rotary embedding must be one for all layers, of a type in {sorted(KINDS)}; got "
             f"{dict(scaling)}, which is not built."
         )
+    check_kinds(scaling, _ROPE_KINDS, f"`{name}` of config.json")
+    _check_settings(scaling, kind, name)
     length = values.get("original_max_position_embeddings") or scaling.get(
-        "original_max_position_embeddings", values["max_position_embeddings"]
+        "original_max_position_embeddings"
     )
-    common = {
-        "theta": float(_either(scaling, values, "rope_theta", 10000.0)),
-        "fraction": float(_either(scaling, values, "partial_rotary_factor", 1.0)),
-        "kind": kind,
-    }
-    try:
-        return Rotary(**common, **_READ[kind](scaling, length))
-    except KeyError as missing:
+    longest = values["max_position_embeddings"]
+    return Rotary(
+        theta=float(_either(scaling, values, "rope_theta", 10000.0)),
+        fraction=float(_either(scaling, values, "partial_rotary_factor", 1.0)),
+        kind=kind,
+        **_READ[kind](scaling, length or longest, longest),
+    )
+
+
+def _check_settings(scaling: Mapping[str, Any], kind: str, name: str) -> None:
+    """Raises if the settings of `kind` are not all there, or there are others that ask for more."""
+    needed = set(_NEEDED[kind])
+    missing = {key for key in needed if scaling.get(key) is None}
+    if kind == "yarn" and "factor" in scaling:
+        # Null is the ratio of both lengths.
+        missing -= {"factor"}
+    if missing:
         raise ValueError(
-            f"The rotary embedding of type {kind!r} needs {missing.args[0]!r} in `rope_scaling` "
-            f"or `rope_parameters`; got {dict(scaling)}."
-        ) from None
+            f"The rotary embedding of type {kind!r} needs {', '.join(map(repr, sorted(missing)))} "
+            f"in `{name}` of config.json; got {dict(scaling)}."
+        )
+    known = {*needed, *_OPTIONAL.get(kind, ()), *_COMMON}
+    other = {
+        key: value
+        for key, value in scaling.items()
+        if key not in known and value is not None and not (key == "factor" and value == 1)
+    }
+    if other:
+        said = ", ".join(f"{key!r} ({shown(other[key])})" for key in sorted(other))
+        raise ValueError(
+            f"The rotary embedding of type {kind!r} has no {said}, which `{name}` of config.json "
+            "holds. Name the type that is meant as `rope_type`, or take the others out."
+        )
 
 
 def read_whole_rotary(values: Mapping[str, Any]) -> Rotary:
@@ -78,7 +123,7 @@ def _either(first: Mapping, second: Mapping, key: str, default: float) -> float:
     return default if value is None else value
 
 
-def _read_llama3(scaling: Mapping[str, Any], length: int) -> dict[str, Any]:
+def _read_llama3(scaling: Mapping[str, Any], length: int, longest: int) -> dict[str, Any]:
     return {
         "factor": float(scaling["factor"]),
         "low_frequency": float(scaling["low_freq_factor"]),
@@ -87,14 +132,16 @@ def _read_llama3(scaling: Mapping[str, Any], length: int) -> dict[str, Any]:
     }
 
 
-def _read_yarn(scaling: Mapping[str, Any], length: int) -> dict[str, Any]:
-    factor = float(scaling["factor"])
+def _read_yarn(scaling: Mapping[str, Any], length: int, longest: int) -> dict[str, Any]:
+    given = scaling["factor"]
+    factor = longest / length if given is None else float(given)
     amplitude = scaling.get("attention_factor")
     return {
         "factor": factor,
         "slow": float(scaling.get("beta_slow") or 1),
         "fast": float(scaling.get("beta_fast") or 32),
-        "truncate": scaling.get("truncate", True),
+        # Null is false to `transformers`, and only what is missing is true.
+        "truncate": bool(scaling.get("truncate", True)),
         "original_length": length,
         "amplitude": _amplitude(scaling, factor) if amplitude is None else float(amplitude),
     }
@@ -109,10 +156,35 @@ def _amplitude(scaling: Mapping[str, Any], factor: float) -> float:
 
 
 _READ = {
-    "default": lambda scaling, length: {},
-    "linear": lambda scaling, length: {"factor": float(scaling["factor"])},
+    "default": lambda scaling, length, longest: {},
+    "linear": lambda scaling, length, longest: {"factor": float(scaling["factor"])},
     "llama3": _read_llama3,
     "yarn": _read_yarn,
+}
+
+_NEEDED = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor",),
+}
+_OPTIONAL = {
+    "yarn": ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+}
+# `finetuned` says that the model was trained with it, which changes nothing.
+_COMMON = (
+    *("rope_type", "type", "rope_theta", "partial_rotary_factor"),
+    *("original_max_position_embeddings", "finetuned"),
+)
+_ROPE_KINDS = {
+    **dict.fromkeys(["rope_type", "type"], optional(TEXT)),
+    **dict.fromkeys(["factor", "low_freq_factor", "high_freq_factor"], optional(POSITIVE)),
+    **dict.fromkeys(["attention_factor", "beta_fast", "beta_slow"], optional(NOT_NEGATIVE)),
+    **dict.fromkeys(["mscale", "mscale_all_dim"], optional(NUMBER)),
+    "truncate": optional(FLAG),
+    "rope_theta": KINDS_OF_CONFIG["rope_theta"],
+    "partial_rotary_factor": KINDS_OF_CONFIG["partial_rotary_factor"],
+    "original_max_position_embeddings": KINDS_OF_CONFIG["original_max_position_embeddings"],
 }
 
 _WRITE = {

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jaxtyping import PyTree
 
 from ..extras import require
 from .families import FAMILIES
@@ -25,7 +26,7 @@ from .transformer import Transformer
 
 
 def save(
-    policy: Transformer,
+    policy: PyTree,
     path: str | os.PathLike[str],
     *,
     max_shard_size: int = 5_000_000_000,
@@ -42,16 +43,23 @@ def save(
 
     **Arguments:**
 
-    - `policy`: in the dtype that the files are to have. Adapters must be merged into it before.
+    - `policy`: a `Transformer`, in the dtype that the files are to have. Adapters must be merged
+        into it before.
     - `path`: the folder, made where it does not exist.
     - `max_shard_size`: weights above it, in bytes, go into several files and an index.
     - `tokenizer_from`: a folder or hub name whose tokenizer's files to write instead.
 
     **Raises:**
 
-    `ValueError` where the policy has parameters that its family's checkpoints have not, such as
-    adapters, or quantised layers, or a configuration that they cannot say.
+    `ValueError` if `policy` is no `Transformer`, has parameters that its family's checkpoints have
+    not, such as adapters, or quantised layers, or a configuration that they cannot say.
     """
+    if not isinstance(policy, Transformer):
+        raise ValueError(
+            "`policy` must be a `models.Transformer`, which alone has the form of a checkpoint; "
+            f"got {type(policy).__name__}. Write another Equinox module with "
+            "`eqx.tree_serialise_leaves` or orbax, and adapters alone with `models.save_lora`."
+        )
     if holds_quantized(policy):
         raise ValueError(
             "`policy` must be plain to be saved; it has quantised layers. Decode and merge them "
@@ -59,14 +67,17 @@ def save(
             "`models.save_lora`."
         )
     tensors = tensors_of(policy)
+    # What the family reads is written anew: an old key could say what no longer holds.
+    read = FAMILIES[policy.config.family].reads()
     config = {
-        **policy.origin.config,
+        **{key: value for key, value in policy.origin.config.items() if key not in read},
         **write_config(policy.config),
         **_dtype_keys(policy.embedding.weight.dtype),
     }
     files = policy.origin.files if tokenizer_from is None else read_carried(resolve(tokenizer_from))
     with replacing(Path(path)) as folder:
         for name, content in files.items():
+            (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_bytes(content)
         _write_json(folder / CONFIG, config)
         _write_weights(folder, tensors, max_shard_size)

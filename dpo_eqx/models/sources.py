@@ -54,4 +54,17 @@ def sources_in(weights: Weights, skeleton: Transformer) -> dict[str, LeafSource]
             tensors = tuple(name.removeprefix(prefix) for name in tensors)
         shape = leaf.shape[1:] if stacked else leaf.shape
         sources[leaf_name(path)] = LeafSource(tensors, source, shape, stacked)
-    return sources
+    return _tied(weights, skeleton, sources)
+
+
+def _tied(
+    weights: Weights, skeleton: Transformer, sources: dict[str, LeafSource]
+) -> dict[str, LeafSource]:
+    """With the embedding from the unembedding, if they are tied and only that is there."""
+    embedding = sources["embedding.weight"]
+    unembedding = FAMILIES[skeleton.config.family].names["head"].tensor(0, "weight")
+    only = unembedding in weights.shapes and embedding.tensors[0] not in weights.shapes
+    if skeleton.head is not None or not only:
+        return sources
+    moved = dataclasses.replace(embedding, tensors=(unembedding,))
+    return {**sources, "embedding.weight": moved}

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from .folder import CARRIED, CONFIG, INDEX
+from .folder import CONFIG, INDEX, is_carried
 
 
 @contextlib.contextmanager
@@ -44,5 +44,6 @@ def _swap(fresh: Path, path: Path) -> None:
 
 
 def _is_checkpoint(file: Path) -> bool:
-    names = (CONFIG, INDEX, *CARRIED)
-    return file.name in names or (file.is_file() and file.suffix == ".safetensors")
+    if file.name in (CONFIG, INDEX) or is_carried(file.name):
+        return True
+    return file.is_file() and file.suffix == ".safetensors"

@@ -165,6 +165,110 @@ def test_pinned_adapters_stay():
             view(base_of("qwen2"))
 
 
+class Mixed(eqx.Module):
+    """Layers of many forms: stacked, quantised, in a list, without an adapter."""
+
+    stack: eqx.nn.Linear
+    blocks: list
+    out: eqx.nn.Linear
+
+
+def mixed(dtype=jnp.float32):
+    keys = jax.random.split(jax.random.key(0), 5)
+    linear = [eqx.nn.Linear(4, 6, key=key, dtype=dtype) for key in keys]
+    stack = jax.tree.map(lambda *rows: jnp.stack([*map(jnp.asarray, rows)]), *linear[:2])
+    blocks = [{"up": linear[2]}, models.quantize(linear[3], "int8")]
+    return Mixed(stack, blocks, linear[4])
+
+
+def with_adapters(policy, target="stack|blocks", **settings):
+    settings = {"rank": 2, "alpha": 3, "key": jax.random.key(1), **settings}
+    return models.add_lora(policy, target=target, **settings)
+
+
+def test_adapters_of_any_module(tmp_path):
+    """By the paths of their layers, bit by bit, onto a module without adapters and with them."""
+    base = mixed()
+    policy = shaken(with_adapters(base))
+    models.save_lora(policy, tmp_path, base="somebody/something")
+    tensors = load_file(tmp_path / ADAPTER)
+    assert sorted(tensors) == [
+        f"{path}.{part}" for path in ("blocks.0.up", "blocks.1", "stack") for part in ("down", "up")
+    ]
+    config = json.loads((tmp_path / ADAPTER_CONFIG).read_text())
+    assert config["adapters"]["stack"] == {"rank": 2, "scale": 1.5}
+    assert config["base_model_name_or_path"] == "somebody/something"
+    assert same(models.load_lora(base, tmp_path), policy)
+    assert same(models.load_lora(with_adapters(base), tmp_path), policy)
+    pinned = models.pin_lora(with_adapters(base))
+    loaded = models.load_lora(pinned, tmp_path)
+    assert same(models.pinned_lora(loaded), with_adapters(base))
+    assert same(models.without_lora(loaded), base)
+    assert np.array_equal(loaded.stack.up, policy.stack.up)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float64])
+def test_adapters_of_any_module_keep_their_dtype(dtype, tmp_path):
+    layer = eqx.nn.Linear(3, 2, key=jax.random.key(0), dtype=dtype)
+    policy = with_adapters(layer, target=None)
+    policy = eqx.tree_at(lambda p: (p.down, p.up), policy, replace_fn=lambda x: x.astype(dtype))
+    models.save_lora(policy, tmp_path)
+    assert set(load_file(tmp_path / ADAPTER)) == {"down", "up"}
+    again = models.load_lora(layer, tmp_path)
+    assert again.down.dtype == dtype
+    assert same(again, policy)
+    if dtype == jnp.float64:
+        with jax.enable_x64(False), pytest.raises(ValueError, match="only if `jax_enable_x64`"):
+            models.load_lora(layer, tmp_path)
+
+
+def test_a_transformer_inside_another_module(tmp_path):
+    base = {"policy": base_of("qwen2")}
+    policy = shaken(models.add_lora(base, rank=1, target="query", key=jax.random.key(0)))
+    models.save_lora(policy, tmp_path)
+    assert same(models.load_lora(base, tmp_path), policy)
+    with pytest.raises(
+        ValueError, match=r"no linear layer at 'policy\.layers\.attention\.query'\. Give"
+    ):
+        models.load_lora(base["policy"], tmp_path)
+
+
+def test_adapters_that_do_not_fit_another_module(tmp_path):
+    base = mixed()
+    policy = with_adapters(base)
+    models.save_lora(policy, tmp_path)
+
+    def refused(other, message):
+        with pytest.raises(ValueError, match=message):
+            models.load_lora(other, tmp_path)
+
+    refused(base.out, r"no linear layer at 'blocks.0.up'; .*It has layers at: ''\.")
+    refused(with_adapters(base, rank=3), r"rank 2 and scale 1.5 at 'stack', where .* 3 and 1.0")
+    refused(with_adapters(base, target="stack"), "no linear layer at 'blocks.0.up'")
+    refused(with_adapters(base, target=None), "none for the adapter that `policy` has at 'out'")
+    wide = eqx.tree_at(lambda p: p.stack.weight, base, jnp.zeros((2, 6, 5), jnp.float32))
+    refused(wide, r"mis-shaped: stack.down should be \(2, 2, 5\), is \(2, 2, 4\)")
+    spoil_tensors(tmp_path, lambda x: {**without(x, "stack.up"), "other": x["stack.up"]})
+    refused(base, r"extra: other, of shape \(2, 6, 2\); missing: stack.up, of shape")
+    spoil_config(tmp_path, adapters={"stack": {"rank": "2"}})
+    refused(base, "`rank` in `adapters` of .* at 'stack', must be a positive integer; got '2'; `sc")
+    spoil_config(tmp_path, adapters=None)
+    refused(base, "`adapters` in adapter_config.json must be an object")
+    spoil_config(tmp_path, version=2)
+    refused(base, "`version` in adapter_config.json must be 1.*; got 2")
+    with pytest.raises(ValueError, match=r"`policy` must be a `models.Transformer` .* got Mixed"):
+        models.load_lora(base, PEFT / "llama")
+
+
+def test_two_adapters_of_one_path(tmp_path):
+    layer = eqx.nn.Linear(3, 2, key=jax.random.key(0))
+    policy = with_adapters({"a": {"b": layer}}, target=None) | {
+        "a.b": with_adapters(layer, target=None)
+    }
+    with pytest.raises(ValueError, match=r"one path for each adapter; got two at a\.b"):
+        models.save_lora(policy, tmp_path)
+
+
 @pytest.fixture
 def folder(tmp_path):
     """A copy of an adapter, to be spoilt."""

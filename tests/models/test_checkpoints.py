@@ -1,5 +1,6 @@
 """Folders read and written: shards, tied and base-model names, dtypes, shardings, faults."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -57,6 +58,28 @@ def test_shards_and_index(policy, tmp_path):
     assert eqx.tree_equal(models.load(tmp_path / "saved"), policy)
 
 
+def test_a_whole_file_goes_before_an_index(policy, tmp_path):
+    """As in `transformers`, where shards of another policy are left beside it."""
+    zeros = jax.tree.map(lambda x: jnp.asarray(np.zeros_like(x)), policy)
+    models.save(zeros, tmp_path / "saved", max_shard_size=30_000)
+    shutil.copy(LLAMA / "model.safetensors", tmp_path / "saved")
+    assert eqx.tree_equal(models.load(tmp_path / "saved"), policy)
+
+
+def test_a_tensor_in_two_shards_is_read_from_where_the_index_says(policy, tmp_path):
+    models.save(policy, tmp_path / "saved", max_shard_size=30_000)
+    index = json.loads((tmp_path / "saved" / "model.safetensors.index.json").read_text())
+    name = "model.layers.0.mlp.down_proj.weight"
+    shards = sorted(set(index["weight_map"].values()))
+    own = shards.index(index["weight_map"][name])
+    assert 0 < own < len(shards) - 1, "stale ones are read before and after it"
+    for shard in (shards[0], shards[-1]):
+        tensors = load_file(tmp_path / "saved" / shard)
+        tensors[name] = np.zeros((32, 64), np.float32)
+        save_file(tensors, tmp_path / "saved" / shard, metadata={"format": "pt"})
+    assert eqx.tree_equal(models.load(tmp_path / "saved"), policy)
+
+
 def test_how_a_policy_runs_is_not_in_its_checkpoint(policy, tmp_path):
     other = models.load(LLAMA, remat=True, fused=False)
     assert (other.config.remat, other.config.fused) == (True, False)
@@ -84,9 +107,29 @@ def test_tied_checkpoints_may_hold_the_unembedding(tmp_path):
     want = models.load(folder)
     edit_tensors(folder, lambda t: {**t, "lm_head.weight": t["model.embed_tokens.weight"]})
     assert eqx.tree_equal(models.load(folder), want)
-    edit_tensors(folder, lambda t: {**t, "lm_head.weight": t["lm_head.weight"] + np.float32(1)})
-    with pytest.raises(ValueError, match=r"`tie_word_embeddings` is true .* differs"):
-        models.load(folder)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gpt2"])
+def test_tied_checkpoints_may_hold_the_unembedding_alone(name, tmp_path):
+    folder = shutil.copytree(FOLDER / "families" / name, tmp_path / "tied")
+    want = models.load(folder)
+    embedding = {"gemma2": "model.embed_tokens.weight", "gpt2": "transformer.wte.weight"}[name]
+    edit_tensors(folder, lambda t: {**without(embedding)(t), "lm_head.weight": t[embedding]})
+    assert eqx.tree_equal(models.load(folder), want)
+
+
+def test_an_unembedding_that_differs_is_not_tied(tmp_path):
+    """As in `transformers`, which warns too."""
+    folder = shutil.copytree(FOLDER / "families" / "gemma2", tmp_path / "tied")
+    tied = models.load(folder)
+    other = np.asarray(tied.embedding.weight) + np.float32(1)
+    edit_tensors(folder, lambda t: {**t, "lm_head.weight": other})
+    with pytest.warns(UserWarning, match=r"`tie_word_embeddings` is true .* differs .* set it to"):
+        policy = models.load(folder)
+    assert np.array_equal(policy.unembedding, other)
+    assert np.array_equal(policy.embedding.weight, tied.embedding.weight)
+    models.save(policy, tmp_path / "saved")
+    assert eqx.tree_equal(models.load(tmp_path / "saved"), policy)
 
 
 def test_dtypes(policy, folder, tmp_path):
@@ -156,6 +199,52 @@ def test_tokenizer_travels(folder, tmp_path):
     assert json.loads((tmp_path / "saved" / "config.json").read_text())["bos_token_id"] == 1
     models.save(policy, tmp_path / "bare", tokenizer_from=LLAMA)
     assert not (tmp_path / "bare" / "tokenizer.json").exists()
+
+
+TRAVELS = [
+    *("additional_chat_templates/tool_use.jinja", "chat_template.json", "merges.txt"),
+    *("tokenizer.model", "tokenizer.model.v3", "tekken.json", "sentencepiece.bpe.model"),
+    *("qwen.tiktoken", "tokenizer.4.0.0.json", "generation_config.json"),
+]
+STAYS = {
+    "pytorch_model.bin": b"weights",
+    "training_args.bin": b"settings",
+    "optimizer.pt": b"moments",
+    "other.model": b"",
+    "spiece.model": b"\x80\x02a pickle",
+    "spm_char.model": b"PK\x03\x04an archive of one",
+    "additional_chat_templates/notes.md": b"",
+    "modeling_llama.py": b"",
+}
+
+
+def test_all_files_of_the_tokenizer_travel_and_no_others(folder, tmp_path):
+    (folder / "additional_chat_templates").mkdir()
+    for name in TRAVELS:
+        (folder / name).write_bytes(b"{}")
+    for name, content in STAYS.items():
+        (folder / name).write_bytes(content)
+    policy = models.load(folder)
+    assert sorted(policy.origin.files) == sorted(TRAVELS)
+    models.save(policy, tmp_path / "saved")
+    saved = {path for path in (tmp_path / "saved").rglob("*") if path.is_file()}
+    names = {path.relative_to(tmp_path / "saved").as_posix() for path in saved}
+    assert names == {*TRAVELS, "config.json", "model.safetensors"}
+    assert eqx.tree_equal(models.load(tmp_path / "saved"), policy)
+    # Those of another tokenizer do not stay beside it.
+    models.save(policy, tmp_path / "saved", tokenizer_from=LLAMA)
+    assert not (tmp_path / "saved" / "additional_chat_templates").exists()
+
+
+def test_a_policy_prints_no_tokenizer(folder):
+    tokens = {f"<token {i}>": i for i in range(90)}
+    (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": tokens}}) + " " * 10**6)
+    policy = models.load(folder)
+    for text in (repr(policy), str(policy), eqx.tree_pformat(policy)):
+        assert len(text) < 4000
+        assert "<token" not in text
+        assert "Origin(1 files, 1,00" in text.replace("\n", "")
+    assert repr(models.load(LLAMA).origin) == "Origin()"
 
 
 def test_tokenizers_keep_policies_apart_in_a_jit_cache(policy, folder):
@@ -245,8 +334,19 @@ def test_missing_and_false_shards(policy, tmp_path):
         models.load(tmp_path / "saved")
     del values["weight_map"]["model.nothing"]
     index.write_text(json.dumps(values))
-    (tmp_path / "saved" / "model-00002-of-00004.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"names model-00002-.*\.safetensors, which"):
+    for number in (2, 3):
+        (tmp_path / "saved" / f"model-0000{number}-of-00004.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"names model-00002-.*, model-00003-.*, which are"):
+        models.load(tmp_path / "saved")
+    for wrong in ({}, {"weight_map": None}, {"weight_map": {"model.norm.weight": 1}}):
+        index.write_text(json.dumps(wrong))
+        with pytest.raises(ValueError, match=r"`weight_map` of model.safetensors.index.json in"):
+            models.load(tmp_path / "saved")
+    index.write_text(json.dumps({"weight_map": {"model.norm.weight": "../model.safetensors"}}))
+    with pytest.raises(ValueError, match=r"must name files beside it; it says that 'model.norm"):
+        models.load(tmp_path / "saved")
+    index.unlink()
+    with pytest.raises(FileNotFoundError, match=r"there is none in .*, only model-00001-of-"):
         models.load(tmp_path / "saved")
 
 
@@ -254,6 +354,41 @@ def test_pickles_are_refused(folder):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(ValueError, match=r"pytorch_model\.bin: a pickle, which can run any code"):
         models.load(folder)
+
+
+def test_errors_of_a_configuration_name_its_file(folder):
+    edit_config(folder, hidden_size="32", rms_norm_eps=None)
+    message = (
+        r"checkpoint/config.json cannot be read. `hidden_size` in config.json must be a positive "
+        r"integer; got '32'; `rms_norm_eps` in config.json must be a number of at least 0; got None"
+    )
+    with pytest.raises(ValueError, match=message):
+        models.load(folder)
+
+
+def test_keys_that_are_read_are_written_anew(tmp_path):
+    """A file's `layer_types` must not outlive the windows that it was read as."""
+    folder = shutil.copytree(FOLDER / "families" / "mistral-sliding", tmp_path / "mixed")
+    edit_config(folder, layer_types=["sliding_attention", "full_attention"])
+    policy = models.load(folder)
+    assert policy.config.windows == (12, None)
+    models.save(policy, tmp_path / "saved")
+    assert eqx.tree_equal(models.load(tmp_path / "saved"), policy)
+    whole = dataclasses.replace(policy.config, windows=(None, None))
+    models.save(_with_config(policy, whole), folder)
+    assert models.load(folder).config.windows == (None, None)
+
+
+def _with_config(policy, config):
+    like = eqx.filter_eval_shape(
+        models.Transformer, config, key=jax.random.key(0), origin=policy.origin
+    )
+    return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(policy))
+
+
+def test_save_of_another_module(tmp_path):
+    with pytest.raises(ValueError, match=r"must be a `models.Transformer`.*got MLP.*`eqx.tree_ser"):
+        models.save(eqx.nn.MLP(2, 2, 2, 1, key=jax.random.key(0)), tmp_path / "saved")
 
 
 def test_missing_files(folder, tmp_path):

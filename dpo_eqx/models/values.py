@@ -1,0 +1,102 @@
+"""What values the keys of a `config.json` may have: the kind of each key, and its check.
+
+What a key means is not known here; what belongs together is checked by `Config`.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """A kind of value: how an error calls it, and whether a value is of it."""
+
+    wanted: str
+    holds: Callable[[Any], bool]
+
+
+def optional(kind: Kind) -> Kind:
+    """The same kind, or null."""
+    return Kind(f"{kind.wanted}, or null", lambda x: x is None or kind.holds(x))
+
+
+def _is_integer(x: Any) -> bool:
+    return isinstance(x, int) and not isinstance(x, bool)
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
+
+
+def _are_texts(x: Any) -> bool:
+    return isinstance(x, list | tuple) and all(isinstance(each, str) for each in x)
+
+
+SIZE = Kind("a positive integer", lambda x: _is_integer(x) and x > 0)
+COUNT = Kind("an integer of at least 0", lambda x: _is_integer(x) and x >= 0)
+NUMBER = Kind("a number", _is_number)
+POSITIVE = Kind("a positive number", lambda x: _is_number(x) and x > 0)
+NOT_NEGATIVE = Kind("a number of at least 0", lambda x: _is_number(x) and x >= 0)
+RATE = Kind("a number from 0 to below 1", lambda x: _is_number(x) and 0 <= x < 1)
+FRACTION = Kind("a number above 0 and at most 1", lambda x: _is_number(x) and 0 < x <= 1)
+FLAG = Kind("true or false", lambda x: isinstance(x, bool))
+TEXT = Kind("a text", lambda x: isinstance(x, str))
+TEXTS = Kind("a list of texts", _are_texts)
+OBJECT = Kind("an object of keys and values", lambda x: isinstance(x, Mapping))
+
+
+def _each(kind: Kind, *keys: str) -> dict[str, Kind]:
+    return dict.fromkeys(keys, kind)
+
+
+# Of all families: a key has one meaning wherever it occurs.
+KINDS = {
+    **_each(SIZE, "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"),
+    **_each(SIZE, "intermediate_size", "max_position_embeddings"),
+    **_each(SIZE, "n_embd", "n_layer", "n_head", "n_positions"),
+    **_each(optional(SIZE), "num_key_value_heads", "head_dim", "n_inner", "sliding_window"),
+    **_each(optional(SIZE), "original_max_position_embeddings"),
+    **_each(COUNT, "max_window_layers"),
+    **_each(POSITIVE, "query_pre_attn_scalar"),
+    **_each(optional(POSITIVE), "attn_logit_softcapping", "final_logit_softcapping", "rope_theta"),
+    **_each(optional(FRACTION), "partial_rotary_factor"),
+    **_each(NOT_NEGATIVE, "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon"),
+    **_each(RATE, "resid_pdrop", "embd_pdrop", "attn_pdrop"),
+    **_each(optional(RATE), "attention_dropout"),
+    **_each(FLAG, "tie_word_embeddings", "attention_bias", "mlp_bias", "qk_layernorm"),
+    **_each(FLAG, "use_sliding_window", "scale_attn_weights", "add_cross_attention"),
+    **_each(FLAG, "scale_attn_by_inverse_layer_idx"),
+    **_each(optional(FLAG), "use_bidirectional_attention"),
+    **_each(TEXT, "hidden_act", "hidden_activation", "activation_function"),
+    **_each(optional(TEXTS), "layer_types"),
+    **_each(optional(OBJECT), "rope_scaling", "rope_parameters"),
+}
+
+
+def check_kinds(values: Mapping[str, Any], kinds: Mapping[str, Kind], where: str) -> None:
+    """Raises if values are not of their kinds, naming each; keys without a kind pass.
+
+    **Arguments:**
+
+    - `where`: the name of the file, or of the key that holds them.
+    """
+    check_all(
+        f"`{key}` in {where} must be {kinds[key].wanted}; got {shown(value)}"
+        for key, value in values.items()
+        if key in kinds and not kinds[key].holds(value)
+    )
+
+
+def check_all(problems: Iterable[str]) -> None:
+    """Raises if there are problems, with all of them in one error."""
+    found = list(problems)
+    if found:
+        raise ValueError("; ".join(found) + ".")
+
+
+def shown(value: Any, limit: int = 60) -> str:
+    """A value in a message, cut to a length that can be read."""
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[:limit]}..."
