@@ -7,9 +7,10 @@ import equinox as eqx
 import jax
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Integer
 
 from .log_probs import PairLogProbs, UnpairedLogProbs
+from .scalars import PerPair, Weights
 from .sequences import split_sequences
 from .tokens import Tokens
 
@@ -38,9 +39,9 @@ class PreferenceBatch(eqx.Module):
     prompt: Tokens
     chosen: Tokens
     rejected: Tokens
-    weight: Float[Array | np.ndarray, " pairs"] | None = None
+    weight: Weights | None = None
     reference: PairLogProbs | None = None
-    per_pair: dict[str, Float[Array | np.ndarray, " pairs"]] | None = None
+    per_pair: dict[str, PerPair] | None = None
 
     def __check_init__(self):
         check_prompt(self.prompt)
@@ -60,9 +61,9 @@ class PreferenceBatch(eqx.Module):
 
     @staticmethod
     def from_sequences(
-        chosen_ids: Int[np.ndarray, "pairs chosen"],
+        chosen_ids: Integer[np.ndarray, "pairs chosen"],
         chosen_mask: Bool[np.ndarray, "pairs chosen"],
-        rejected_ids: Int[np.ndarray, "pairs rejected"],
+        rejected_ids: Integer[np.ndarray, "pairs rejected"],
         rejected_mask: Bool[np.ndarray, "pairs rejected"],
         **fields,
     ) -> "PreferenceBatch":
@@ -117,9 +118,9 @@ class UnpairedBatch(eqx.Module):
     completion: Tokens
     label: Bool[Array | np.ndarray, " pairs"]
     kl: Tokens | None = None
-    weight: Float[Array | np.ndarray, " pairs"] | None = None
+    weight: Weights | None = None
     reference: UnpairedLogProbs | None = None
-    per_pair: dict[str, Float[Array | np.ndarray, " pairs"]] | None = None
+    per_pair: dict[str, PerPair] | None = None
 
     def __check_init__(self):
         check_prompt(self.prompt)

@@ -14,6 +14,7 @@ from jaxtyping import Array, DTypeLike, Float, PyTree
 
 from .batch import PreferenceBatch
 from .log_probs import PairLogProbs
+from .objective import checked_loss
 from .reference import Score, choose_reference, run_inference, run_reference
 from .score import score_pairs
 
@@ -72,7 +73,7 @@ def diagnose(
 
     def total(chosen, rejected):
         moved = eqx.tree_at(lambda p: (p.chosen, p.rejected), policy, (chosen, rejected))
-        result = loss(moved, reference, **(per_pair or {}))
+        result = checked_loss(loss, loss(moved, reference, **(per_pair or {})), chosen.shape)
         return result.loss.sum(), result
 
     log_probs = jnp.asarray(policy.chosen), jnp.asarray(policy.rejected)

@@ -8,7 +8,15 @@ from typing import Protocol, runtime_checkable
 
 import equinox as eqx
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Integer, PRNGKeyArray
+
+from .tokens import as_ids
+
+
+def _length(length: int | Integer[Array | np.ndarray, ""]) -> Int[Array, ""]:
+    # Positions are computed in its dtype, and those of 200 tokens in int8 would overflow.
+    return as_ids(jnp.asarray(length))
 
 
 class Layout(eqx.Module):
@@ -20,12 +28,13 @@ class Layout(eqx.Module):
 
     **Arguments:**
 
-    - `prompt_length`: the number of real tokens of the prompt, at least 1. A scalar, traced.
+    - `prompt_length`: the number of real tokens of the prompt, at least 1. A scalar, traced; held
+        in int32.
     - `prompt_width`, `completion_widths`: the static widths, for whoever attends blockwise:
         prompt on prompt, each completion on the prompt and on itself.
     """
 
-    prompt_length: Int[Array, ""]
+    prompt_length: Int[Array, ""] = eqx.field(converter=_length)
     prompt_width: int = eqx.field(static=True)
     completion_widths: tuple[int, ...] = eqx.field(static=True)
 

@@ -10,7 +10,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Integer
 
 from .axis import vary_alike
 from .explicit import automatic
@@ -27,13 +27,14 @@ from .tiles import (
     put_back,
     tile_at,
 )
+from .tokens import as_ids
 
 
 @automatic
 def linear_token_log_probs(
     hidden: Float[Array | np.ndarray, "*batch length width"],
     unembedding: Float[Array | np.ndarray, "vocab width"],
-    targets: Int[Array | np.ndarray, "*batch length"],
+    targets: Integer[Array | np.ndarray, "*batch length"],
     *,
     bias: Float[Array | np.ndarray, " vocab"] | None = None,
     softcap: float | int | None = None,
@@ -67,7 +68,7 @@ def linear_token_log_probs(
     there is zero, so that `sequence_log_probs` can mask it out.
     """
     _check_shapes(hidden, unembedding, targets, softcap, chunk_size)
-    hidden, targets = jnp.asarray(hidden), jnp.asarray(targets)
+    hidden, targets = jnp.asarray(hidden), as_ids(targets)
     head = Unembedding.of(unembedding, bias, softcap)
     # A hidden state of NaN would reach the unembedding's gradient as 0 * NaN.
     finite = jnp.isfinite(jax.lax.stop_gradient(hidden)).all(axis=-1)

@@ -8,7 +8,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Integer
+
+from .scalars import Weights
+from .tokens import as_ids
 
 
 class PairLogProbs(eqx.Module):
@@ -28,9 +31,9 @@ class PairLogProbs(eqx.Module):
 
     chosen: Float[Array | np.ndarray, " pairs"]
     rejected: Float[Array | np.ndarray, " pairs"]
-    chosen_length: Int[Array | np.ndarray, " pairs"] | None = None
-    rejected_length: Int[Array | np.ndarray, " pairs"] | None = None
-    weight: Float[Array | np.ndarray, " pairs"] | None = None
+    chosen_length: Integer[Array | np.ndarray, " pairs"] | None = None
+    rejected_length: Integer[Array | np.ndarray, " pairs"] | None = None
+    weight: Weights | None = None
     chosen_confidence: Float[Array | np.ndarray, " pairs"] | None = None
     rejected_confidence: Float[Array | np.ndarray, " pairs"] | None = None
 
@@ -54,8 +57,8 @@ class UnpairedLogProbs(eqx.Module):
     completion: Float[Array | np.ndarray, " pairs"]
     label: Bool[Array | np.ndarray, " pairs"]
     kl: Float[Array | np.ndarray, " pairs"] | None = None
-    length: Int[Array | np.ndarray, " pairs"] | None = None
-    weight: Float[Array | np.ndarray, " pairs"] | None = None
+    length: Integer[Array | np.ndarray, " pairs"] | None = None
+    weight: Weights | None = None
 
     def __check_init__(self):
         check_one_shape(self, "completion")
@@ -80,7 +83,7 @@ def check_one_shape(record: eqx.Module, first: str) -> None:
 
 def token_log_probs(
     logits: Float[Array | np.ndarray, "*batch length vocab"],
-    targets: Int[Array | np.ndarray, "*batch length"],
+    targets: Integer[Array | np.ndarray, "*batch length"],
 ) -> Float[Array, "*batch length"]:
     r"""The log-probability of each target under its row of logits, in nats.
 
@@ -105,7 +108,7 @@ def token_log_probs(
     # the row itself is replaced, not only its result.
     well_formed = jnp.isfinite(jax.lax.stop_gradient(logits).max(axis=-1))
     log_probs = jax.nn.log_softmax(jnp.where(well_formed[..., None], logits, 0))
-    known, index = known_targets(jnp.asarray(targets), logits.shape[-1])
+    known, index = known_targets(as_ids(targets), logits.shape[-1])
     picked = jnp.take_along_axis(log_probs, index[..., None], axis=-1)[..., 0]
     return jnp.where(well_formed & known, picked, jnp.nan)
 

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Shaped
 
 from .log_probs import PairLogProbs, UnpairedLogProbs
 from .losses.form import PairLoss, UnpairedLoss
+from .policy_checks import described
 
 # A value for each pair; with a mask beside it, the mean is over the pairs where that is true.
 Value = Shaped[Array | np.ndarray, "..."]
@@ -114,28 +115,53 @@ def _unpaired(policy: Any, loss: Any) -> dict[str, PerPair]:
     }
 
 
-def weighted_sums(values: Mapping[str, PerPair], weight: Float[Array, " pairs"]) -> Metrics:
-    """The sums and counts of per-pair `values`; a pair of weight 0 adds nothing, not even NaN."""
+def weighted_sums(values: Any, weight: Float[Array, " pairs"]) -> Metrics:
+    """The sums and counts of per-pair `values`; a pair of weight 0 adds nothing, not even NaN.
+
+    `values` are what a function of the form of `default_metrics` returned.
+    """
+    if not isinstance(values, Mapping):
+        raise ValueError(
+            "`metrics` must return a dict of arrays with one value per pair, by name; got "
+            f"{described(values)}."
+        )
     sums, counts = {}, {}
     for name, value in values.items():
-        value, own = _own_weight(value, weight)
-        if value.shape != weight.shape:
-            raise ValueError(
-                f"the metric {name!r} must have one value per pair, shape {weight.shape}; got "
-                f"{value.shape}. The mean is taken with the weights afterwards."
-            )
+        value, own = _own_weight(name, value, weight)
         sums[name] = (jnp.where(own > 0, value.astype(own.dtype), 0) * own).sum()
         counts[name] = own.sum()
     return Metrics(sums, counts)
 
 
 def _own_weight(
-    value: PerPair, weight: Float[Array, " pairs"]
+    name: str, value: Any, weight: Float[Array, " pairs"]
 ) -> tuple[Value, Float[Array, " pairs"]]:
-    if isinstance(value, tuple):
-        value, mask = value
-        return value, jnp.where(mask, weight, 0)
-    return value, weight
+    """The array of a metric, and the weights by which it is averaged."""
+    value, mask = value if isinstance(value, tuple) and len(value) == 2 else (value, None)
+    _check_metric(name, value, weight.shape)
+    if mask is None:
+        return value, weight
+    if not _is_array(mask) or mask.dtype != bool or mask.shape != weight.shape:
+        raise ValueError(
+            f"the metric {name!r} must have a boolean mask of shape {weight.shape} beside its "
+            f"array, true where the mean is taken; got {described(mask)}."
+        )
+    return value, jnp.where(mask, weight, 0)
+
+
+def _check_metric(name: str, value: Any, shape: tuple[int, ...]) -> None:
+    if _is_array(value) and value.shape == shape and not jnp.iscomplexobj(value):
+        return
+    raise ValueError(
+        f"the metric {name!r} must have one value per pair, shape {shape}, in an array of real "
+        f"numbers, or such an array and a mask; got {described(value)}. The mean is taken with the "
+        "weights afterwards; a number that is the same for all pairs becomes an array by "
+        "`jnp.full_like(loss.loss, number)`."
+    )
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, jax.Array | np.ndarray)
 
 
 def safe_ratio(numerator: Float[Array, ""], denominator: Float[Array, ""]) -> Float[Array, ""]:

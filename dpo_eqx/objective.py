@@ -4,17 +4,21 @@ Between a score and its pullback: which loss each pair has, and the slope of the
 respect to each log-probability. Policies are not here.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from .axis import AxisName, gather, own_rows
 from .losses.form import is_coupled, parts
 from .metrics import safe_ratio
+from .policy_checks import described
+from .scalars import PerPair
 
 LossFunction = Callable[..., Any]
 
@@ -24,7 +28,7 @@ class Scored(eqx.Module):
 
     policy: PyTree
     reference: PyTree
-    per_pair: dict[str, Float[Array, " pairs"]] | None
+    per_pair: dict[str, PerPair] | None
     weight: Float[Array, " pairs"]
 
 
@@ -100,10 +104,37 @@ def _call(loss: LossFunction, scored: Scored) -> Any:
         return jnp.where(present.reshape(present.shape + (1,) * (x.ndim - 1)), x, 0)
 
     policy, reference = jax.tree.map(silence, (scored.policy, scored.reference))
-    result = loss(policy, reference, **(scored.per_pair or {}))
-    if result.loss.shape != scored.weight.shape:
+    per_pair = {name: _as_floats(x, scored.weight) for name, x in (scored.per_pair or {}).items()}
+    return checked_loss(loss, loss(policy, reference, **per_pair), scored.weight.shape)
+
+
+def checked_loss(loss: LossFunction, returned: Any, shape: tuple[int, ...]) -> Any:
+    """What `loss` returned, if it is a `PairLoss` or its like with a loss for each pair."""
+    losses = getattr(returned, "loss", None)
+    if not isinstance(losses, jax.Array | np.ndarray):
         raise ValueError(
-            f"`loss` must return one loss per pair, unreduced, shape {scored.weight.shape}; got "
-            f"{result.loss.shape}. The weighted mean is taken by the step."
+            "`loss` must return a `losses.PairLoss(loss, chosen_reward, rejected_reward)`, or a "
+            "`losses.UnpairedLoss(loss, reward)` for unpaired data, of arrays with one value per "
+            f"pair; got {described(returned)} from {_name_of(loss)}."
         )
-    return result
+    if losses.shape != shape:
+        raise ValueError(
+            f"`loss` must return one loss per pair, unreduced, shape {shape}; got {losses.shape} "
+            f"from {_name_of(loss)}. The weighted mean is taken by the step."
+        )
+    if not jnp.issubdtype(losses.dtype, jnp.floating):
+        raise ValueError(
+            f"`loss` must return floating-point losses; got {losses.dtype} from {_name_of(loss)}."
+        )
+    return returned
+
+
+def _as_floats(x: Array | np.ndarray, like: Array) -> Array | np.ndarray:
+    """Integers in the dtype of `like`, as the same numbers written as fractions would come."""
+    return x if jnp.issubdtype(x.dtype, jnp.inexact) else jnp.asarray(x).astype(like.dtype)
+
+
+def _name_of(loss: LossFunction) -> str:
+    while isinstance(loss, functools.partial):
+        loss = loss.func
+    return f"`{getattr(loss, '__name__', type(loss).__name__)}`"

@@ -10,9 +10,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Int, Integer, Real
 
 from .log_probs import PairLogProbs
+from .scalars import Weights
+from .tokens import as_ids, narrow_on_host
 
 
 class PackedLayout(eqx.Module):
@@ -25,14 +27,14 @@ class PackedLayout(eqx.Module):
     **Arguments:**
 
     - `lengths`: tokens of each pair's prompt, chosen and rejected completion, in the order of the
-        row; 0 in what is not there. Shape `(pairs, 3)`, traced.
+        row; 0 in what is not there. Shape `(pairs, 3)`, traced; held in int32.
     - `length`: the width of the whole row, padding at its end included.
     - `longest`: tokens that no prompt has more of together with one of its completions.
     - `longest_pair`: tokens that no prompt has more of together with both: no token sees one
         further back in the row.
     """
 
-    lengths: Int[Array | np.ndarray, "pairs 3"]
+    lengths: Int[Array, "pairs 3"] = eqx.field(converter=as_ids)
     length: int = eqx.field(static=True)
     longest: int = eqx.field(static=True)
     longest_pair: int = eqx.field(static=True)
@@ -55,7 +57,7 @@ class PackedLayout(eqx.Module):
         """
         pair, segment = self.pairs, self.segments
         in_part = self._places - self._starts[pair, segment]
-        before = jnp.where(segment > 0, jnp.asarray(self.lengths)[pair, 0], 0)
+        before = jnp.where(segment > 0, self.lengths[pair, 0], 0)
         return jnp.where(self._is_real, in_part + before, 0)
 
     def mask(self) -> Bool[Array, "length length"]:
@@ -78,7 +80,7 @@ class PackedLayout(eqx.Module):
         """
         pair, starts = self.pairs, self._starts
         is_first = self._places == starts[pair, self.segments]
-        last_of_prompt = starts[pair, 0] + jnp.asarray(self.lengths)[pair, 0] - 1
+        last_of_prompt = starts[pair, 0] + self.lengths[pair, 0] - 1
         return jnp.where(is_first & (self.segments > 0), last_of_prompt, self._places - 1)
 
     @property
@@ -94,23 +96,22 @@ class PackedLayout(eqx.Module):
 
     @property
     def _places(self) -> Int[Array, " length"]:
-        return jnp.arange(self.length, dtype=self.lengths.dtype)
+        return jnp.arange(self.length, dtype=jnp.int32)
 
     @property
     def _starts(self) -> Int[Array, "pairs 3"]:
-        lengths = jnp.asarray(self.lengths)
-        ends = jnp.cumsum(lengths.reshape(-1), dtype=lengths.dtype)
-        return ends.reshape(lengths.shape) - lengths
+        ends = jnp.cumsum(self.lengths.reshape(-1), dtype=jnp.int32)
+        return ends.reshape(self.lengths.shape) - self.lengths
 
     @property
     def _part(self) -> Int[Array, " length"]:
         """How many parts end at a place or before it: the number of the part that is there."""
         ends = (self._starts + self.lengths).reshape(-1)
-        return (ends <= self._places[:, None]).sum(axis=1, dtype=self.lengths.dtype)
+        return (ends[None, :] <= self._places[:, None]).sum(axis=1, dtype=jnp.int32)
 
     @property
     def _is_real(self) -> Bool[Array, " length"]:
-        return self._places < jnp.asarray(self.lengths).sum(dtype=self.lengths.dtype)
+        return self._places < self.lengths.sum(dtype=jnp.int32)
 
 
 class PackedBatch(eqx.Module):
@@ -140,11 +141,11 @@ class PackedBatch(eqx.Module):
     `ValueError` where the arrays do not have the same rows and slots.
     """
 
-    ids: Int[Array | np.ndarray, "rows length"]
-    lengths: Int[Array | np.ndarray, "rows slots 3"]
-    scored: Int[Array | np.ndarray, "rows scored"]
-    indices: Int[Array | np.ndarray, "rows slots"]
-    weights: Float[Array | np.ndarray, "rows slots"]
+    ids: Integer[Array | np.ndarray, "rows length"] = eqx.field(converter=narrow_on_host)
+    lengths: Integer[Array | np.ndarray, "rows slots 3"]
+    scored: Integer[Array | np.ndarray, "rows scored"]
+    indices: Integer[Array | np.ndarray, "rows slots"]
+    weights: Real[Array | np.ndarray, "rows slots"]
     references: dict[str, Array | np.ndarray] | None = None
     arguments: dict[str, Array | np.ndarray] | None = None
     longest: int = eqx.field(static=True, kw_only=True)
@@ -171,12 +172,12 @@ class PackedBatch(eqx.Module):
         return self.indices.shape[0] * self.indices.shape[1]
 
     @property
-    def index(self) -> Int[Array | np.ndarray, " pairs"]:
+    def index(self) -> Integer[Array | np.ndarray, " pairs"]:
         """The number of each pair among those that were packed, -1 where there is none."""
         return by_pair(self.indices)
 
     @property
-    def weight(self) -> Float[Array | np.ndarray, " pairs"]:
+    def weight(self) -> Weights:
         """The weight of each pair, 0 where there is none."""
         return by_pair(self.weights)
 
@@ -201,7 +202,7 @@ class PackedBatch(eqx.Module):
         references = {name: value.reshape(shape).swapaxes(0, 1) for name, value in given.items()}
         return dataclasses.replace(self, references=references)
 
-    def take(self, rows: Int[np.ndarray, " taken"] | slice) -> "PackedBatch":
+    def take(self, rows: Integer[np.ndarray, " taken"] | slice) -> "PackedBatch":
         """A batch of some of the rows."""
         return jax.tree.map(lambda x: x[rows], self)
 

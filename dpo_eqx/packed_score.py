@@ -13,8 +13,10 @@ from .explicit import automatic
 from .keys import Keys, keys_per_pair
 from .log_probs import PairLogProbs, sequence_log_probs
 from .packed import PackedBatch, PackedLayout, by_pair
-from .predict import Hidden, check_hidden, head_options, offers_fast_path
+from .policy_checks import check_is_policy, checked_hidden
+from .predict import Hidden, head_options, offers_fast_path
 from .rows import keep_rows, row_axes
+from .tokens import as_ids
 
 
 @partial(automatic, like=1)
@@ -58,12 +60,12 @@ def score_packed(
 
     def one_row(ids, lengths, scored, key):
         layout = PackedLayout(lengths, ids.size, batch.longest, batch.longest_pair)
-        hidden = policy.hidden(keep_rows(ids), layout, key=key)
-        check_hidden(hidden, ids, policy.unembedding)
+        returned = policy.hidden(keep_rows(ids), layout, key=key)
+        hidden = checked_hidden(policy, returned, ids, policy.unembedding)
         # The fill of -1 reads the row's last token: whatever it gives is in no sum.
         return keep_rows(hidden[layout.predicts[scored]]), ids[scored], _parts_of(layout, scored)
 
-    ids, lengths, scored = map(jnp.asarray, (batch.ids, batch.lengths, batch.scored))
+    ids, lengths, scored = map(as_ids, (batch.ids, batch.lengths, batch.scored))
     over_rows = jax.vmap(one_row, spmd_axis_name=row_axes(ids, policy, keys))
     hidden, targets, parts = over_rows(ids, lengths, scored, keys)
     options = head_options(policy, chunk_size)
@@ -83,12 +85,14 @@ def score_packed(
 def _parts_of(layout: PackedLayout, scored: Array) -> Bool[Array, "slots 2 scored"]:
     """Which of the scored tokens are of each slot's chosen and of its rejected completion."""
     slots = jnp.arange(layout.lengths.shape[0], dtype=scored.dtype)[:, None, None]
-    completions = jnp.array([1, 2], scored.dtype)[:, None]
+    completions = jnp.array([1, 2], scored.dtype)[None, :, None]
+    scored = scored[None, None, :]
     pair, segment = layout.pairs[scored], layout.segments[scored]
     return (scored >= 0) & (pair == slots) & (segment == completions)
 
 
 def _check_offers(policy: PyTree) -> None:
+    check_is_policy(policy)
     if not offers_fast_path(policy):
         raise ValueError(
             "`policy` must offer `FastPolicy` to be run on several pairs in one row, by `hidden(ids"

@@ -19,8 +19,9 @@ from .keys import Keys
 from .layout import FastPolicy, Layout
 from .linear import collisions_of, linear_collisions, linear_token_log_probs
 from .log_probs import token_log_probs
+from .policy_checks import check_is_policy, checked_hidden, checked_logits
 from .rows import keep_rows, over_data, row_axes
-from .tokens import Tokens
+from .tokens import Tokens, as_ids
 
 
 class Logits(eqx.Module):
@@ -69,8 +70,9 @@ def predict(
     chunk_size: int | None,
 ) -> Logits | Hidden:
     """The prediction of every token of all completions, side by side in their order."""
+    check_is_policy(policy)
     prompt, *completions = map(_without_padding, (prompt, *completions))
-    lengths = prompt.mask.sum(axis=1, dtype=prompt.ids.dtype)
+    lengths = prompt.mask.sum(axis=1, dtype=jnp.int32)
     if offers_fast_path(policy):
         hidden = _fast_hidden(policy, prompt.ids, lengths, completions, keys)
         return Hidden(hidden, policy.unembedding, head_options(policy, chunk_size))
@@ -98,22 +100,11 @@ def head_options(policy: FastPolicy, chunk_size: int | None) -> dict[str, Any]:
     }
 
 
-def check_hidden(hidden: Array, row: Array, unembedding: Array) -> None:
-    """Raises where the policy's hidden states are not one of its width for each token."""
-    want = (row.size, unembedding.shape[-1])
-    if hidden.shape != want:
-        raise ValueError(
-            f"`policy.hidden(ids, layout)` must return shape `(length, width)`, here {want} for "
-            f"`ids` of shape {row.shape} and `unembedding` of shape {unembedding.shape}; got "
-            f"{hidden.shape}."
-        )
-
-
 def _without_padding(tokens: Tokens) -> Tokens:
-    """The ids after the last true position of the mask become 0, whatever padding they were."""
+    """Ids in int32; those after the last true position of the mask become 0, whatever they were."""
     mask = jnp.asarray(tokens.mask)
     context = jax.lax.cummax(mask.astype(jnp.int32), axis=1, reverse=True) > 0
-    return Tokens(jnp.where(context, tokens.ids, 0), mask)
+    return Tokens(jnp.where(context, as_ids(tokens.ids), 0), mask)
 
 
 def _plain_logits(
@@ -131,8 +122,8 @@ def _plain_logits(
     def one_sequence(prompt, length, completion, key):
         row = keep_rows(jnp.concatenate([prompt, jnp.zeros_like(completion)]))
         row = jax.lax.dynamic_update_slice(row, completion, (length,))
-        logits = keep_rows(policy(row) if key is None else policy(row, key=key))
-        _check_logits(logits, row)
+        returned = policy(row) if key is None else policy(row, key=key)
+        logits = keep_rows(checked_logits(policy, returned, row))
         return jax.lax.dynamic_slice_in_dim(logits, length - 1, completion.size)
 
     def one_prompt(prompt, length, completions, key):
@@ -157,8 +148,8 @@ def _fast_hidden(
 
     def one_row(row, length, key):
         layout = Layout(length, prompts.shape[1], widths)
-        hidden = policy.hidden(keep_rows(row), layout, key=key)
-        check_hidden(hidden, row, policy.unembedding)
+        returned = policy.hidden(keep_rows(row), layout, key=key)
+        hidden = checked_hidden(policy, returned, row, policy.unembedding)
         return keep_rows(hidden[_predicts(layout)])
 
     return jax.vmap(one_row, spmd_axis_name=row_axes(rows, policy, keys))(rows, lengths, keys)
@@ -176,12 +167,3 @@ def _predicts(layout: Layout) -> Int[Array, " length"]:
         begin += width
     last_of_prompt = (layout.prompt_length - 1).astype(before.dtype)
     return before.at[jnp.array(firsts)].set(last_of_prompt)
-
-
-def _check_logits(logits: Array, row: Array) -> None:
-    if logits.ndim != 2 or logits.shape[0] != row.size:
-        raise ValueError(
-            "`policy(ids)` must return logits of shape `(length, vocab)`, here "
-            f"({row.size}, vocab) for `ids` of shape {row.shape}; got {logits.shape}. A policy is "
-            "written for one sequence; the batch axis is added by `vmap`."
-        )

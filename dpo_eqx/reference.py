@@ -5,21 +5,24 @@ log-probabilities that one gave.
 """
 
 from collections.abc import Callable
+from numbers import Real
 from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, DTypeLike, Float, PyTree
+from jaxtyping import Array, DTypeLike, PyTree
 
+from .inference import in_inference
 from .log_probs import PairLogProbs, at_least_float32
 from .packed import rows_of
 from .precision import in_dtype
 from .rows import beside_sweeps
+from .scalars import Number
 from .score import score_pairs
 from .strided import check_divides, merge, split
 
-Policy = TypeVar("Policy", bound=PyTree)
+Policy = TypeVar("Policy")
 Score = Callable[..., Any]
 
 
@@ -32,9 +35,7 @@ def snapshot(policy: Policy) -> Policy:
     return jax.tree.map(lambda x: jnp.array(x, copy=True) if eqx.is_array(x) else x, policy)
 
 
-def sync_reference(
-    reference: Policy, policy: Policy, alpha: float | int | Float[Array, ""]
-) -> Policy:
+def sync_reference(reference: Policy, policy: Policy, alpha: Number) -> Policy:
     r"""The reference moved towards the policy, $\alpha \theta + (1 - \alpha) \theta_{ref}$.
 
     Floating-point arrays are mixed, in float32 at least, and keep the reference's dtype; other
@@ -54,7 +55,7 @@ def sync_reference(
         Gorbatovski et al., *Learn Your Reference Model for Real Good Alignment* (TR-DPO), 2024,
         equation 3 (arXiv 2404.09656).
     """
-    if isinstance(alpha, float | int) and not 0 <= alpha <= 1:
+    if isinstance(alpha, Real) and not 0 <= alpha <= 1:
         raise ValueError(f"`alpha` must be in [0, 1], got {alpha}.")
     ours, theirs = (eqx.filter(tree, eqx.is_array) for tree in (reference, policy))
     if jax.tree.structure(ours) != jax.tree.structure(theirs):
@@ -108,16 +109,19 @@ def run_reference(
     reference: PyTree, batch: Any, *, score: Score, compute_dtype: DTypeLike | None
 ) -> Any:
     """The reference's log-probabilities, through which no gradient flows."""
-    return jax.lax.stop_gradient(
-        run_inference(reference, batch, score=score, compute_dtype=compute_dtype)
-    )
+    try:
+        log_probs = run_inference(reference, batch, score=score, compute_dtype=compute_dtype)
+    except Exception as error:
+        error.add_note("This was raised while the reference was run, not the policy.")
+        raise
+    return jax.lax.stop_gradient(log_probs)
 
 
 def run_inference(
     policy: PyTree, batch: Any, *, score: Score, compute_dtype: DTypeLike | None
 ) -> Any:
     """Log-probabilities of `batch` in inference mode and in the compute dtype."""
-    policy = in_dtype(eqx.nn.inference_mode(policy), compute_dtype)
+    policy = in_dtype(in_inference(policy), compute_dtype)
     return score(policy, batch, key=None)
 
 
@@ -170,7 +174,7 @@ def choose_reference(
     return view
 
 
-def _mix(old: Array, new: Array, alpha: float | int | Float[Array, ""]) -> Array:
+def _mix(old: Array, new: Array, alpha: Number) -> Array:
     if not eqx.is_inexact_array(old):
         return jnp.array(old, copy=True)
     wide = at_least_float32(old.dtype)

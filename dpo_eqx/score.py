@@ -6,6 +6,7 @@ with them, losses and gradients, is not here.
 
 from collections.abc import Callable, Sequence
 from itertools import accumulate
+from numbers import Real
 
 import equinox as eqx
 import jax
@@ -18,7 +19,8 @@ from .explicit import automatic
 from .keys import Keys, keys_per_pair
 from .log_probs import PairLogProbs, UnpairedLogProbs, sequence_log_probs
 from .predict import Hidden, Logits, offers_fast_path, predict
-from .tokens import Tokens
+from .scalars import Number
+from .tokens import Tokens, as_ids
 
 
 def score_pairs(
@@ -42,7 +44,9 @@ def score_pairs(
         causal. Called as `policy(ids, key=key)` where a key is given.
     - `batch`: the pairs.
     - `key`: for dropout and the like: one key, which is split into one for each pair, or one for
-        each pair.
+        each pair. A pair's masks are then the same in whatever batch it stands, but not with keys
+        of the kinds `rbg` and `unsafe_rbg`: under `vmap` JAX draws those for the whole batch from
+        its first key.
     - `chunk_size`: of `linear_token_log_probs`, for a `FastPolicy`; without effect on others.
     - `confidence`: whether to compute the confidences that `losses.wpo` needs.
 
@@ -85,7 +89,7 @@ def score_unpaired(
     )
 
 
-def ld_score(alpha: float | int | Float[Array, ""]) -> Callable[..., PairLogProbs]:
+def ld_score(alpha: Number) -> Callable[..., PairLogProbs]:
     r"""Length-desensitised scores: `score_pairs` with less weight on what only one answer has.
 
     The tokens of a completion past the length of the shorter of the two are multiplied by
@@ -115,7 +119,7 @@ def ld_score(alpha: float | int | Float[Array, ""]) -> Callable[..., PairLogProb
         Liu et al., *Length Desensitization in Direct Preference Optimization*, 2024 (arXiv
         2409.06411).
     """
-    if isinstance(alpha, float | int) and not 0 <= alpha <= 1:
+    if isinstance(alpha, Real) and not 0 <= alpha <= 1:
         raise ValueError(f"`alpha` must be in [0, 1], got {alpha}.")
 
     def score(
@@ -205,7 +209,7 @@ def token_scores(
 ) -> list[TokenScores]:
     """The scores of each of the completions, from the predictions of all of them side by side."""
     mask = jnp.concatenate([completion.mask for completion in completions], axis=1)
-    ids = jnp.concatenate([completion.ids for completion in completions], axis=1)
+    ids = jnp.concatenate([as_ids(completion.ids) for completion in completions], axis=1)
     log_probs = predictions.log_probs(jnp.where(mask, ids, 0))
     collisions = predictions.collisions() if confidence else None
     widths = [completion.ids.shape[1] for completion in completions]

@@ -24,6 +24,7 @@ from .objective import (
     pair_weights,
 )
 from .packed import rows_of
+from .policy_checks import where_arrays_are
 from .precision import in_dtype, in_dtypes_of, in_float32_at_least, is_narrow
 from .reference import Score, choose_reference, run_reference
 from .rows import beside_sweeps
@@ -77,7 +78,9 @@ def make_grad(
     - `reference`: a policy that does not learn, run in inference mode in the same dtype; or
         `None`, where it is precomputed (`batch.reference`), a view (`reference_of`) or not needed;
     - `key`: for dropout, one key or one for each pair of the global batch, so that microbatches
-        and devices draw the same masks; none reaches the reference.
+        and devices draw the same masks; none reaches the reference. Keys of the kinds `rbg` and
+        `unsafe_rbg` draw other masks, as good as these, for other microbatches and devices: under
+        `vmap` JAX draws the numbers of a whole batch from its first key.
 
     It returns a pytree like `policy`, with `None` where nothing is trainable, and a dict of
     scalars: the means of `metrics`, and `grad_norm`. A batch whose weights sum to 0 has loss 0 and
@@ -238,7 +241,7 @@ def split_trainable(policy: PyTree, trainable: PyTree) -> tuple[PyTree, PyTree]:
     if not selected:
         raise ValueError(
             "`trainable` must select at least one array of the policy; got a filter that selects "
-            "none."
+            f"none. {where_arrays_are(policy)}"
         )
     for path, leaf in selected:
         if not eqx.is_inexact_array(leaf):

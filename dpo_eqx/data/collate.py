@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, DTypeLike
 
 from ..batch import PreferenceBatch, Tokens, UnpairedBatch
 from ..log_probs import PairLogProbs, UnpairedLogProbs
+from ..tokens import narrow_on_host
 from .rows import Row, start_of
 
 
@@ -89,7 +90,7 @@ def _pad(column: Sequence[tuple[Sequence[int], int]], width: int) -> Tokens:
     ids = np.zeros((len(column), width), np.int32)
     mask = np.zeros((len(column), width), bool)
     for row, (sequence, context) in enumerate(column):
-        ids[row, : len(sequence)] = sequence
+        ids[row, : len(sequence)] = narrow_on_host(sequence)
         mask[row, context : len(sequence)] = True
     return Tokens(ids, mask)
 

@@ -66,7 +66,7 @@ class Order:
         # The last window is asked for again by the steps that follow.
         return functools.lru_cache(maxsize=2)(self._make_window)
 
-    def _make_window(self, epoch: int, window: int) -> list[Int[np.ndarray, " batch"]]:
+    def _make_window(self, epoch: int, window: int) -> list[Int[np.ndarray, " _"]]:
         size = self.window * self.batch_size
         rows = np.arange(window * size, min((window + 1) * size, len(self.kinds)))
         if not self.shuffle:
@@ -79,5 +79,5 @@ class Order:
         whole = [batch for batch in batches if len(batch) == self.batch_size]
         return [whole[i] for i in rng.permutation(len(whole))] + batches[len(whole) :]
 
-    def _split(self, rows: Int[np.ndarray, " rows"]) -> list[Int[np.ndarray, " batch"]]:
+    def _split(self, rows: Int[np.ndarray, " rows"]) -> list[Int[np.ndarray, " _"]]:
         return [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]

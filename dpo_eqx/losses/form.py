@@ -7,7 +7,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator
 from numbers import Real
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import equinox as eqx
 import jax
@@ -17,19 +17,18 @@ from jaxtyping import Array, Float
 
 from ..explicit import automatic
 from ..log_probs import PairLogProbs, UnpairedLogProbs, check_one_shape
+from ..scalars import Number, PerPair
 
 # A hyper-parameter: a number, a traced scalar, or one value per pair.
 if TYPE_CHECKING:
-    # A NumPy array is welcome too, but NumPy's stubs believe that its product with an `Array` is
-    # a NumPy array, which it is not.
+    # A NumPy array is welcome too, see `scalars.py`.
     Scalar = float | Array
 else:
-    Scalar = float | int | Float[Array | np.ndarray, ""] | Float[Array | np.ndarray, " pairs"]
+    Scalar = Number | PerPair
 
-Loss = TypeVar("Loss", bound=Callable[..., Any])
+# Bare, since typeguard cannot check a bound with parameters.
+Loss = TypeVar("Loss", bound=Callable)
 Reference = TypeVar("Reference")
-Arguments = ParamSpec("Arguments")
-Returned = TypeVar("Returned")
 
 
 class PairLoss(eqx.Module):
@@ -163,7 +162,7 @@ def check_between(*, above: float | int, below: float | int, **values: Scalar) -
             raise ValueError(f"`{name}` must be in ({above}, {below}), got {value}.")
 
 
-def couples_pairs(loss: Callable[Arguments, Returned]) -> Callable[Arguments, Returned]:
+def couples_pairs(loss: Loss) -> Loss:
     """Marks a loss whose value for one pair depends on the other pairs: a sort, a batch mean.
 
     `make_grad` then hands it the log-probabilities of the whole global batch, over microbatches
@@ -188,11 +187,11 @@ def couples_pairs(loss: Callable[Arguments, Returned]) -> Callable[Arguments, Re
     on_any_mesh = automatic(loss)
 
     @functools.wraps(loss)
-    def coupled(*args: Arguments.args, **keywords: Arguments.kwargs) -> Returned:
+    def coupled(*args: Any, **keywords: Any) -> Any:
         return on_any_mesh(*args, **keywords)
 
     coupled.couples_pairs = True  # pyright: ignore[reportAttributeAccessIssue]: it is the mark
-    return derived(coupled, loss)
+    return cast("Loss", derived(coupled, loss))
 
 
 def is_coupled(loss: Callable[..., Any]) -> bool:

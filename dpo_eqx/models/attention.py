@@ -10,10 +10,11 @@ from collections.abc import Iterator
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Integer, PRNGKeyArray
 
 from ..layout import Layout
 from ..packed import PackedLayout
+from ..tokens import as_ids
 from .blockwise import blockwise, scores_of
 from .config import Config
 from .fused import fits, fused
@@ -55,10 +56,11 @@ def masks(layout: Layout | PackedLayout, window: int | None) -> Masks:
 
 
 def visible(
-    query: Int[Array, " query"], key: Int[Array, " key"], window: int | None
+    query: Integer[Array, " query"], key: Integer[Array, " key"], window: int | None
 ) -> Bool[Array, "query key"]:
     """Whether the token at each query's position sees the one at each key's position."""
-    distance = query[:, None] - key[None, :]
+    # In int32: a difference of unsigned positions would never be negative, and nothing masked.
+    distance = as_ids(query)[:, None] - as_ids(key)[None, :]
     causal = distance >= 0
     return causal if window is None else causal & (distance < window)
 

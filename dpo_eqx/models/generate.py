@@ -4,20 +4,26 @@ A `Transformer` keeps keys and values of what it has read; any other policy is r
 row for every token.
 """
 
+import operator
 from collections.abc import Sequence
 from functools import partial
+from numbers import Real
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from ..explicit import automatic
+from ..keys import check_key
 from ..layout import Layout
-from ..tokens import Tokens
+from ..policy_checks import check_is_policy, checked_logits, described
+from ..scalars import Number
+from ..tokens import Tokens, as_ids
 from .attention import attend, attend_by_layout, masks, visible
-from .sample import Scalar, choose
+from .sample import choose
 from .transformer import Transformer
 
 
@@ -26,12 +32,12 @@ def generate(
     policy: PyTree,
     prompt: Tokens,
     *,
-    max_new_tokens: int,
-    temperature: Scalar = 1.0,
-    top_k: int | None = None,
-    top_p: Scalar | None = None,
+    max_new_tokens: int | np.integer,
+    temperature: Number = 1.0,
+    top_k: int | np.integer | None = None,
+    top_p: Number | None = None,
     key: PRNGKeyArray | None = None,
-    eos: int | Sequence[int] | None = None,
+    eos: int | np.integer | Sequence[int | np.integer] | Array | np.ndarray | None = None,
 ) -> Tokens:
     """Draws a completion for each prompt.
 
@@ -63,13 +69,14 @@ def generate(
 
     `ValueError` where an argument is out of range, or a key is missing.
     """
-    _check(prompt, max_new_tokens, temperature, top_k, top_p, key)
-    is_greedy = isinstance(temperature, int | float) and temperature == 0
-    ends = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
-    prompt = Tokens(jnp.asarray(prompt.ids, jnp.int32), jnp.asarray(prompt.mask))
+    check_is_policy(policy)
+    _check_prompt(prompt)
+    is_greedy = isinstance(temperature, Real) and temperature == 0
+    _check(max_new_tokens, temperature, top_k, top_p, None if is_greedy else key, is_greedy)
+    prompt = Tokens(as_ids(prompt.ids), jnp.asarray(prompt.mask))
     sampling = None if is_greedy else (jnp.asarray(temperature, jnp.float32), top_p)
-    key = None if is_greedy else key
-    return _generate(policy, prompt, key, sampling, max_new_tokens, top_k, ends)
+    key, top_k = None if is_greedy else key, None if top_k is None else int(top_k)
+    return _generate(policy, prompt, key, sampling, int(max_new_tokens), top_k, _ends(eos))
 
 
 @eqx.filter_jit
@@ -157,7 +164,7 @@ class _Cached(eqx.Module):
         real = layout.segments >= 0
 
         def mask_of(window):
-            return visible(position, layout.positions, window) & real
+            return visible(position, layout.positions, window) & real[None, :]
 
         def attend_cached(query, key, value, mask, cache, rng):
             slot = layout.prompt_width + step
@@ -184,25 +191,50 @@ class _Uncached(eqx.Module):
     def start(self, ids: Int[Array, " prompt"], length: Int[Array, ""]):
         """The row with room for the new tokens, and the logits of the first."""
         row = jnp.concatenate([ids, jnp.zeros(self.steps, ids.dtype)])
-        return row, self.policy(row)[length - 1]
+        return row, self._logits(row)[length - 1]
 
     def advance(self, row, token: Int[Array, ""], length: Int[Array, ""], step: Int[Array, ""]):
         """Writes one new token behind the others; the logits of the next."""
         row = row.at[length + step].set(token)
-        return row, self.policy(row)[length + step]
+        return row, self._logits(row)[length + step]
+
+    def _logits(self, row: Int[Array, " length"]) -> Float[Array, "length vocab"]:
+        return checked_logits(self.policy, self.policy(row), row)
 
 
-def _check(prompt: Tokens, max_new_tokens, temperature, top_k, top_p, key) -> None:
+def _ends(eos: Any) -> tuple[int, ...]:
+    """The ids that end a completion."""
+    several = () if eos is None else (eos,) if np.ndim(eos) == 0 else tuple(eos)
+    try:
+        return tuple(operator.index(end) for end in several)
+    except TypeError as error:
+        raise ValueError(
+            f"`eos` must be the id of the token that ends a completion, or several; got {eos!r}."
+        ) from error
+
+
+def _check_prompt(prompt: Any) -> None:
+    if not isinstance(prompt, Tokens):
+        raise ValueError(
+            "`prompt` must be `dpx.Tokens(ids, mask)` of shape `(batch, length)`; got "
+            f"{described(prompt)}. A tokenizer turns text into ids; of those of one text it is "
+            "made by `dpx.Tokens(np.array([ids]), np.ones((1, len(ids)), bool))`."
+        )
     if prompt.ids.ndim != 2:
         raise ValueError(f"`prompt` must have shape `(batch, length)`, got {prompt.ids.shape}.")
+
+
+def _check(max_new_tokens, temperature, top_k, top_p, key, is_greedy) -> None:
     if not max_new_tokens > 0:
         raise ValueError(f"`max_new_tokens` must be positive, got {max_new_tokens}.")
-    if isinstance(temperature, int | float) and not temperature >= 0:
+    if isinstance(temperature, Real) and not float(temperature) >= 0:
         raise ValueError(f"`temperature` must not be negative, got {temperature}.")
     if top_k is not None and not top_k > 0:
         raise ValueError(f"`top_k` must be positive, got {top_k}.")
-    if isinstance(top_p, int | float) and not 0 < top_p <= 1:
+    if isinstance(top_p, Real) and not 0 < float(top_p) <= 1:
         raise ValueError(f"`top_p` must be in (0, 1], got {top_p}.")
-    greedy = isinstance(temperature, int | float) and temperature == 0
-    if not greedy and key is None:
+    if is_greedy:
+        return
+    if key is None:
         raise ValueError("`key` is needed to draw tokens; give one, or `temperature=0`.")
+    check_key(key)

@@ -7,17 +7,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-# A number, traced or not.
-Scalar = float | int | Float[Array, ""]
+from ..scalars import Number
 
 
 def choose(
     logits: Float[Array, " vocab"],
     key: PRNGKeyArray | None,
     *,
-    temperature: Scalar,
+    temperature: Number,
     top_k: int | None,
-    top_p: Scalar | None,
+    top_p: Number | None,
 ) -> Int[Array, ""]:
     """The id of the next token; the likeliest where there is no key."""
     if key is None:
@@ -36,7 +35,7 @@ def keep_top_k(logits: Float[Array, " vocab"], top_k: int) -> Float[Array, " voc
     return jnp.where(logits >= least, logits, -jnp.inf)
 
 
-def keep_top_p(logits: Float[Array, " vocab"], top_p: Scalar) -> Float[Array, " vocab"]:
+def keep_top_p(logits: Float[Array, " vocab"], top_p: Number) -> Float[Array, " vocab"]:
     """-inf for all but the fewest tokens whose probabilities sum to `top_p` or more."""
     order = jnp.argsort(logits, descending=True)
     probabilities = jax.nn.softmax(logits[order])

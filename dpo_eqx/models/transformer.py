@@ -11,13 +11,14 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, Integer, PRNGKeyArray
 
 from ..explicit import automatic
 from ..layout import Layout
 from ..log_probs import at_least_float32
 from ..packed import PackedLayout
 from ..rows import keep_rows
+from ..tokens import as_ids
 from . import rotary
 from .attention import attend_by_layout, masks
 from .blockwise import ATTENDED
@@ -80,22 +81,22 @@ class Transformer(eqx.Module):
 
     @partial(automatic, like=1)
     def __call__(
-        self, ids: Int[Array | np.ndarray, " length"], *, key: PRNGKeyArray | None = None
+        self, ids: Integer[Array | np.ndarray, " length"], *, key: PRNGKeyArray | None = None
     ) -> Float[Array, "length vocab"]:
         """The logits of each next token, in float32 or wider.
 
         **Arguments:**
 
-        - `ids`: token ids. Shape `(length,)`.
+        - `ids`: token ids, integers of any dtype. Shape `(length,)`.
         - `key`: for dropout; without one there is none.
         """
         layout = Layout(jnp.asarray(ids.size), ids.size, ())
-        return self.unembed(self.hidden(jnp.asarray(ids), layout, key=key))
+        return self.unembed(self.hidden(ids, layout, key=key))
 
     @partial(automatic, like=1)
     def hidden(
         self,
-        ids: Int[Array, " length"],
+        ids: Integer[Array | np.ndarray, " length"],
         layout: Layout | PackedLayout,
         *,
         key: PRNGKeyArray | None = None,
@@ -116,7 +117,7 @@ class Transformer(eqx.Module):
         def masks_of(window):
             return masks(layout, window)
 
-        return self.run(ids, layout.positions, attend, masks_of, key=key)[0]
+        return self.run(as_ids(ids), layout.positions, attend, masks_of, key=key)[0]
 
     def run(
         self,
@@ -177,7 +178,7 @@ class Transformer(eqx.Module):
         weight = self.unembedding.astype(hidden.dtype)
         logits = jnp.matmul(hidden, weight.T, preferred_element_type=dtype)
         if self.unembedding_bias is not None:
-            logits = logits + self.unembedding_bias.astype(dtype)
+            logits = logits + self.unembedding_bias.astype(dtype)[None, :]
         if self.softcap is not None:
             logits = self.softcap * jnp.tanh(logits / self.softcap)
         return logits

@@ -8,12 +8,11 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-from jaxtyping import PyTree
 
 from ..rows import ROWS
 from .mesh import size_of
 
-Batch = TypeVar("Batch", bound=PyTree)
+Batch = TypeVar("Batch")
 
 
 def shard_batch(batch: Batch, mesh: Mesh) -> Batch:

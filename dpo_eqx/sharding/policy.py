@@ -11,11 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-from jaxtyping import PyTree
 
 from .rules import TRANSFORMER, Rules, spec_of
 
-Tree = TypeVar("Tree", bound=PyTree)
+Tree = TypeVar("Tree")
 
 
 def placement(
