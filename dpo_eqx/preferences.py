@@ -64,7 +64,9 @@ def calibrate(margin: Values, weight: Values | None = None, *, bins: int = 10) -
     margin, weight = _with_weight(margin, weight)
     predicted = jax.nn.sigmoid(jnp.abs(margin))
     place = jnp.clip(jnp.floor((predicted - 0.5) * (2 * bins)), 0, bins - 1)
-    inside = (place[:, None] == jnp.arange(bins, dtype=place.dtype)) & (weight > 0)[:, None]
+    inside = (place[:, None] == jnp.arange(bins, dtype=place.dtype)[None, :]) & (weight > 0)[
+        :, None
+    ]
     share = jnp.where(inside, weight[:, None], 0)
     return Calibration(
         predicted @ share, _half(margin) @ share, share.sum(axis=0), inside.sum(axis=0)

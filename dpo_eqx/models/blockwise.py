@@ -122,6 +122,7 @@ def scores_of(scale, softcap, query, key, mask, *, keys_first=False) -> tuple[Ar
     factor = scale
     if softcap is not None:
         scores, factor = jnp.tanh(scores * (scale / softcap)), softcap
+    mask = jnp.broadcast_to(mask, scores.shape)
     # Finite, not -inf: a softmax is then finite even where a row is all masked.
     return jnp.where(mask, scores, jnp.finfo(scores.dtype).min / max(1.0, factor)), factor
 

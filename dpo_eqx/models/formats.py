@@ -98,7 +98,7 @@ class NF4Weight(eqx.Module):
 
     def decode(self) -> Float[Array, "*layers out in"]:
         """The weight, in `dtype`."""
-        shifts = jnp.array([4, 0], jnp.uint8)
+        shifts = jnp.broadcast_to(jnp.array([4, 0], jnp.uint8), (*self.codes.shape, 2))
         codes = (self.codes[..., None] >> shifts) & jnp.uint8(15)
         values = jnp.asarray(NF4_VALUES, jnp.float32)[codes.astype(jnp.int32)]
         blocks = values.reshape(*self.scales.shape, BLOCK) * _from_bits(self.scales)[..., None]

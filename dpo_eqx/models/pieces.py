@@ -26,7 +26,7 @@ class Linear(eqx.Module):
 
     def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
         y = x @ self.weight.astype(x.dtype).T
-        return y if self.bias is None else y + self.bias.astype(x.dtype)
+        return y if self.bias is None else y + jnp.broadcast_to(self.bias.astype(x.dtype), y.shape)
 
 
 class Norm(eqx.Module):
@@ -48,9 +48,9 @@ class Norm(eqx.Module):
         if self.bias is not None:
             wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
         wide = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.eps)
-        wide = wide * (self.weight.astype(wide.dtype) + self.offset)
+        wide = wide * jnp.broadcast_to(self.weight.astype(wide.dtype) + self.offset, wide.shape)
         if self.bias is not None:
-            wide = wide + self.bias.astype(wide.dtype)
+            wide = wide + jnp.broadcast_to(self.bias.astype(wide.dtype), wide.shape)
         return wide.astype(x.dtype)
 
 

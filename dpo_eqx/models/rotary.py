@@ -17,7 +17,7 @@ def tables(
 ) -> tuple[Float[Array, "length half"], Float[Array, "length half"]]:
     """Cosines and sines of every position; `half` is half the rotated width."""
     frequencies = jnp.asarray(KINDS[rotary.kind](rotary, head_width), dtype)
-    angles = positions.astype(dtype)[:, None] * frequencies
+    angles = positions.astype(dtype)[:, None] * frequencies[None, :]
     amplitude = jnp.asarray(rotary.amplitude, dtype)
     return amplitude * jnp.cos(angles), amplitude * jnp.sin(angles)
 
