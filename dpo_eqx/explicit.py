@@ -83,7 +83,7 @@ def _split_of_rows(tree: PyTree, mesh: AbstractMesh) -> tuple[str, ...]:
     arrays = [x for x in jax.tree.leaves(tree) if eqx.is_array(x)]
     spec = jax.typeof(arrays[0]).sharding.spec if arrays else P()
     first = spec[0] if len(spec) else None
-    names = first if isinstance(first, tuple) else (first,)
+    names = first if isinstance(first, tuple) else () if first is None else (first,)
     return tuple(name for name in names if name in mesh.explicit_axes)
 
 

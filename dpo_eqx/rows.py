@@ -14,6 +14,7 @@ from typing import ParamSpec, TypeVar
 
 import jax
 import numpy as np
+from jax.core import Tracer
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec as P
@@ -122,7 +123,7 @@ def _taken(tree: PyTree) -> set[Hashable]:
     """The axes of the mesh over which a `vmap(spmd_axis_name=)` around splits arrays of `tree`."""
     names = set(_TAKEN.get())
     for x in jax.tree.leaves(tree):
-        if isinstance(x, jax.core.Tracer):
+        if isinstance(x, Tracer):
             with contextlib.suppress(_SeenError):
                 _seen.bind(x, names=names.update)
     return names
