@@ -19,6 +19,7 @@ from .log_probs import (
     token_log_probs as token_log_probs,
 )
 from .losses.form import PairLoss as PairLoss, UnpairedLoss as UnpairedLoss
+from .master import master_weights as master_weights
 from .metrics import Metrics as Metrics, default_metrics as default_metrics
 from .packed import PackedBatch as PackedBatch, PackedLayout as PackedLayout
 from .packed_score import score_packed as score_packed

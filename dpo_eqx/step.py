@@ -185,7 +185,11 @@ def make_step(
     **Arguments:**
 
     - `optimizer`: an Optax transformation. Its arithmetic is in float32 at least; its state and
-        the parameters keep the dtypes that they came in.
+        the parameters keep the dtypes that they came in. So new bfloat16 or float16 parameters are
+        rounded, and an update below half of a parameter's spacing (1/500 of a bfloat16 parameter)
+        is lost. At the learning rates of preference training that is nearly every update. Keep
+        what is trained in float32 and give `compute_dtype=jnp.bfloat16`, or wrap the optimiser in
+        `master_weights`.
     - `update_fraction`: adds a metric of that name, the fraction of the trained numbers that this
         step changed, as seen in the parameters' own dtype. A fraction near 0 means that updates
         are rounded away.

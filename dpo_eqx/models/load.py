@@ -51,7 +51,9 @@ def load(
 
     - `path`: a folder with `config.json` and safetensors, in one file or several with an index; or
         a name on the Hugging Face hub.
-    - `dtype`: of all parameters; by default each keeps that of the file.
+    - `dtype`: of all parameters; by default each keeps that of the file, mostly bfloat16. To train
+        bfloat16 parameters, load them in float32 and give the step `compute_dtype=jnp.bfloat16`,
+        or wrap the optimiser in `dpx.master_weights`: small updates are rounded away otherwise.
     - `sharding`: where the parameters go: one sharding for all, or a function of a leaf's path
         (`"layers.attention.query.weight"`) and of its shape and dtype, such as
         `lambda path, leaf: NamedSharding(mesh, spec)`. Each device reads its own part only, but of
