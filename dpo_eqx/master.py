@@ -71,7 +71,7 @@ def master_weights(
     """
     inner = optax.with_extra_args_support(optimizer)
 
-    def init(params: PyTree) -> MasterWeightsState:
+    def init(params: PyTree) -> Any:
         narrow = eqx.filter(params, is_narrow)
         dtypes = tuple(str(leaf.dtype) for leaf in jax.tree.leaves(narrow))
         # Widened twice: the inner state may hold its parameters, and a donated state must not hold
@@ -81,8 +81,8 @@ def master_weights(
         )
 
     def update(
-        updates: PyTree, state: MasterWeightsState, params: PyTree | None = None, **extra_args: Any
-    ) -> tuple[PyTree, MasterWeightsState]:
+        updates: PyTree, state: Any, params: PyTree | None = None, **extra_args: Any
+    ) -> tuple[PyTree, Any]:
         if params is None:
             raise ValueError(
                 "`params` must be given to the update of `master_weights`; got None. Call "

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from .axis import AxisName, gather, own_rows
+from .axis import AxisName, gather, own_rows, total
 from .losses.form import is_coupled, parts
-from .metrics import safe_ratio
+from .metrics import safe_ratio, weighted_sums
 from .policy_checks import described
 from .scalars import PerPair
 
@@ -74,6 +74,11 @@ def loss_and_slopes(
         return result, slopes
 
     return _on_all_pairs(on, loss, scored, axis_name)
+
+
+def mean_loss(pairs: Scored, losses: Any, axis_name: AxisName | None) -> Float[Array, ""]:
+    """The weighted mean loss over the global batch."""
+    return total(weighted_sums({"loss": losses.loss}, pairs.weight), axis_name).mean()["loss"]
 
 
 def check_no_bound_axis(loss: LossFunction) -> None:

@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, PyTree
 
+from .dependence import dependent_paths
 from .inference import in_inference
 from .log_probs import PairLogProbs, at_least_float32
 from .packed import rows_of
-from .precision import in_dtype
+from .precision import cast, in_dtype
 from .rows import beside_sweeps
 from .scalars import Number
 from .score import score_pairs
@@ -30,7 +31,8 @@ def snapshot(policy: Policy) -> Policy:
     """A copy of `policy` that shares no array with it.
 
     `reference = dpx.snapshot(policy)` before a policy is donated to a jitted step: what is donated
-    must not share buffers with what is kept.
+    must not share buffers with what is kept. `dpx.snapshot(optimizer.init(...))` is for optimisers
+    whose first state holds the parameters themselves.
     """
     return jax.tree.map(lambda x: jnp.array(x, copy=True) if eqx.is_array(x) else x, policy)
 
@@ -130,18 +132,19 @@ def choose_reference(
     batch: Any,
     reference: PyTree | None,
     reference_of: Callable[[Any], Any] | None,
-    moving: PyTree = None,
+    parts: tuple[PyTree, PyTree] | None = None,
 ) -> PyTree | None:
     """The policy to run as reference, or `None` where it is precomputed or absent.
 
     **Arguments:**
 
     - `policy`, `batch`, `reference`, `reference_of`: as a step has them.
-    - `moving`: the arrays of `policy` that are trained, which no view may show as reference.
+    - `parts`: the arrays of `policy` that are trained, on which no view may depend, and all the
+        rest of it.
 
     **Raises:**
 
-    `ValueError` where there are two references, or the view holds an array that is trained.
+    `ValueError` if there are two references, or the view depends on an array that is trained.
     """
     given = {
         "the argument `reference`": reference,
@@ -157,25 +160,34 @@ def choose_reference(
         )
     if reference_of is None:
         return reference
-    view = reference_of(policy)
-    trained = {id(leaf) for leaf in jax.tree.leaves(moving)}
-    paths = [
-        jax.tree_util.keystr(path, simple=True, separator=".")
-        for path, leaf in jax.tree_util.tree_leaves_with_path(view)
-        if id(leaf) in trained
-    ]
+    if parts is not None:
+        _check_view(reference_of, *parts)
+    return reference_of(policy)
+
+
+def _check_view(reference_of: Callable[[Any], Any], trained: PyTree, rest: PyTree) -> None:
+    """Raises if an array of the view depends on one that is trained, by whatever operations."""
+    remedy = (
+        "Freeze them by `trainable=`, for instance `models.lora_filter(policy)`, or give a "
+        "`snapshot` as `reference`."
+    )
+    try:
+        paths = dependent_paths(lambda arrays: reference_of(eqx.combine(arrays, rest)), trained)
+    except jax.errors.JAXTypeError as error:
+        # `np.asarray`, `float` or `if` on an array that is trained: it makes a copy that moves.
+        raise ValueError(
+            "`reference_of` must be traceable by JAX in the arrays that are trained, and not "
+            f"depend on their values, but it has read one: {str(error).splitlines()[0]} {remedy}"
+        ) from error
     if paths:
         raise ValueError(
             "`reference_of` shows arrays that are trained, so the reference would move with the "
-            f"policy: {', '.join(paths[:3])}{', ...' if len(paths) > 3 else ''}. Freeze them by "
-            "`trainable=`, for instance `models.lora_filter(policy)`, or give a `snapshot` as "
-            "`reference`."
+            f"policy: {', '.join(paths[:3])}{', ...' if len(paths) > 3 else ''}. {remedy}"
         )
-    return view
 
 
 def _mix(old: Array, new: Array, alpha: Number) -> Array:
     if not eqx.is_inexact_array(old):
         return jnp.array(old, copy=True)
     wide = at_least_float32(old.dtype)
-    return (alpha * new.astype(wide) + (1 - alpha) * old.astype(wide)).astype(old.dtype)
+    return cast(alpha * cast(new, wide) + (1 - alpha) * old.astype(wide), old.dtype)

@@ -13,6 +13,7 @@ import optax
 from jaxtyping import Array, DTypeLike, Float, PyTree
 
 from .axis import AxisName, total, vary
+from .extra_args import differentiable, taken_by
 from .keys import Keys, own_keys
 from .losses.form import is_coupled
 from .metrics import MetricsFunction, default_metrics, weighted_sums
@@ -21,6 +22,8 @@ from .objective import (
     Scored,
     check_no_bound_axis,
     loss_and_slopes,
+    loss_of,
+    mean_loss,
     pair_weights,
 )
 from .packed import rows_of
@@ -64,8 +67,10 @@ def make_grad(
     - `axis_name`: the mapped axis, or axes, of `pmap` or `shard_map` over which the pairs are
         split. Sums run over all of it; every device gets the whole gradient.
     - `compute_dtype`: to which the policy and the reference are cast for the forward pass.
-        Gradients stay in the parameters' dtype, float32 at least.
-    - `reference_of`: makes the reference from the policy, as `models.without_lora` does.
+        Gradients stay in the parameters' dtype, float32 at least. Complex arrays stay complex,
+        complex64 at least.
+    - `reference_of`: makes the reference from the policy, as `models.without_lora` does. It is
+        traced once more, to see that no array of the reference depends on what is trained.
     - `metrics`: of the form `(policy_log_probs, reference_log_probs, pair_loss) -> dict`, see
         `default_metrics`.
 
@@ -83,14 +88,16 @@ def make_grad(
         `vmap` JAX draws the numbers of a whole batch from its first key.
 
     It returns a pytree like `policy`, with `None` where nothing is trainable, and a dict of
-    scalars: the means of `metrics`, and `grad_norm`. A batch whose weights sum to 0 has loss 0 and
-    gradient 0.
+    scalars: the means of `metrics`, and `grad_norm`. The gradient is what an optimiser may
+    subtract: that of a complex parameter is $\partial/\partial x + i\,\partial/\partial y$, the
+    conjugate of JAX's. A batch whose weights sum to 0 has loss 0 and gradient 0.
 
     **Raises:**
 
-    `ValueError` at trace time: a reference missing or given twice, `microbatches` that do not
-    divide the pairs, an array with an axis bound to `loss` where pairs are split, a `trainable`
-    that selects nothing or what cannot be differentiated, an axis of `vmap`.
+    `ValueError` at trace time: a reference missing, given twice or moving with the policy,
+    `microbatches` that do not divide the pairs, an array with an axis bound to `loss` where pairs
+    are split, a `trainable` that selects nothing or what cannot be differentiated, an axis of
+    `vmap`.
 
     ??? info "Precision"
 
@@ -99,8 +106,16 @@ def make_grad(
         intermediate results in excess precision than the reference's plain one does, and
         log-ratios that should be 0 were seen 0.06 nats apart.
     """
-    if microbatches != 1 or axis_name is not None:
-        check_no_bound_axis(loss)
+    evaluate = _make_evaluate(
+        loss,
+        score=score,
+        trainable=trainable,
+        microbatches=microbatches,
+        axis_name=axis_name,
+        compute_dtype=compute_dtype,
+        reference_of=reference_of,
+        metrics=metrics,
+    )
 
     def grad(
         policy: PyTree,
@@ -109,56 +124,98 @@ def make_grad(
         *,
         key: Keys | None = None,
     ) -> tuple[PyTree, dict[str, Float[Array, ""]]]:
+        gradients, means, _ = evaluate(policy, batch, reference, key)
+        return gradients, means
+
+    return grad
+
+
+def _make_evaluate(
+    loss, *, score, trainable, microbatches, axis_name, compute_dtype, reference_of, metrics
+) -> Callable:
+    """`make_grad`, with a third result: a function that makes `make_step`'s extra arguments."""
+    if microbatches != 1 or axis_name is not None:
+        check_no_bound_axis(loss)
+
+    def evaluate(policy, batch, reference, key):
         check_divides(microbatches, rows_of(batch))
         own, frozen = split_trainable(policy, trainable)
-        reference = choose_reference(policy, batch, reference, reference_of, own)
-        params = vary(in_float32_at_least(own), axis_name)
-        rows = vary((batch, own_keys(key, rows_of(batch), axis_name)), axis_name)
+        reference = choose_reference(policy, batch, reference, reference_of, (own, frozen))
+        keys = own_keys(key, rows_of(batch), axis_name)
+        rows = vary((batch, keys, batch.reference), axis_name)
         weight = pair_weights(rows[0])
         whole = total(weight.sum(), axis_name)
-        zeros = jax.tree.map(jnp.zeros_like, params)
 
         def forward(params, batch, keys):
             policy = in_dtype(eqx.combine(in_dtypes_of(params, own), frozen), compute_dtype)
             run = eqx.filter_checkpoint(score) if is_narrow(policy) else score
             return run(policy, batch, key=keys)
 
-        def scored(log_probs, batch):
-            given = batch.reference
-            if reference is not None:
+        def scored(log_probs, batch, given):
+            if given is None and reference is not None:
                 given = run_reference(reference, batch, score=score, compute_dtype=compute_dtype)
             return Scored(log_probs, given, batch.per_pair, pair_weights(batch))
 
-        def log_probs_and_pullback(batch, keys):
-            return _vjp(lambda params: forward(params, batch, keys), params)
+        def first_pass(params, rows):
+            batch, keys, given = rows
+            return scored(forward(params, batch, keys), batch, given)
 
-        def in_one_pass(rows):
-            log_probs, pull = log_probs_and_pullback(*rows)
-            pairs = scored(log_probs, rows[0])
-            losses, slopes = loss_and_slopes(loss, pairs, whole, axis_name)
-            return pull(slopes), (pairs, losses)
+        def gradient(params, rows):
+            params = vary(in_float32_at_least(params), axis_name)
+            zeros = jax.tree.map(jnp.zeros_like, params)
 
-        def first_pass(rows):
-            return None, scored(forward(params, *rows), rows[0])
+            def log_probs_and_pullback(batch, keys):
+                return _vjp(lambda params: forward(params, batch, keys), params)
 
-        def second_pass(rows):
-            *rows, slopes = rows
-            _, pull = log_probs_and_pullback(*rows)
-            return pull(slopes), None
+            def in_one_pass(rows):
+                batch, keys, given = rows
+                log_probs, pull = log_probs_and_pullback(batch, keys)
+                pairs = scored(log_probs, batch, given)
+                losses, slopes = loss_and_slopes(loss, pairs, whole, axis_name)
+                return pull(slopes), (pairs, losses)
 
-        if is_coupled(loss) and microbatches > 1:
-            _, pairs = accumulate(first_pass, rows, microbatches, None)
-            losses, slopes = loss_and_slopes(loss, pairs, whole, axis_name)
-            gradients, _ = accumulate(second_pass, (*rows, slopes), microbatches, zeros)
-        else:
-            gradients, (pairs, losses) = accumulate(in_one_pass, rows, microbatches, zeros)
+            def second_pass(rows):
+                (batch, keys, _), slopes = rows
+                _, pull = log_probs_and_pullback(batch, keys)
+                return pull(slopes), None
 
-        gradients = total(gradients, axis_name)
+            if is_coupled(loss) and microbatches > 1:
+                _, pairs = accumulate(
+                    lambda rows: (None, first_pass(params, rows)), rows, microbatches, None
+                )
+                losses, slopes = loss_and_slopes(loss, pairs, whole, axis_name)
+                gradients, _ = accumulate(second_pass, (rows, slopes), microbatches, zeros)
+            else:
+                gradients, (pairs, losses) = accumulate(in_one_pass, rows, microbatches, zeros)
+            # JAX's gradient with respect to a complex number points uphill in its conjugate.
+            return total(jax.tree.map(jnp.conj, gradients), axis_name), pairs, losses
+
+        def value(params, rows):
+            params = vary(params, axis_name)
+            _, pairs = accumulate(
+                lambda rows: (None, first_pass(params, rows)), rows, microbatches, None
+            )
+            return mean_loss(pairs, loss_of(loss, pairs, axis_name), axis_name)
+
+        gradients, pairs, losses = gradient(own, rows)
         values = metrics(pairs.policy, pairs.reference, losses)
         means = total(weighted_sums(values, pairs.weight), axis_name).mean()
-        return gradients, {**means, "grad_norm": optax.tree.norm(gradients)}
 
-    return beside_sweeps(grad)
+        def extra_args():
+            # The reference's log-probabilities are known by now.
+            known = (*rows[:2], pairs.reference)
+
+            def value_and_gradient(params):
+                gradients, pairs, losses = gradient(params, known)
+                return mean_loss(pairs, losses, axis_name), gradients
+
+            value_fn = differentiable(lambda params: value(params, known), value_and_gradient)
+            mean = mean_loss(pairs, losses, axis_name)
+            return {"value": mean, "grad": gradients, "value_fn": value_fn, "obj_fn": value_fn}
+
+        return gradients, {**means, "grad_norm": optax.tree.norm(gradients)}, extra_args
+
+    return beside_sweeps(evaluate)
 
 
 def make_step(
@@ -189,7 +246,13 @@ def make_step(
         rounded, and an update below half of a parameter's spacing (1/500 of a bfloat16 parameter)
         is lost. At the learning rates of preference training that is nearly every update. Keep
         what is trained in float32 and give `compute_dtype=jnp.bfloat16`, or wrap the optimiser in
-        `master_weights`.
+        `master_weights`. (`optax.inject_hyperparams` makes hyper-parameters of the parameters'
+        dtype, and a `b2` of 0.999 is 1 in bfloat16: give it `hyperparam_dtype=jnp.float32`.)
+        One that takes extra arguments is given `value`, the global weighted mean loss; `grad`; and
+        `value_fn`, the objective as a function of the trained parameters, exact over microbatches
+        and devices, with the same keys. So line searches work, and Sophia, which calls it `obj_fn`.
+        In a chain with one that refuses arguments that it does not know, as SAM does, hide them
+        from it: `optax.chain(clip, optax.GradientTransformation(*sam))`.
     - `update_fraction`: adds a metric of that name, the fraction of the trained numbers that this
         step changed, as seen in the parameters' own dtype. A fraction near 0 means that updates
         are rounded away.
@@ -205,7 +268,7 @@ def make_step(
     `ValueError` at trace time, as `make_grad`, and where `opt_state` was made for other leaves
     than `trainable` selects.
     """
-    grad = make_grad(
+    evaluate = _make_evaluate(
         loss,
         score=score,
         trainable=trainable,
@@ -226,16 +289,17 @@ def make_step(
     ) -> tuple[PyTree, PyTree, dict[str, Float[Array, ""]]]:
         params, frozen = split_trainable(policy, trainable)
         _check_opt_state(optimizer, opt_state, params)
-        gradients, means = grad(policy, batch, reference, key=key)
+        gradients, means, extra_args = evaluate(policy, batch, reference, key)
         wide_params, wide_state = in_float32_at_least((params, opt_state))
-        updates, new_state = optimizer.update(gradients, wide_state, wide_params)
+        extra = taken_by(optimizer, extra_args)
+        updates, new_state = optimizer.update(gradients, wide_state, wide_params, **extra)
         new_params = optax.apply_updates(wide_params, updates)
         new_params, new_state = in_dtypes_of((new_params, new_state), (params, opt_state))
         if update_fraction:
             means = {**means, "update_fraction": _changed_fraction(new_params, params)}
         return eqx.combine(new_params, frozen), new_state, means
 
-    return step
+    return beside_sweeps(step)
 
 
 def split_trainable(policy: PyTree, trainable: PyTree) -> tuple[PyTree, PyTree]:
@@ -275,7 +339,7 @@ def _changed_fraction(new: PyTree, old: PyTree) -> Float[Array, ""]:
         return jnp.atleast_1d(x != y).sum(-1).astype(jnp.zeros(()).dtype).sum()
 
     counts = jax.tree.leaves(jax.tree.map(count, new, old))
-    return sum(counts) / max(sum(x.size for x in jax.tree.leaves(old)), 1)
+    return jnp.stack(counts).sum() / max(sum(x.size for x in jax.tree.leaves(old)), 1)
 
 
 def _check_opt_state(optimizer: optax.GradientTransformation, opt_state, params) -> None:

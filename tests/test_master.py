@@ -54,7 +54,7 @@ def assert_rounded(narrow, wide):
     ("rate", "microbatches"), [(1e-6, 2), pytest.param(1e-3, 1, marks=pytest.mark.slow)]
 )
 def test_two_hundred_steps_are_those_of_float32_parameters(rate, microbatches):
-    """At every step the bfloat16 parameters are the float32 run's, rounded; the losses are equal."""
+    """At every step the bfloat16 parameters are those of the float32 run, rounded."""
     narrow = cast(Perceptron(jax.random.key(0)), jnp.bfloat16)
     inner = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=0.1))
 

@@ -232,7 +232,7 @@ def test_donation_by_the_documented_recipe(batch, standard_promotion):
     # All of it a copy: what is donated is gone, and `POLICY` is needed by other tests.
     policy = dpx.snapshot(POLICY)
     reference = dpx.snapshot(policy)
-    opt_state = optimizer.init(arrays(policy))
+    opt_state = dpx.snapshot(optimizer.init(arrays(policy)))
     first = policy
     for _ in range(3):
         policy, opt_state, metrics = train((batch, reference), policy, opt_state)

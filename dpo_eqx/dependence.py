@@ -1,0 +1,98 @@
+"""Which arrays of a function's result depend on its argument, found in its jaxpr.
+
+Dependence is of values: what takes only a shape or a dtype from an array does not depend on it.
+"""
+
+import functools
+import types
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import equinox as eqx
+import jax
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
+from jaxtyping import PyTree
+
+
+def dependent_paths(function: Callable[[Any], Any], tree: PyTree) -> list[str]:
+    """The paths of the arrays in `function(tree)` that depend on an array of `tree`.
+
+    Arrays in a closure or in a `functools.partial` count as what that function is in the result.
+    What cannot be followed, such as the inside of a callback, is taken to depend on all it is
+    given.
+    """
+    closed, arrays, _ = eqx.filter_make_jaxpr(lambda tree: _open_functions(function(tree)))(tree)
+    dependent = _outputs(closed.jaxpr, [True] * len(closed.jaxpr.invars))
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(arrays)]
+    return [
+        jax.tree_util.keystr(path, simple=True, separator=".")
+        for path, depends in zip(paths, dependent, strict=True)
+        if depends
+    ]
+
+
+def _open_functions(tree: PyTree) -> PyTree:
+    """`tree` with what each Python function holds in its place."""
+    seen = set()
+
+    def open_one(leaf):
+        if isinstance(leaf, functools.partial):
+            parts = [leaf.func, leaf.args, leaf.keywords]
+        elif isinstance(leaf, types.MethodType):
+            parts = [leaf.__self__, leaf.__func__]
+        elif isinstance(leaf, types.FunctionType):
+            parts = [cell.cell_contents for cell in leaf.__closure__ or ()]
+        else:
+            return leaf
+        # A function may hold itself.
+        is_new = id(leaf) not in seen
+        seen.add(id(leaf))
+        return jax.tree.map(open_one, parts) if is_new else None
+
+    return jax.tree.map(open_one, tree)
+
+
+def _outputs(jaxpr: Jaxpr, inputs: Sequence[bool]) -> list[bool]:
+    """Which outputs depend on the inputs that are marked."""
+    dependent = {var for var, depends in zip(jaxpr.invars, inputs, strict=True) if depends}
+
+    def marked(atoms):
+        return [not isinstance(atom, Literal) and atom in dependent for atom in atoms]
+
+    for equation in jaxpr.eqns:
+        operands = marked(equation.invars)
+        if any(operands):
+            results = zip(equation.outvars, _results(equation, operands), strict=True)
+            dependent.update(var for var, depends in results if depends)
+    return marked(jaxpr.outvars)
+
+
+def _results(equation: JaxprEqn, operands: list[bool]) -> list[bool]:
+    """Which results of one equation depend on the operands that are marked."""
+    params, everything = equation.params, [True] * len(equation.outvars)
+    if "branches" in params:
+        index, *rest = operands
+        branches = [_outputs(branch.jaxpr, rest) for branch in params["branches"]]
+        return everything if index else [any(results) for results in zip(*branches, strict=True)]
+    inner = [
+        value.jaxpr if isinstance(value, ClosedJaxpr) else value
+        for value in params.values()
+        if isinstance(value, ClosedJaxpr | Jaxpr)
+    ]
+    if len(inner) != 1 or len(inner[0].invars) != len(operands):
+        return everything
+    if "num_carry" in params:
+        return _scanned(inner[0], operands, params["num_consts"], params["num_carry"])
+    results = _outputs(inner[0], operands)
+    return results if len(results) == len(everything) else everything
+
+
+def _scanned(body: Jaxpr, operands: list[bool], consts: int, carried: int) -> list[bool]:
+    """The results of a scan, whose carry may come to depend on more in each round."""
+    while True:
+        results = _outputs(body, operands)
+        carry = operands[consts : consts + carried]
+        grown = [a or b for a, b in zip(carry, results[:carried], strict=True)]
+        if grown == carry:
+            return results
+        operands = [*operands[:consts], *grown, *operands[consts + carried :]]
