@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Shaped
 
 from .log_probs import PairLogProbs, UnpairedLogProbs
 from .losses.form import PairLoss, UnpairedLoss
+from .losses.numerics import present
 from .policy_checks import described
 
 # A value for each pair; with a mask beside it, the mean is over the pairs where that is true.
@@ -128,7 +129,7 @@ def weighted_sums(values: Any, weight: Float[Array, " pairs"]) -> Metrics:
     sums, counts = {}, {}
     for name, value in values.items():
         value, own = _own_weight(name, value, weight)
-        sums[name] = (jnp.where(own > 0, value.astype(own.dtype), 0) * own).sum()
+        sums[name] = (present(value.astype(own.dtype), own) * own).sum()
         counts[name] = own.sum()
     return Metrics(sums, counts)
 

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, PyTree
 
 from .axis import AxisName, gather, own_rows, total
 from .losses.form import is_coupled, parts
+from .losses.numerics import present, wide
 from .metrics import safe_ratio, weighted_sums
 from .policy_checks import described
 from .scalars import PerPair
@@ -66,12 +67,13 @@ def loss_and_slopes(
         def objective(floats):
             policy = eqx.combine(floats, rest)
             result = _call(loss, Scored(policy, pairs.reference, pairs.per_pair, pairs.weight))
-            weight = pairs.weight.astype(result.loss.dtype)
-            weighted = jnp.where(weight > 0, result.loss, 0) * weight
+            losses = wide(result.loss)
+            weight = pairs.weight.astype(losses.dtype)
+            weighted = present(losses, weight) * weight
             return safe_ratio(weighted.sum(), whole.astype(weighted.dtype)), result
 
         slopes, result = jax.grad(objective, has_aux=True)(floats)
-        return result, slopes
+        return result, _present_rows(slopes, pairs.weight)
 
     return _on_all_pairs(on, loss, scored, axis_name)
 
@@ -100,15 +102,8 @@ def _on_all_pairs(function: Callable, loss: LossFunction, scored: Scored, axis_n
 
 
 def _call(loss: LossFunction, scored: Scored) -> Any:
-    """The loss, given zeros for the pairs of weight 0: not even a NaN of theirs has influence."""
-
-    def silence(x):
-        if not eqx.is_inexact_array(x):
-            return x
-        present = scored.weight > 0
-        return jnp.where(present.reshape(present.shape + (1,) * (x.ndim - 1)), x, 0)
-
-    policy, reference = jax.tree.map(silence, (scored.policy, scored.reference))
+    """The loss; not even a NaN of a pair of weight 0 has influence."""
+    policy, reference = _present_rows((scored.policy, scored.reference), scored.weight)
     per_pair = {name: _as_floats(x, scored.weight) for name, x in (scored.per_pair or {}).items()}
     return checked_loss(loss, loss(policy, reference, **per_pair), scored.weight.shape)
 
@@ -143,3 +138,17 @@ def _name_of(loss: LossFunction) -> str:
     while isinstance(loss, functools.partial):
         loss = loss.func
     return f"`{getattr(loss, '__name__', type(loss).__name__)}`"
+
+
+def _present_rows(tree: PyTree, weight: Float[Array, " pairs"]) -> PyTree:
+    """`tree` with 0 for every NaN and infinity of a pair of weight 0.
+
+    Its finite numbers stay, so that the derivative with respect to its weight is right.
+    """
+
+    def clean(x):
+        if not eqx.is_inexact_array(x):
+            return x
+        return present(x, weight.reshape(weight.shape + (1,) * (x.ndim - 1)))
+
+    return jax.tree.map(clean, tree)

@@ -6,7 +6,7 @@ from jax.nn import log_sigmoid
 
 from ..log_probs import PairLogProbs
 from .form import PairLoss, Scalar, check_positive, check_range, couples_pairs, log_ratios
-from .numerics import weighted_mean
+from .numerics import square_limit, times, weighted_mean
 
 
 @couples_pairs
@@ -53,10 +53,12 @@ def beta_dpo(
     """
     check_positive(beta=beta)
     chosen, rejected = log_ratios(policy, reference, needed_by="beta_dpo")
-    difference = chosen - rejected
-    batch_margin = weighted_mean(beta * jax.lax.stop_gradient(difference), policy.weight)
-    batch_beta = jnp.maximum(beta * (1 + alpha * (batch_margin - margin)), 1e-3)
-    return PairLoss(-log_sigmoid(batch_beta * difference), beta * chosen, beta * rejected)
+    apart = chosen - rejected
+    batch_margin = weighted_mean(beta * jax.lax.stop_gradient(apart), policy.weight)
+    batch_beta = beta * (1 + times(alpha, batch_margin - margin))
+    # One infinite margin would otherwise make 0 * inf of every pair's slope.
+    batch_beta = jnp.clip(batch_beta, 1e-3, square_limit(batch_beta.dtype))
+    return PairLoss(-log_sigmoid(batch_beta * apart), beta * chosen, beta * rejected)
 
 
 def update_margin(margin: Scalar, batch_margin: Scalar, *, decay: Scalar = 0.9) -> Scalar:

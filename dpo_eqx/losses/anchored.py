@@ -8,6 +8,7 @@ from jax.nn import log_sigmoid, sigmoid
 
 from ..log_probs import PairLogProbs
 from .form import PairLoss, Scalar, check_positive, log_ratios
+from .numerics import square
 
 
 def nca(policy: PairLogProbs, reference: PairLogProbs | None, *, beta: Scalar = 0.1) -> PairLoss:
@@ -107,7 +108,7 @@ def sppo(policy: PairLogProbs, reference: PairLogProbs | None, *, beta: Scalar =
     check_positive(beta=beta)
     chosen, rejected = log_ratios(policy, reference, needed_by="sppo")
     target = 1 / (2 * beta)
-    loss = (chosen - target) ** 2 + (rejected + target) ** 2
+    loss = square(chosen - target) + square(rejected + target)
     return PairLoss(loss, beta * chosen, beta * rejected)
 
 
@@ -142,7 +143,7 @@ def cal_dpo(
     check_positive(beta=beta)
     chosen, rejected = log_ratios(policy, reference, needed_by="cal_dpo")
     target = 1 / (2 * beta)
-    calibration = (chosen - target) ** 2 + (rejected + target) ** 2
+    calibration = square(chosen - target) + square(rejected + target)
     loss = calibration - log_sigmoid(chosen - rejected)
     return PairLoss(loss, beta * chosen, beta * rejected)
 
@@ -204,5 +205,6 @@ def apo_down(
         equation 8 (arXiv 2408.06266).
     """
     check_positive(beta=beta)
-    chosen, rejected = (beta * rho for rho in log_ratios(policy, reference, needed_by="apo_down"))
-    return PairLoss(sigmoid(chosen) + sigmoid(rejected - chosen), chosen, rejected)
+    chosen, rejected = log_ratios(policy, reference, needed_by="apo_down")
+    loss = sigmoid(beta * chosen) + sigmoid(beta * (rejected - chosen))
+    return PairLoss(loss, beta * chosen, beta * rejected)

@@ -26,6 +26,7 @@ from .form import (
     require_reference,
     takes,
 )
+from .numerics import times, wide
 
 LogProbs = TypeVar("LogProbs", PairLogProbs, UnpairedLogProbs)
 Result = TypeVar("Result", PairLoss, UnpairedLoss)
@@ -62,7 +63,7 @@ def combine(*terms: tuple[Scalar, Callable[..., Result]]) -> Callable[..., Resul
             loss(policy, reference, **own)
             for loss, own in zip(losses, _routed(losses, keywords), strict=True)
         ]
-        total = sum(weight * r.loss for (weight, _), r in zip(terms, results, strict=True))
+        total = sum(times(weight, r.loss) for (weight, _), r in zip(terms, results, strict=True))
         return replace(results[0], loss=total)
 
     return derived(combined, *losses)
@@ -169,7 +170,7 @@ def wpo(loss: Callable[..., PairLoss]) -> Callable[..., PairLoss]:
     @functools.wraps(loss)
     def weighted(policy: PairLogProbs, reference: PairLogProbs | None, **keywords) -> PairLoss:
         result = loss(policy, reference, **keywords)
-        return replace(result, loss=_confidence(policy) * result.loss)
+        return replace(result, loss=times(_confidence(policy), result.loss))
 
     return derived(weighted, loss)
 
@@ -181,7 +182,7 @@ def _confidence(policy: PairLogProbs) -> Float[Array, " pairs"]:
             "`wpo` needs `policy.chosen_confidence` and `policy.rejected_confidence` and got none. "
             "Ask the score for them: `score=partial(dpx.score_pairs, confidence=True)`."
         )
-    return jax.lax.stop_gradient(jnp.asarray(chosen) * jnp.asarray(rejected))
+    return jax.lax.stop_gradient(wide(chosen) * wide(rejected))
 
 
 def _uniform(log_probs: LogProbs) -> LogProbs:

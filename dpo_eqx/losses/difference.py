@@ -9,7 +9,7 @@ from jax.nn import log_sigmoid, relu, sigmoid
 from ..log_probs import PairLogProbs
 from .divergences import Divergence, reverse_kl
 from .form import PairLoss, Scalar, check_between, check_positive, log_ratios
-from .numerics import exponential, square
+from .numerics import exponential, square, times
 
 
 def hinge(
@@ -126,6 +126,8 @@ def exo(
     check_between(label_smoothing=label_smoothing, above=0, below=0.5)
     chosen, rejected = log_ratios(policy, reference, needed_by="exo")
     z = beta * (divergence(chosen) - divergence(rejected))
+    # Of an infinite z one term would be 0 * inf; both are constant long before.
+    z = jnp.clip(z, -1000, 1000)
     loss = sigmoid(z) * (log_sigmoid(z) - jnp.log1p(-label_smoothing))
     loss += sigmoid(-z) * (log_sigmoid(-z) - jnp.log(label_smoothing))
     return PairLoss(loss, beta * chosen, beta * rejected)
@@ -167,6 +169,14 @@ def discopop(
     check_positive(beta=beta, tau=tau)
     chosen, rejected = log_ratios(policy, reference, needed_by="discopop")
     z = beta * (divergence(chosen) - divergence(rejected))
-    # exp(log m - z), not m * exp(-z): that is 0 * inf from z = -89 on in float32.
-    modulated = exponential(log_sigmoid(z / tau) - z)
-    return PairLoss(modulated - sigmoid(-z / tau) * log_sigmoid(z), beta * chosen, beta * rejected)
+    # exp(log m - z), not m * exp(-z): that is 0 * inf from z = -89 on in float32. And log m is
+    # z / tau at z = -inf, where log m - z would be inf - inf.
+    lowest = z == -jnp.inf
+    inside = jnp.where(lowest, 0, z)
+    exponent = jnp.where(lowest, times(1 / tau - 1, z), log_sigmoid(inside / tau) - inside)
+    # m S(z) vanishes at both ends, where its factors are 0 and inf: long before, it is constant.
+    end = 1000 * jnp.maximum(tau, 1)
+    middle = jnp.clip(z, -end, end)
+    crossover = sigmoid(middle / tau) * log_sigmoid(middle)
+    loss = exponential(exponent) + crossover - log_sigmoid(z)
+    return PairLoss(loss, beta * chosen, beta * rejected)

@@ -12,7 +12,7 @@ from jax.nn import log_sigmoid
 from jaxtyping import Array, Float
 
 from .form import Scalar
-from .numerics import exponential_minus_1
+from .numerics import exponential_minus_1, times, wide
 
 Divergence = Callable[[Float[Array, " pairs"]], Float[Array, " pairs"]]
 
@@ -68,7 +68,7 @@ def jensen_shannon(rho: Float[Array, " pairs"]) -> Float[Array, " pairs"]:
         Wang et al., *Beyond Reverse KL: Generalizing Direct Preference Optimization with Diverse
         Divergence Constraints*, 2023 (arXiv 2309.16240).
     """
-    return jnp.log(2.0) + log_sigmoid(rho)
+    return jnp.log(2.0) + log_sigmoid(wide(rho))
 
 
 def alpha_divergence(a: Scalar) -> Divergence:
@@ -92,10 +92,14 @@ def alpha_divergence(a: Scalar) -> Divergence:
     """
 
     def score(rho: Float[Array, " pairs"]) -> Float[Array, " pairs"]:
+        rho = wide(rho)
         coefficient = jnp.asarray(a)
-        divisor = jnp.where(coefficient == 0, 1, coefficient)
-        # The series at 0, so that the derivative with respect to `a` is right there too.
-        limit = rho * (1 - coefficient * rho / 2)
-        return jnp.where(coefficient == 0, limit, -exponential_minus_1(-divisor * rho) / divisor)
+        zero = coefficient == 0
+        divisor = jnp.where(zero, 1, coefficient)
+        # The series at 0, so that the derivative with respect to `a` is right there too. Each
+        # infinity is taken out of the square, whose slope would be 0 * inf.
+        small = jnp.where(zero & jnp.isfinite(rho), rho, 0)
+        series = rho - times(coefficient, small * small) / 2
+        return jnp.where(zero, series, -exponential_minus_1(times(-divisor, rho)) / divisor)
 
     return score

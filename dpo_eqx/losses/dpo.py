@@ -6,6 +6,7 @@ from jaxtyping import Array, Float
 from ..log_probs import PairLogProbs
 from .divergences import Divergence, reverse_kl
 from .form import PairLoss, Scalar, check_positive, check_range, log_ratios
+from .numerics import times
 
 
 def dpo(
@@ -94,11 +95,12 @@ def robust_dpo(
     check_range(label_smoothing=label_smoothing, low=0, below=0.5)
     chosen, rejected = log_ratios(policy, reference, needed_by="robust_dpo")
     z = beta * (divergence(chosen) - divergence(rejected))
-    biased = -(1 - label_smoothing) * log_sigmoid(z) + label_smoothing * log_sigmoid(-z)
+    biased = -(1 - label_smoothing) * log_sigmoid(z) + times(label_smoothing, log_sigmoid(-z))
     return PairLoss(biased / (1 - 2 * label_smoothing), beta * chosen, beta * rejected)
 
 
 def smoothed(z: Float[Array, " pairs"], label_smoothing: Scalar) -> Float[Array, " pairs"]:
     r"""$-(1-\epsilon)\log\sigma(z) - \epsilon\log\sigma(-z)$."""
     # log_sigmoid(-z), not log(1 - sigmoid(z)): that is -inf from z = 17 on in float32.
-    return -(1 - label_smoothing) * log_sigmoid(z) - label_smoothing * log_sigmoid(-z)
+    # `times`, since without smoothing a rejected completion of probability 0 has 0 * inf here.
+    return -(1 - label_smoothing) * log_sigmoid(z) - times(label_smoothing, log_sigmoid(-z))

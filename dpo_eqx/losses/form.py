@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 from ..explicit import automatic
 from ..log_probs import PairLogProbs, UnpairedLogProbs, check_one_shape
 from ..scalars import Number, PerPair
+from .numerics import difference, wide
 
 # A hyper-parameter: a number, a traced scalar, or one value per pair.
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def log_ratio(
 def _difference(
     policy: Float[Array | np.ndarray, " pairs"], reference: Float[Array | np.ndarray, " pairs"]
 ) -> Float[Array, " pairs"]:
-    return jnp.asarray(policy) - jax.lax.stop_gradient(jnp.asarray(reference))
+    return difference(wide(policy), jax.lax.stop_gradient(wide(reference)))
 
 
 def require_reference(reference: Reference | None, *, needed_by: str) -> Reference:
@@ -106,7 +107,7 @@ def require_reference(reference: Reference | None, *, needed_by: str) -> Referen
 def lengths(
     policy: PairLogProbs, *, needed_by: str
 ) -> tuple[Float[Array, " pairs"], Float[Array, " pairs"]]:
-    """The numbers of scored tokens, in the dtype of the log-probabilities.
+    """The numbers of scored tokens, in the dtype of the losses.
 
     Where they are missing, a `ValueError` says where they come from.
     """
@@ -117,7 +118,7 @@ def lengths(
                 "`score_pairs` fills it in; to make log-probabilities by hand, pass "
                 f"`PairLogProbs(..., {name}=...)`."
             )
-    dtype = jnp.asarray(policy.chosen).dtype
+    dtype = wide(policy.chosen).dtype
     chosen, rejected = jnp.asarray(policy.chosen_length), jnp.asarray(policy.rejected_length)
     return chosen.astype(dtype), rejected.astype(dtype)
 
@@ -128,8 +129,8 @@ def averages(
     """Log-probabilities per scored token; those of an empty completion are its sum, 0."""
     chosen, rejected = lengths(policy, needed_by=needed_by)
     return (
-        jnp.asarray(policy.chosen) / jnp.maximum(chosen, 1),
-        jnp.asarray(policy.rejected) / jnp.maximum(rejected, 1),
+        wide(policy.chosen) / jnp.maximum(chosen, 1),
+        wide(policy.rejected) / jnp.maximum(rejected, 1),
     )
 
 

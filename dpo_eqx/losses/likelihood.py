@@ -1,11 +1,12 @@
 """Losses of the policy's own likelihood: they need no reference and ignore one that is given."""
 
 import jax.numpy as jnp
-from jax.nn import log1mexp, log_sigmoid
+from jax.nn import log_sigmoid
 
 from ..log_probs import PairLogProbs
 from .divergences import alpha_divergence
 from .form import PairLoss, Scalar, averages, check_nonnegative, check_positive
+from .numerics import log_1_minus_exp, times, wide
 
 
 def sft(policy: PairLogProbs, reference: PairLogProbs | None) -> PairLoss:
@@ -28,7 +29,7 @@ def sft(policy: PairLogProbs, reference: PairLogProbs | None) -> PairLoss:
     `ValueError` at trace time where the lengths are missing.
     """
     chosen, _ = averages(policy, needed_by="sft")
-    return PairLoss(-chosen, jnp.asarray(policy.chosen), jnp.asarray(policy.rejected))
+    return PairLoss(-chosen, wide(policy.chosen), wide(policy.rejected))
 
 
 def simpo(
@@ -66,8 +67,9 @@ def simpo(
         (arXiv 2405.14734).
     """
     check_positive(beta=beta)
-    chosen, rejected = (beta * average for average in averages(policy, needed_by="simpo"))
-    return PairLoss(-log_sigmoid(chosen - rejected - gamma), chosen, rejected)
+    chosen, rejected = averages(policy, needed_by="simpo")
+    margin = beta * (chosen - rejected) - gamma
+    return PairLoss(-log_sigmoid(margin), beta * chosen, beta * rejected)
 
 
 def alpha_po(
@@ -106,8 +108,9 @@ def alpha_po(
     """
     check_positive(beta=beta)
     shape = alpha_divergence(alpha)
-    chosen, rejected = (beta * shape(a) for a in averages(policy, needed_by="alpha_po"))
-    return PairLoss(-log_sigmoid(chosen - rejected - gamma), chosen, rejected)
+    chosen, rejected = (shape(average) for average in averages(policy, needed_by="alpha_po"))
+    margin = beta * (chosen - rejected) - gamma
+    return PairLoss(-log_sigmoid(margin), beta * chosen, beta * rejected)
 
 
 def cpo(
@@ -144,8 +147,9 @@ def cpo(
     check_positive(beta=beta)
     check_nonnegative(alpha=alpha)
     average, _ = averages(policy, needed_by="cpo")
-    chosen, rejected = beta * jnp.asarray(policy.chosen), beta * jnp.asarray(policy.rejected)
-    return PairLoss(-log_sigmoid(chosen - rejected) - alpha * average, chosen, rejected)
+    chosen, rejected = wide(policy.chosen), wide(policy.rejected)
+    loss = -log_sigmoid(beta * (chosen - rejected)) - times(alpha, average)
+    return PairLoss(loss, beta * chosen, beta * rejected)
 
 
 def orpo(policy: PairLogProbs, reference: PairLogProbs | None, *, beta: Scalar = 0.1) -> PairLoss:
@@ -180,7 +184,7 @@ def orpo(policy: PairLogProbs, reference: PairLogProbs | None, *, beta: Scalar =
     chosen, rejected = averages(policy, needed_by="orpo")
     largest = -float(jnp.finfo(chosen.dtype).eps)
     capped = [jnp.minimum(average, largest) for average in (chosen, rejected)]
-    # log1mexp(a), not log1p(-exp(a)): that loses every digit near 0, and its gradient is nan at 0.
-    chosen_odds, rejected_odds = (average - log1mexp(-average) for average in capped)
+    # Not log1p(-exp(a)): that loses every digit near 0, and its gradient is nan at 0.
+    chosen_odds, rejected_odds = (average - log_1_minus_exp(average) for average in capped)
     loss = -chosen - beta * log_sigmoid(chosen_odds - rejected_odds)
     return PairLoss(loss, beta * chosen, beta * rejected)

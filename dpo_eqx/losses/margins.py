@@ -5,7 +5,7 @@ from jax.nn import log_sigmoid, relu
 
 from ..log_probs import PairLogProbs
 from .form import PairLoss, Scalar, check_nonnegative, check_positive, lengths, log_ratios
-from .numerics import exponential
+from .numerics import exponential, times
 
 
 def dpop(
@@ -44,7 +44,7 @@ def dpop(
     check_positive(beta=beta)
     check_nonnegative(penalty=penalty)
     chosen, rejected = log_ratios(policy, reference, needed_by="dpop")
-    margin = chosen - rejected - penalty * relu(-chosen)
+    margin = chosen - rejected - times(penalty, relu(-chosen))
     return PairLoss(-log_sigmoid(beta * margin), beta * chosen, beta * rejected)
 
 
@@ -81,8 +81,9 @@ def odpo(
         the formula was checked against the authors' code.
     """
     check_positive(beta=beta)
-    chosen, rejected = (beta * rho for rho in log_ratios(policy, reference, needed_by="odpo"))
-    return PairLoss(-log_sigmoid(chosen - rejected - offset), chosen, rejected)
+    chosen, rejected = log_ratios(policy, reference, needed_by="odpo")
+    margin = beta * (chosen - rejected) - offset
+    return PairLoss(-log_sigmoid(margin), beta * chosen, beta * rejected)
 
 
 def r_dpo(
@@ -119,10 +120,10 @@ def r_dpo(
         (arXiv 2403.19159).
     """
     check_positive(beta=beta)
-    chosen, rejected = (beta * rho for rho in log_ratios(policy, reference, needed_by="r_dpo"))
+    chosen, rejected = log_ratios(policy, reference, needed_by="r_dpo")
     chosen_length, rejected_length = lengths(policy, needed_by="r_dpo")
-    margin = chosen - rejected + alpha * (chosen_length - rejected_length)
-    return PairLoss(-log_sigmoid(margin), chosen, rejected)
+    margin = beta * (chosen - rejected) + alpha * (chosen_length - rejected_length)
+    return PairLoss(-log_sigmoid(margin), beta * chosen, beta * rejected)
 
 
 def chi_po(

@@ -20,6 +20,7 @@ from .form import (
     log_ratios,
     require_reference,
 )
+from .numerics import difference, wide
 
 
 @couples_pairs
@@ -62,8 +63,8 @@ def aot(
     check_range(label_smoothing=label_smoothing, low=0, below=0.5)
     reference = jax.lax.stop_gradient(require_reference(reference, needed_by="aot"))
     chosen, rejected = log_ratios(policy, reference, needed_by="aot")
-    margins = jnp.asarray(policy.chosen) - jnp.asarray(policy.rejected)
-    targets = jnp.asarray(reference.chosen) - jnp.asarray(reference.rejected)
+    margins = difference(wide(policy.chosen), wide(policy.rejected))
+    targets = difference(wide(reference.chosen), wide(reference.rejected))
     loss = _transported(margins, targets, policy.weight, beta, label_smoothing)
     return PairLoss(loss, beta * chosen, beta * rejected)
 

@@ -16,7 +16,7 @@ from .form import (
     log_ratio,
     require_reference,
 )
-from .numerics import weighted_mean
+from .numerics import difference, weighted_mean, wide
 
 
 @couples_pairs
@@ -147,10 +147,12 @@ def _kl_log_ratio(
     policy: UnpairedLogProbs, reference: UnpairedLogProbs | None
 ) -> Float[Array, " pairs"]:
     reference = require_reference(reference, needed_by="kto")
+    values = []
     for name, log_probs in {"policy": policy, "reference": reference}.items():
         if log_probs.kl is None:
             raise ValueError(
                 f"`kto` needs `{name}.kl`, the log-probabilities of completions drawn for other "
                 "prompts, and got none. Give the batch such completions: `UnpairedBatch(kl=...)`."
             )
-    return jax.lax.stop_gradient(jnp.asarray(policy.kl) - jnp.asarray(reference.kl))
+        values.append(wide(log_probs.kl))
+    return jax.lax.stop_gradient(difference(*values))
