@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ..data.prompts import split_shared_prompt
-from ..data.records import check_ids, check_messages, check_text
+from ..data.records import check_ids, check_messages, check_text, is_redundant
 from ..data.sources import open_source
-from ..data.tokenizers import as_ids, encode_all, special_id
+from ..data.tokenizers import as_ids, encode_all, special_id, start_id_of
 from .texts import decode
 
 Prompt = str | list
@@ -94,8 +94,7 @@ def _prompt_of(record: Mapping[str, Any], where: str) -> Prompt:
         return check_ids(record["prompt_ids"], f"`prompt_ids` in {where}")
     answers = [record.get(name) for name in ("chosen", "rejected")]
     prompt = record.get("prompt")
-    # A text beside whole conversations is redundant, as `train` has it.
-    if isinstance(prompt, list) or (prompt is not None and not isinstance(answers[0], list)):
+    if prompt is not None and not is_redundant(prompt, answers[0]):
         return _checked(prompt, f"`prompt` in {where}")
     if None in answers:
         raise ValueError(
@@ -113,8 +112,9 @@ def _not_empty(ids: list[int], tokenizer: Any, where: str) -> list[int]:
     """`ids`, or what may stand in place of an empty prompt."""
     if ids:
         return ids
-    for kind in ("bos", "eos"):
-        start = special_id(tokenizer, kind)
-        if start is not None:
-            return [start]
-    raise ValueError(f"{where} is empty, and the tokenizer has no BOS or EOS to begin from.")
+    start = start_id_of(tokenizer)
+    if start is None:
+        raise ValueError(
+            f"{where} must not be empty, since the tokenizer has no BOS or EOS. Give some text."
+        )
+    return [start]

@@ -1,6 +1,6 @@
 """From text and files to batches: `read`, `tokenize`, `batches`, `pack`, `cache_reference`.
 
-The core does not import it, and it does not know losses or steps.
+The core does not import this package, and this package does not depend on losses or steps.
 """
 
 from .batches import Batches as Batches, batches as batches

@@ -1,6 +1,6 @@
 """An iterator of batches: shuffled, bucketed, sharded over processes, resumable, prefetched.
 
-How rows become one batch is in `collate.py`, which rows in `order.py`, how wide in `buckets.py`.
+`collate.py` makes one batch of its rows, `order.py` selects the rows, `buckets.py` the widths.
 """
 
 import dataclasses
@@ -21,15 +21,15 @@ from .order import Order
 from .rows import Rows, lengths_of
 
 Indices = Int[np.ndarray, " batch"]
-# Endless, as far as anyone will wait.
+# The steps of endless epochs: no run gets this far, and Grain needs an integer.
 _ENDLESS = sys.maxsize
 
 
 @dataclasses.dataclass(frozen=True)
 class Batcher:
-    """Makes the batch of any step: this process's rows of the global batch, in its widths.
+    """Makes the batch of any step: this process's rows, padded to the widths of the global batch.
 
-    The widths are those of the global batch, so that all processes run the same program.
+    All processes use the widths of the global batch, so that they run the same program.
     """
 
     rows: Rows
@@ -48,23 +48,24 @@ class Batcher:
         widths = self._widths(real, others)
         place = np.arange(self.order.batch_size)[self.share]
         fill = place < len(real)
-        # A short batch is filled up with its first row at weight 0: finite, and without influence.
-        mine = np.where(fill, place, 0)
-        rows = [self.rows[int(i)] for i in real[mine]]
+        # A short batch is filled up with its first row at weight 0: a finite row without influence.
+        local = np.where(fill, place, 0)
+        rows = [self.rows[int(i)] for i in real[local]]
         if self.lengths.shape[1] == 3:
             return pair_batch(rows, fill, widths, self.dtype)
-        more = None
+        mismatched_ids = None
         if others is not None:
-            rooms = self._other_lengths(real, others)[mine]
-            given = zip(others[mine], rooms, strict=True)
-            more = [self.rows[int(j)]["completion_ids"][:room] for j, room in given]
-        return unpaired_batch(rows, fill, widths, self.dtype, others=more)
+            rooms = self._other_lengths(real, others)[local]
+            limited = zip(others[local], rooms, strict=True)
+            mismatched_ids = [self.rows[int(j)]["completion_ids"][:room] for j, room in limited]
+        return unpaired_batch(rows, fill, widths, self.dtype, others=mismatched_ids)
 
     def _others(self, indices: Indices) -> Indices | None:
-        """The rows whose completions are put after the prompts of `indices`, for KTO."""
+        """For KTO: the rows whose completions follow the prompts of `indices`."""
         return mismatched(self.rows, indices, self.order.seed) if self.kl else None
 
     def _other_lengths(self, indices: Indices, others: Indices) -> Indices:
+        # At least one token: a completion without tokens would have no log-probability.
         room = self.max_length - self.lengths[indices, 0].astype(np.int64)
         return np.minimum(self.lengths[others, 1], np.maximum(room, 1))
 
@@ -76,7 +77,7 @@ class Batcher:
         return (*widths, self.buckets.completion_width(int(needed)))
 
     def shapes(self) -> Shapes:
-        """The shapes of the batches of the first epoch, and how much of them is padding."""
+        """The shapes of the batches in the first epoch, and the share of padding in them."""
         steps: dict[tuple[int, ...], int] = {}
         tokens = int(self.lengths.sum())
         for step in range(self.order.steps):
@@ -92,13 +93,14 @@ class Batcher:
 
 
 class Batches(Iterator[Any]):
-    """Batches one after another, made ahead on another thread; made by `batches`.
+    """An iterator of batches, which a thread prefetches. `batches` makes it.
 
-    `get_state()` is the position after the batches that were taken, whatever has been made ahead;
-    it fits in JSON. `set_state(state)` goes there, also in a run with another number of processes:
-    the global batches are the same. `close()`, or leaving a `with` block, ends the thread.
+    `get_state()` is the position after the last batch taken; prefetched batches do not count. It
+    can be stored as JSON. `set_state(state)` returns to that position, also in a run with another
+    number of processes: the global batches are the same. `close()`, or leaving a `with` block, ends
+    the thread.
 
-    - `steps_per_epoch`: the same on every process.
+    - `steps_per_epoch`: the number of steps, the same on every process.
     - `buckets`: the widths.
     """
 
@@ -128,30 +130,30 @@ class Batches(Iterator[Any]):
         self.close()
 
     def get_state(self) -> dict[str, int | str]:
-        """The position: how many steps were taken, and of which batches."""
+        """The position: the number of steps taken, and a digest of the batches."""
         return {"step": self._iterator.get_state()["next_index"], "batches": self._name}
 
     def set_state(self, state: dict[str, int | str]) -> None:
-        """Goes to the position that `get_state` gave.
+        """Returns to the position that `get_state` gave.
 
         **Raises:**
 
-        `ValueError` where `state` is of other rows, or of another batch size, order or widths.
+        `ValueError` if `state` belongs to other rows, batch size, order or widths.
         """
         if state.get("batches") != self._name or not 0 <= int(state["step"]) <= self._steps:
             raise ValueError(
                 "`state` must come from batches of the same rows, batch size, order and buckets, "
-                f"{self._name!r} of {self._steps} steps; got {state}. Make them as they were made "
-                "then, or start afresh."
+                f"{self._name!r} of {self._steps} steps; got {state}. Make them with the same "
+                "arguments, or start again from the first batch."
             )
         self._iterator.set_state({"next_index": int(state["step"])})
 
     def shapes(self) -> Shapes:
-        """How many shapes an epoch has, and how much is padding; reads lengths only."""
+        """The shapes of an epoch and the share of padding. This reads lengths only."""
         return self._batcher.shapes()
 
     def close(self) -> None:
-        """Ends the thread that makes batches ahead."""
+        """Ends the thread that prefetches batches."""
         self._iterator.close()
 
 
@@ -174,31 +176,32 @@ def batches(
 ) -> Batches:
     """An iterator of `PreferenceBatch`es, or of `UnpairedBatch`es for unpaired rows, in NumPy.
 
-    Everything follows from `seed`. A global batch is the concatenation of what the processes get,
-    whatever their number, and all take the same number of steps. The last batch of an epoch is
-    filled up with rows of weight 0.
+    `seed` decides everything. A global batch is the concatenation of the batches of all processes,
+    for any number of processes, and all processes take the same number of steps. The last batch of
+    an epoch is filled up with rows of weight 0.
 
-    Rows are padded to few widths, chosen from the lengths so that little is padding, and rows that
-    are padded alike share a batch where they are shuffled. `str(batches.shapes())` says how many
-    shapes there are and how much is padding.
+    Rows are padded to a few widths, which are chosen from the lengths to minimise padding. If the
+    rows are shuffled, rows of the same padded widths share a batch. `str(batches.shapes())` reports
+    the number of shapes and the share of padding.
 
     **Arguments:**
 
-    - `rows`: from `tokenize`, or a list of such dictionaries.
-    - `batch_size`: rows of a *global* batch, over all processes and microbatches.
-    - `shuffle`: whether the order is random, another in each epoch; else that of `rows`.
-    - `seed`: of the order, and of the mismatched completions.
-    - `epochs`: how often each row comes; `None` is endless.
+    - `rows`: rows from `tokenize`, or a list of such dictionaries.
+    - `batch_size`: rows in a *global* batch, over all processes and microbatches.
+    - `shuffle`: whether the order is random, and different in each epoch; if false, the order of
+        `rows`.
+    - `seed`: the seed of the order and of the mismatched completions.
+    - `epochs`: the number of passes over `rows`; `None` is endless.
     - `process_index`, `process_count`: as `jax.process_index()` and `jax.process_count()`.
-    - `buckets`: how many widths prompts have at most, and how many completions; or the widths.
-    - `multiple_of`: what a chosen width is a multiple of, in tokens.
-    - `window`: among how many batches rows are put together by length when shuffled. 1 does not
-        look at lengths: every batch is then a plain random draw.
-    - `prefetch`: how many batches are made ahead; 0 makes each when it is asked for.
+    - `buckets`: the largest number of widths for prompts, and for completions; or the widths.
+    - `multiple_of`: every chosen width is a multiple of this, in tokens.
+    - `window`: the number of batches among which shuffled rows are grouped by length. If 1, lengths
+        do not count, and every batch is a plain random draw.
+    - `prefetch`: the number of batches made in advance; 0 makes each batch on request.
     - `kl`: whether unpaired batches have the mismatched completions that KTO needs.
-    - `max_length`: of a prompt with a mismatched completion, in tokens; the limit given to
-        `tokenize`.
-    - `dtype`: of weights and other numbers; float64 where the policy is.
+    - `max_length`: the limit of a prompt with a mismatched completion, in tokens; give the limit
+        that `tokenize` had.
+    - `dtype`: the dtype of weights and other numbers; float64 if the policy is float64.
 
     **Returns:**
 
@@ -206,7 +209,7 @@ def batches(
 
     **Raises:**
 
-    `ValueError` where there are no rows, sizes are not positive, the processes do not divide the
+    `ValueError` if there are no rows, sizes are not positive, the processes do not divide the
     batch, or the buckets do not hold the longest row.
     """
     sizes = {"batch_size": batch_size, "multiple_of": multiple_of, "window": window}
@@ -217,11 +220,11 @@ def batches(
     _check_sizes(sizes, prefetch, seed)
     share = _share(batch_size, process_index, process_count)
     if len(rows) == 0:
-        raise ValueError("`rows` must hold a row at least, got none. See the report of `tokenize`.")
+        raise ValueError("`rows` must hold a row at least; got none. See the report of `tokenize`.")
     lengths = lengths_of(rows)
     needed = longest(lengths)
     if isinstance(buckets, int):
-        # In their own order rows cannot be put together, so what is padded is the batch.
+        # Rows in their own order cannot be grouped, so each batch has the widths of its longest.
         starts = np.arange(0, len(rows), batch_size)
         padded = needed if shuffle else np.maximum.reduceat(needed, starts)
         buckets = choose_buckets(padded, buckets, multiple_of)
@@ -237,10 +240,10 @@ def batches(
 
 
 def _share(batch_size: int, process_index: int, process_count: int) -> slice:
-    """Which rows of a global batch this process has."""
+    """The slice of a global batch that belongs to this process."""
     if batch_size % process_count or not 0 <= process_index < process_count:
         raise ValueError(
-            "`process_count` must divide `batch_size`, and `process_index` be below it; got "
+            "`process_count` must divide `batch_size`, and `process_index` must be below it; got "
             f"{process_count=}, {batch_size=} and {process_index=}."
         )
     size = batch_size // process_count
@@ -250,7 +253,7 @@ def _share(batch_size: int, process_index: int, process_count: int) -> slice:
 def _check_sizes(sizes: dict[str, int], prefetch: int, seed: int) -> None:
     for name, value in sizes.items():
         if value < 1:
-            raise ValueError(f"`{name}` must be a positive integer, got {value}.")
+            raise ValueError(f"`{name}` must be a positive integer; got {value}.")
     for name, value in {"prefetch": prefetch, "seed": seed}.items():
         if value < 0:
-            raise ValueError(f"`{name}` must not be negative, got {value}.")
+            raise ValueError(f"`{name}` must not be negative; got {value}.")

@@ -1,7 +1,7 @@
-"""The few widths that rows are padded to, chosen so that little is padding.
+"""The few widths that rows are padded to, chosen to minimise padding.
 
-Each pair of widths is one shape, and each shape one compilation. Which rows share a batch is
-decided in `order.py`.
+Each pair of widths is one shape, and each shape is one compilation. `order.py` decides which rows
+share a batch.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ Lengths = Int[np.ndarray, "rows 2"]
 
 
 def longest(lengths: Int[np.ndarray, "rows parts"]) -> Lengths:
-    """What decides a row's widths: its prompt, of one token at least, and longest completion."""
+    """The lengths that decide a row's widths: its prompt's and longest completion's, at least 1."""
     return np.stack([lengths[:, 0], lengths[:, 1:].max(axis=1)], axis=1).clip(1)
 
 
@@ -23,11 +23,11 @@ class Buckets:
 
     **Arguments:**
 
-    - `prompt`, `completion`: a row is padded to the smallest that holds it.
+    - `prompt`, `completion`: a row is padded to the smallest width that holds it.
 
     **Raises:**
 
-    `ValueError` where they are not ascending positive integers.
+    `ValueError` if the widths are not ascending positive integers.
     """
 
     prompt: tuple[int, ...]
@@ -37,7 +37,7 @@ class Buckets:
         for name, widths in vars(self).items():
             if not widths or any(a >= b for a, b in zip((0, *widths), widths, strict=False)):
                 raise ValueError(
-                    f"`{name}` of `Buckets` must be ascending positive widths, got {widths}."
+                    f"`{name}` of `Buckets` must be ascending positive widths; got {widths}."
                 )
 
     def of(self, lengths: Lengths) -> Lengths:
@@ -51,10 +51,11 @@ class Buckets:
         return self.prompt[prompt], self.completion[completion]
 
     def kinds(self, lengths: Lengths) -> Int[np.ndarray, " rows"]:
-        """A number for each pair of widths, neighbours in number being neighbours in width.
+        """A number for each pair of widths: consecutive numbers are neighbouring widths.
 
-        Completions count first, and every second of their widths has the prompts descending, so
-        that a batch on the border of two kinds is padded by one step in one of the two.
+        Sorting by it orders rows by completion width. Within every second completion width the
+        prompt widths descend. So a batch of rows from two consecutive kinds is padded by one step
+        of one width only.
         """
         prompt, completion = self.of(lengths).T
         count = len(self.prompt)
@@ -66,13 +67,13 @@ class Buckets:
         return self.completion[np.searchsorted(self.completion, length)]
 
     def check(self, lengths: Lengths) -> None:
-        """Raises where a row is longer than the greatest width."""
+        """Raises `ValueError` if a row is longer than the greatest width."""
         longest = lengths.max(axis=0, initial=0)
         if longest[0] > self.prompt[-1] or longest[1] > self.completion[-1]:
             raise ValueError(
                 f"`buckets` must hold the longest row, of {longest[0]} prompt and {longest[1]} "
-                f"completion tokens; the greatest widths are {self.prompt[-1]} and "
-                f"{self.completion[-1]}. Add wider ones, or cut rows by `max_length`."
+                f"completion tokens; got {self.prompt[-1]} and {self.completion[-1]} as the "
+                "greatest widths. Add greater widths, or cut rows by `max_length`."
             )
 
 
@@ -81,9 +82,9 @@ def choose_buckets(lengths: Lengths, count: int, multiple_of: int) -> Buckets:
 
     **Arguments:**
 
-    - `lengths`: what is to be padded: each row's, or each batch's where rows keep their order.
-    - `count`: how many widths; 1 is the longest alone.
-    - `multiple_of`: what every width is a multiple of, in tokens.
+    - `lengths`: the lengths to pad: of each row, or of each batch if rows keep their order.
+    - `count`: the number of widths; 1 is the greatest length alone.
+    - `multiple_of`: every width is a multiple of this, in tokens.
     """
     return Buckets(*(_best_widths(column, count, multiple_of) for column in lengths.T))
 
@@ -93,8 +94,8 @@ def _best_widths(
 ) -> tuple[int, ...]:
     """The widths that minimise the padded total, by dynamic programming over the distinct lengths.
 
-    `cost[j]` is the least total of all lengths up to the `j`-th distinct one, in as many widths as
-    there were rounds.
+    After `k` rounds `cost[j]` is the least padded total of the first `j` distinct lengths in `k`
+    widths.
     """
     steps = np.maximum(-(-lengths // multiple_of), 1)
     distinct, frequency = np.unique(steps, return_counts=True)
@@ -102,7 +103,7 @@ def _best_widths(
     cost = np.where(np.arange(len(distinct) + 1) == 0, 0.0, np.inf)
     choices = []
     for _ in range(min(count, len(distinct))):
-        # total[i, j]: the first i distinct lengths at their best, then one width for i+1 to j.
+        # total[i, j]: the least cost of the first i distinct lengths, plus one width for i+1 to j.
         added = (before[None, 1:] - before[:-1, None]) * distinct[None, :]
         total = np.where(np.triu(np.ones_like(added, bool)), cost[:-1, None] + added, np.inf)
         choices.append(total.argmin(axis=0))
@@ -117,10 +118,11 @@ def _best_widths(
 
 @dataclasses.dataclass(frozen=True)
 class Shapes:
-    """The shapes of the batches of one epoch; `str(shapes)` says how many and how much is padding.
+    """The shapes of the batches in one epoch; `str(shapes)` gives their number and the padding.
 
     - `steps`: for each `(prompt width, completion width)` the number of batches that have it.
-    - `tokens`: in all rows; `padded`: positions in all batches, fillers of ragged ones included.
+    - `tokens`: the tokens in all rows.
+    - `padded`: the positions in all batches, including rows that only fill a short batch.
     """
 
     steps: dict[tuple[int, ...], int]

@@ -1,6 +1,6 @@
 """From rows to one batch: padded on the right to given widths, masks from lengths.
 
-Which rows and which widths is decided in `batches.py`.
+`batches.py` decides the rows and the widths.
 """
 
 from collections.abc import Sequence
@@ -25,10 +25,10 @@ def pair_batch(
 
     **Arguments:**
 
-    - `rows`: all with the same numbers.
+    - `rows`: the rows, all with the same numbers.
     - `fill`: false for a row that only fills the batch: its weight is 0.
-    - `widths`: of prompts and of completions, in tokens.
-    - `dtype`: of the numbers.
+    - `widths`: the widths of prompts and of completions, in tokens.
+    - `dtype`: the dtype of the numbers.
     """
     parts = [_parts(row, [row["chosen_ids"], row["rejected_ids"]]) for row in rows]
     prompt, chosen, rejected = _pad_all(parts, (*widths, widths[1]))
@@ -54,12 +54,12 @@ def unpaired_batch(
     **Arguments:**
 
     - `rows`, `fill`, `dtype`: as for `pair_batch`.
-    - `widths`: of prompts and of completions, and of `others`, where they are given, in tokens.
+    - `widths`: the widths of prompts, of completions and, if given, of `others`, in tokens.
     - `others`: for each row the ids of a completion of another prompt.
     """
-    more = [[]] * len(rows) if others is None else [[other] for other in others]
-    given = zip(rows, more, strict=True)
-    parts = [_parts(row, [row["completion_ids"], *other]) for row, other in given]
+    mismatched = [[]] * len(rows) if others is None else [[other] for other in others]
+    pairs = zip(rows, mismatched, strict=True)
+    parts = [_parts(row, [row["completion_ids"], *other]) for row, other in pairs]
     prompt, completion, *kl = _pad_all(parts, widths)
     reference = None
     label = _column(rows, "label", bool)
@@ -77,7 +77,7 @@ def unpaired_batch(
 
 
 def _parts(row: Row, completions: list[Sequence[int]]) -> list[tuple[Sequence[int], int]]:
-    """The ids of the prompt and of each completion, with how many of them are not scored."""
+    """The ids of the prompt and of each completion, each with its number of unscored tokens."""
     prompt, taken, context = start_of(row["prompt_ids"], completions, row.get("start_id"))
     return [(prompt, 0), *((completion[taken:], context) for completion in completions)]
 
@@ -87,6 +87,7 @@ def _pad_all(parts: list[list[tuple[Sequence[int], int]]], widths: tuple[int, ..
 
 
 def _pad(column: Sequence[tuple[Sequence[int], int]], width: int) -> Tokens:
+    # Padding is id 0, which every vocabulary has: the mask alone says which positions count.
     ids = np.zeros((len(column), width), np.int32)
     mask = np.zeros((len(column), width), bool)
     for row, (sequence, context) in enumerate(column):

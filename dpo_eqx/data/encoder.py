@@ -1,6 +1,6 @@
-"""A tokenizer with all that decides which ids it gives: the EOS, and the chat template.
+"""A tokenizer with the settings that decide its ids: the EOS, and the chat template.
 
-Where a completion starts in those ids is decided in `tokenize.py`.
+`tokenize.py` decides where a completion starts in those ids.
 """
 
 import dataclasses
@@ -9,16 +9,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from .records import Form
-from .tokenizers import as_ids, encode_all, special_id
+from .tokenizers import as_ids, encode_all, special_id, start_id_of
 
 
 @dataclasses.dataclass(frozen=True)
 class Encoder:
-    """A tokenizer with all that decides which ids it gives.
+    """A tokenizer with the settings that decide its ids.
 
-    - `eos_text`, `eos_id`: what is added after a completion of text, at most one of them.
-    - `start_id`: what may stand before an empty prompt.
-    - `template`: keywords for `apply_chat_template`.
+    - `eos_text`, `eos_id`: the EOS to add after a completion of text; at most one of them is set.
+    - `start_id`: the token that may replace an empty prompt.
+    - `template`: keyword arguments for `apply_chat_template`.
     """
 
     tokenizer: Any
@@ -31,41 +31,37 @@ class Encoder:
 def make_encoder(
     tokenizer: Any, form: Form, append_eos: bool, eos_id: int | None, template: Mapping[str, Any]
 ) -> Encoder:
-    """The encoder for records of `form`: which EOS is added, and how, is decided here.
+    """The encoder for records of `form`. It decides which EOS is added, and how.
 
     **Raises:**
 
-    `ValueError` for a tokenizer without `encode`, EOS or chat template where one is needed.
+    `ValueError` if the tokenizer lacks `encode`, the EOS or the chat template that it needs.
     """
     if form.tokenized:
-        return Encoder(tokenizer, start_id=_start(tokenizer))
+        return Encoder(tokenizer, start_id=start_id_of(tokenizer))
     if not hasattr(tokenizer, "encode"):
         raise ValueError(
-            f"`tokenizer` must have `encode(text)`, got {type(tokenizer).__name__}. Take "
+            f"`tokenizer` must have `encode(text)`; got {type(tokenizer).__name__}. Take "
             "`load_tokenizer(path)` or `ByteTokenizer()`."
         )
     eos_id = special_id(tokenizer, "eos") if eos_id is None else eos_id
-    start = _start(tokenizer) if _start(tokenizer) is not None else eos_id
+    start = start_id_of(tokenizer)
+    start = eos_id if start is None else start
     if form.conversational:
         _check_template(tokenizer, template)
         return Encoder(tokenizer, start_id=start, template=template)
     if not append_eos or _adds(tokenizer, "", eos_id):
         return Encoder(tokenizer, start_id=start)
     text = getattr(tokenizer, "eos_token", None)
-    # Text, as TRL adds it, so that what comes before it is tokenised as there.
+    # As text, which is what TRL does: so the tokens before the EOS are those of TRL.
     if isinstance(text, str) and text and (eos_id is None or _adds(tokenizer, text, eos_id)):
         return Encoder(tokenizer, eos_text=text, start_id=start)
     if eos_id is None:
         raise ValueError(
-            f"`tokenizer` must have an EOS, and {type(tokenizer).__name__} tells of none. Give "
-            "`eos_token_id=`, or `append_eos=False` if completions are to end without one."
+            f"`tokenizer` must have an EOS; got {type(tokenizer).__name__}, which names none. Give "
+            "`eos_token_id=`, or `append_eos=False` to end completions without an EOS."
         )
     return Encoder(tokenizer, eos_id=eos_id, start_id=start)
-
-
-def _start(tokenizer: Any) -> int | None:
-    bos = special_id(tokenizer, "bos")
-    return special_id(tokenizer, "eos") if bos is None else bos
 
 
 def _adds(tokenizer: Any, text: str, eos_id: int | None) -> bool:
@@ -79,7 +75,7 @@ def _check_template(tokenizer: Any, template: Mapping[str, Any]) -> None:
         return
     raise ValueError(
         f"`tokenizer` must have a chat template for conversations; {type(tokenizer).__name__} has "
-        "none. Take one that has, set `tokenizer.chat_template`, or give it as "
+        "none. Take a tokenizer with a template, set `tokenizer.chat_template`, or give "
         '`template_arguments={"chat_template": ...}`.'
     )
 
@@ -105,18 +101,18 @@ def _ended(completion: str, eos: str) -> str:
 def render(
     record: dict[str, Any], part: tuple[list, ...], encoder: Encoder, number: int
 ) -> list[list[int]]:
-    """The ids of the prompt, ready for an answer, and of each whole conversation."""
+    """The ids of the prompt with the generation prompt, and of each whole conversation."""
     prompt, *completions = part
-    own = record.get("chat_template_kwargs", {})
+    record_arguments = record.get("chat_template_kwargs", {})
     tools = record.get("tools", encoder.template.get("tools"))
     tools = json.loads(tools) if isinstance(tools, str) else tools
-    arguments = {**encoder.template, **own, "tools": tools, "tokenize": True}
+    arguments = {**encoder.template, **record_arguments, "tools": tools, "tokenize": True}
     apply = encoder.tokenizer.apply_chat_template
     try:
-        asked = apply(prompt, **(arguments | {"add_generation_prompt": True}))
-        answered = [apply(prompt + completion, **arguments) for completion in completions]
-    except Exception as error:  # a template raises whatever it likes
+        prompt_ids = apply(prompt, **(arguments | {"add_generation_prompt": True}))
+        full_ids = [apply(prompt + completion, **arguments) for completion in completions]
+    except Exception as error:  # a template can raise anything
         raise ValueError(
             f"Record {number} (from 0) does not go through the chat template: {error}"
         ) from error
-    return [as_ids(asked), *map(as_ids, answered)]
+    return [as_ids(prompt_ids), *map(as_ids, full_ids)]

@@ -1,6 +1,6 @@
-"""Digests of content: of files, arrays, settings and whole policies, the keys of our caches.
+"""Digests of content, which are the keys of the caches: files, arrays, settings, whole policies.
 
-Equal content gives an equal digest in every process; what has no content to read raises.
+Equal content gives an equal digest in every process. An object whose content cannot be read raises.
 """
 
 import dataclasses
@@ -19,11 +19,11 @@ from ..sharding import gather
 
 
 def digest(*values: Any) -> str:
-    """A digest of 32 hexadecimal digits of any tree of arrays, numbers, text and modules.
+    """A digest, in 32 hexadecimal digits, of any tree of arrays, numbers, text and modules.
 
-    Arrays that other processes have parts of are brought together, so that these must call it too.
-    Functions count by name, code and what they close over; Equinox modules by class and fields,
-    static ones included.
+    Arrays that are sharded over several processes are gathered, so all of these must call it. A
+    function counts by its name, code, defaults and closure; an Equinox module by its class and
+    its fields, static fields included.
 
     **Raises:**
 
@@ -44,11 +44,12 @@ def digest_files(files: Iterable[Path], *settings: Any) -> str:
 
 
 def _add(update: Callable[[bytes], None], value: Any, seen: set[int]) -> None:
-    """Feeds `value` to `update`, each part with its type and size, so that none run together."""
+    """Feeds `value` to `update`, each part with its type and size, so that no two trees collide."""
     if isinstance(value, jax.Array | np.ndarray | np.generic):
         if isinstance(value, jax.Array) and jax.numpy.issubdtype(value.dtype, jax.dtypes.prng_key):
             value = jax.random.key_data(value)
         array = np.ascontiguousarray(gather(value))
+        # Not the array's `repr`, which is abbreviated and depends on NumPy's print options.
         update(f"array {array.dtype.name} {array.shape};".encode())
         update(array.tobytes())
     elif value is None or isinstance(value, bool | int | float | complex | str | bytes | Path):
@@ -59,6 +60,7 @@ def _add(update: Callable[[bytes], None], value: Any, seen: set[int]) -> None:
     elif isinstance(value, list | tuple):
         _add_all(update, type(value).__name__, list(value), seen)
     elif isinstance(value, set | frozenset):
+        # Sorted by digest: a set of text has another order in each process.
         _add_all(update, "set", sorted(digest(item) for item in value), seen)
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = [getattr(value, field.name, None) for field in dataclasses.fields(value)]
@@ -70,8 +72,8 @@ def _add(update: Callable[[bytes], None], value: Any, seen: set[int]) -> None:
         _add_function(update, value, seen)
     else:
         raise ValueError(
-            f"A cache is keyed by content, and {type(value).__name__} has none that can be read: "
-            f"{value!r}. Make it a module of arrays, numbers and text."
+            f"A cache is keyed by content, and {type(value).__name__} has none that can be read; "
+            f"got {value!r}. Make it a module of arrays, numbers and text."
         )
 
 
@@ -82,7 +84,7 @@ def _add_all(update: Callable[[bytes], None], kind: str, parts: list, seen: set[
 
 
 def _add_class(update: Callable[[bytes], None], cls: type) -> None:
-    """The code of the methods: a policy of the same weights and another forward pass is another."""
+    """Feeds the code of the methods: equal weights with another forward pass are another policy."""
     for owner in cls.__mro__:
         if owner.__module__.partition(".")[0] in ("builtins", "equinox", "typing", "abc"):
             continue
@@ -99,7 +101,7 @@ def _add_function(update: Callable[[bytes], None], value: Any, seen: set[int]) -
         return
     update(f"function {_name(value)};".encode())
     value = inspect.unwrap(value)
-    if id(value) in seen:  # a function that closes over itself
+    if id(value) in seen:  # a recursive function is in its own closure
         return
     seen.add(id(value))
     bound = getattr(value, "__self__", None)
@@ -118,7 +120,7 @@ def _add_code(update: Callable[[bytes], None], code: Any) -> None:
     for constant in code.co_consts:
         if hasattr(constant, "co_code"):
             _add_code(update, constant)
-        elif isinstance(constant, frozenset):  # its `repr` has another order in each process
+        elif isinstance(constant, frozenset):  # its `repr` depends on the process
             update(digest(constant).encode())
         else:
             update(repr(constant).encode("utf-8", "surrogatepass"))

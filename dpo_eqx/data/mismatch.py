@@ -1,6 +1,6 @@
-"""The mismatched completions of KTO: for each prompt a completion of another, over the whole set.
+"""KTO's mismatched completions: for each prompt a completion of another prompt, over all rows.
 
-Not rolled inside a batch, so that microbatches and devices change nothing.
+They are not rolled inside a batch, so that microbatches and devices change nothing.
 """
 
 import itertools
@@ -11,23 +11,23 @@ from jaxtyping import Int
 from .order import shuffled
 from .rows import Rows
 
-# Sets the permutation apart from those of the epochs, which have keys of two numbers.
+# Makes the key unlike the keys of the epochs' permutations, which have two numbers.
 _APART = 1, 0x4B4C
 
 
 def mismatched(
     rows: Rows, indices: Int[np.ndarray, " batch"], seed: int
 ) -> Int[np.ndarray, " batch"]:
-    """For each of `indices` the row whose completion is put after its prompt.
+    """For each of `indices` the row whose completion follows its prompt.
 
-    A random permutation of all rows, so that each completion is used about once; where it meets
-    the same prompt, the next row that has another.
+    A random permutation of all rows pairs them, so that each completion is used about once. If it
+    gives a row with the same prompt, the next row with another prompt is taken.
 
     **Arguments:**
 
-    - `rows`: all of them.
-    - `indices`: of the rows of a batch.
-    - `seed`: the same draw in every epoch, process and batch size.
+    - `rows`: all rows.
+    - `indices`: the rows of a batch.
+    - `seed`: the seed. The draw is the same in every epoch, process and batch size.
     """
     drawn = shuffled(indices, len(rows), seed, *_APART).tolist()
     pairs = zip(indices.tolist(), drawn, strict=True)
@@ -41,10 +41,10 @@ def _next_other(rows: Rows, index: int, start: int) -> int:
 
 
 def check_mismatchable(rows: Rows) -> None:
-    """Raises where all rows have one prompt, so that there is no completion of another."""
+    """Raises `ValueError` if all rows have the same prompt, so that no mismatch exists."""
     first = rows[0]["prompt_ids"]
     if all(row["prompt_ids"] == first for row in itertools.islice(rows, 1, None)):
         raise ValueError(
             "`rows` must have two different prompts at least, for the mismatched completions of "
-            f"KTO; got {len(rows)} rows of one prompt. Or leave them out: `kl=False`."
+            f"KTO; got {len(rows)} rows with one prompt. Add prompts, or give `kl=False`."
         )

@@ -1,7 +1,7 @@
-"""Which rows make up which batch: a function of the seed and the step alone.
+"""The rows of each batch, as a function of the seed and the step alone.
 
-So the position of a run is one number, and every process can tell what the others do. Nothing here
-reads a row.
+So the position of a run is one number, and every process knows the batches of all processes.
+Nothing here reads a row.
 """
 
 import dataclasses
@@ -14,14 +14,15 @@ from ..extras import require
 
 
 def shuffled(positions: Int[np.ndarray, " rows"], rows: int, *key: int) -> Int[np.ndarray, " rows"]:
-    """Where a random permutation of `rows` puts `positions`, computed for these alone.
+    """The images of `positions` under a random permutation, computed for these positions alone.
 
     **Arguments:**
 
     - `positions`: integers below `rows`.
-    - `rows`: how many are permuted; no memory is taken for them.
-    - `key`: integers, say a seed and an epoch, each combination another permutation. Mixed, since
-        Grain's own seeds of consecutive epochs and of consecutive runs are the same numbers.
+    - `rows`: the number of rows to permute. The permutation takes no memory.
+    - `key`: integers, for example a seed and an epoch. Each key gives another permutation. The
+        integers are hashed into one seed: the sum of both, which Grain itself uses, would be the
+        same for epoch 1 of seed 0 and epoch 0 of seed 1.
     """
     index_shuffle = require("grain.experimental", extra="data").index_shuffle
     seed = int(np.random.SeedSequence(key).generate_state(1)[0])
@@ -32,16 +33,16 @@ def shuffled(positions: Int[np.ndarray, " rows"], rows: int, *key: int) -> Int[n
 class Order:
     """The rows of each step, over any number of epochs.
 
-    The last batch of an epoch may be short; the next epoch starts afresh. When shuffled, the order
-    is another in each epoch, and rows are grouped by length: of every `window` batches in random
-    order, rows that are padded alike are put together, and the batches are shuffled again.
+    The last batch of an epoch may be short; it holds no rows of the next epoch. Shuffling gives
+    each epoch another order and groups rows by length: within every `window` batches of the random
+    order, rows with the same padded widths share a batch, and then the batches are shuffled.
 
     **Arguments:**
 
-    - `kinds`: of each row, equal for rows that are padded alike.
-    - `batch_size`: rows of a global batch.
-    - `shuffle`, `seed`: whether, and how.
-    - `window`: in batches; 1 does not look at lengths.
+    - `kinds`: a number for each row, equal for rows with the same padded widths.
+    - `batch_size`: rows in a global batch.
+    - `shuffle`, `seed`: whether the order is random, and its seed.
+    - `window`: the number of batches; 1 does not group rows by length.
     """
 
     kinds: Int[np.ndarray, " rows"]
@@ -63,7 +64,7 @@ class Order:
 
     @functools.cached_property
     def _window(self):
-        # The last window is asked for again by the steps that follow.
+        # The steps of one window follow each other, so caching two windows is enough.
         return functools.lru_cache(maxsize=2)(self._make_window)
 
     def _make_window(self, epoch: int, window: int) -> list[Int[np.ndarray, " _"]]:
@@ -76,8 +77,9 @@ class Order:
             return self._split(rows)
         batches = self._split(rows[np.argsort(self.kinds[rows], kind="stable")])
         rng = np.random.default_rng([self.seed, epoch, window])
-        whole = [batch for batch in batches if len(batch) == self.batch_size]
-        return [whole[i] for i in rng.permutation(len(whole))] + batches[len(whole) :]
+        # The short batch stays last, so that all epochs have the same number of steps.
+        full = [batch for batch in batches if len(batch) == self.batch_size]
+        return [full[i] for i in rng.permutation(len(full))] + batches[len(full) :]
 
     def _split(self, rows: Int[np.ndarray, " rows"]) -> list[Int[np.ndarray, " _"]]:
         return [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]

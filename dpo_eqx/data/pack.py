@@ -1,6 +1,6 @@
-"""Several pairs laid into each row of a batch, so that little of it is padding, on the host.
+"""Packing on the host: several pairs in each row of a batch, to minimise padding.
 
-Batches of one pair a row are made in `batches.py`.
+`batches.py` makes batches with one pair in each row.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ Numbers = dict[str, Array | np.ndarray]
 
 
 class Pair(NamedTuple):
-    """The token ids of a pair, and how many tokens of each completion are not scored."""
+    """The token ids of a pair, and the number of unscored tokens in each completion."""
 
     prompt: Sequence[int]
     chosen: Sequence[int]
@@ -24,11 +24,11 @@ class Pair(NamedTuple):
     context: int
 
     def lengths(self) -> tuple[int, int, int]:
-        """Of the three parts, in tokens."""
+        """The lengths of prompt, chosen and rejected, in tokens."""
         return len(self.prompt), len(self.chosen), len(self.rejected)
 
     def scored(self) -> list[int]:
-        """The places of the scored tokens, from the pair's first token."""
+        """The positions of the scored tokens, counted from the pair's first token."""
         prompt, chosen, rejected = self.lengths()
         ends = prompt + chosen, prompt + chosen + rejected
         starts = prompt + self.context, ends[0] + self.context
@@ -46,9 +46,10 @@ def pack(
 ) -> PackedBatch:
     """All pairs of `rows`, several in each row of `length` tokens, for `score_packed`.
 
-    Each pair is laid down as prompt, chosen, rejected, the prompt once for both, and pairs one
-    after the other; the longest are placed first, each into the first row that has room for it.
-    The result has all of them in rows of one shape; batches are cut from it:
+    Each pair is written as prompt, chosen, rejected, with one prompt for both completions, and
+    pairs follow one another. Packing is first-fit decreasing: pairs are placed from the longest to
+    the shortest, each in the first row with room for it. The result holds all pairs in rows of one
+    shape. Take batches from it:
 
     ```python
     packed = data.pack(rows, 1024, multiple_of=8)
@@ -59,27 +60,28 @@ def pack(
     **Arguments:**
 
     - `rows`: pairs from `tokenize`, or a list of such dictionaries.
-    - `length`: tokens of a row: what the longest prompt has with both its completions, or more.
-    - `slots`: pairs in a row at most, and their places in the batch; by default as many as came
-        together.
-    - `scored`: scored tokens in a row at most, and their places in the batch, to each of which the
-        unembedding is applied; by default as many as came together.
-    - `multiple_of`: what the number of rows is a multiple of, by rows without pairs at the end.
-    - `dtype`: of weights and other numbers; float64 where the policy is.
+    - `length`: tokens in a row; at least as many as the longest prompt with both its completions.
+    - `slots`: the largest number of pairs in a row, and the number of slots in the batch. By
+        default the largest number that packing gave.
+    - `scored`: the largest number of scored tokens in a row, and the number of their positions in
+        the batch, all of which are unembedded. By default the largest number that packing gave.
+    - `multiple_of`: the number of rows is a multiple of this; empty rows are added at the end.
+    - `dtype`: the dtype of weights and other numbers; float64 if the policy is float64.
 
     **Returns:**
 
-    A `PackedBatch` of NumPy arrays. `batch.index` says where each pair went.
+    A `PackedBatch` of NumPy arrays. `batch.index` holds the pair in each slot.
 
     **Raises:**
 
-    `ValueError` that names the pairs which do not fit, where there are no rows, or they are not
-    pairs, or a size is not positive.
+    `ValueError` if a pair does not fit (the error names it), if there are no rows, if the rows are
+    not pairs, or if a size is not positive.
     """
     _check_sizes({"length": length, "slots": slots, "scored": scored, "multiple_of": multiple_of})
     pairs = [_pair(row) for row in _checked(rows)]
     needs = np.array([[sum(p.lengths()), len(p.scored()), 1] for p in pairs])
     limits = zip((length, scored, slots), needs.sum(axis=0), strict=True)
+    # A resource without limit gets room for all pairs together, so it never decides.
     room = np.array([needed if limit is None else limit for limit, needed in limits])
     _check_fit(needs, room)
     placed = first_fit(needs, room)
@@ -96,9 +98,9 @@ def pack(
 def first_fit(
     needs: Int[np.ndarray, "items resources"], room: Int[np.ndarray, " resources"]
 ) -> list[list[int]]:
-    """Items put into as few bins as first-fit decreasing makes of them, each of the same room.
+    """Bins of items by first-fit decreasing, all bins with the same room.
 
-    The size of an item is its need of whatever it needs most of.
+    The size of an item is its largest share of a resource.
     """
     order = np.argsort(-(needs / np.maximum(room, 1)).max(axis=1), kind="stable")
     left = np.tile(room, (len(needs), 1))
@@ -123,7 +125,7 @@ def _pair(row: Row) -> Pair:
 def _lay(
     pairs: Sequence[Pair], placed: list[list[int]], length: int, slots: int, scored: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """The ids, the lengths, the places of scored tokens and the number of the pair in each slot."""
+    """The ids, the lengths, the positions of scored tokens and the pair's index in each slot."""
     ids = np.zeros((len(placed), length), np.int32)
     lengths = np.zeros((len(placed), slots, 3), np.int32)
     places = np.full((len(placed), scored), -1, np.int32)
@@ -146,7 +148,7 @@ def _numbers(
 ) -> tuple[np.ndarray, Numbers | None, Numbers | None]:
     """The weights, the reference and the loss's arguments in each slot.
 
-    An empty slot has those of the first pair at weight 0: finite, and without influence.
+    An empty slot has the numbers of the first pair at weight 0: finite, and without influence.
     """
     is_filled, member = indices >= 0, np.maximum(indices, 0)
 
@@ -164,7 +166,7 @@ def _numbers(
 
 def _checked(rows: Rows) -> Rows:
     if len(rows) == 0:
-        raise ValueError("`rows` must hold a row at least, got none. See the report of `tokenize`.")
+        raise ValueError("`rows` must hold a row at least; got none. See the report of `tokenize`.")
     if "chosen_ids" not in rows[0]:
         raise ValueError(
             "`rows` must be pairs, with `prompt_ids`, `chosen_ids` and `rejected_ids`; got "
@@ -176,11 +178,11 @@ def _checked(rows: Rows) -> Rows:
 def _check_sizes(sizes: dict[str, int | None]) -> None:
     for name, value in sizes.items():
         if value is not None and value < 1:
-            raise ValueError(f"`{name}` must be a positive integer, got {value}.")
+            raise ValueError(f"`{name}` must be a positive integer; got {value}.")
 
 
 def _check_fit(needs: Int[np.ndarray, "pairs 3"], room: Int[np.ndarray, " 3"]) -> None:
-    """Raises, naming them, where pairs do not fit into a row of their own."""
+    """Raises `ValueError`, naming the pairs, if some do not fit even in an empty row."""
     for column, name, what in ((0, "length", "tokens"), (1, "scored", "scored tokens")):
         over = np.flatnonzero(needs[:, column] > room[column])
         if over.size:

@@ -7,20 +7,20 @@ Whole = TypeVar("Whole", str, list)
 
 
 def split_shared_prompt(chosen: Whole, rejected: Whole) -> tuple[Whole, Whole, Whole]:
-    """The prompt, and what is left of either answer: text by characters, conversations by turns.
+    """The shared prompt and both completions: text is split by character, conversations by turn.
 
-    The prompt ends where the answers first differ, and before the space there, if there is one,
-    since tokenizers put a space at the start of a word. Where one answer is a beginning of the
-    other, the last character (or turn) of the shorter goes to the completions. That is TRL's rule,
-    kept so that the ids are the same; what the completions then share has the same log-probability
-    in both and cancels in every loss of their difference.
+    The prompt is the common prefix of the answers. A space at its end goes to the completions,
+    since tokenizers put a space at the start of a word. If one answer is a prefix of the other,
+    the last character (or turn) of the shorter answer goes to the completions. This is TRL's rule,
+    kept so that the ids are the same. The tokens that the completions then share have the same
+    log-probability in both, which cancels in every loss of the difference.
 
-    Differs from TRL in: answers that differ from the first character on have an empty prompt, not
-    all of the chosen answer but its last character; and an empty answer is no error.
+    Differs from TRL in: answers without a common prefix have an empty prompt, not the chosen answer
+    without its last character; and an empty answer is allowed.
 
     **Arguments:**
 
-    - `chosen`, `rejected`: prompt and answer in one, both text or both lists of messages.
+    - `chosen`, `rejected`: prompt and answer together, both text or both lists of messages.
 
     **Returns:**
 

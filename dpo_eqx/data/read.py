@@ -1,6 +1,6 @@
 """Reading: from a file, a folder, a name or an iterable to records of a known form.
 
-Nothing is read before it is asked for, and nothing is tokenised here.
+Reading is lazy, and nothing is tokenised here.
 """
 
 import itertools
@@ -20,19 +20,19 @@ IN_MEMORY_BYTES = 2**28
 
 
 class Records:
-    """Preference records of one form, read when iterated over; made by `read`.
+    """Preference records of one form, read during iteration. `read` makes it.
 
-    Iterating yields dictionaries that hold what the form uses, checked, under our names.
-    `str(records)` says where they come from and what form they have.
+    Iterating yields dictionaries with the columns of the form, checked and under our names.
+    `str(records)` gives their source and their form.
 
     **Arguments:**
 
     - `open_records`: makes an iterator of `(where, record)` from the start.
-    - `source`: in words, for messages.
-    - `columns`: our names to theirs.
-    - `path`: of the file or folder, if there is one; its content is the key of caches.
+    - `source`: the source in words, for messages.
+    - `columns`: maps our names to the names in the source.
+    - `path`: the file or folder, if there is one; its content is the key of caches.
     - `once`: whether the records can be read only once.
-    - `in_memory`: whether they are known to be few enough to be held in memory.
+    - `in_memory`: whether the records are known to fit in memory.
     """
 
     def __init__(
@@ -54,8 +54,8 @@ class Records:
         form = self.form
         if self._spent:
             raise ValueError(
-                f"{self.source} can be read only once and has been. Give a list, or tokenise it "
-                "once and keep the rows."
+                f"{self.source} can be read only once and has been read. Give a list, or tokenise "
+                "it once and keep the rows."
             )
         self._spent = self._once
         for where, record in self._open():
@@ -67,7 +67,7 @@ class Records:
 
         **Raises:**
 
-        `ValueError` where there is no record, or its columns are those of no form.
+        `ValueError` if there is no record, or its columns match no form.
         """
         if self._form is None:
             where, record = self._first()
@@ -79,13 +79,14 @@ class Records:
         records = self._open()
         first = next(records, None)
         if first is None:
-            raise ValueError(f"{self.source} holds no records; at least one is needed.")
+            raise ValueError(f"{self.source} holds no records; one is required at least.")
         if self._once:
+            # The first record is already taken from the only iterator: put it back in front.
             self._open = lambda: itertools.chain([first], records)
         return first
 
     def fingerprint(self) -> str | None:
-        """A digest of the files' content and of the names of columns; `None` without files."""
+        """A digest of the files' content and of the column names; `None` without files."""
         if self._path is None:
             return None
         return digest_files(files_of(self._path), self._columns)
@@ -102,29 +103,28 @@ def read(
 ) -> Records:
     """Preference records from a file, a folder, a name of the Hugging Face hub, or an iterable.
 
-    Files are JSON Lines, plain or in gzip, and Parquet, told apart by their content. The form is
-    recognised from the columns of the first record, and said in `str(records)` and in the log:
+    Files are JSON Lines, plain or gzipped, or Parquet; the content decides, not the name. The form
+    is recognised from the columns of the first record; `str(records)` and the log report it:
 
     | form | columns |
     |---|---|
     | explicit prompt | `prompt`, `chosen`, `rejected` |
-    | implicit prompt | `chosen`, `rejected`, both whole; the prompt is what they share |
+    | implicit prompt | `chosen`, `rejected`, both with the prompt, which is their common prefix |
     | unpaired | `prompt`, `completion`, `label` |
     | token ids | `prompt_ids`, `chosen_ids`, `rejected_ids` |
     | unpaired token ids | `prompt_ids`, `completion_ids`, `label` |
 
     Prompts and completions are text, or conversations: lists of messages with `role` and
-    `content`. Beside them a record may hold the numbers `weight` and `beta`, precomputed
-    log-probabilities of the reference (`reference_chosen` and `reference_rejected`, or
-    `reference_completion`; TRL's names are understood), and for the chat template `tools` and
-    `chat_template_kwargs`.
+    `content`. A record may also hold the numbers `weight` and `beta`, precomputed log-probabilities
+    of the reference (`reference_chosen` and `reference_rejected`, or `reference_completion`; TRL's
+    names are understood), and, for the chat template, `tools` and `chat_template_kwargs`.
 
     **Arguments:**
 
-    - `path_or_iterable`: the source. A generator can be read once only.
-    - `columns`: maps our names to those of the source, `{"prompt": "question"}`; the other way
-        round is understood too. `{"weight": None}` leaves a column out.
-    - `split`: of a dataset with several, by default `"train"`.
+    - `path_or_iterable`: the source. A generator can be read only once.
+    - `columns`: maps our names to the names in the source, as in `{"prompt": "question"}`; the
+        inverse mapping is understood too. `{"weight": None}` leaves a column out.
+    - `split`: the split of a dataset with several, by default `"train"`.
 
     **Returns:**
 
@@ -141,7 +141,7 @@ def read(
     if not isinstance(path_or_iterable, Iterable) or isinstance(path_or_iterable, Mapping | bytes):
         raise ValueError(
             "`path_or_iterable` must be a path, a name of the Hugging Face hub or an iterable of "
-            f"mappings, got {type(path_or_iterable).__name__}. Of a mapping of splits give one."
+            f"mappings; got {type(path_or_iterable).__name__}. If it maps splits, give one."
         )
     source = "`path_or_iterable`"
     return Records(

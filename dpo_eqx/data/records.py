@@ -1,6 +1,6 @@
-"""The forms that preference records come in, recognised from their columns, and their checks.
+"""The forms of preference records, recognised from their columns, and the checks of records.
 
-Where records come from is `read.py`; what becomes of them is `tokenize.py`.
+`read.py` reads the records; `tokenize.py` makes rows of them.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ FORMS = {
 }
 NUMBERS = ("weight", "beta", "reference_chosen", "reference_rejected", "reference_completion")
 TEMPLATE = ("tools", "chat_template_kwargs")
-# The names that TRL gives to precomputed log-probabilities of the reference.
+# TRL's names for precomputed log-probabilities of the reference.
 ALIASES = {
     "ref_chosen_logps": "reference_chosen",
     "ref_rejected_logps": "reference_rejected",
@@ -29,14 +29,14 @@ KNOWN = {*NUMBERS, *TEMPLATE, *ALIASES, *(name for form in FORMS.values() for na
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """What the records of one source hold; `str(form)` says it in a line.
+    """The columns of the records in one source; `str(form)` lists them in a line.
 
     **Arguments:**
 
     - `name`: a key of `FORMS`.
     - `conversational`: whether the completions are lists of messages rather than text.
     - `numbers`: the columns of numbers that every record has, such as `weight`.
-    - `ignored`: the columns that are not used.
+    - `ignored`: the columns that nothing uses.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Form:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The columns that the form is made of."""
+        """The columns that define the form."""
         return FORMS[self.name]
 
     @property
@@ -68,27 +68,33 @@ class Form:
 
 
 def recognise(record: Mapping[str, Any], where: str) -> Form:
-    """The form of `record`, whose columns have our names already.
+    """The form of `record`, whose columns already have our names.
 
-    A text prompt beside whole conversations, as in UltraFeedback, is redundant: the form is then
-    an implicit prompt.
+    If the answers are whole conversations and the prompt is text, as in UltraFeedback, the prompt
+    is redundant, and the form is an implicit prompt.
 
     **Raises:**
 
-    `ValueError` that lists the columns found and those of the nearest form.
+    `ValueError` if no form matches; the error lists the columns found and the nearest form's.
     """
+    # The order of `FORMS` decides: an explicit prompt has the columns of an implicit one, too.
     names = [name for name, columns in FORMS.items() if all(c in record for c in columns)]
     if not names:
         raise ValueError(_no_form(record, where))
     name, columns = names[0], FORMS[names[0]]
     answers = [record[column] for column in columns if column in ("chosen", "completion")]
     conversational = any(isinstance(answer, list) for answer in answers)
-    if name == "explicit prompt" and conversational and isinstance(record["prompt"], str):
+    if name == "explicit prompt" and is_redundant(record["prompt"], answers[0]):
         name, columns = "implicit prompt", FORMS["implicit prompt"]
     wanted = set(columns)
     numbers = tuple(column for column in NUMBERS if column in record)
     ignored = tuple(str(c) for c in record if c not in {*wanted, *numbers, *TEMPLATE})
     return Form(name, conversational, numbers, ignored)
+
+
+def is_redundant(prompt: Any, answer: Any) -> bool:
+    """Whether a text prompt repeats the first turn of a conversation that holds the prompt."""
+    return isinstance(prompt, str) and isinstance(answer, list)
 
 
 def _no_form(record: Mapping[str, Any], where: str) -> str:
@@ -97,51 +103,51 @@ def _no_form(record: Mapping[str, Any], where: str) -> str:
     return (
         f"{where} must have the columns of one form. The nearest is `{nearest}`, which needs "
         f"{_ticked(FORMS[nearest])}; missing: {_ticked(missing)}; found: {_ticked(record)}. "
-        f'If a column has another name, say so: `columns={{"{missing[0]}": "its name"}}`.'
+        f'If a column has another name, give it: `columns={{"{missing[0]}": "its name"}}`.'
     )
 
 
 def rename(record: Mapping[str, Any], columns: Mapping[str, str | None], where: str) -> dict:
-    """`record` with our names: the aliases that TRL uses, then `columns`, ours to theirs."""
+    """`record` with our names, by TRL's aliases, then by `columns`, our names to the source's."""
     renamed = {ALIASES.get(name, name): value for name, value in record.items()}
-    for ours, theirs in columns.items():
-        if theirs is None:
+    for ours, name in columns.items():
+        if name is None:
             renamed.pop(ours, None)
-        elif theirs not in record:
+        elif name not in record:
             raise ValueError(
-                f"`columns` maps `{ours}` to `{theirs}`, which {where} does not have; found: "
+                f"`columns` maps `{ours}` to `{name}`, which {where} does not have; found: "
                 f"{_ticked(record)}."
             )
-    moved = {theirs for theirs in columns.values() if theirs is not None}
+    moved = {name for name in columns.values() if name is not None}
     kept = {name: value for name, value in renamed.items() if name not in moved}
-    return kept | {ours: record[theirs] for ours, theirs in columns.items() if theirs is not None}
+    return kept | {ours: record[name] for ours, name in columns.items() if name is not None}
 
 
 def check_columns(columns: Mapping[str, str | None] | None) -> dict[str, str | None]:
-    """`columns` as a mapping of our names to theirs, whichever way round it was given.
+    """`columns` as a mapping of our names to the source's, from that mapping or its inverse.
 
     **Raises:**
 
-    `ValueError` where neither its keys nor its values are names that we know.
+    `ValueError` if neither all its keys nor all its values are our names.
     """
     columns = dict(columns or {})
     if all(name in KNOWN for name in columns):
         return columns
     if all(name in KNOWN for name in columns.values()):
-        return {ours: theirs for theirs, ours in columns.items() if ours is not None}
+        return {ours: name for name, ours in columns.items() if ours is not None}
     unknown = [name for name in columns if name not in KNOWN]
     raise ValueError(
-        f"`columns` must map our names to those of the file; {_ticked(unknown)} is none of ours, "
-        f"which are {_ticked(sorted(KNOWN))}."
+        f"`columns` must map our names to the file's names; {_ticked(unknown)} is not one of our "
+        f"names: {_ticked(sorted(KNOWN))}."
     )
 
 
 def check_record(record: Mapping[str, Any], form: Form, where: str) -> dict[str, Any]:
-    """What `form` uses of `record`, its types checked.
+    """The columns of `record` that `form` uses, with checked values.
 
     **Raises:**
 
-    `ValueError` that names the column, the place, the requirement and what was found.
+    `ValueError` that names the column, the record, the requirement and the value.
     """
     for column in (*form.columns, *form.numbers):
         if record.get(column) is None:
@@ -150,7 +156,7 @@ def check_record(record: Mapping[str, Any], form: Form, where: str) -> dict[str,
                 f"{_ticked(name for name, value in record.items() if value is not None)}."
             )
     for column in NUMBERS:
-        # A column that only later records have would be lost in silence.
+        # A column that only later records have would be lost silently.
         if column in record and column not in form.numbers and column not in form.ignored:
             raise ValueError(
                 f"`{column}` is in {where} but not in the first record. Give it in every record, "
@@ -170,9 +176,9 @@ def _checker(column: str, form: Form) -> Callable[[Any, str], Any]:
 
 
 def check_text(value: Any, what: str) -> str:
-    """`value` where it is text that can be encoded, else a `ValueError`."""
+    """`value` if it is text that can be encoded, else a `ValueError`."""
     if not isinstance(value, str):
-        raise ValueError(f"{what} must be text, got {found(value)}.")
+        raise ValueError(f"{what} must be text; got {found(value)}.")
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -184,27 +190,27 @@ def check_text(value: Any, what: str) -> str:
 
 
 def check_messages(value: Any, what: str) -> list[dict[str, Any]]:
-    """`value` where it is a list of messages with a role and a content, else a `ValueError`.
+    """`value` if it is a list of messages with a role and a content, else a `ValueError`.
 
-    Keys that hold `None` are left out: columnar files fill them in where other messages have them.
+    Keys with the value `None` are left out: a columnar file adds them if any message has the key.
     """
     if not isinstance(value, list):
         raise ValueError(
-            f"{what} must be a list of messages like the other records', got {found(value)}."
+            f"{what} must be a list of messages like the other records'; got {found(value)}."
         )
     return [_check_message(message, f"message {i} of {what}") for i, message in enumerate(value)]
 
 
 def _check_message(message: Any, what: str) -> dict[str, Any]:
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-        raise ValueError(f"{what} must be a mapping with a `role` of text, got {found(message)}.")
+        raise ValueError(f"{what} must be a mapping with a `role` of text; got {found(message)}.")
     content = message.get("content")
     if isinstance(content, str):
         check_text(content, f"`content` of {what}")
     elif content is not None and not isinstance(content, list):
-        raise ValueError(f"`content` of {what} must be text, got {found(content)}.")
+        raise ValueError(f"`content` of {what} must be text; got {found(content)}.")
     elif content is None and "tool_calls" not in message:
-        raise ValueError(f"{what} must have a `content`, got {found(dict(message))}.")
+        raise ValueError(f"{what} must have a `content`; got {found(dict(message))}.")
     return {key: item for key, item in message.items() if item is not None}
 
 
@@ -212,10 +218,10 @@ def check_ids(value: Any, what: str) -> list[int]:
     """`value` as a list of token ids, else a `ValueError`."""
     value = value.tolist() if hasattr(value, "tolist") else value
     if not isinstance(value, list | tuple) or not all(type(i) is int for i in value):
-        raise ValueError(f"{what} must be a list of integers, got {found(value)}.")
+        raise ValueError(f"{what} must be a list of integers; got {found(value)}.")
     if any(not 0 <= i < 2**31 for i in value):
         worst = next(i for i in value if not 0 <= i < 2**31)
-        raise ValueError(f"{what} must hold token ids of 32 bits, not negative; got {worst}.")
+        raise ValueError(f"{what} must hold token ids from 0 to 2**31 - 1; got {worst}.")
     return list(value)
 
 
@@ -224,7 +230,7 @@ def check_label(value: Any, what: str) -> bool:
     value = value.item() if hasattr(value, "item") else value
     if type(value) not in (bool, int) or value not in (0, 1):
         raise ValueError(
-            f"{what} must be true (a desirable completion) or false, got {found(value)}."
+            f"{what} must be true (a desirable completion) or false; got {found(value)}."
         )
     return bool(value)
 
@@ -232,13 +238,13 @@ def check_label(value: Any, what: str) -> bool:
 def check_number(column: str, value: Any, what: str) -> float:
     """`value` as a finite number in the range of its column, else a `ValueError`."""
     value = value.item() if hasattr(value, "item") else value
-    # A float first: comparing an integer of a thousand digits would pass, converting it raises.
+    # First a float: an integer of a thousand digits passes comparisons, but converting it raises.
     number = _as_float(value)
     if not math.isfinite(number):
-        raise ValueError(f"{what} must be a finite number, got {found(value)}.")
+        raise ValueError(f"{what} must be a finite number; got {found(value)}.")
     if (column == "weight" and number < 0) or (column == "beta" and not number > 0):
         rule = "not be negative" if column == "weight" else "be positive"
-        raise ValueError(f"{what} must {rule}, got {value}.")
+        raise ValueError(f"{what} must {rule}; got {value}.")
     return number
 
 
@@ -250,7 +256,7 @@ def _as_float(value: Any) -> float:
 
 
 def found(value: Any) -> str:
-    """What was found, for an error: its type and the beginning of its text."""
+    """A value in words for an error: the beginning of its text, and its type."""
     text = repr(value)
     return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"
 

@@ -1,7 +1,7 @@
-"""Log-probabilities of the reference, computed once and kept on disk, keyed by content.
+"""Log-probabilities of the reference, computed once and stored on disk, keyed by content.
 
-The key knows ids, masks, weights of the reference, score and dtype, and no loss: a sweep over
-losses or `beta` computes them once, and a changed input cannot meet a stale cache.
+The key covers ids, the reference's weights, the score and the dtype, but not the loss. So a sweep
+over losses or `beta` computes them once, and a changed input never finds a stale cache.
 """
 
 import logging
@@ -25,14 +25,14 @@ from .store import aside, default_folder, digest_ids, settle
 
 logger = logging.getLogger("dpo_eqx.data")
 
-# Change it where the same input gives other numbers.
+# Change it if the same input gives other numbers.
 _VERSION = 1
 
 LogProbs = Float[np.ndarray, "rows 2"]
 
 
 class ReferenceRows:
-    """Rows together with log-probabilities of the reference, joined when they are asked for."""
+    """Rows with log-probabilities of the reference, which are joined on access."""
 
     def __init__(self, rows: Rows, log_probs: LogProbs):
         self._rows, self._log_probs = rows, log_probs
@@ -65,27 +65,28 @@ def cache_reference(
 ) -> ReferenceRows:
     """`rows` with the reference's log-probabilities, so that training needs no reference.
 
-    They are computed by `precompute_reference`, once: the same rows, reference, `score` and
-    `compute_dtype` find them on disk again, whatever the loss, the numbers beside the ids or the
-    batch size. Batches made of the result hold them as `batch.reference`.
+    `precompute_reference` computes them once. A later call with the same rows, reference, `score`
+    and `compute_dtype` reads them from disk, for any loss, batch size, `weight` or `beta`. Batches
+    of the result hold them as `batch.reference`.
 
     **Arguments:**
 
     - `reference`: a policy.
-    - `rows`: of pairs, from `tokenize`.
-    - `batch_size`, `microbatches`: how many rows are scored at once, and in how many parts.
-    - `score`, `compute_dtype`: those of the step.
-    - `folder`: of the caches; `None` is `$DPO_EQX_CACHE`, or the user's cache folder.
-    - `mesh`: where `reference` lies, if it does on one; the rows are then split over it. Several
-        processes call this together, and compute again where one of them does not find the cache.
+    - `rows`: rows of pairs, from `tokenize`.
+    - `batch_size`, `microbatches`: the number of rows scored at once, and of the parts it is
+        split into.
+    - `score`, `compute_dtype`: as for the step.
+    - `folder`: the folder of the caches; `None` is `$DPO_EQX_CACHE`, or the user's cache folder.
+    - `mesh`: the mesh that `reference` is sharded over, if any. The rows are split over it. Several
+        processes must call this together; all compute again if one does not find the cache.
 
     **Returns:**
 
-    Rows that also hold `reference_chosen` and `reference_rejected`, in nats, summed.
+    Rows that also hold `reference_chosen` and `reference_rejected`, in nats, summed over tokens.
 
     **Raises:**
 
-    `ValueError` for unpaired rows: what KTO needs depends on the completions drawn for a run.
+    `ValueError` for unpaired rows: KTO's reference depends on the completions drawn for a run.
     """
     if len(rows) and "completion_ids" in completions_of(rows[0]):
         raise ValueError(
@@ -126,12 +127,12 @@ def _compute(run: Callable[[Any], Any], rows: Rows, batch_size: int, mesh: Mesh 
     ) as all_batches:
         placed = (batch if mesh is None else shard_batch(batch, mesh) for batch in all_batches)
         results = [run(batch) for batch in placed]
-    pairs = [np.stack([each.chosen, each.rejected], axis=1) for each in gather(results)]
+    pairs = [np.stack([part.chosen, part.rejected], axis=1) for part in gather(results)]
     return np.concatenate(pairs)[: len(rows)]
 
 
 def _is_everywhere(path: Path, mesh: Mesh | None) -> bool:
-    """Whether all processes of the mesh find the cache: one that computes needs the others."""
+    """Whether all processes of the mesh find the cache: computing needs all of them."""
     if mesh is None or not mesh.is_multi_process:
         return path.exists()
     return bool(multihost_utils.process_allgather(np.array([path.exists()])).all())

@@ -1,6 +1,6 @@
-"""What became of the records, by reason: every one is kept, dropped or an error.
+"""The fate of the records, by reason: each is kept, dropped or an error.
 
-The reasons are decided in `truncate.py` and `tokenize.py`; here they are counted and worded.
+`truncate.py` and `tokenize.py` find the reasons; this file counts them and puts them in words.
 """
 
 import collections
@@ -21,7 +21,7 @@ CUT = {
     "completion_cut": "completion cut, keeping its start, its EOS lost",
 }
 NOTED = {
-    "empty_completion": "an empty completion, now its EOS alone",
+    "empty_completion": "an empty completion, which is now its EOS alone",
     "identical_completions": "chosen and rejected are the same: no preference to learn from",
     "nothing_before_completion": "nothing before the completion: its first token is not scored",
     "boundary_moved": "tokens merge across the end of the prompt: completions start before it",
@@ -31,16 +31,16 @@ REASONS = DROPPED | CUT | NOTED
 
 @dataclasses.dataclass
 class Report:
-    """Counts by reason of what `tokenize` did; `str(report)` says them in a few lines.
+    """What `tokenize` did, counted by reason; `str(report)` prints it in a few lines.
 
-    - `form`: what the records were, in words.
+    - `form`: the form of the records, in words.
     - `read`: the number of records; `kept`: the number of rows. The difference is `dropped`.
     - `counts`: the number of records for each reason, a key of `REASONS`; one record can have
-        several.
-    - `examples`: for each reason the numbers of the first records it applies to, from 0.
-    - `without_row`: the numbers of all records that were dropped.
-    - `tokens`: of prompts and completions in all rows.
-    - `cache`: the folder that holds the rows, where they are on disk.
+        several reasons.
+    - `examples`: for each reason the first five records that it applies to, by number from 0.
+    - `without_row`: the numbers of all dropped records.
+    - `tokens`: the tokens of prompts and completions in all rows.
+    - `cache`: the folder that holds the rows, if they are on disk.
     """
 
     form: str = ""
@@ -54,7 +54,7 @@ class Report:
 
     @property
     def dropped(self) -> dict[str, int]:
-        """The counts of records that gave no row."""
+        """The counts of dropped records, which have no row."""
         return self._of(DROPPED)
 
     @property
@@ -64,7 +64,7 @@ class Report:
 
     @property
     def noted(self) -> dict[str, int]:
-        """The counts of rows that are whole but worth a look."""
+        """The counts of rows that are uncut but worth a look."""
         return self._of(NOTED)
 
     def _of(self, reasons: dict[str, str]) -> dict[str, int]:
@@ -75,6 +75,7 @@ class Report:
         for reason in reasons:
             self.counts[reason] = self.counts.get(reason, 0) + 1
             examples = self.examples.setdefault(reason, [])
+            # The report stays small however many records there are.
             if len(examples) < 5:
                 examples.append(self.read)
         if not DROPPED.keys().isdisjoint(reasons):
@@ -82,7 +83,7 @@ class Report:
         self.read += 1
 
     def numbers_of_rows(self) -> Int[np.ndarray, " rows"]:
-        """For each row the number of the record that it was, from 0."""
+        """For each row the number of its record, from 0."""
         return np.delete(np.arange(self.read), self.without_row)
 
     def __str__(self):

@@ -1,6 +1,6 @@
-"""What one tokenised row holds: a dictionary, so that it can be printed, stored and made by hand.
+"""A tokenised row: a dictionary, so that it can be printed, stored and made by hand.
 
-Rows are made by `tokenize`, kept in a list or on disk, and put into batches by `batches`.
+`tokenize` makes rows, a list or a cache on disk holds them, and `batches` makes batches of them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,8 +12,8 @@ from jaxtyping import Int
 from .records import NUMBERS
 
 # A row of a pair holds the lists of integers `prompt_ids`, `chosen_ids`, `rejected_ids`; an
-# unpaired one `prompt_ids`, `completion_ids` and the boolean `label`. Either may hold the numbers
-# of `records.NUMBERS`, and `start_id` where its prompt is empty: see `start_of`.
+# unpaired row holds `prompt_ids`, `completion_ids` and the boolean `label`. Both may hold the
+# numbers of `records.NUMBERS`, and `start_id` if the prompt is empty: see `start_of`.
 Row = dict[str, Any]
 
 
@@ -30,7 +30,7 @@ class Rows(Protocol):
 
 @runtime_checkable
 class StoredRows(Rows, Protocol):
-    """Rows that know their lengths without being read."""
+    """Rows whose lengths are known without reading them."""
 
     def lengths(self) -> Int[np.ndarray, "rows parts"]: ...
 
@@ -56,12 +56,12 @@ def lengths_of(rows: Rows) -> Int[np.ndarray, "rows parts"]:
 def start_of(
     prompt: Sequence[int], completions: Sequence[Sequence[int]], start_id: int | None
 ) -> tuple[list[int], int, int]:
-    """The prompt that a batch can hold, for a row whose prompt may be empty.
+    """A prompt of at least one token, for a row whose prompt may be empty.
 
-    A batch's prompt has one token at least, and the first token of a sequence is never scored,
-    for there is nothing before it. So where the prompt is empty, the first token that all
-    completions share becomes it: that changes no log-probability. Where they share none,
-    `start_id` stands before them, and the first token of each is context, not scored.
+    A batch's prompt has at least one token, and the first token of a sequence is never scored,
+    since no token precedes it. If the prompt is empty and all completions share their first token,
+    that token becomes the prompt, which changes no log-probability. If they do not, `start_id`
+    becomes the prompt, and the first token of each completion is context, not scored.
 
     **Arguments:**
 
@@ -70,12 +70,12 @@ def start_of(
 
     **Returns:**
 
-    `(prompt, taken, context)`: how many tokens each completion loses to the prompt, and how many
-    of what is left of it are not scored.
+    `(prompt, taken, context)`: `taken` is the number of tokens that move from each completion to
+    the prompt, and `context` the number of the completion's other tokens that are not scored.
 
     **Raises:**
 
-    `ValueError` where the completions share no first token and there is no `start_id`.
+    `ValueError` if the completions share no first token and there is no `start_id`.
     """
     if prompt:
         return list(prompt), 0, 0
@@ -84,7 +84,7 @@ def start_of(
         return list(first), 1, 0
     if start_id is None:
         raise ValueError(
-            "`prompt_ids` must hold a token where the completions do not begin with the same one; "
+            "`prompt_ids` must hold a token if the completions begin with different tokens; "
             f"got an empty prompt before {sorted(first)}. Put the tokenizer's BOS or EOS there, "
             "or give it as `start_id` of the row."
         )

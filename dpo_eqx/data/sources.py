@@ -1,7 +1,7 @@
-"""Where records come from: lines of JSON, Parquet, folders, the Hugging Face hub, iterables.
+"""The sources of records: lines of JSON, Parquet, folders, the Hugging Face hub, iterables.
 
-Each source yields `(where, record)`, where the first says in words from which place the second
-came. What a record must hold is not known here.
+Each source yields `(where, record)`; `where` names the record's place in words, for errors.
+`records.py` checks the content of a record.
 """
 
 import gzip
@@ -23,11 +23,11 @@ _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
 def open_source(source: str | Path, split: str | None) -> Callable[[], Iterator[Located]]:
-    """What makes an iterator over the records of a file, a folder or a name of the hub.
+    """A function that opens an iterator over the records of a file, a folder or a name of the hub.
 
     **Raises:**
 
-    `FileNotFoundError` where it is none of them.
+    `FileNotFoundError` if `source` is none of these.
     """
     path = Path(source)
     if path.is_dir():
@@ -43,7 +43,7 @@ def open_source(source: str | Path, split: str | None) -> Callable[[], Iterator[
 
 
 def files_of(path: Path) -> list[Path]:
-    """The data files at `path`: itself, or those in the folder, by name."""
+    """The data files at `path`: the file itself, or the files in the folder, sorted by name."""
     if path.is_file():
         return [path]
     saved = ("*.arrow", "*.json") if _is_saved(path) else tuple(f"*{s}" for s in SUFFIXES)
@@ -77,7 +77,7 @@ def _file(path: Path) -> Iterator[Located]:
 def _lines(path: Path, *, compressed: bool) -> Iterator[Located]:
     number = 0
     try:
-        # Binary, so that lines end at "\n" alone and not at the separators of Unicode.
+        # Binary, so that lines end only at "\n" and not at the line separators of Unicode.
         with gzip.open(path, "rb") if compressed else path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
@@ -90,11 +90,11 @@ def _lines(path: Path, *, compressed: bool) -> Iterator[Located]:
 
 
 def parse_line(line: bytes, where: str) -> dict[str, Any]:
-    """The object that a line of JSON holds.
+    """The JSON object in a line.
 
     **Raises:**
 
-    `ValueError` that names the place, the column and what was found there.
+    `ValueError` that names the line, the column and the text found there.
     """
     try:
         text = line.decode()
@@ -102,20 +102,20 @@ def parse_line(line: bytes, where: str) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         column = len(line[: error.start].decode()) + 1
         bad = line[error.start : error.start + 1]
-        raise ValueError(f"{where}, column {column}: must be UTF-8, found {bad!r}.") from None
+        raise ValueError(f"{where}, column {column}: must be UTF-8; found {bad!r}.") from None
     except json.JSONDecodeError as error:
         near = error.doc[error.pos : error.pos + 20]
         near = repr(near) if near else "the end of the line"
         raise ValueError(
-            f"{where}, column {error.pos + 1}: {error.msg}, found {near}. Each line must hold one "
-            "object of JSON."
+            f"{where}, column {error.pos + 1}: {error.msg}; found {near}. Each line must hold one "
+            "JSON object."
         ) from None
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}, column 1: not to be read as JSON: {error}.") from None
+        reason = str(error).removesuffix(".")
+        raise ValueError(f"{where}, column 1: cannot be read as JSON: {reason}.") from None
     if not isinstance(record, dict):
         raise ValueError(
-            f"{where}, column 1: must be an object of JSON with columns by name, found "
-            f"{found(record)}."
+            f"{where}, column 1: must be a JSON object with columns by name; found {found(record)}."
         )
     return record
 
@@ -125,7 +125,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(record) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the name `{twice}` is given twice")
+        raise ValueError(f"The name `{twice}` is given twice.")
     return record
 
 
@@ -139,7 +139,7 @@ def _parquet(path: Path) -> Iterator[Located]:
                     yield f"row {number} of {path}", record
                     number += 1
     except (OSError, require("pyarrow", extra="data").ArrowException) as error:
-        raise ValueError(f"{path} is not to be read after row {number}: {error}.") from error
+        raise ValueError(f"{path} cannot be read after row {number}: {error}.") from error
 
 
 def _saved(path: Path, split: str | None) -> Iterator[Located]:
@@ -153,8 +153,8 @@ def _hub(name: str, split: str | None) -> Iterator[Located]:
         dataset = datasets.load_dataset(name, streaming=True)
     except Exception as error:  # `datasets` raises many kinds: missing, private, no network
         raise ValueError(
-            f"`path_or_iterable` is no file here, and `{name}` did not load from the Hugging Face "
-            f"hub: {error}"
+            f"`path_or_iterable` must be a file or a name of the Hugging Face hub; there is no "
+            f"file `{name}`, and the hub did not load it: {error}"
         ) from error
     return located(_one_split(dataset, split, name), name)
 
@@ -164,7 +164,7 @@ def _one_split(dataset: Any, split: str | None, source: str) -> Iterable[Mapping
         return dataset
     chosen = split or ("train" if "train" in dataset or len(dataset) > 1 else next(iter(dataset)))
     if chosen not in dataset:
-        raise ValueError(f"`split` must be one of {list(dataset)} in {source}, got {chosen!r}.")
+        raise ValueError(f"`split` must be one of {list(dataset)} in {source}; got {chosen!r}.")
     return dataset[chosen]
 
 
@@ -173,10 +173,10 @@ def located(records: Iterable[Any], source: str) -> Iterator[Located]:
 
     **Raises:**
 
-    `ValueError` where one is not a mapping.
+    `ValueError` if a record is not a mapping.
     """
     for number, record in enumerate(records):
         where = f"record {number} of {source}"
         if not isinstance(record, Mapping):
-            raise ValueError(f"{where} must be a mapping of columns by name, got {found(record)}.")
+            raise ValueError(f"{where} must be a mapping of columns by name; got {found(record)}.")
         yield where, record

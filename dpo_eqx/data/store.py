@@ -1,6 +1,7 @@
-"""Rows on disk, mapped into memory: token ids in one flat file, and an index of where each starts.
+"""Rows on disk, mapped into memory: token ids in one flat file, and an index of offsets.
 
-A cache is a folder under its key, complete or not there: it is written aside and then renamed.
+A cache is a folder named by its key. It is complete or absent: it is written under another name
+and then renamed.
 """
 
 import contextlib
@@ -21,23 +22,23 @@ from .fingerprint import digest
 from .report import Report
 from .rows import Row, completions_of, numbers_of
 
-# Change it with the layout of the files, or with the ids that the same input gives.
+# Change it if the layout of the files changes, or if the same input gives other ids.
 _VERSION = 2
 
 
 def default_folder() -> Path:
-    """Where caches are kept: `$DPO_EQX_CACHE`, else `dpo_eqx` in the user's cache folder."""
+    """The folder of caches: `$DPO_EQX_CACHE`, else `dpo_eqx` in the user's cache folder."""
     if folder := os.environ.get("DPO_EQX_CACHE"):
         return Path(folder)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dpo_eqx"
 
 
 class TokenCache:
-    """Rows on disk, read as they are asked for: `len(rows)`, `rows[i]`, `rows.lengths()`.
+    """Rows on disk, read on access: `len(rows)`, `rows[i]`, `rows.lengths()`.
 
     **Arguments:**
 
-    - `folder`: of one cache, as `report.cache` says.
+    - `folder`: the folder of one cache, as in `report.cache`.
     """
 
     def __init__(self, folder: Path):
@@ -79,7 +80,7 @@ class TokenCache:
 
     @property
     def report(self) -> Report:
-        """The report of the tokenising that made this cache."""
+        """The report of the `tokenize` call that made this cache."""
         return Report(**self._meta["report"], cache=self.folder)
 
 
@@ -90,7 +91,7 @@ def _mapped(path: Path, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def open_cache(folder: str | Path | None, key: str) -> tuple[TokenCache, Report] | None:
-    """The rows under `key` and their report, where they have been made before."""
+    """The rows under `key` and their report, or `None` if this cache does not exist."""
     path = Path(folder or default_folder()) / f"tokens-{_VERSION}-{key}"
     if not (path / "meta.json").exists():
         return None
@@ -101,12 +102,12 @@ def open_cache(folder: str | Path | None, key: str) -> tuple[TokenCache, Report]
 def write_cache(
     folder: str | Path | None, key: str | None, rows: Iterable[Row], report: Report
 ) -> tuple[TokenCache, Report]:
-    """Writes `rows` as they come, and `report` once they have all come.
+    """Writes `rows` one by one, and then `report`, which is complete after the last row.
 
     **Arguments:**
 
-    - `folder`: of the caches; `None` is `default_folder()`.
-    - `key`: of this one; `None` where only the rows themselves tell their content.
+    - `folder`: the folder of the caches; `None` is `default_folder()`.
+    - `key`: the key of this cache; `None` takes the digest of the written rows.
 
     **Returns:**
 
@@ -151,7 +152,7 @@ def _write_rows(folder: Path, rows: Iterable[Row]) -> dict[str, Any]:
 
 
 def _parts(row: Row) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """All ids of a row one after another, the sizes of its parts, and its numbers."""
+    """All ids of a row concatenated, the sizes of its parts, and its numbers."""
     parts = [row["prompt_ids"], *(row[name] for name in completions_of(row))]
     ids = np.array([i for part in parts for i in part], np.int32)
     sizes = np.array([len(part) for part in parts], np.int64)
@@ -159,7 +160,7 @@ def _parts(row: Row) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def digest_ids(rows: Iterable[Row]) -> str:
-    """A digest of the ids of all rows, numbers left out; the same in memory and on disk."""
+    """A digest of the ids of all rows, without numbers; the same in memory and on disk."""
     if isinstance(rows, TokenCache):
         return rows.digest_ids()
     content = hashlib.blake2b(digest_size=16)
@@ -176,7 +177,7 @@ def _add_ids(content: Any, row: Row) -> None:
 
 @contextlib.contextmanager
 def aside(folder: Path) -> Iterator[Path]:
-    """A temporary folder in `folder`, removed if it is still there in the end."""
+    """A temporary folder in `folder`, which is removed at the end unless it was renamed."""
     folder.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=folder))
     try:
@@ -186,7 +187,7 @@ def aside(folder: Path) -> Iterator[Path]:
 
 
 def settle(temporary: Path, name: str) -> Path:
-    """Renames a finished folder to its name, unless another process was first."""
+    """Renames a finished folder to its name, unless another process was faster."""
     final = temporary.parent / name
     try:
         temporary.rename(final)

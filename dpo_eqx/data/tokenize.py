@@ -1,6 +1,6 @@
-"""Tokenising: from records to rows of ids, the boundary of prompt and completion a token boundary.
+"""Tokenising: from records to rows of ids, with the boundary after the prompt between two tokens.
 
-What is cut or dropped is decided in `truncate.py`, and told in the report.
+`truncate.py` decides which rows are cut or dropped; the report counts them.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from .store import open_cache, write_cache
 from .tokenizers import Tokenizer, fingerprint_of
 from .truncate import Limits, truncate
 
-# Records tokenised at once: enough for a fast tokenizer's threads, little enough to stay in cache.
+# Records tokenised at once: enough for a fast tokenizer's threads, few enough to stay in cache.
 _CHUNK = 256
 
 
@@ -41,46 +41,46 @@ def tokenize(
 ) -> tuple[Rows, Report]:
     """Rows of token ids, and a report that accounts for every record.
 
-    Prompt and completion are tokenised together, so that their boundary is a token boundary:
-    prompt, prompt + chosen, prompt + rejected. Both completions start at the shorter of the two
-    prefixes that the prompt's ids share with the others, as in TRL 1.16; a token that merges
-    across the end of the prompt belongs to the completions. The BOS is there if the tokenizer adds
-    it, once; the EOS ends a text, once, and nothing is added after a chat template.
+    The texts tokenised are prompt, prompt + chosen and prompt + rejected. The ids of the prompt
+    share a prefix with the ids of each of the other two. Both completions start at the end of the
+    shorter prefix, as in TRL 1.16, so a token that merges across the end of the prompt belongs to
+    the completions. If the tokenizer adds a BOS, it occurs once. The EOS ends a text, once. Nothing
+    is added after a chat template.
 
-    Lengths are limited in this order. `max_prompt_length` keeps the end of the prompt;
-    `max_completion_length` and `max_length` keep the start, and the EOS that goes is not added
-    again. A row whose prompt has `max_length` tokens or more is dropped, as is one with a
-    completion of no token at all; an empty text is its EOS, and kept. An empty prompt without BOS
-    leaves nothing before the completion's first token, which is then not scored.
+    Limits apply in this order. `max_prompt_length` keeps the end of the prompt.
+    `max_completion_length` and `max_length` keep the start; an EOS that is cut off is not added
+    again. A row is dropped if its prompt has `max_length` tokens or more, or if a completion has no
+    token. A completion of empty text is its EOS, and is kept. If the prompt is empty and has no
+    BOS, nothing precedes the completion's first token, so that token is not scored.
 
-    Records that cannot be read again, or of files larger than 256 MB, are tokenised into a cache
-    on disk, mapped into memory and keyed by content; `report.cache` is its folder.
+    Records that can be read only once, or that come from files larger than 256 MB, are tokenised
+    into a cache on disk, which is mapped into memory and keyed by content. `report.cache` is its
+    folder.
 
     **Arguments:**
 
-    - `records`: from `read`, or anything that `read` takes.
+    - `records`: records from `read`, or anything that `read` takes.
     - `tokenizer`: from `load_tokenizer`, or a `ByteTokenizer`, or anything with `encode`; `None`
         for records of token ids.
-    - `max_length`, `max_prompt_length`, `max_completion_length`: in tokens; see above.
-    - `strict`: whether a row that is dropped or cut, or whose completions are the same, is an
-        error.
+    - `max_length`, `max_prompt_length`, `max_completion_length`: limits in tokens; see above.
+    - `strict`: whether it is an error if a row is dropped or cut, or has identical completions.
     - `append_eos`: whether a completion of text ends with the EOS.
-    - `eos_token_id`: of a tokenizer that does not tell.
-    - `vocab_size`: of the policy; an id beyond it is an error.
+    - `eos_token_id`: the EOS, if the tokenizer does not name one.
+    - `vocab_size`: the policy's vocabulary size; a greater or equal id is an error.
     - `tools`, `template_arguments`: for the chat template; a record's own `tools` and
-        `chat_template_kwargs` come before them.
-    - `cache`: a folder for caches of tokens. Rows are kept on disk where it is given.
+        `chat_template_kwargs` take precedence.
+    - `cache`: a folder for caches of tokens. If given, rows are always stored on disk.
 
     **Returns:**
 
     `(rows, report)`. A row is a dictionary with the lists `prompt_ids`, `chosen_ids` and
-    `rejected_ids`, or `prompt_ids`, `completion_ids` and the boolean `label`; and the record's
-    numbers.
+    `rejected_ids`, or with `prompt_ids`, `completion_ids` and the boolean `label`. It also holds
+    the record's numbers.
 
     **Raises:**
 
-    `ValueError` for records that are not what they must be, a tokenizer without EOS or chat
-    template where one is needed, an id beyond `vocab_size`, and by `strict`.
+    `ValueError` if a record is invalid, if the tokenizer lacks the EOS or chat template that the
+    records need, if an id is not below `vocab_size`, and as described for `strict`.
     """
     records = records if isinstance(records, Records) else read(records)
     limits = Limits(max_length, max_prompt_length, max_completion_length)
@@ -91,12 +91,12 @@ def tokenize(
     if records.in_memory and cache is None:
         return list(rows), report
     key = _key(records, tokenizer, dataclasses.replace(encoder, tokenizer=None), limits, vocab_size)
-    found = open_cache(cache, key) if key and not strict else None
-    return found or write_cache(cache, key, rows, report)
+    cached = open_cache(cache, key) if key and not strict else None
+    return cached or write_cache(cache, key, rows, report)
 
 
 def _key(records: Records, tokenizer: Any, *settings: Any) -> str | None:
-    """The key of the rows before they are made, where all that decides them has a content."""
+    """The key of the rows before they exist, or `None` if an input has no readable content."""
     contents = records.fingerprint(), fingerprint_of(tokenizer)
     return digest(*contents, *settings) if None not in contents else None
 
@@ -110,25 +110,28 @@ def _rows(
     strict: bool,
     vocab_size: int | None,
 ) -> Iterator[Row]:
-    """The rows, each counted in `report` as it is made."""
+    """The rows; `report` counts each one when it is made."""
     remaining = iter(records)
     while chunk := list(itertools.islice(remaining, _CHUNK)):
         for row, reasons in _encode(chunk, records.form, encoder, report.read):
             _check_vocabulary(row, vocab_size, report.read)
-            kept, more = truncate(row, limits)
-            reasons = more if kept is None else [*reasons, *more, *_looks(kept)]
+            limited, cuts = truncate(row, limits)
+            reasons = cuts if limited is None else [*reasons, *cuts, *_looks(limited)]
             _check_strict(reasons, strict, report.read)
             report.add(reasons)
-            if kept is not None:
+            if limited is not None:
                 report.kept += 1
-                report.tokens += sum(len(kept[c]) for c in ("prompt_ids", *completions_of(kept)))
-                yield kept if kept["prompt_ids"] else kept | {"start_id": encoder.start_id}
+                names = ("prompt_ids", *completions_of(limited))
+                report.tokens += sum(len(limited[name]) for name in names)
+                # See `start_of`: a batch needs a token before the completions.
+                start = {} if limited["prompt_ids"] else {"start_id": encoder.start_id}
+                yield limited | start
 
 
 def _encode(
     chunk: list[dict[str, Any]], form: Form, encoder: Encoder, first: int
 ) -> Iterator[tuple[Row, list[str]]]:
-    """Each record's row with nothing cut, and the reasons to look at it."""
+    """The uncut row of each record, and the reasons to note it."""
     if form.tokenized:
         for record in chunk:
             yield record, []
@@ -145,28 +148,28 @@ def _encode(
         reasons = (["boundary_moved"] if moved else []) + (
             ["empty_completion"] if "" in part[1:] else []
         )
-        kept = ("label", *NUMBERS)
-        yield row | {name: record[name] for name in kept if name in record}, reasons
+        copied = ("label", *NUMBERS)
+        yield row | {name: record[name] for name in copied if name in record}, reasons
 
 
 def _parts(record: dict[str, Any], form: Form) -> tuple[Any, ...]:
-    """The prompt, and the completion or completions."""
+    """The prompt, and the one or two completions."""
     if form.name == "implicit prompt":
         return split_shared_prompt(record["chosen"], record["rejected"])
     return tuple(record[name] for name in form.columns if name != "label")
 
 
 def _at_boundary(encoded: list[list[int]], names: list[str]) -> tuple[Row, bool]:
-    """The row whose completions start where the prompt's ids and those of all others part."""
-    prompt, *whole = encoded
-    start = min(_shared(prompt, ids) for ids in whole)
+    """The row, and whether its completions start before the end of the prompt's ids."""
+    prompt, *full = encoded
+    start = min(_shared(prompt, ids) for ids in full)
     row = {"prompt_ids": prompt[:start]}
-    row |= {name: ids[start:] for name, ids in zip(names, whole, strict=True)}
+    row |= {name: ids[start:] for name, ids in zip(names, full, strict=True)}
     return row, start < len(prompt)
 
 
 def _shared(one: list[int], other: list[int]) -> int:
-    if other[: len(one)] == one:  # nearly always, and fast
+    if other[: len(one)] == one:  # the usual case, much faster than the loop
         return len(one)
     return next(i for i, a in enumerate(one) if i >= len(other) or a != other[i])
 
@@ -184,15 +187,16 @@ def _check_vocabulary(row: Row, vocab_size: int | None, number: int) -> None:
     if worst >= vocab_size:
         raise ValueError(
             f"`tokenizer` must give ids below `vocab_size`, {vocab_size}; record {number} (from "
-            f"0) has {worst}. Take the tokenizer that belongs to the policy."
+            f"0) has {worst}. Take the policy's own tokenizer."
         )
 
 
 def _check_strict(reasons: list[str], strict: bool, number: int) -> None:
-    grave = [r for r in reasons if r in DROPPED or r in CUT or r == "identical_completions"]
-    if strict and grave:
+    refused = DROPPED.keys() | CUT.keys() | {"identical_completions"}
+    strict_reasons = [reason for reason in reasons if reason in refused]
+    if strict and strict_reasons:
         raise ValueError(
             f"`strict` allows no row to be dropped or cut, and record {number} (from 0) would be: "
-            f"{'; '.join(REASONS[reason] for reason in grave)}. Raise the limit, or repair or "
-            "leave out the record."
+            f"{'; '.join(REASONS[reason] for reason in strict_reasons)}. Raise the limit, or "
+            "repair or leave out the record."
         )

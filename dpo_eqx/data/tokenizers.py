@@ -1,6 +1,6 @@
-"""Tokenizers: the built-in one of bytes, those of `transformers`, and anything with `encode`.
+"""Tokenizers: the built-in `ByteTokenizer`, `transformers` tokenizers, and anything with `encode`.
 
-What is tokenised, and where a completion starts, is `tokenize.py`.
+`tokenize.py` decides which texts are tokenised, and where a completion starts.
 """
 
 import contextlib
@@ -15,11 +15,10 @@ from .fingerprint import digest
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """What a tokenizer must offer: `encode`, adding the special tokens that it adds.
+    """A tokenizer must have `encode`, which adds the tokenizer's usual special tokens.
 
-    It may also have `eos_token` and `eos_token_id`, `bos_token` and `bos_token_id`, and for
-    conversations `apply_chat_template(messages, *, tools, add_generation_prompt, ...)`, which
-    returns ids.
+    It may also have `eos_token` and `eos_token_id`, `bos_token` and `bos_token_id`. Conversations
+    need `apply_chat_template(messages, *, tools, add_generation_prompt, ...)`, which returns ids.
     """
 
     def encode(self, text: str) -> Any:
@@ -30,7 +29,7 @@ class Tokenizer(Protocol):
 class ByteTokenizer:
     """UTF-8 bytes as ids 0 to 255, `eos_token_id` 256, and `bos_token_id` 257 before each text.
 
-    For tests and small policies: it needs no file, and no text is out of its vocabulary.
+    For tests and small policies: it needs no file, and it can encode every text.
     """
 
     vocab_size = 258
@@ -50,24 +49,25 @@ class ByteTokenizer:
 
 
 def load_tokenizer(path: str | Path) -> Any:
-    """The tokenizer in a local folder, or of a name of the hub, by `transformers.AutoTokenizer`.
+    """The tokenizer in a local folder or on the hub, loaded by `transformers.AutoTokenizer`.
 
-    No code that comes with the tokenizer is run, and the notice that PyTorch is missing is not
-    printed: a tokenizer does not need it.
+    Code that comes with the tokenizer is not run. The notice that PyTorch is missing is not
+    printed, since a tokenizer does not need PyTorch.
 
     **Arguments:**
 
-    - `path`: a folder with `tokenizer.json` or the like, or `owner/name`.
+    - `path`: a folder with the tokenizer's files, such as `tokenizer.json`, or a hub name
+        `owner/name`.
 
     **Raises:**
 
-    `ImportError` that names the extra; `ValueError` where no tokenizer can be loaded from `path`.
+    `ImportError` that names the extra; `ValueError` if no tokenizer can be loaded from `path`.
     """
     with _no_notice():
         transformers = require("transformers", extra="hf")
     try:
         return transformers.AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
-    except Exception as error:  # `transformers` raises many kinds
+    except Exception as error:  # `transformers` raises many types of error
         raise ValueError(f"`path` must hold a tokenizer; {path} does not load: {error}") from error
 
 
@@ -86,12 +86,12 @@ def _no_notice() -> Iterator[None]:
 
 
 def encode_all(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
-    """The ids of each text, with a tokenizer of `transformers` all at once, which is faster.
+    """The ids of each text. A `transformers` tokenizer gets all texts at once, which is faster.
 
-    A text that begins with the BOS that the tokenizer adds by itself has it once.
+    If a text begins with the BOS, and the tokenizer adds a BOS, only one of the two is kept.
     """
     if hasattr(tokenizer, "backend_tokenizer"):
-        # Not verbose: lengths beyond the model's are our business, see `truncate.py`.
+        # Not verbose: it would warn of lengths beyond the model's, which `truncate.py` handles.
         encoded = tokenizer(list(texts), verbose=False)["input_ids"]  # pyright: ignore[reportCallIssue]: a tokenizer of `transformers`
     else:
         encoded = [tokenizer.encode(text) for text in texts]
@@ -104,23 +104,23 @@ def _once(ids: list[int], bos: int | None) -> list[int]:
 
 
 def as_ids(encoded: Any) -> list[int]:
-    """The ids in what some tokenizer returned: a list, an array, a mapping, an encoding.
+    """The ids in a tokenizer's result: a list, an array, a mapping or an encoding.
 
     **Raises:**
 
-    `ValueError` where there are none.
+    `ValueError` if it does not hold token ids.
     """
     if isinstance(encoded, Mapping):
         encoded = encoded["input_ids"]
     encoded = getattr(encoded, "ids", encoded)
     ids = [getattr(i, "item", lambda i=i: i)() for i in encoded]
     if not all(type(i) is int and i >= 0 for i in ids):
-        raise ValueError(f"`tokenizer.encode` must return token ids, got {ids[:5]}.")
+        raise ValueError(f"`tokenizer.encode` must return token ids; got {ids[:5]}.")
     return ids
 
 
 def special_id(tokenizer: Any, kind: str) -> int | None:
-    """The id of the `"bos"` or `"eos"`, under the names that tokenizers have for it."""
+    """The id of the `"bos"` or `"eos"`, under any of the names that tokenizers use for it."""
     for name in (f"{kind}_token_id", f"{kind}_id", "eot_token" if kind == "eos" else ""):
         value = getattr(tokenizer, name, None)
         value = value() if callable(value) else value
@@ -129,13 +129,19 @@ def special_id(tokenizer: Any, kind: str) -> int | None:
     return None
 
 
+def start_id_of(tokenizer: Any) -> int | None:
+    """The id that may replace an empty prompt: the BOS, else the EOS, else `None`."""
+    bos = special_id(tokenizer, "bos")
+    return special_id(tokenizer, "eos") if bos is None else bos
+
+
 def fingerprint_of(tokenizer: Any) -> str | None:
-    """A digest of all that decides the tokenizer's ids; `None` where it cannot be read."""
+    """A digest of all that decides the tokenizer's ids; `None` if it cannot be read."""
     backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
     if hasattr(backend, "to_str"):
         template = getattr(tokenizer, "chat_template", None)
         specials = getattr(tokenizer, "special_tokens_map", None)
         return digest(backend.to_str(), template, {k: str(v) for k, v in (specials or {}).items()})
-    if tokenizer is None or type(tokenizer) is ByteTokenizer:  # a subclass may encode otherwise
+    if tokenizer is None or type(tokenizer) is ByteTokenizer:  # a subclass may encode differently
         return digest(repr(tokenizer))
     return None

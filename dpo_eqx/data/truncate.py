@@ -1,6 +1,6 @@
-"""Which end of a row is cut where it is too long, and when it is dropped.
+"""Truncation: which end of a row is cut if it is too long, and when the row is dropped.
 
-Counting and reporting are in `report.py`.
+`report.py` counts and reports.
 """
 
 import dataclasses
@@ -10,16 +10,16 @@ from .rows import Row
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """The greatest lengths, in tokens; `None` is no limit.
+    """The greatest lengths, in tokens; `None` means unlimited.
 
-    - `max_prompt_length`, applied first: a longer prompt keeps its end.
+    - `max_prompt_length`: applies first; a longer prompt keeps its end.
     - `max_completion_length`: a longer completion keeps its start, and loses its EOS.
-    - `max_length`: of prompt and completion together, which keep their start; a row whose prompt
-        alone is as long is dropped.
+    - `max_length`: the limit of prompt and completion together, which keep their start. A row is
+        dropped if its prompt alone has this length or more.
 
     **Raises:**
 
-    `ValueError` where one is not a positive integer.
+    `ValueError` if a limit is not a positive integer.
     """
 
     max_length: int | None = None
@@ -29,20 +29,21 @@ class Limits:
     def __post_init__(self):
         for name, value in vars(self).items():
             if value is not None and (type(value) is not int or value < 1):
-                raise ValueError(f"`{name}` must be a positive integer or None, got {value!r}.")
+                raise ValueError(f"`{name}` must be a positive integer or None; got {value!r}.")
 
 
 def truncate(row: Row, limits: Limits) -> tuple[Row | None, list[str]]:
-    """`row` within `limits`, and what was done to it; no row where it is to be dropped.
+    """`row` within `limits`, with the reasons for each cut; no row if it must be dropped.
 
     **Arguments:**
 
-    - `row`: as from the tokenizer, EOS and all.
+    - `row`: the uncut row, with its EOS.
     - `limits`: lengths in tokens.
 
     **Returns:**
 
-    The row and reasons: keys of `report.DROPPED` (one, and no row) or of `report.CUT`.
+    `(row, reasons)`: the row, and keys of `report.CUT`; or `None` and one key of
+    `report.DROPPED`.
     """
     names = [name for name in ("chosen_ids", "rejected_ids", "completion_ids") if name in row]
     if not all(row[name] for name in names):
@@ -53,6 +54,7 @@ def truncate(row: Row, limits: Limits) -> tuple[Row | None, list[str]]:
         return None, ["prompt_fills_max_length"]
     rooms = [limits.max_completion_length, limits.max_length and limits.max_length - len(prompt)]
     room = min((r for r in rooms if r is not None), default=None)
-    kept = {name: row[name][:room] for name in names}
-    cut += [name.replace("_ids", "_cut") for name in names if len(kept[name]) < len(row[name])]
-    return row | {"prompt_ids": prompt} | kept, cut
+    completions = {name: row[name][:room] for name in names}
+    is_cut = (name for name in names if len(completions[name]) < len(row[name]))
+    cut += [name.replace("_ids", "_cut") for name in is_cut]
+    return row | {"prompt_ids": prompt} | completions, cut

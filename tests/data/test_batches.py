@@ -226,10 +226,10 @@ def test_an_empty_prompt_that_cannot_be_placed_is_named():
 @pytest.mark.parametrize(
     ("settings", "match"),
     [
-        ({"batch_size": 0}, "`batch_size` must be a positive integer, got 0"),
-        ({"batch_size": 4, "epochs": 0}, "`epochs` must be a positive integer, got 0"),
+        ({"batch_size": 0}, "`batch_size` must be a positive integer; got 0"),
+        ({"batch_size": 4, "epochs": 0}, "`epochs` must be a positive integer; got 0"),
         ({"batch_size": 4, "process_count": 3}, "`process_count` must divide `batch_size`"),
-        ({"batch_size": 4, "process_index": 1}, "`process_index` be below it"),
+        ({"batch_size": 4, "process_index": 1}, "`process_index` must be below it"),
         ({"batch_size": 4, "seed": -1}, "`seed` must not be negative"),
         (
             {"batch_size": 4, "buckets": data.Buckets((8,), (16,))},

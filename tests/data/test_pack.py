@@ -129,5 +129,5 @@ def test_errors():
         data.pack([], 9)
     with pytest.raises(ValueError, match=r"`rows` must be pairs.*'completion_ids'"):
         data.pack([{"prompt_ids": [1], "completion_ids": [2], "label": True}], 9)
-    with pytest.raises(ValueError, match="`slots` must be a positive integer, got 0"):
+    with pytest.raises(ValueError, match="`slots` must be a positive integer; got 0"):
         data.pack([row], 9, slots=0)

@@ -108,17 +108,17 @@ GOOD = json.dumps(PAIR)
 LINES = [
     ('{"prompt": "a" "chosen"', r"line 2 of .*bad.jsonl, column 16: .*found '\"chosen\"'"),
     ('{"prompt": ', "column 12: .*found the end of the line"),
-    ("[1, 2]", r"column 1: must be an object of JSON .*found \[1, 2\] \(list\)"),
-    ('{"prompt": "a", "prompt": "b"}', "the name `prompt` is given twice"),
-    ('{"a": ' + "9" * 5000 + "}", "not to be read as JSON"),
-    ('{"a": ' + "[" * 100_000, "not to be read as JSON"),
+    ("[1, 2]", r"column 1: must be a JSON object .*found \[1, 2\] \(list\)"),
+    ('{"prompt": "a", "prompt": "b"}', "The name `prompt` is given twice"),
+    ('{"a": ' + "9" * 5000 + "}", "cannot be read as JSON"),
+    ('{"a": ' + "[" * 100_000, "cannot be read as JSON"),
     (
         json.dumps({"prompt": "a", "chosen": "b"}),
         "`rejected` is missing in line 2 of .*found: `pro",
     ),
     (json.dumps(PAIR | {"chosen": None}), "`chosen` is missing in line 2"),
-    (json.dumps(PAIR | {"chosen": 3}), r"`chosen` in line 2 of .* must be text, got 3 \(int\)"),
-    (json.dumps(PAIR | {"chosen": ANSWER}), r"`chosen` in line 2 of .* must be text, got \["),
+    (json.dumps(PAIR | {"chosen": 3}), r"`chosen` in line 2 of .* must be text; got 3 \(int\)"),
+    (json.dumps(PAIR | {"chosen": ANSWER}), r"`chosen` in line 2 of .* must be text; got \["),
     (json.dumps(PAIR | {"chosen": "\ud800"}), "lone surrogate '.ud800'"),
     (json.dumps(PAIR | {"weight": 1}), "`weight` is in line 2 of .* but not in the first record"),
 ]
@@ -133,7 +133,7 @@ def test_a_bad_line_is_named(line, match, tmp_path):
 def test_bytes_that_are_no_text_are_named(tmp_path):
     path = tmp_path / "bad.jsonl"
     path.write_bytes('{"prompt": "ä'.encode() + b'\xff"}\n')
-    with pytest.raises(ValueError, match=r"line 1 of .*, column 14: must be UTF-8, found b'\\xff'"):
+    with pytest.raises(ValueError, match=r"line 1 of .*, column 14: must be UTF-8; found b'\\xff'"):
         list(data.read(path))
 
 
@@ -143,19 +143,19 @@ RECORDS = [
         "nearest is `explicit prompt`.*missing: `rejected`; found: `p",
     ),
     ({}, "found: none"),
-    (PAIR | {"weight": -1}, "`weight` in record 0 .* must not be negative, got -1"),
-    (PAIR | {"weight": float("nan")}, "`weight` .* must be a finite number, got nan"),
-    (PAIR | {"weight": 10**400}, "`weight` .* must be a finite number, got 1000"),
-    (PAIR | {"weight": "heavy"}, r"`weight` .* must be a finite number, got 'heavy' \(str\)"),
-    (PAIR | {"beta": 0}, "`beta` .* must be positive, got 0"),
-    (UNPAIRED | {"label": "yes"}, "`label` .* must be true .* or false, got 'yes'"),
-    (UNPAIRED | {"label": 2}, "`label` .* must be true .* or false, got 2"),
+    (PAIR | {"weight": -1}, "`weight` in record 0 .* must not be negative; got -1"),
+    (PAIR | {"weight": float("nan")}, "`weight` .* must be a finite number; got nan"),
+    (PAIR | {"weight": 10**400}, "`weight` .* must be a finite number; got 1000"),
+    (PAIR | {"weight": "heavy"}, r"`weight` .* must be a finite number; got 'heavy' \(str\)"),
+    (PAIR | {"beta": 0}, "`beta` .* must be positive; got 0"),
+    (UNPAIRED | {"label": "yes"}, "`label` .* must be true .* or false; got 'yes'"),
+    (UNPAIRED | {"label": 2}, "`label` .* must be true .* or false; got 2"),
     (IDS | {"chosen_ids": [1, -1]}, "`chosen_ids` .* must hold token ids .* got -1"),
     (IDS | {"chosen_ids": [True]}, "`chosen_ids` .* must be a list of integers"),
     ({"chosen": [{"content": "a"}], "rejected": ANSWER}, "message 0 of `chosen` .* `role` of text"),
     ({"chosen": [{"role": "user"}], "rejected": ANSWER}, "must have a `content`"),
     ({"chosen": ANSWER, "rejected": "No."}, "`rejected` in record 0 .* must be a list of messages"),
-    ("text", "record 0 .* must be a mapping of columns by name, got 'text'"),
+    ("text", "record 0 .* must be a mapping of columns by name; got 'text'"),
 ]
 
 
@@ -180,7 +180,7 @@ def test_broken_and_missing_files_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"cut.gz is broken after line"):
         list(data.read(tmp_path / "cut.gz"))
     (tmp_path / "cut.parquet").write_bytes(b"PAR1 and nothing")
-    with pytest.raises(ValueError, match=r"cut.parquet is not to be read after row 0"):
+    with pytest.raises(ValueError, match=r"cut.parquet cannot be read after row 0"):
         list(data.read(tmp_path / "cut.parquet"))
     with pytest.raises(FileNotFoundError, match=r"there is no `.*none.jsonl`"):
         data.read(str(tmp_path / "none.jsonl"))
@@ -191,9 +191,9 @@ def test_broken_and_missing_files_are_named(tmp_path):
 
 @pytest.mark.usefixtures("unchecked")
 def test_bad_arguments_are_named(tmp_path):
-    with pytest.raises(ValueError, match=r"`columns` must map .*`nonsense` is none of ours"):
+    with pytest.raises(ValueError, match=r"`columns` must map .*`nonsense` is not one of our"):
         data.read([PAIR], columns={"nonsense": "more"})
     with pytest.raises(ValueError, match="`columns` maps `prompt` to `question`, which record 0"):
         list(data.read([PAIR], columns={"prompt": "question"}))
-    with pytest.raises(ValueError, match=r"must be a path, .* got dict"):
+    with pytest.raises(ValueError, match=r"must be a path, .*; got dict"):
         data.read(PAIR)
