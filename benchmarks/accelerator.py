@@ -6,9 +6,9 @@
     python -m benchmarks.accelerator --systems ours,ours_unfused       # without cuDNN's attention
     python -m benchmarks.accelerator --quick                           # tiny, on any machine
 
-Compute in bfloat16, AdamW in float32, a live reference. Each system is a fresh process with the
-accelerator to itself, one after the other. The fraction of the peak counts the arithmetic that a
-step needs, nothing twice (`large.flops`), against the chip's dense rate in bfloat16.
+Compute is in bfloat16, AdamW in float32, and the reference runs live. Each system is a fresh
+process that has the accelerator to itself. The fraction of the peak is the least arithmetic of a
+step, with nothing computed twice (`large.flops`), over the chip's dense rate in bfloat16.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from .large import Case, flops
 from .step import table
 from .workers import WorkerError, started
 
-# Dense bfloat16, in 1e12 operations a second, by what the device's name has in it; data sheets.
+# Dense bfloat16 rates from data sheets, in 1e12 operations a second, by part of the device's name.
 PEAKS = {
     "H200": 989,
     "H100 PCIe": 756,
@@ -48,20 +48,20 @@ REAL, TINY = ("qwen3-0.6b", "llama-3.2-1b"), ("tiny-qwen3", "tiny-llama")
 
 
 def device_name() -> str:
-    """What JAX calls the device; asked in a process of its own, which then lets go of it."""
+    """JAX's name of the device, from a process of its own, which frees the device when it ends."""
     asked = [sys.executable, "-c", "import jax; print(jax.devices()[0].device_kind)"]
     return subprocess.run(asked, check=True, capture_output=True, text=True).stdout.strip()
 
 
 def peak_rate(device: str) -> float | None:
-    """The chip's dense bfloat16 rate in operations a second, where it is known."""
+    """The chip's dense bfloat16 rate in operations a second, if it is known."""
     found = (rate for name, rate in PEAKS.items() if name in device)
     rate = next(found, None)
     return None if rate is None else rate * 1e12
 
 
 def measure(name: str, case: Case, steps: int, python: str | None) -> dict[str, Any]:
-    """A row of the table, or of what went wrong."""
+    """A row of the table, or the reason for which it is missing."""
     row: dict[str, Any] = {"shape": case.shape, "system": name}
     case = dataclasses.replace(case, fused=name != "ours_unfused")
     module = f"benchmarks.peers.{SYSTEMS[name]}"
@@ -84,7 +84,7 @@ def measure(name: str, case: Case, steps: int, python: str | None) -> dict[str, 
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The options."""
+    """The options of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -96,16 +96,16 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--remat", action="store_true", help="recompute layers in the backward pass"
     )
-    parser.add_argument("--microbatches", type=int, default=1, help="of ours")
-    parser.add_argument("--steps", type=int, default=10, help="that are timed")
+    parser.add_argument("--microbatches", type=int, default=1, help="microbatches of our step")
+    parser.add_argument("--steps", type=int, default=10, help="timed steps")
     parser.add_argument("--peak", type=float, help="dense bf16 rate of the chip, in TFLOP/s")
     parser.add_argument("--python-torch", metavar="PATH", help="interpreter that has PyTorch")
-    parser.add_argument("--quick", action="store_true", help="tiny shapes, to see that it runs")
+    parser.add_argument("--quick", action="store_true", help="tiny shapes, to test that it runs")
     return parser.parse_args(arguments)
 
 
 def cases(options: argparse.Namespace) -> list[Case]:
-    """What the options ask for, a case for each shape."""
+    """The cases of the options, one for each shape."""
     shapes = TINY if options.quick else REAL
     shapes = options.shapes.split(",") if options.shapes else shapes
     sizes = (2, 8, 6) if options.quick else (options.pairs, options.prompt, options.completion)

@@ -1,13 +1,13 @@
-"""What a step moves between devices and holds on each, read from compiled programs.
+"""The bytes that a step sends between devices and holds on each, read from compiled programs.
 
     python -m benchmarks.devices           # 8, 64 and 256 virtual devices: a few minutes, 2 GB
-    python -m benchmarks.devices 8         # some of it
+    python -m benchmarks.devices 8         # one of these
 
-Nothing is run and nothing is allocated: programs are compiled for virtual CPU devices, each number
-of devices in a process of its own. Megabytes are what one device sends in a ring; the least is
-what no ring can do without. CPUs have no reduce-scatter, and sum whole what is split afterwards;
-`accelerator` counts such sums once. The number of collectives in the program must not grow with
-the devices.
+Nothing runs and nothing is allocated: programs are compiled for virtual CPU devices, with a process
+for each number of devices. Megabytes are the bytes that one device sends in a ring, and the least
+is the ring minimum. CPUs have no reduce-scatter: they all-reduce an array and then take a shard of
+it. `accelerator` counts such an all-reduce as a reduce-scatter. The number of collectives in the
+program must not grow with the devices.
 """
 
 import argparse
@@ -24,7 +24,7 @@ LAYERS, WIDTH, VOCAB, PROMPT, COMPLETION, CHUNK = 4, 256, 1024, 48, 40, 512
 
 
 def rows(count: int) -> None:
-    """Prints a line for each mesh of so many devices."""
+    """Prints a line for each mesh of `count` devices."""
     from dpo_eqx import sharding
 
     for sizes in MESHES[count]:
@@ -35,7 +35,7 @@ def rows(count: int) -> None:
 
 
 def options(count: int) -> dict:
-    """Two pairs for each of the devices, the same model for all."""
+    """Two pairs for each device, and the same model for every mesh."""
     from dpo_eqx import models
 
     config = models.Config(vocab=VOCAB, width=WIDTH, layers=LAYERS, heads=64, remat=True)
@@ -74,13 +74,13 @@ def show(sizes: str, road: str, program, mesh, count: int) -> None:
 
 
 def is_scattered(each, mesh) -> bool:
-    """Whether what is summed is a gradient of which each device keeps its part alone."""
+    """Whether an all-reduce stands for a reduce-scatter of a gradient, whose shards stay apart."""
     matrix = len(each.shape) == 2 and min(each.shape) >= WIDTH // mesh.shape["tensor"]
     return each.kind == "all-reduce" and matrix and mesh.shape["fsdp"] > 1
 
 
 def least(mesh, count: int) -> float:
-    """Bytes that a device must send at least, by the axes of the mesh.
+    """The least bytes that a device must send, for the axes of the mesh.
 
     `data` sums the gradient once. `fsdp` gathers parameters three times, for policy and reference
     forward and for the policy backward, and scatters the gradient once. `tensor` sums activations
@@ -98,12 +98,12 @@ def least(mesh, count: int) -> float:
 
 
 def away(parts: int) -> float:
-    """The share of an array that is on the other devices."""
+    """The share of an array that is on other devices."""
     return (parts - 1) / parts
 
 
 def in_process(count: int) -> None:
-    """The lines of so many devices, in a process that has them."""
+    """The lines for a number of devices, from a process that has them."""
     flags = f"--xla_force_host_platform_device_count={count} --xla_backend_optimization_level=0"
     environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "benchmarks.devices", "--inside", str(count)]

@@ -2,9 +2,9 @@
 
     python -m benchmarks.hh_rlhf harmless-base-test.jsonl.gz --work FOLDER
 
-The last 312 of its 2312 pairs are held out. A small decoder with a byte-pair tokenizer of its own
-is made from the others: fitted to the chosen answers by the loss `sft`, then trained by DPO, with
-several seeds of the order. Whatever comes out is printed, with a 95% interval of Wilson.
+The last 312 of its 2312 pairs are held out. The first 2000 pairs train a byte-pair tokenizer and a
+small decoder: the loss `sft` fits the decoder to the chosen answers, then DPO trains it, with
+several seeds of the order. The program prints each accuracy with Wilson's 95% interval.
 """
 
 import argparse
@@ -26,7 +26,7 @@ DPO = {"loss": "sigmoid", "beta": 0.1, "learning-rate": 3e-4, "schedule": "cosin
 
 
 def split(path: Path, work: Path) -> tuple[Path, Path]:
-    """The pairs to train on and the last ones, each in a file."""
+    """The pairs to train on and the held-out pairs, each in a file."""
     records = list(data.read(path))
     files = work / "train.jsonl", work / "held-out.jsonl"
     parts = records[:-HELD_OUT], records[-HELD_OUT:]
@@ -37,7 +37,8 @@ def split(path: Path, work: Path) -> tuple[Path, Path]:
 
 def new_model(texts: Path, folder: Path) -> None:
     """A decoder with random weights, and a tokenizer learned from the texts."""
-    os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # that PyTorch is missing
+    # Suppresses the notice that PyTorch is missing.
+    os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
     import tokenizers
     import transformers
 
@@ -65,7 +66,7 @@ def new_model(texts: Path, folder: Path) -> None:
 
 
 def train(settings: dict, **more: object) -> None:
-    """`dpo-eqx train`, which must succeed; a finished run is not done again."""
+    """Runs `dpo-eqx train`, which must succeed. A finished run is not repeated."""
     given = {**DATA, **settings, **more}
     flags = [word for name, value in given.items() for word in (f"--{name}", str(value))]
     status = dpo_eqx(["train", "--resume", *flags])
@@ -74,13 +75,13 @@ def train(settings: dict, **more: object) -> None:
 
 
 def last_accuracy(output: Path) -> float:
-    """The held-out accuracy at the end, a tie counting one half."""
+    """The held-out accuracy at the end; a tie counts one half."""
     line = (output / "eval.jsonl").read_text().splitlines()[-1]
     return json.loads(line)["eval/rewards/accuracies"]
 
 
 def wilson(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
-    """The interval of Wilson around a share of `count` trials."""
+    """Wilson's interval around a share of `count` trials."""
     middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
     half = (share * (1 - share) / count + (z / (2 * count)) ** 2) ** 0.5
     half *= z / (1 + z**2 / count)
@@ -91,7 +92,7 @@ def main() -> None:
     """Makes the model, fits it, trains it with each seed, and prints the accuracies."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data", type=Path, help="harmless-base-test.jsonl.gz")
-    parser.add_argument("--work", type=Path, required=True, help="a folder for all that is made")
+    parser.add_argument("--work", type=Path, required=True, help="a folder for all output files")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--fit-epochs", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=1)

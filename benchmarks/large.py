@@ -1,7 +1,7 @@
-"""What `accelerator.py` has systems train: shapes of real models, in bfloat16 compute.
+"""The problems of `accelerator.py`: shapes of real models, with compute in bfloat16.
 
-The counterpart of `problem.py` for a device with room: the weights are random and made in place,
-since no result is compared at this size. NumPy alone.
+The counterpart of `problem.py` for a device with much memory: the weights are random and made on
+the device, since no results are compared at this size. It needs NumPy alone.
 """
 
 import dataclasses
@@ -45,8 +45,8 @@ SHAPES = {
 class Case:
     """A training step of DPO: AdamW in float32, compute in bfloat16, a frozen reference run live.
 
-    `remat` recomputes each layer in the backward pass; `microbatches` and `fused`, attention
-    through cuDNN's kernel, apply to our library.
+    `remat` recomputes each layer in the backward pass. `microbatches` and `fused` (attention
+    through cuDNN's kernel) apply to this library only.
     """
 
     shape: str
@@ -68,16 +68,16 @@ class Case:
 
     @property
     def tokens(self) -> int:
-        """The tokens of a batch, prompts counted once."""
+        """The tokens of a batch; a prompt counts once."""
         return self.pairs * (self.prompt + 2 * self.completion)
 
 
 def flops(case: Case) -> int:
-    """The floating-point operations of a step that does nothing twice, attention's included.
+    """The floating-point operations of a step that computes nothing twice, including attention.
 
-    As `problem.floor_flops`, with the causal products of attention: those of each prompt with
-    itself, and of each completion with its prompt and itself. What a system recomputes, or runs on
-    padding and on prompts a second time, does not count as work done.
+    This is `problem.floor_flops` plus the causal products of attention: of each prompt with itself,
+    and of each completion with its prompt and itself. Recomputation, and work on padding or on a
+    second copy of a prompt, does not count.
     """
     shape = SHAPES[case.shape]
     width, inner, layers = (
@@ -94,7 +94,7 @@ def flops(case: Case) -> int:
 
 
 def rows_of(case: Case) -> np.ndarray:
-    """Random chosen sequences, then rejected ones, with the same prompts. int32."""
+    """Random chosen sequences, then rejected sequences with the same prompts, int32."""
     rng = np.random.default_rng(0)
 
     def ids(length):

@@ -1,10 +1,10 @@
 """The cost of a step against the work in it: pairs, depth, microbatches.
 
-    python -m benchmarks.lengths                   # all three; some minutes
+    python -m benchmarks.lengths                   # all three; a few minutes
     python -m benchmarks.lengths pairs --rounds 3  # one of them
 
-Each row is a fresh process. Beside the table stands the straight line that fits it best, and how
-far the worst row is off it: what is not straight wants a reason.
+Each row is a fresh process. Below each table stand the straight line that fits it best and the
+worst row's distance from the line: a curve needs an explanation.
 """
 
 import argparse
@@ -27,7 +27,7 @@ SWEEPS = {
 
 
 def measure(problem: Problem, rounds: int) -> Worker:
-    """Steps of this library in a fresh process."""
+    """Times steps of this library in a fresh process."""
     with tempfile.TemporaryDirectory() as folder:
         write_checkpoints(problem, Path(folder))
         with started("ours", "benchmarks.peers.ours", problem, Path(folder)) as worker:
@@ -37,12 +37,12 @@ def measure(problem: Problem, rounds: int) -> Worker:
 
 
 def straight_line(x: Sequence[float], seconds: Sequence[float]) -> tuple[float, float, float]:
-    """The line of least relative squares.
+    """The line that minimises the sum of squared relative errors.
 
     **Returns:**
 
-    Where it begins, in seconds; its slope, in seconds for each unit; the largest relative distance
-    of a point from it.
+    The intercept in seconds, the slope in seconds for each unit, and the largest relative distance
+    of a point from the line.
     """
     y = np.asarray(seconds)
     design = np.stack([np.ones(len(y)), np.asarray(x)], axis=1) / y[:, None]
@@ -73,13 +73,13 @@ def sweep(name: str, *, rounds: int, tiny: bool) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Prints a table for each sweep that is asked for."""
+    """Prints a table for each requested sweep."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("sweeps", nargs="*", metavar="|".join(SWEEPS), default=list(SWEEPS))
-    parser.add_argument("--rounds", type=int, default=5, help="steps that are timed")
-    parser.add_argument("--quick", action="store_true", help="a tiny shape, to see that it runs")
+    parser.add_argument("--rounds", type=int, default=5, help="timed steps")
+    parser.add_argument("--quick", action="store_true", help="a tiny shape, to test that it runs")
     options = parser.parse_args(arguments)
     for name in options.sweeps:
         sweep(name, rounds=options.rounds, tiny=options.quick)

@@ -1,12 +1,12 @@
 """The memory of one DPO step as a function of the completion's length, at a large vocabulary.
 
-    python -m benchmarks.memory                       # what the compiler plans
-    python -m benchmarks.memory --run 6               # and what is seen, where it fits into 6 GB
+    python -m benchmarks.memory                       # the compiler's plan
+    python -m benchmarks.memory --run 6               # and the measured peak, if it fits into 6 GB
     python -m benchmarks.memory --figure memory.png
 
-Ours beside plain JAX with the logits of all positions; and ours with few ids, since what is beyond
-that is what the vocabulary costs. The compiler's plan costs no memory, so that it can be had for
-lengths that no machine could run.
+It compares this library with plain JAX, which computes the logits of all positions. It also
+measures this library with few ids: the difference is the cost of the vocabulary. The compiler's
+plan takes no memory, so it exists for lengths that no machine could run.
 """
 
 import argparse
@@ -21,13 +21,13 @@ from .workers import started
 
 LENGTHS = (128, 256, 512, 1024, 2048, 4096)
 PROBLEM = Problem(pairs=1, vocab=151936)
-# A vocabulary that costs next to nothing: what is left is the decoder's own, attention above all.
+# A vocabulary that costs almost nothing: the rest is the decoder's cost, mostly attention's.
 FEW_IDS = 1024
 TINY = Problem(pairs=1, prompt=8, vocab=97, width=16, layers=2, heads=2, feed_forward=24)
 
 
 def ours(problem: Problem) -> Any:
-    """The jitted step of this library, and the shapes of its arguments."""
+    """This library's jitted step, and the shapes of its arguments."""
     import equinox as eqx
     import jax
 
@@ -45,7 +45,7 @@ def ours(problem: Problem) -> Any:
 
 
 def plain_jax(problem: Problem) -> Any:
-    """The same of plain JAX."""
+    """Plain JAX's jitted step, and the shapes of its arguments."""
     import equinox as eqx
     import jax
     import jax.numpy as jnp
@@ -66,7 +66,7 @@ SYSTEMS: dict[str, Callable[[Problem], Any]] = {"ours": ours, "plain_jax": plain
 
 
 def planned(name: str, problem: Problem) -> dict[str, float]:
-    """What the compiler plans for a system, in GB: arguments and temporaries."""
+    """The compiler's plan for a system, in GB: arguments and temporaries."""
     import equinox as eqx
     import jax
     import numpy as np
@@ -75,7 +75,7 @@ def planned(name: str, problem: Problem) -> dict[str, float]:
     kinds = (jax.ShapeDtypeStruct, np.ndarray)
     (frozen, *rest), static = eqx.partition(arguments, lambda leaf: isinstance(leaf, kinds))
 
-    # Equinox's own `lower` wants arrays, which would have to be there.
+    # Equinox's own `lower` needs real arrays, which would take memory.
     def step(frozen, rest):
         frozen, *rest = eqx.combine((frozen, *rest), static)
         return eqx.filter(train(frozen, *rest), eqx.is_array)
@@ -98,7 +98,7 @@ def seen(name: str, problem: Problem) -> float:
 
 
 def measure(problem: Problem, lengths: Sequence[int], limit: float) -> list[dict[str, Any]]:
-    """A row for each length; runs what the compiler expects to stay within `limit` GB."""
+    """A row for each length. It runs a case only if its plan is below `limit` GB."""
     rows = []
     for length in lengths:
         longer = dataclasses.replace(problem, completion=length)
@@ -116,7 +116,7 @@ def measure(problem: Problem, lengths: Sequence[int], limit: float) -> list[dict
 
 
 def line(row: dict[str, Any]) -> str:
-    """A row of the table, Markdown."""
+    """A row of the table, in Markdown."""
     cells = (
         "" if v is None else f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()
     )
@@ -157,8 +157,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--run", type=float, default=0.0, metavar="GB", help="run what fits into it"
     )
-    parser.add_argument("--figure", type=Path, help="draw the curves here")
-    parser.add_argument("--quick", action="store_true", help="a tiny shape, to see that it runs")
+    parser.add_argument("--figure", type=Path, help="a file to draw the curves into")
+    parser.add_argument("--quick", action="store_true", help="a tiny shape, to test that it runs")
     options = parser.parse_args(arguments)
     problem = TINY if options.quick else PROBLEM
     print(f"{problem}; GB: temporaries as planned, and resident where it was run")

@@ -1,10 +1,10 @@
 """Load time, compile time, step time and peak memory of a decoder of Qwen3-0.6B's shape.
 
     python -m benchmarks.models              # everything; needs 14 GB of memory
-    python -m benchmarks.models lora compile # some of it
+    python -m benchmarks.models lora compile # some parts
 
-The weights are random and are written as a checkpoint first. Each row is a process of its own, so
-that its peak resident memory is that of loading and training alone.
+The weights are random, and are first written as a checkpoint. Each row is a process of its own, so
+its peak resident memory covers only loading and training.
 """
 
 import argparse
@@ -36,7 +36,7 @@ STEPS = 3
 
 
 def write(folder: Path) -> dict:
-    """A random checkpoint in bfloat16, as the real one is."""
+    """Writes a random checkpoint in bfloat16, the dtype of the real checkpoint."""
     import equinox as eqx
     import jax
     import jax.numpy as jnp
@@ -53,7 +53,7 @@ def write(folder: Path) -> dict:
 
 
 def full(folder: Path) -> dict:
-    """Every weight trained in float32 by AdamW, against a live reference."""
+    """Trains all weights in float32 by AdamW, with a live reference."""
     import jax.numpy as jnp
     import optax
 
@@ -67,7 +67,7 @@ def full(folder: Path) -> dict:
 
 
 def lora(folder: Path, quantize: str | None = None) -> dict:
-    """Adapters of rank 16 on a frozen base, bfloat16 or quantised, that is its own reference."""
+    """Trains adapters of rank 16 on a frozen base (the reference), in bfloat16 or quantised."""
     import jax
     import optax
 
@@ -158,7 +158,7 @@ def _batch(vocab: int):
 
 
 def _peak() -> float:
-    """Peak resident memory of this process, in GB."""
+    """The peak resident memory of this process, in GB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 

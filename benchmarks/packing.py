@@ -2,9 +2,9 @@
 
     python -m benchmarks.packing --data harmless-base-test.jsonl.gz
 
-A byte-pair tokenizer is learned from the file. A step's time does not depend on what the tokens
-are, so each shape of an epoch is timed by itself, all taking turns, and counted as often as the
-epoch has it: the tokens of the data divided by that time, real ones alone.
+A byte-pair tokenizer is learned from the file. A step's time depends on the shape of the batch, not
+on the tokens. So each shape of an epoch is timed alone, in turns with all other shapes. The epoch's
+time is the sum over its batches, and the rate is its real tokens (no padding) over this time.
 """
 
 import argparse
@@ -28,7 +28,7 @@ WIDTH, LAYERS, HEADS, FEED_FORWARD = 256, 4, 8, 688
 
 
 class BytePairs:
-    """Byte-pair tokens learned from the texts, with an EOS."""
+    """A byte-pair tokenizer learned from the texts, with an EOS."""
 
     def __init__(self, texts: Sequence[str], vocab: int):
         import tokenizers
@@ -51,7 +51,7 @@ class BytePairs:
 
 @dataclasses.dataclass(frozen=True)
 class Way:
-    """One way to make an epoch of batches: one batch of each shape, and how many it has of it."""
+    """A way to make an epoch of batches: one batch of each shape, and the number of its batches."""
 
     name: str
     score: Callable[..., Any]
@@ -60,7 +60,7 @@ class Way:
 
 
 def padded(name: str, rows: list[Row], pairs: int, buckets: int) -> Way:
-    """Batches of `data.batches`, without reading ahead."""
+    """Batches of `data.batches`, without prefetching."""
     batches = data.batches(rows, batch_size=pairs, buckets=buckets, prefetch=0)
     shapes: dict[tuple[int, ...], list[Any]] = {}
     for batch in batches:
@@ -71,7 +71,7 @@ def padded(name: str, rows: list[Row], pairs: int, buckets: int) -> Way:
 
 
 def packed(rows: list[Row], pairs: int, length: int, scored: int | None) -> Way:
-    """Batches of packed rows, as many rows in each as hold about `pairs` pairs."""
+    """Batches of packed rows, with as many rows as hold about `pairs` pairs."""
     whole = data.pack(rows, length, scored=scored)
     count = max(round(pairs * whole.rows / len(rows)), 1)
     whole = data.pack(rows, length, scored=scored, multiple_of=count)
@@ -81,7 +81,7 @@ def packed(rows: list[Row], pairs: int, length: int, scored: int | None) -> Way:
 
 
 def compiled(step: Callable, frozen: Any, policy: Any, opt_state: Any) -> Callable:
-    """The step, compiled for a batch and a reference, its state donated."""
+    """The step, compiled for a batch and a reference, with its state donated."""
 
     @eqx.filter_jit(donate="all-except-first")
     def train(frozen, policy, opt_state):
@@ -91,7 +91,7 @@ def compiled(step: Callable, frozen: Any, policy: Any, opt_state: Any) -> Callab
 
 
 def timed(ways: Sequence[Way], vocab: int, length: int, rounds: int) -> list[float]:
-    """Seconds of an epoch of each way: the medians of its shapes, each as often as it comes."""
+    """Seconds of an epoch for each way: the sum over batches of the median time of their shape."""
     config = models.Config(
         vocab=vocab,
         width=WIDTH,
@@ -113,7 +113,7 @@ def timed(ways: Sequence[Way], vocab: int, length: int, rounds: int) -> list[flo
         for train, frozen, times in runs:
             started = time.perf_counter()
             policy, opt_state, _ = jax.block_until_ready(train(frozen, policy, opt_state))
-            # The first one has the caches cold.
+            # The first run has cold caches.
             if number:
                 times.append(time.perf_counter() - started)
     medians = iter([statistics.median(times) for _, _, times in runs])
@@ -121,7 +121,7 @@ def timed(ways: Sequence[Way], vocab: int, length: int, rounds: int) -> list[flo
 
 
 def report(ways: Sequence[Way], seconds: Sequence[float], rows: list[Row]) -> None:
-    """The table: real tokens of an epoch over its time, and the ratio to the first way."""
+    """The table: real tokens of an epoch over its time, and the ratio to the first row."""
     tokens = sum(len(ids) for row in rows for name, ids in row.items() if name.endswith("_ids"))
     print("| | shapes | padding | real tokens/s | pairs/s | ratio |")
     print("| --- | --- | --- | --- | --- | --- |")
@@ -137,10 +137,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--data", type=Path, required=True, help="a file of preferences")
     parser.add_argument("--vocab", type=int, default=4096)
-    parser.add_argument("--max-length", type=int, default=256, help="prompt and completion")
-    parser.add_argument("--pairs", type=int, default=16, help="in a batch, or near it if packed")
+    parser.add_argument(
+        "--max-length", type=int, default=256, help="tokens of prompt and completion"
+    )
+    parser.add_argument(
+        "--pairs", type=int, default=16, help="pairs in a batch; approximate if packed"
+    )
     parser.add_argument("--buckets", type=int, default=4)
-    parser.add_argument("--length", type=int, nargs="*", default=[512], help="of packed rows")
+    parser.add_argument(
+        "--length", type=int, nargs="*", default=[512], help="tokens of a packed row"
+    )
     parser.add_argument("--scored", type=int, nargs="*", help="scored tokens of a packed row")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args(arguments)

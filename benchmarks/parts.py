@@ -1,10 +1,10 @@
-"""The parts of a step, each compiled and timed alone, beside the least arithmetic they need.
+"""The parts of a step, each compiled and timed alone, with the least arithmetic that each needs.
 
     python -m benchmarks.parts
     python -m benchmarks.parts --prompt 384
 
-All take turns in one process. In a step XLA joins what is separate here, so that the sum of the
-parts and the step differ a little.
+All parts take turns in one process. In a whole step XLA fuses operations across parts, so the sum
+of the parts differs slightly from the step.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from .problem import PRODUCT, Problem, floor_flops, hf_config
 
 
 class Part(NamedTuple):
-    """A function to be timed, its arguments, and the floating-point operations it cannot avoid."""
+    """A function to time, its arguments, and its least floating-point operations."""
 
     name: str
     run: Callable[..., Any]
@@ -36,14 +36,14 @@ class Part(NamedTuple):
 
 
 def forward_flops(problem: Problem) -> tuple[int, int]:
-    """Of a forward pass's products with weights: those of the layers, and the unembedding's."""
+    """The operations of weight products in a forward pass: of the layers, and the unembedding."""
     scored = 2 * problem.pairs * problem.completion
     unembedding = 2 * scored * problem.width * problem.vocab
     return floor_flops(problem) // (3 if problem.precomputed else 4) - unembedding, unembedding
 
 
 def parts_of(problem: Problem) -> list[Part]:
-    """The whole step, and what it is made of."""
+    """The whole step, and its parts."""
     policy = models.Transformer(models.read_config(hf_config(problem)), key=jax.random.key(0))
     batch = jax.tree.map(jnp.asarray, batch_of(problem))
     arrays, static = eqx.partition(policy, eqx.is_array)

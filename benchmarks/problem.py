@@ -1,7 +1,7 @@
-"""The one arithmetic problem that every system is given: a llama shape, token ids, a checkpoint.
+"""The arithmetic problem that every system gets: a llama shape, token ids, a checkpoint.
 
-NumPy alone, since each system reads it in an environment of its own; how they are run and timed
-is in `turns.py` and `workers.py`.
+It needs NumPy alone, since each system reads it in an environment of its own. `turns.py` and
+`workers.py` run and time the systems.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import numpy as np
 # Ids below this one are special to the tokenizers of some systems.
 FIRST_ID = 4
 END = 2
-# What the machine's own rate is measured with: the product of two matrices of this size.
+# The machine's own rate is measured by the product of two matrices of this size.
 PRODUCT = 2048
 
 
@@ -22,7 +22,7 @@ PRODUCT = 2048
 class Problem:
     """A training step of DPO: AdamW on one batch without padding, against a frozen reference.
 
-    Every completion ends in `END`, which some systems would append otherwise.
+    Every completion ends in `END`, since some systems would otherwise append it.
     """
 
     pairs: int = 4
@@ -39,11 +39,11 @@ class Problem:
     learning_rate: float = 1e-5
     weight_decay: float = 0.01
     norm_eps: float = 1e-6
-    theta: float = 1e6  # the one that Tunix takes for every llama, whatever its configuration says
+    theta: float = 1e6  # Tunix uses this value for every llama, whatever the configuration has
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of a script that make a `Problem`."""
+    """Adds the options that define a `Problem`."""
     for field in ("pairs", "prompt", "completion", "vocab", "width", "layers", "heads"):
         parser.add_argument(f"--{field}", type=int, default=getattr(Problem(), field))
     parser.add_argument("--feed-forward", type=int, default=Problem().feed_forward)
@@ -51,14 +51,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def from_arguments(arguments: argparse.Namespace) -> Problem:
-    """The `Problem` that the options ask for."""
+    """The `Problem` that the options define."""
     names = [field.name for field in dataclasses.fields(Problem)]
     given = {name: value for name, value in vars(arguments).items() if name in names}
     return Problem(**given, precomputed=arguments.reference == "precomputed")
 
 
 def token_ids(problem: Problem) -> dict[str, np.ndarray]:
-    """Random `prompt`, `chosen` and `rejected`, without padding. Shape `(pairs, length)`, int32."""
+    """Random `prompt`, `chosen` and `rejected` unpadded, int32 of shape `(pairs, length)`."""
     rng = np.random.default_rng(0)
 
     def rows(length):
@@ -71,12 +71,13 @@ def token_ids(problem: Problem) -> dict[str, np.ndarray]:
 
 
 def floor_flops(problem: Problem) -> int:
-    """The floating-point operations of a step that does nothing twice.
+    """The floating-point operations of a step that computes nothing twice: a floor.
 
-    Products with weights only, 2 for each weight and token: prompts encoded once for both
-    completions, the unembedding on completion tokens alone, forward and backward (3 units) for the
-    policy, forward (1 unit) for a reference that is run. Left out are attention's own products
-    (3% more at the default shape), softmax, norms and the optimiser, so that no step can reach it.
+    Only products with weights count, with 2 operations for each weight and token. Prompts are
+    encoded once for both completions, and only completion tokens are unembedded. The policy takes
+    3 units (forward and backward), a live reference takes 1 unit (forward). The products of
+    attention itself (3% more at the default shape), softmax, norms and the optimiser do not count,
+    so no step can reach the floor.
     """
     layer = 4 * problem.width**2 + 3 * problem.width * problem.feed_forward
     scored = problem.pairs * 2 * problem.completion
@@ -130,7 +131,7 @@ def tensor_shapes(problem: Problem) -> dict[str, tuple[int, ...]]:
 
 
 def weights(problem: Problem, seed: int = 1) -> dict[str, np.ndarray]:
-    """Random tensors in float32: norms of 1, everything else normal of deviation 0.05."""
+    """Random tensors in float32: norms are 1, all others normal with standard deviation 0.05."""
     rng = np.random.default_rng(seed)
 
     def tensor(shape):
@@ -144,8 +145,8 @@ def weights(problem: Problem, seed: int = 1) -> dict[str, np.ndarray]:
 def write_checkpoints(problem: Problem, folder: Path) -> None:
     """Two Hugging Face folders, `policy` and `reference`, which every system starts from.
 
-    Their weights differ: the loss of the first step would be log 2 whatever the model did, if the
-    policy were its own reference.
+    Their weights differ: if the policy were its own reference, the loss of the first step would be
+    log 2 for any model, right or wrong.
     """
     from safetensors.numpy import save_file
 

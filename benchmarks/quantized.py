@@ -1,10 +1,10 @@
 """Held-out accuracy of the quickstart's task: all weights trained, and adapters on an nf4 base.
 
-    python -m benchmarks.quantized           # five seeds, some ten minutes on two cores
-    python -m benchmarks.quantized 0 1       # some of them
+    python -m benchmarks.quantized           # five seeds, about ten minutes on two cores
+    python -m benchmarks.quantized 0 1       # two seeds
 
-Each seed has its own grammar split, reference, samples and order; both ways of training get the
-same of these, and are asked the same held-out pairs. Adapters get three times the steps.
+Each seed has its own grammar split, reference, samples and order. Both ways of training share them
+and the held-out pairs. Adapters get three times as many steps.
 """
 
 import random
@@ -28,9 +28,10 @@ from dpo_eqx import models
 
 SETTINGS = quickstart.REVIEWS
 RANK = 16
-RATE = 3e-3  # ten times that of all weights: adapters begin at zero
-# Chosen on seed 4, where the loss on the training pairs is then that of all weights; after as many
-# steps as those it is higher, as it is where all weights but the embedding's are trained.
+RATE = 3e-3  # ten times the rate of all weights, since adapters begin at zero
+# Chosen on seed 4: after these steps the loss on the training pairs equals the loss of all weights.
+# After only as many steps as all weights take, it is higher. It is also higher if all weights
+# except the embedding's are trained.
 STEPS = 3 * SETTINGS.steps
 
 
@@ -73,7 +74,7 @@ def task(seed: int):
 
 
 def train(policy, reference, pairs, seed: int, rate: float, steps: int, **settings):
-    """DPO with the quickstart's settings, but for the learning rate and the number of steps."""
+    """DPO with the quickstart's settings, except the learning rate and the number of steps."""
     optimizer = quickstart.schedule(rate, steps)
     loss = partial(dpx.losses.dpo, beta=SETTINGS.beta)
     step = eqx.filter_jit(dpx.make_step(loss, optimizer, **settings))
@@ -85,7 +86,7 @@ def train(policy, reference, pairs, seed: int, rate: float, steps: int, **settin
 
 
 def accuracy(policy, reference, test) -> float:
-    """The share of held-out pairs that the implicit reward ranks as the reader did."""
+    """The share of held-out pairs that the implicit reward ranks as the labeller did."""
     evaluate = eqx.filter_jit(dpx.make_eval(partial(dpx.losses.dpo, beta=SETTINGS.beta)))
     parts = [evaluate(policy, chunk, reference) for chunk in in_chunks(test, CHUNK)]
     return float(sum(parts[1:], start=parts[0]).mean()["rewards/accuracies"])

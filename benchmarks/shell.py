@@ -1,11 +1,11 @@
-"""What the shell of `dpo-eqx train` costs beside the bare jitted step, in milliseconds a step.
+"""The cost of the loop of `dpo-eqx train` over the bare jitted step, in milliseconds for each step.
 
     python -m benchmarks.shell
 
-Both run the same program on the same batches in this process, in turns, a few rounds each; what
-is compared is the time from the beginning of one step to that of the next: its lowest decile,
-since others may be at work on the machine, and its median. The shell makes the batches, writes
-`metrics.jsonl` and shows lines; checkpoints are not counted.
+Both run the same program on the same batches in this process, in turns, for a few rounds. They are
+compared by the time from the start of one step to the start of the next: by its lowest decile,
+since other programs may be running, and by its median. The shell makes the batches, writes
+`metrics.jsonl` and shows lines; checkpoints do not count.
 """
 
 import argparse
@@ -36,7 +36,7 @@ ROUNDS = 5
 
 
 class Case:
-    """A policy of some size, with all that a loop needs."""
+    """A policy of a given size, with everything that a loop needs."""
 
     def __init__(self, width: int, layers: int, length: int, steps: int, folder: Path):
         config = models.Config(vocab=VOCAB, width=width, layers=layers, heads=4, tied=True)
@@ -46,7 +46,7 @@ class Case:
         self.advance = make_advance(dpx.make_step(losses.dpo, self.optimizer), dropout=False)
         rng = np.random.default_rng(0)
         names = ("prompt_ids", "chosen_ids", "rejected_ids")
-        # As many as real data has: Grain's shuffle takes 0.5 ms a row where there are but 32.
+        # As many rows as real data has: with only 32 rows, Grain's shuffle takes 0.5 ms for each.
         shape = (ROWS, length)
         ids = {name: rng.integers(0, VOCAB, shape).tolist() for name in names}
         self.rows = [{n: ids[n][row] for n in names} for row in range(shape[0])]
@@ -56,7 +56,7 @@ class Case:
         return data.batches(self.rows, batch_size=PAIRS, epochs=None, buckets=1)
 
     def state(self) -> State:
-        """A fresh one, since a step uses it up."""
+        """A fresh state, since a step donates it."""
         policy = dpx.snapshot(self.policy)
         opt_state = self.optimizer.init(eqx.filter(policy, eqx.is_inexact_array))
         return State(policy, opt_state, dpx.snapshot(policy), jax.random.key(0))
@@ -108,7 +108,7 @@ class Case:
 
 
 def compare(case: Case) -> list[np.ndarray]:
-    """The milliseconds of a step, lowest decile and median: bare, and in the shell."""
+    """The milliseconds of a step, bare and in the shell: lowest decile and median."""
     case.bare()  # compiles
     bare, shell = [], []
     for _ in range(ROUNDS):

@@ -1,12 +1,12 @@
-"""One DPO step of this library beside other systems': time, memory, and the floor of arithmetic.
+"""One DPO step of this library and of other systems: time, memory, and the floor of arithmetic.
 
     python -m benchmarks.step                                      # ours and plain JAX
     python -m benchmarks.step --python-torch ENV/bin/python        # and PyTorch, TRL
     python -m benchmarks.step --systems ours,torch --prompt 384 --reference precomputed
 
-Each system is a process of its own and all take turns, a few rounds. They start from the same two
-checkpoints, policy and reference, and see the same token ids; the losses of the first steps are
-compared, since a ratio of times means nothing where the results differ.
+Each system is a process of its own, and all take turns for a few rounds. They start from the same
+two checkpoints, policy and reference, and see the same token ids. The losses of the first steps are
+compared, since a ratio of times means nothing if the results differ.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from .workers import Worker, WorkerError, alternate, started
 
 @dataclasses.dataclass(frozen=True)
 class System:
-    """How a system is run: its module in `peers/`, and whose interpreter it needs."""
+    """How to run a system: its module in `peers/`, and the interpreter that it needs."""
 
     module: str
     environment: str = "jax"
@@ -44,31 +44,31 @@ SYSTEMS = {
 }
 RATES = {"matmul": System("matmul"), "torch_matmul": System("torch_matmul", "torch")}
 ENVIRONMENTS = ("torch", "tunix", "levanter", "easydel")
-# Products of the machine's rate in each turn: short ones, so there are more of them.
+# The number of products in each turn that measures the machine's rate: they are short.
 PRODUCTS = 5
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The options."""
+    """The options of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     problems.add_arguments(parser)
     parser.add_argument("--systems", help=f"comma-separated, of {','.join(SYSTEMS)}")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=2, help="of each system in each round")
+    parser.add_argument("--steps", type=int, default=2, help="steps of each system in each round")
     parser.add_argument("--before", type=Path, help="a folder with another dpo_eqx")
-    parser.add_argument("--json", type=Path, help="write everything that was measured here")
-    parser.add_argument("--quick", action="store_true", help="a tiny shape, to see that it runs")
+    parser.add_argument("--json", type=Path, help="a file to write all measurements to")
+    parser.add_argument("--quick", action="store_true", help="a tiny shape, to test that it runs")
     for name in ENVIRONMENTS:
         parser.add_argument(f"--python-{name}", metavar="PATH", help=f"interpreter that has {name}")
     return parser.parse_args(arguments)
 
 
 def quick(problem: Problem) -> Problem:
-    """The same problem at a size that takes no time."""
+    """The same problem at a tiny size."""
     tiny = {"vocab": 97, "width": 16, "layers": 2, "heads": 2, "feed_forward": 24}
-    # Weights that move far, so that systems which differ show it.
+    # A large learning rate moves weights far, which shows differences between systems.
     return dataclasses.replace(problem, pairs=2, prompt=6, completion=5, learning_rate=1e-3, **tiny)
 
 
@@ -85,7 +85,7 @@ def measure(
 
     **Returns:**
 
-    The workers in the order of `names`, and why others failed, by name.
+    The workers in the order of `names`, and the reason of each failure by name.
     """
     failures: dict[str, str] = {}
     with contextlib.ExitStack() as stack:
@@ -110,17 +110,17 @@ def measure(
 def loss_tolerance(problem: Problem) -> float:
     """How far rounding may move a loss.
 
-    Its slope in each of the four log-probabilities of a pair is at most `beta`. Such a sum is about
-    `completion * log(vocab)` nats, and is given a relative error of one unit in the last place of
-    float32. AdamW adds nothing to speak of: where rounding turns the sign of a first update, the
-    gradient that multiplies it is rounding too.
+    The loss's slope in each of a pair's four log-probabilities is at most `beta`. A log-probability
+    is about `completion * log(vocab)` nats, and may have a relative error of one unit in the last
+    place of float32. AdamW adds no significant error: if rounding flips the sign of a first update,
+    the gradient that multiplies it is rounding, too.
     """
     nats = problem.completion * math.log(problem.vocab)
     return 4 * problem.beta * nats * 2.0**-23
 
 
 def agree(one: Sequence[float], other: Sequence[float], problem: Problem) -> bool:
-    """Whether the losses of the first steps are the same but for rounding."""
+    """Whether the losses of the first steps are the same up to rounding."""
     tolerance = loss_tolerance(problem)
     return all(abs(a - b) <= tolerance for a, b in zip(one, other, strict=True))
 
@@ -128,7 +128,7 @@ def agree(one: Sequence[float], other: Sequence[float], problem: Problem) -> boo
 def row(
     worker: Worker, everyone: dict[str, Worker], problem: Problem, rate: float | None
 ) -> dict[str, Any]:
-    """What the table says of a system; times in seconds, memory in GB."""
+    """A system's row in the table: times in seconds, memory in GB."""
     first = next(iter(everyone.values()))
 
     def ratio(name: str) -> float | None:
@@ -151,7 +151,7 @@ def row(
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows in columns as wide as they need to be, Markdown."""
+    """The rows as an aligned Markdown table."""
 
     def text(value: Any) -> str:
         if value is None:
@@ -170,7 +170,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def rates(workers: Sequence[Worker]) -> dict[str, float]:
-    """The rates of the products, by whose they are, in floating-point operations a second."""
+    """The rates of matrix products by library, in floating-point operations a second."""
     flops = 2 * PRODUCT**3
     return {worker.name: flops / worker.median for worker in workers if worker.name in RATES}
 

@@ -1,7 +1,7 @@
-"""A worker's side of the alternation: steps are run when the parent asks for some, and timed.
+"""A worker's side of taking turns: it runs and times steps when the parent asks for them.
 
-Standard library alone: it runs in every system's own environment. The parent's side is in
-`workers.py`.
+It needs the standard library alone, since it runs in every system's own environment. `workers.py`
+is the parent's side.
 """
 
 import json
@@ -13,14 +13,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# Steps before the first turn: the first compiles, all are compared with the other systems'.
+# Steps before the first turn: the first one compiles, and the losses of all are compared.
 WARM_UP = 3
 
 
 class Turns:
-    """Where a loop reports each of its steps, and where it waits for its turn.
+    """A loop reports each of its steps to this object, and waits in it for its turn.
 
-    It suits loops that belong to somebody else, since a callback is enough:
+    A callback is enough, so it also suits the loops of other libraries:
 
     ```python
     turns = Turns()
@@ -28,13 +28,13 @@ class Turns:
         pass
     ```
 
-    Only what the parent asked for goes to the standard output; whatever a library prints there
-    goes to the standard error.
+    Only answers to the parent go to standard output; text that a library prints there goes to
+    standard error.
 
     **Arguments:**
 
-    - `device_peak`: gives the highest memory of the accelerator so far, in GB.
-    - `about`: what else the parent is told.
+    - `device_peak`: returns the peak memory of the accelerator so far, in GB.
+    - `about`: further facts for the parent.
     """
 
     def __init__(self, *, device_peak: Callable[[], float] = lambda: 0.0, **about: Any):
@@ -48,20 +48,20 @@ class Turns:
         self._started = time.perf_counter()
 
     def begin(self) -> None:
-        """The clock of the first step starts here, after loading."""
+        """Starts the clock of the first step, after loading."""
         self._about["loaded"] = resident("VmRSS")
         self._started = time.perf_counter()
 
     def step_done(self, loss: float) -> bool:
-        """Records a step that has just ended, and waits where the turn is over.
+        """Records a step that has just ended, and waits if the turn is over.
 
         **Arguments:**
 
-        - `loss`: of the step; that it is a number ensures that the step is done.
+        - `loss`: the step's loss; as a Python number it exists only when the step is done.
 
         **Returns:**
 
-        Whether to go on.
+        Whether to continue.
         """
         now = time.perf_counter()
         self._times.append(now - self._started)
@@ -85,10 +85,10 @@ class Turns:
 
 
 def resident(which: str) -> float:
-    """Resident memory of this process in GB, now (`VmRSS`) or at its highest (`VmHWM`).
+    """The resident memory of this process in GB, now (`VmRSS`) or at its peak (`VmHWM`).
 
-    Linux keeps `ru_maxrss` across `exec`, so that a child begins with its parent's; it is used
-    only where there is nothing else.
+    Linux keeps `ru_maxrss` across `exec`, so a child begins with its parent's peak. It is used only
+    if nothing else is available.
     """
     status = Path("/proc/self/status")
     if not status.exists():

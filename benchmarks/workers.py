@@ -1,7 +1,7 @@
-"""The parent's side of the alternation: one fresh process for each system, asked in turns.
+"""The parent's side of taking turns: one fresh process for each system, asked in turns.
 
-While one works the others wait for a line on their standard input, so that each is measured alone
-and all are measured under the same conditions. What they do is in `peers/`.
+While one process works, all others wait for a line on their standard input. So each is measured
+alone, and all are measured under the same conditions. `peers/` holds the systems' programs.
 """
 
 import contextlib
@@ -23,10 +23,11 @@ ROOT = Path(__file__).parent.parent
 
 @dataclasses.dataclass
 class Worker:
-    """A system in a process of its own, and what has been seen of it.
+    """A system in a process of its own, and its measurements.
 
-    `times` are the seconds of each step after the warm-up, `losses` those of the warm-up, `first`
-    the seconds of the first step, which compiles; `peak`, `device_peak` and `loaded` are in GB.
+    `times` are the seconds of each step after the warm-up, `losses` the losses of the warm-up, and
+    `first` the seconds of the first step, which compiles. `peak`, `device_peak` and `loaded` are
+    the memory in GB.
     """
 
     name: str
@@ -41,13 +42,13 @@ class Worker:
     version: str = ""
 
     def warm_up(self) -> None:
-        """Waits for the steps that are not timed."""
+        """Waits for the warm-up steps, which are not timed."""
         answer = self._answer()
         self.losses, self.first = answer["losses"], answer["times"][0]
         self.loaded, self.version = answer.get("loaded", 0.0), answer.get("version", "")
 
     def turn(self, steps: int) -> None:
-        """Has it do some steps, and waits for them."""
+        """Lets the worker take some steps, and waits for them."""
         assert self.process.stdin is not None
         print(steps, file=self.process.stdin, flush=True)
         self.times += self._answer()["times"]
@@ -68,7 +69,7 @@ class Worker:
 
 
 class WorkerError(RuntimeError):
-    """A system that could not be run; the message ends with what it printed."""
+    """A system did not run; the message ends with the system's output."""
 
 
 @contextlib.contextmanager
@@ -85,16 +86,16 @@ def started(
 
     **Arguments:**
 
-    - `name`: of the system, for the table.
-    - `module`: what is run, as `python -m module problem folder`.
-    - `problem`: what it is given, a dataclass such as `Problem`.
-    - `folder`: holds the checkpoints, and gets its log.
-    - `python`: the interpreter of its environment, by default this one.
-    - `before`: a folder whose `dpo_eqx` comes before the one beside this file.
+    - `name`: the system's name, for the table.
+    - `module`: the module to run, as `python -m module problem folder`.
+    - `problem`: the module's problem, a dataclass such as `Problem`.
+    - `folder`: the folder that holds the checkpoints and gets the log.
+    - `python`: the interpreter of the system's environment, by default this one.
+    - `before`: a folder whose `dpo_eqx` replaces the package of this checkout.
     """
     log = folder / f"{name}.log"
     given = json.dumps(dataclasses.asdict(problem))
-    # Without -P the working folder would come first.
+    # Without -P the working folder would be first on the path.
     command = [python or sys.executable, "-P", "-m", module, given, str(folder)]
     search = [str(path) for path in (before, ROOT) if path] + [os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, search))}
@@ -110,20 +111,20 @@ def started(
 
 
 def alternate(workers: Sequence[Worker], rounds: int, steps: int | Mapping[str, int]) -> None:
-    """Rounds in which each worker in turn does some steps."""
+    """Runs rounds in which each worker in turn takes some steps."""
     for _ in range(rounds):
         for worker in workers:
             worker.turn(steps if isinstance(steps, int) else steps.get(worker.name, 1))
 
 
 def given(kind: Callable[..., Given]) -> tuple[Given, Path]:
-    """What a worker was given on its command line: a problem of that kind, and its folder."""
+    """The problem, of type `kind`, and the folder on a worker's command line."""
     problem, folder = sys.argv[1:]
     return kind(**json.loads(problem)), Path(folder)
 
 
 def given_problem() -> tuple[Problem, Path]:
-    """The same of the usual kind; the folder has the checkpoints `policy` and `reference`."""
+    """The `Problem` and the folder on a worker's command line, with `policy` and `reference`."""
     return given(Problem)
 
 

@@ -1,1 +1,1 @@
-"""One module for each system, which trains on the `Problem` it is given and reports every step."""
+"""One module for each system, which trains on the given `Problem` and reports every step."""

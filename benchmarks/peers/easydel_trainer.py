@@ -1,7 +1,7 @@
-"""EasyDeL's `DPOTrainer` on its own Llama, through its own loop; a hook of a step tells of it.
+"""EasyDeL's `DPOTrainer` on its own Llama, through its own loop; a hook reports each step.
 
-Its tables of rotary angles are in bfloat16 whatever is asked for, so that its losses are near the
-others' but not the same.
+Its tables of rotary angles are always in bfloat16, so its losses are close to those of other
+systems but not equal.
 """
 
 import tempfile
@@ -18,12 +18,12 @@ from benchmarks.problem import Problem, token_ids
 from benchmarks.turns import Turns
 from benchmarks.workers import given_problem
 
-# More than anybody asks for: the trainer is stopped by the hook.
+# More steps than any parent requests: the hook stops the trainer.
 STEPS = 500
 
 
 def dataset_of(problem: Problem) -> Dataset:
-    """The pairs as token ids, as often as the steps need them."""
+    """The pairs as token ids, repeated for all steps."""
     rows = {}
     for name, ids in token_ids(problem).items():
         rows[f"{name}_input_ids"] = ids.tolist() * STEPS
@@ -33,7 +33,7 @@ def dataset_of(problem: Problem) -> Dataset:
 
 def model_of(checkpoint: Path):
     """Its Llama with the weights of the checkpoint, all in float32."""
-    # Attention is in bfloat16 otherwise, whatever `dtype` says.
+    # Otherwise attention is in bfloat16 for any `dtype`.
     attention = easydel.EasyDeLBaseConfigDict(attn_dtype=jnp.float32)
     return easydel.AutoEasyDeLModelForCausalLM.from_pretrained(
         str(checkpoint), dtype=jnp.float32, param_dtype=jnp.float32, config_kwargs=attention
@@ -41,7 +41,7 @@ def model_of(checkpoint: Path):
 
 
 class Trainer(easydel.DPOTrainer):
-    """Tells of every step, and stops when no more are wanted; the rest is the trainer's own."""
+    """Reports every step, and stops when no more steps are needed; all else is EasyDeL's."""
 
     turns: Turns
 

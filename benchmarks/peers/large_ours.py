@@ -17,13 +17,13 @@ from dpo_eqx import losses, models
 
 
 def device_peak() -> float:
-    """The highest memory of the accelerator so far, in GB; 0 where it does not say."""
+    """The peak memory of the accelerator so far, in GB; 0 if it does not report it."""
     statistics = jax.devices()[0].memory_stats() or {}
     return statistics.get("peak_bytes_in_use", 0) / 1e9
 
 
 def policy_of(case: Case) -> models.Transformer:
-    """The shape with random weights in float32, made where they stay."""
+    """The policy with random weights in float32, made on the device."""
     config = models.read_config(SHAPES[case.shape])
     config = dataclasses.replace(config, remat=case.remat, fused=case.fused)
     return eqx.filter_jit(models.Transformer)(config, key=jax.random.key(0))

@@ -1,7 +1,7 @@
 """Plain JAX at the shape of a real model: `2 * pairs` rows, the logits of all positions.
 
-The decoder is ours, called for logits as any Equinox model is; the step around it is what one
-writes without this library.
+The decoder is this library's, called for logits as any Equinox model is. The step around it is
+written without this library.
 """
 
 import equinox as eqx
@@ -17,7 +17,7 @@ from benchmarks.workers import given
 
 
 def log_probs(model, rows: jax.Array, prompt: int) -> jax.Array:
-    """The summed log-probability of what follows the prompt of each row, computed in bfloat16."""
+    """The summed log-probability of each row's completion, computed in bfloat16."""
     arrays, static = eqx.partition(model, eqx.is_inexact_array)
     model = eqx.combine(jax.tree.map(lambda x: x.astype(jnp.bfloat16), arrays), static)
     logits = jax.vmap(model)(rows)[:, prompt - 1 : -1].astype(jnp.float32)

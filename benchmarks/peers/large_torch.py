@@ -12,7 +12,7 @@ from benchmarks.workers import given
 
 
 class Scorer(nn.Module):
-    """A decoder with fused attention that gives log-probabilities, unembedding completions only."""
+    """A fused-attention decoder that unembeds only completions and returns log-probabilities."""
 
     def __init__(self, case: Case, device: torch.device):
         super().__init__()
@@ -25,7 +25,7 @@ class Scorer(nn.Module):
             self.decoder.gradient_checkpointing_enable()
 
     def forward(self, rows: Tensor, prompt: int) -> Tensor:
-        """The summed log-probability of what follows the prompt of each row."""
+        """The summed log-probability of each row's completion."""
         hidden = self.decoder.model(rows, use_cache=False).last_hidden_state[:, prompt - 1 : -1]
         logits = self.decoder.lm_head(hidden.flatten(0, 1)).float()
         negative = functional.cross_entropy(logits, rows[:, prompt:].reshape(-1), reduction="none")

@@ -1,7 +1,7 @@
 """Levanter's DPO loss on its own Llama, through its `Trainer.train_step`.
 
-What its command does around that, reading and packing conversations, is left out; layers are not
-recomputed, unlike its default.
+Its command also reads and packs conversations, which is left out here. Layers are not recomputed,
+unlike its default.
 """
 
 import tempfile
@@ -31,7 +31,7 @@ from benchmarks.workers import given_problem
 
 
 def config_of(problem: Problem) -> LlamaConfig:
-    """The shape."""
+    """The configuration of the shape."""
     return LlamaConfig(
         max_seq_len=problem.prompt + problem.completion,
         hidden_dim=problem.width,
@@ -54,7 +54,7 @@ def model_of(problem: Problem, checkpoint: Path) -> LlamaLMHeadModel:
 
 
 def batch_of(problem: Problem, trainer: Trainer) -> DpoExample:
-    """The pairs, as its loader would give them."""
+    """The pairs in the format of its loader."""
     ids, position = token_ids(problem), config_of(problem).max_Pos
 
     def example(name: str) -> LmExample:
@@ -68,7 +68,7 @@ def batch_of(problem: Problem, trainer: Trainer) -> DpoExample:
 
 
 def trainer_config(problem: Problem, folder: Path) -> TrainerConfig:
-    """In float32, with nothing logged or saved."""
+    """A configuration in float32, without logging or saving."""
     return TrainerConfig(
         tracker=NoopConfig(),
         log_jaxprs=False,

@@ -1,4 +1,4 @@
-"""This library, as its README says to use it: the loop is the user's, the buffers are donated."""
+"""This library, used as in its README: with the user's own loop and donated buffers."""
 
 from functools import partial
 
@@ -24,12 +24,12 @@ def batch_of(problem: Problem) -> dpx.PreferenceBatch:
 
 
 def training(problem: Problem, policy: models.Transformer, reference: models.Transformer):
-    """What trains `policy` on the problem, and its arguments.
+    """The step that trains `policy` on the problem, and its arguments.
 
     **Returns:**
 
     The jitted step, `(frozen, policy, opt_state) -> (policy, opt_state, metrics)`, whose arguments
-    but the first are donated; and those arguments.
+    except the first are donated; and these arguments.
     """
     optimizer = optax.adamw(problem.learning_rate, weight_decay=problem.weight_decay)
     loss = partial(losses.dpo, beta=problem.beta)

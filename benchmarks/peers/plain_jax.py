@@ -1,4 +1,4 @@
-"""DPO in plain JAX and Equinox, as one writes it without this library, and writes it well.
+"""DPO in plain JAX and Equinox: good code that does not use this library.
 
 Chosen and rejected are `2 * pairs` rows of prompt and completion, and the logits of all positions
 are built; everything is one jitted program with donated buffers.
@@ -23,8 +23,8 @@ class Llama(eqx.Module):
 
     **Arguments:**
 
-    - `tensors`: of a checkpoint, under Hugging Face's names.
-    - `problem`: for the shape.
+    - `tensors`: the tensors of a checkpoint, under Hugging Face's names.
+    - `problem`: the problem, which has the shape.
     """
 
     embedding: Float[Array, "vocab width"]
@@ -84,7 +84,7 @@ class Llama(eqx.Module):
 
 
 def log_probs(model: Llama, rows: Int[Array, "rows length"], prompt: int) -> Float[Array, " rows"]:
-    """The summed log-probability of what follows the prompt."""
+    """The summed log-probability of each row's completion."""
     logits = model(rows)[:, prompt - 1 : -1].astype(jnp.float32)
     targets = rows[:, prompt:, None]
     chosen = jnp.take_along_axis(logits, targets, axis=-1)[..., 0]
@@ -92,25 +92,25 @@ def log_probs(model: Llama, rows: Int[Array, "rows length"], prompt: int) -> Flo
 
 
 def dpo(policy: Float[Array, " rows"], reference: Float[Array, " rows"], beta: float) -> Array:
-    """The mean loss; the first half of the rows is chosen."""
+    """The mean loss; the first half of the rows are the chosen sequences."""
     chosen, rejected = jnp.split(policy - reference, 2)
     return -jax.nn.log_sigmoid(beta * (chosen - rejected)).mean()
 
 
 def rows_of(problem: Problem) -> Int[np.ndarray, "rows length"]:
-    """The chosen sequences, then the rejected ones."""
+    """The chosen sequences, then the rejected sequences."""
     ids = token_ids(problem)
     both = [np.concatenate([ids["prompt"], ids[name]], axis=1) for name in ("chosen", "rejected")]
     return np.concatenate(both)
 
 
 def training(problem: Problem, policy: Llama, reference: Llama):
-    """What trains `policy` on the problem, and its arguments.
+    """The step that trains `policy` on the problem, and its arguments.
 
     **Returns:**
 
-    The jitted step, `(frozen, model, opt_state) -> (model, opt_state, loss)`, whose arguments but
-    the first are donated; and those arguments.
+    The jitted step, `(frozen, model, opt_state) -> (model, opt_state, loss)`, whose arguments
+    except the first are donated; and these arguments.
     """
     optimizer = optax.adamw(problem.learning_rate, weight_decay=problem.weight_decay)
     rows = rows_of(problem)

@@ -1,7 +1,7 @@
-"""DPO as a plain PyTorch loop, and a good one.
+"""DPO as a plain but good PyTorch loop.
 
-Fused attention, the unembedding on completion rows only, fused cross-entropy and AdamW, all
-threads, the reference under `no_grad`.
+It has fused attention, cross-entropy and AdamW. It unembeds completion rows only, uses all threads
+and runs the reference under `no_grad`.
 """
 
 import os
@@ -38,7 +38,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Up with a gate beside it, and down."""
+    """A gated feed-forward layer."""
 
     def __init__(self, problem: Problem):
         super().__init__()
@@ -87,7 +87,7 @@ class Body(nn.Module):
 
 
 class Llama(nn.Module):
-    """A decoder under Hugging Face's names, which gives log-probabilities."""
+    """A decoder with Hugging Face's names, which returns log-probabilities."""
 
     def __init__(self, problem: Problem):
         super().__init__()
@@ -95,7 +95,7 @@ class Llama(nn.Module):
         self.lm_head = _linear(problem.width, problem.vocab)
 
     def forward(self, ids: Tensor, prompt: int) -> Tensor:
-        """The summed log-probability of what follows the prompt of each row."""
+        """The summed log-probability of each row's completion."""
         hidden = self.model(ids)[:, prompt - 1 : -1]
         logits = self.lm_head(hidden.reshape(-1, hidden.shape[-1]))
         negative = functional.cross_entropy(logits, ids[:, prompt:].reshape(-1), reduction="none")
@@ -112,7 +112,7 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def rows_of(problem: Problem) -> Tensor:
-    """The chosen sequences, then the rejected ones."""
+    """The chosen sequences, then the rejected sequences."""
     ids = {name: torch.from_numpy(rows).long() for name, rows in token_ids(problem).items()}
     return torch.cat([torch.cat([ids["prompt"], ids[n]], 1) for n in ("chosen", "rejected")])
 
@@ -120,13 +120,13 @@ def rows_of(problem: Problem) -> Tensor:
 def training(
     problem: Problem | Case, policy: nn.Module, reference: nn.Module, rows: Tensor, autocast
 ) -> Callable[[], Tensor]:
-    """What does one step, updating `policy` in place, and returns the loss.
+    """A function that takes one step, updating `policy` in place, and returns the loss.
 
     **Arguments:**
 
-    - `policy`, `reference`: called with rows and the prompt's length, giving log-probabilities.
-    - `rows`: chosen, then rejected.
-    - `autocast`: makes the context in which both are run.
+    - `policy`, `reference`: functions from rows and the prompt's length to log-probabilities.
+    - `rows`: the chosen rows, then the rejected rows.
+    - `autocast`: makes the context in which both models run.
     """
     optimizer = torch.optim.AdamW(
         policy.parameters(), problem.learning_rate, weight_decay=problem.weight_decay, fused=True

@@ -1,8 +1,8 @@
-"""TRL's `DPOTrainer` at its defaults, in float32, on text of a tokenizer made on the spot.
+"""TRL's `DPOTrainer` at its defaults, in float32, on text for a word tokenizer made here.
 
-Its own loop trains; a callback tells of each step. Left at their defaults are the metrics of each
-step and the rest of the trainer; off are logging to disk, checkpoints and gradient clipping, which
-the other systems do not do.
+Its own loop trains, and a callback reports each step. The metrics of each step and the rest of the
+trainer have their defaults. Logging to disk, checkpoints and gradient clipping are off, since the
+other systems do not do these.
 """
 
 import tempfile
@@ -17,7 +17,7 @@ from benchmarks.problem import Problem, token_ids
 from benchmarks.turns import Turns
 from benchmarks.workers import given_problem
 
-# More than anybody asks for: the trainer is stopped by the callback.
+# More steps than any parent requests: the callback stops the trainer.
 STEPS = 100_000
 
 
@@ -29,7 +29,7 @@ def dataset_of(problem: Problem) -> Dataset:
 
 
 class Report(TrainerCallback):
-    """Tells of every step, and stops the trainer when no more are wanted."""
+    """Reports every step, and stops the trainer when no more steps are needed."""
 
     def __init__(self, turns: Turns):
         self.turns, self.loss = turns, float("nan")
@@ -42,7 +42,7 @@ class Report(TrainerCallback):
 
 
 class Trainer(trl.DPOTrainer):
-    """Remembers the loss of each step for the report; everything else is the trainer's own."""
+    """Stores the loss of each step for the report; all else is TRL's."""
 
     report: Report
 
@@ -68,7 +68,7 @@ def main() -> None:
             beta=problem.beta,
             max_length=None,
             precompute_ref_log_probs=problem.precomputed,
-            # Recomputing layers saves no memory worth having at this size, and takes time.
+            # Recomputing layers takes time, and saves no significant memory at this size.
             gradient_checkpointing=False,
             bf16=False,
             use_cpu=True,

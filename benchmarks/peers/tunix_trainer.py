@@ -1,4 +1,4 @@
-"""Tunix's `DPOTrainer` on its own Llama, through its own loop; a hook of a step tells of it."""
+"""Tunix's `DPOTrainer` on its own Llama, through its own loop; a hook reports each step."""
 
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -34,7 +34,7 @@ def model_of(problem: Problem, checkpoint: Path) -> llama.Llama3:
 
 
 class Trainer(DPOTrainer):
-    """Tells of every step; everything else is the trainer's own."""
+    """Reports every step; all else is Tunix's."""
 
     turns: Turns
     going_on: bool = True
@@ -46,7 +46,7 @@ class Trainer(DPOTrainer):
         self.going_on = self.turns.step_done(float(self._buffered_train_metrics.loss))
 
     def batches(self, problem: Problem) -> Iterator[TrainingInput]:
-        """The same batch for as long as steps are wanted."""
+        """The same batch for as long as steps are needed."""
         ids = token_ids(problem)
         masks = {name: np.ones(rows.shape, np.int32) for name, rows in ids.items()}
         fields = {f"{name}_ids": ids[name] for name in ids}

@@ -1,4 +1,4 @@
-"""A Hugging Face tokenizer with one word for each id, for trainers that insist on one."""
+"""A Hugging Face tokenizer with one word for each id, for trainers that need a tokenizer."""
 
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -12,7 +12,7 @@ def word(token: int) -> str:
 
 
 def tokenizer_of(problem: Problem) -> PreTrainedTokenizerFast:
-    """Text is split at spaces, and nothing is added to it."""
+    """A tokenizer that splits text at spaces, and adds no tokens."""
     vocab = {word(token): token for token in range(problem.vocab)}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token=word(3)))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
