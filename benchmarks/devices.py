@@ -14,6 +14,7 @@ import argparse
 import os
 import subprocess
 import sys
+from typing import Any
 
 MESHES = {
     8: ["data=8", "fsdp=8", "tensor=8", "data=2,fsdp=2,tensor=2"],
@@ -43,21 +44,21 @@ def options(count: int) -> dict:
     return {"config": config, "pairs": 2 * count, **lengths}
 
 
-def compiled(mesh, count: int):
+def compiled(mesh: Any, count: int):
     """The step under automatic partitioning."""
     from tests.sharding.programs import compiled_step
 
     return compiled_step(mesh, **options(count))
 
 
-def mapped(mesh, count: int):
+def mapped(mesh: Any, count: int):
     """The step under `shard_map`, parameters replicated."""
     from tests.sharding.programs import mapped_step
 
     return mapped_step(mesh, **options(count))
 
 
-def show(sizes: str, road: str, program, mesh, count: int) -> None:
+def show(sizes: str, road: str, program: Any, mesh: Any, count: int) -> None:
     from tests.sharding.hlo import collectives
     from tests.sharding.programs import peak
 
@@ -73,13 +74,13 @@ def show(sizes: str, road: str, program, mesh, count: int) -> None:
     )
 
 
-def is_scattered(each, mesh) -> bool:
+def is_scattered(each: Any, mesh: Any) -> bool:
     """Whether an all-reduce stands for a reduce-scatter of a gradient, whose shards stay apart."""
     matrix = len(each.shape) == 2 and min(each.shape) >= WIDTH // mesh.shape["tensor"]
     return each.kind == "all-reduce" and matrix and mesh.shape["fsdp"] > 1
 
 
-def least(mesh, count: int) -> float:
+def least(mesh: Any, count: int) -> float:
     """The least bytes that a device must send, for the axes of the mesh.
 
     `data` sums the gradient once. `fsdp` gathers parameters three times, for policy and reference

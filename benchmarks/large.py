@@ -86,10 +86,12 @@ def flops(case: Case) -> int:
     mixed = int(shape["num_attention_heads"]) * int(shape["head_dim"])
     shared = int(shape["num_key_value_heads"]) * int(shape["head_dim"])
     weights = layers * (2 * width * (mixed + shared) + 3 * width * inner)
+    # The pairs of query and key under the causal mask, of one prompt and two completions.
     seen = case.prompt * (case.prompt + 1) // 2
     seen += 2 * case.completion * case.prompt + case.completion * (case.completion + 1)
     forward = 2 * case.tokens * weights + 4 * case.pairs * seen * mixed * layers
     forward += 2 * case.pairs * 2 * case.completion * width * case.vocab
+    # The policy forward and backward (3 forwards), and the reference forward.
     return 4 * forward
 
 

@@ -39,6 +39,7 @@ def forward_flops(problem: Problem) -> tuple[int, int]:
     """The operations of weight products in a forward pass: of the layers, and the unembedding."""
     scored = 2 * problem.pairs * problem.completion
     unembedding = 2 * scored * problem.width * problem.vocab
+    # A step costs 4 forward passes with a live reference, else 3: the backward pass costs 2.
     return floor_flops(problem) // (3 if problem.precomputed else 4) - unembedding, unembedding
 
 
@@ -90,7 +91,7 @@ def parts_of(problem: Problem) -> list[Part]:
 def timed(parts: Sequence[Part], rounds: int) -> list[float]:
     """Median seconds of each part."""
     for part in parts:
-        jax.block_until_ready(part.run(*part.arguments))
+        jax.block_until_ready(part.run(*part.arguments))  # compiles
     times: list[list[float]] = [[] for _ in parts]
     for _ in range(rounds):
         for part, seen in zip(parts, times, strict=True):

@@ -91,6 +91,7 @@ def main() -> None:
         reference = inference_mode(model.reference, True)
         return dpo_loss(model.policy, reference, example, beta=problem.beta)
 
+    # The same optimiser as in every system, not Levanter's, whose defaults differ.
     optimizer = optax.adamw(problem.learning_rate, weight_decay=problem.weight_decay)
     with tempfile.TemporaryDirectory() as folder:
         config = trainer_config(problem, Path(folder))

@@ -85,7 +85,8 @@ class Llama(eqx.Module):
 
 def log_probs(model: Llama, rows: Int[Array, "rows length"], prompt: int) -> Float[Array, " rows"]:
     """The summed log-probability of each row's completion."""
-    logits = model(rows)[:, prompt - 1 : -1].astype(jnp.float32)
+    # The logits at a position predict the next token.
+    logits = model(rows)[:, prompt - 1 : -1].astype(jnp.float32)  # (rows, completion, vocab)
     targets = rows[:, prompt:, None]
     chosen = jnp.take_along_axis(logits, targets, axis=-1)[..., 0]
     return (chosen - jax.nn.logsumexp(logits, axis=-1)).sum(axis=-1)

@@ -118,7 +118,11 @@ def rows_of(problem: Problem) -> Tensor:
 
 
 def training(
-    problem: Problem | Case, policy: nn.Module, reference: nn.Module, rows: Tensor, autocast
+    problem: Problem | Case,
+    policy: nn.Module,
+    reference: nn.Module,
+    rows: Tensor,
+    autocast: Callable,
 ) -> Callable[[], Tensor]:
     """A function that takes one step, updating `policy` in place, and returns the loss.
 
@@ -144,6 +148,7 @@ def training(
             ratios = policy(rows, problem.prompt) - expected
         chosen, rejected = ratios.chunk(2)
         loss = -functional.logsigmoid(problem.beta * (chosen - rejected)).mean()
+        # Freed rather than zeroed: saves a pass over the gradient.
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()

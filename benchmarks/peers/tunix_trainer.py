@@ -42,6 +42,7 @@ class Trainer(DPOTrainer):
     def _post_process_train_step(self, aux: Any) -> None:
         super()._post_process_train_step(aux)
         assert self._buffered_train_metrics is not None
+        # A step counts only when its results exist, not when it was dispatched.
         jax.block_until_ready(aux)
         self.going_on = self.turns.step_done(float(self._buffered_train_metrics.loss))
 

@@ -1,6 +1,6 @@
-"""`dpo-eqx generate`: what a model answers, or two of them side by side.
+"""`dpo-eqx generate`: the answers of a model, or of two models side by side.
 
-Sampling itself is `models.generate`; prompts are made in `prompts.py`.
+`models.generate` samples; `prompts.py` makes the prompts.
 """
 
 import dataclasses
@@ -26,46 +26,46 @@ from .source import Loading, check_writable, parse_flags
 from .texts import counted, decode, escaped
 from .vocabularies import check_one_vocabulary
 
-_MULTIPLE = 16  # prompts are padded to it: few widths, few compilations
+_MULTIPLE = 16  # the width of prompts is a multiple of it: few widths, few compilations
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Generate(Loading):
-    """Lets a model answer prompts; with `--compare` another one beside it."""
+    """Lets a model answer prompts, and with `--compare` a second model."""
 
     model: str
-    """A folder with `config.json`, safetensors and a tokenizer, or a name of the hub."""
+    """A folder with `config.json`, safetensors and a tokenizer, or a hub name."""
     prompt: tuple[str, ...] = ()
-    """One or several."""
+    """Prompts to answer, one or several."""
     data: str | None = None
-    """A file of prompts: one a line in a `.txt`, or records with `prompt`, or preferences."""
+    """A file of prompts: a `.txt` with one on each line, records with `prompt`, or preferences."""
     compare: str | None = None
-    """Another model with the same vocabulary, whose answers are shown beside the first's."""
+    """Another model with the same vocabulary, whose answers are shown next to the first model's."""
     limit: int | None = None
-    """How many prompts of `--data` at most."""
+    """Largest number of prompts to take from `--data` (default: all)."""
     chat: bool = True
-    """Whether texts go through the tokenizer's chat template, where it has one."""
+    """Put texts through the tokenizer's chat template, if it has one."""
     max_tokens: int = 128
-    """Of each answer at most; it ends at the EOS."""
+    """Largest number of tokens in an answer, which ends at the EOS if that is sampled first."""
     temperature: float = 1.0
-    """Divides the logits; 0 takes the likeliest token."""
+    """Sampling temperature, by which logits are divided; 0 takes the likeliest token."""
     top_k: int | None = None
-    """Draw among this many of the likeliest tokens."""
+    """Number of likeliest tokens to sample from (default: all)."""
     top_p: float | None = None
-    """Draw among the fewest tokens whose probabilities sum to this."""
+    """Sample from the fewest likeliest tokens whose probabilities sum to at least this."""
     seed: int = 0
-    """Of what is drawn; the same for both models."""
+    """Seed of the sampling, the same for both models."""
     batch_size: int = 8
-    """Prompts at once."""
+    """Number of prompts answered at once."""
     tokenizer: str | None = None
-    """Where it is not in the folder of the model; `bytes` is the built-in one of bytes."""
+    """A folder or hub name of the tokenizer (default: the model's); `bytes` is the built-in one."""
     output: Path | None = None
-    """A file of JSON Lines to write the answers to, beside showing them."""
+    """A JSON Lines file to write the answers to, in addition to showing them."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What a model answered: its text, how many tokens, and whether it came to an end."""
+    """A model's answer: its text, its number of tokens, and whether it ended by itself."""
 
     text: str
     tokens: int
@@ -77,11 +77,11 @@ def generate(arguments: Sequence[str]) -> None:
 
     **Raises:**
 
-    `ValueError`, `OSError` or `ImportError` with a message for whoever gave them.
+    `ValueError`, `OSError` or `ImportError` with a message for the user.
     """
     flags = parse_flags(Generate, "generate", arguments)
     _check(flags)
-    vocab_size(flags.model)  # which says it where there is no model
+    vocab_size(flags.model)  # raises if there is no model
     if flags.compare is not None:
         check_one_vocabulary(flags.model, flags.compare, "--compare")
     located = [("`--prompt`", prompt) for prompt in flags.prompt]
@@ -106,22 +106,22 @@ def draw_answers(
     *,
     batch_size: int,
     seed: int,
-    **options,
+    **options: Any,
 ) -> list[Answer]:
     """An answer to each prompt, `batch_size` at a time.
 
     **Arguments:**
 
     - `prompts`: token ids.
-    - `tokenizer`: to make text of what is drawn; its EOS and those of the model end an answer.
-    - `options`: of `models.generate`.
+    - `tokenizer`: decodes the answers; its EOS and the model's EOS tokens end an answer.
+    - `options`: further arguments of `models.generate`.
     """
     ends = ends_of(policy, tokenizer)
     width = -(-max(map(len, prompts)) // _MULTIPLE) * _MULTIPLE
     answers = []
     for start in range(0, len(prompts), batch_size):
         part = list(prompts[start : start + batch_size])
-        # Filled up, so that one compilation does.
+        # Filled up to one shape, so that a single compilation is enough.
         batch = padded(part + [part[0]] * (min(batch_size, len(prompts)) - len(part)), width)
         key = jax.random.fold_in(jax.random.key(seed), start)
         drawn = models.generate(policy, batch, key=key, eos=ends, **options)
@@ -131,9 +131,9 @@ def draw_answers(
 
 
 def ends_of(policy: models.Transformer, tokenizer: Any) -> tuple[int, ...]:
-    """The tokens that end an answer: the tokenizer's EOS, and those that the model names."""
-    beside = json.loads(policy.origin.files.get("generation_config.json", b"{}"))
-    named = [origin.get("eos_token_id") for origin in (policy.origin.config, beside)]
+    """The tokens that end an answer: the EOS of the tokenizer and of the model's files."""
+    generation_config = json.loads(policy.origin.files.get("generation_config.json", b"{}"))
+    named = [origin.get("eos_token_id") for origin in (policy.origin.config, generation_config)]
     ids = {special_id(tokenizer, "eos")}
     for value in named:
         ids |= set(value) if isinstance(value, list) else {value}
@@ -141,9 +141,10 @@ def ends_of(policy: models.Transformer, tokenizer: Any) -> tuple[int, ...]:
 
 
 def padded(rows: Sequence[Sequence[int]], width: int) -> Tokens:
-    """Rows of ids on the left of an array, as prompts are."""
-    mask = np.arange(width) < np.array([len(row) for row in rows])[:, None]
+    """Rows of ids, padded on the right."""
+    mask = np.arange(width) < np.array([len(row) for row in rows])[:, None]  # (rows, width)
     ids = np.zeros(mask.shape, np.int32)
+    # A boolean mask assigns in row-major order, which is the order of the concatenated rows.
     ids[mask] = [token for row in rows for token in row]
     return Tokens(ids, mask)
 
@@ -151,7 +152,7 @@ def padded(rows: Sequence[Sequence[int]], width: int) -> Tokens:
 def _answers_of(
     path: str, lora: str | None, prompts: list, tokenizer: Any, flags: Generate
 ) -> list[Answer]:
-    """One model's answers; it is let go of before the next is loaded."""
+    """One model's answers. The model is freed before the next one is loaded."""
     return draw_answers(
         flags.load(path, lora=lora),
         prompts,
@@ -172,13 +173,13 @@ def _answer(ids: list[int], tokenizer: Any, ends: tuple[int, ...]) -> Answer:
 
 def _show(texts: list[str], names: list[str], answers: list[tuple[Answer, ...]]) -> None:
     side_by_side = len(names) > 1 and sys.stdout.isatty()
-    for number, (text, given) in enumerate(zip(texts, answers, strict=True), 1):
+    for number, (text, answer_row) in enumerate(zip(texts, answers, strict=True), 1):
         say(f"=== prompt {number} of {len(texts)}\n{escaped(text, keep=chr(10))}")
-        titles = [f"{name} ({_length(a)})" for name, a in zip(names, given, strict=True)]
+        titles = [f"{name} ({_length(a)})" for name, a in zip(names, answer_row, strict=True)]
         if side_by_side:
-            _table(titles, given)
+            _table(titles, answer_row)
             continue
-        for title, answer in zip(titles, given, strict=True):
+        for title, answer in zip(titles, answer_row, strict=True):
             say(f"--- {title}\n{answer.text}")
 
 
@@ -196,17 +197,17 @@ def _length(answer: Answer) -> str:
 
 
 def _lines(texts: list[str], answers: list[tuple[Answer, ...]]) -> Iterator[str]:
-    for text, given in zip(texts, answers, strict=True):
-        named = zip(("answer", "compared"), given, strict=False)
+    for text, answer_row in zip(texts, answers, strict=True):
+        named = zip(("answer", "compared"), answer_row, strict=False)
         line = {"prompt": text} | {name: answer.text for name, answer in named}
         yield json.dumps(line) + "\n"
 
 
 def _check(flags: Generate) -> None:
     if not flags.prompt and flags.data is None:
-        raise ValueError("`--prompt` or `--data` must give something to answer; both are missing.")
+        raise ValueError("`--prompt` or `--data` must give a prompt to answer; both are missing.")
     for name in ("max_tokens", "batch_size", "limit"):
         value = getattr(flags, name)
         if value is not None and value < 1:
-            raise ValueError(f"{flag(name)} must be positive, got {value}.")
+            raise ValueError(f"{flag(name)} must be positive; got {value}.")
     check_writable("--output", flags.output)

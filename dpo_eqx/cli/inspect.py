@@ -1,7 +1,7 @@
 """`dpo-eqx inspect`: preferences as the tokens that training sees, with their masks.
 
-What is scored, cut and dropped is decided in `dpo_eqx.data`; here it is looked up. It is drawn in
-`inspect_draw.py`.
+`dpo_eqx.data` decides what is scored, cut and dropped; this file looks it up, and
+`inspect_draw.py` draws it.
 """
 
 import dataclasses
@@ -28,23 +28,23 @@ from .vocabularies import has_tokenizer
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Inspect(Source):
-    """Shows preferences as the tokens that training would see, and what is scored of them."""
+    """Shows preferences as the tokens that training would see, and marks the scored ones."""
 
     rows: tuple[int, ...] = ()
-    """Numbers of the records to show, from 0; by default the first three that are kept, and the
-    first of those that are cut, dropped or noted, by reason."""
+    """Numbers of the records to show, from 0 (default: the first three kept records, and the first
+    record for each reason to cut, drop or note one)."""
     scan: int = 1000
-    """How many records are read and counted."""
+    """Number of records to read and count."""
     tokens: int = 100
-    """Of a longer row of tokens that are all scored, or all not, only so many are shown, half of
-    them from its end; 0 shows all."""
+    """Longest run of tokens of one state to show in full; of a longer run both ends are shown. 0
+    shows all tokens."""
     ids: bool = False
-    """Whether the ids are shown, too."""
+    """Show the token ids, too."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A prompt or a completion as tokens, each with its state: a key of `LEGEND`."""
+    """A prompt or a completion as tokens, each with a state, which is a key of `LEGEND`."""
 
     name: str
     ids: list[int]
@@ -61,7 +61,7 @@ class Look:
 
     @property
     def dropped(self) -> bool:
-        """Whether training never sees it."""
+        """Whether training never sees the record."""
         return not set(self.reasons).isdisjoint(DROPPED)
 
 
@@ -70,7 +70,7 @@ def inspect(arguments: Sequence[str]) -> None:
 
     **Raises:**
 
-    `ValueError`, `OSError` or `ImportError` with a message for whoever gave them.
+    `ValueError`, `OSError` or `ImportError` with a message for the user.
     """
     flags = parse_flags(Inspect, "inspect", arguments)
     _check(flags)
@@ -84,7 +84,7 @@ def inspect(arguments: Sequence[str]) -> None:
         for name in ("max_length", "max_prompt_length", "max_completion_length")
     }
     vocab = vocab_size(flags.model)
-    kept, report = data.tokenize(records, encoder, vocab_size=vocab, **limits)
+    rows, report = data.tokenize(records, encoder, vocab_size=vocab, **limits)
 
     def look(number: int) -> Look:
         return look_at(number, records[number], encoder, limits)
@@ -94,7 +94,7 @@ def inspect(arguments: Sequence[str]) -> None:
     for number in numbers:
         _show(look(number), tokenizer, most=flags.tokens, with_ids=flags.ids)
     write_legend()
-    say("\n".join([f"{source}", *str(report).splitlines()[1:], *_ends(kept, tokenizer)]))
+    say("\n".join([f"{source}", *str(report).splitlines()[1:], *_ends(rows, tokenizer)]))
 
 
 def look_at(number: int, record: dict[str, Any], tokenizer: Any, limits: dict[str, Any]) -> Look:
@@ -102,44 +102,44 @@ def look_at(number: int, record: dict[str, Any], tokenizer: Any, limits: dict[st
 
     **Arguments:**
 
-    - `number`: among the records; `record`: as from `data.read`.
-    - `tokenizer`: `None` where the record holds ids.
-    - `limits`: of lengths, as `data.tokenize` takes them.
+    - `number`: the record's number, from 0; `record`: the record, as `data.read` yields it.
+    - `tokenizer`: the tokenizer; `None` if the record holds ids.
+    - `limits`: the limits of lengths, as `data.tokenize` takes them.
     """
-    whole, report = data.tokenize([record], tokenizer)
-    if not whole:
+    full, report = data.tokenize([record], tokenizer)
+    if not full:
         return Look(number, list(report.counts), [])
-    kept, report = data.tokenize([record], tokenizer, **limits)
+    within, report = data.tokenize([record], tokenizer, **limits)
     reasons = [reason for reason in REASONS if report.counts.get(reason)]
-    if not kept:
-        names = ("prompt_ids", *completions_of(whole[0]))
-        parts = [Part(_name(n), whole[0][n], ["cut"] * len(whole[0][n])) for n in names]
+    if not within:
+        names = ("prompt_ids", *completions_of(full[0]))
+        parts = [Part(_name(n), full[0][n], ["cut"] * len(full[0][n])) for n in names]
         return Look(number, reasons, parts)
-    return Look(number, reasons, list(_parts(whole[0], kept[0])))
+    return Look(number, reasons, list(_parts(full[0], within[0])))
 
 
-def _parts(whole: Row, kept: Row) -> Iterator[Part]:
-    """The parts of a row as a batch holds them, with what was cut from them."""
-    names = completions_of(kept)
-    widths = len(kept["prompt_ids"]) + 1, max(len(kept[name]) for name in names)
+def _parts(full: Row, row: Row) -> Iterator[Part]:
+    """The parts of a row as a batch holds them, with the tokens that were cut."""
+    names = completions_of(row)
+    widths = len(row["prompt_ids"]) + 1, max(len(row[name]) for name in names)
     make = unpaired_batch if len(names) == 1 else pair_batch
-    batch = make([kept], np.array([True]), widths)
-    there = batch.prompt.ids[0][batch.prompt.mask[0]].tolist()
-    cut = whole["prompt_ids"][: len(whole["prompt_ids"]) - len(kept["prompt_ids"])]
-    yield Part("prompt", cut + there, ["cut"] * len(cut) + ["context"] * len(there))
+    batch = make([row], np.array([True]), widths)
+    prompt = batch.prompt.ids[0][batch.prompt.mask[0]].tolist()
+    cut = full["prompt_ids"][: len(full["prompt_ids"]) - len(row["prompt_ids"])]
+    yield Part("prompt", cut + prompt, ["cut"] * len(cut) + ["context"] * len(prompt))
     for name in names:
         tokens = getattr(batch, _name(name))
-        # What an empty prompt took from the start of both completions is in the prompt.
-        length = len(kept[name]) - (0 if kept["prompt_ids"] else _taken(kept, there))
+        # If the prompt was empty, the completions' shared first token is now the prompt.
+        length = len(row[name]) - (0 if row["prompt_ids"] else _taken(row, prompt))
         states = ["scored" if scored else "context" for scored in tokens.mask[0][:length]]
-        cut = whole[name][len(kept[name]) :]
+        cut = full[name][len(row[name]) :]
         ids = tokens.ids[0][:length].tolist()
         yield Part(_name(name), ids + cut, states + ["cut"] * len(cut))
 
 
-def _taken(kept: Row, prompt: list[int]) -> int:
+def _taken(row: Row, prompt: list[int]) -> int:
     """How many tokens of each completion became the prompt."""
-    return int(all(kept[name][:1] == prompt for name in completions_of(kept)))
+    return int(all(row[name][:1] == prompt for name in completions_of(row)))
 
 
 def _name(column: str) -> str:
@@ -147,7 +147,7 @@ def _name(column: str) -> str:
 
 
 def _worth_showing(report: data.Report, looks: Iterable[Look]) -> list[int]:
-    """The first three records that are kept, and the first for each reason."""
+    """The first three kept records, and the first record for each reason."""
     kept = (look.number for look in looks if not look.dropped)
     first = {numbers[0] for numbers in report.examples.values()}
     return sorted({*itertools.islice(kept, 3), *first})
@@ -181,12 +181,12 @@ def _length(part: Part) -> str:
     notes = [f"{counts['cut']} cut off"] if counts["cut"] else []
     if part.name != "prompt" and counts["context"]:
         notes.append(f"{counts['context']} {LEGEND['context']}")
-    there = counted(counts["context"] + counts["scored"])
-    return there + (f" ({', '.join(notes)})" if notes else "")
+    remaining = counted(counts["context"] + counts["scored"])
+    return remaining + (f" ({', '.join(notes)})" if notes else "")
 
 
 def _ends(rows: Any, tokenizer: Any) -> list[str]:
-    """Whether BOS and EOS are where they belong, over all rows that are kept."""
+    """How many prompts begin with the BOS, and how many completions end with the EOS."""
     bos, eos = (special_id(tokenizer, kind) for kind in ("bos", "eos"))
     prompts = [row["prompt_ids"] for row in rows]
     completions = [row[name] for row in rows for name in completions_of(row)]
@@ -209,7 +209,7 @@ def _ends(rows: Any, tokenizer: Any) -> list[str]:
 
 
 def _tokenizer(flags: Inspect, *, tokenized: bool) -> Any:
-    """The tokenizer; for records of ids `None` will do where the model comes with none."""
+    """The tokenizer, or `None` if the records hold ids and the model has no tokenizer."""
     if tokenized and flags.tokenizer is None and not has_tokenizer(flags.model):
         return None
     return load_tokenizer(flags.model, flags.tokenizer)
@@ -217,12 +217,12 @@ def _tokenizer(flags: Inspect, *, tokenized: bool) -> Any:
 
 def _check(flags: Inspect) -> None:
     if flags.scan < 1:
-        raise ValueError(f"`--scan` must be positive, got {flags.scan}.")
+        raise ValueError(f"`--scan` must be positive; got {flags.scan}.")
     if flags.tokens < 0:
-        raise ValueError(f"`--tokens` must not be negative, got {flags.tokens}.")
+        raise ValueError(f"`--tokens` must not be negative; got {flags.tokens}.")
 
 
 def _check_rows(numbers: Sequence[int], count: int) -> None:
     for number in numbers:
         if not 0 <= number < count:
-            raise ValueError(f"`--rows` must be below {count}, got {number}.")
+            raise ValueError(f"`--rows` must be below {count}; got {number}.")

@@ -1,6 +1,6 @@
 """Tokens drawn with their states: in colours on a terminal, with brackets elsewhere.
 
-Which state a token has is found out in `inspect.py`.
+`inspect.py` finds the state of each token.
 """
 
 import itertools
@@ -11,7 +11,7 @@ from typing import NamedTuple
 from ..extras import require
 from .display import say
 
-# How each state of a token is drawn on a terminal, two shades for neighbours, and without colours.
+# How each state is drawn on a terminal: two shades, so that neighbouring tokens can be told apart.
 STYLES = {
     "context": ("grey70 on grey15", "grey70 on grey27"),
     "scored": ("black on bright_cyan", "black on bright_yellow"),
@@ -23,7 +23,7 @@ LEGEND = {"context": "not scored", "scored": "scored", "cut": "cut off or droppe
 
 
 class Token(NamedTuple):
-    """A token as it is drawn: its text, its state, its id in words, whether it is no text."""
+    """A token to draw: its text, its state, its id as text, and whether it is a special token."""
 
     text: str
     state: str
@@ -32,12 +32,12 @@ class Token(NamedTuple):
 
 
 def in_marks(tokens: Iterable[Token]) -> str:
-    """The tokens with brackets around each that say its state, for plain text."""
+    """The tokens as plain text, each in the brackets of its state."""
     return "".join(MARKS[t.state][0] + t.text + MARKS[t.state][1] for t in tokens)
 
 
 def shortened(tokens: Iterable[Token], most: int) -> Iterator[Token]:
-    """The tokens; of more than `most` in a row of one state its two ends, and how many between."""
+    """The tokens; a run of more than `most` in one state is shortened to its two ends."""
     for _, group in itertools.groupby(tokens, key=lambda token: token.state):
         run = list(group)
         left_out = len(run) - most if most else 0
@@ -52,7 +52,7 @@ def shortened(tokens: Iterable[Token], most: int) -> Iterator[Token]:
 
 
 def write(title: str, tokens: Iterable[Token]) -> None:
-    """Prints the tokens behind a title."""
+    """Prints the tokens after a title."""
     if not sys.stdout.isatty():
         say(title + in_marks(tokens))
         return
@@ -64,7 +64,7 @@ def write(title: str, tokens: Iterable[Token]) -> None:
 
 
 def write_legend() -> None:
-    """Prints how each state is drawn."""
+    """Prints the legend of states."""
     between = Token(", ", "left out")
     states = ([Token(words, state), between] for state, words in LEGEND.items())
     write("", list(itertools.chain.from_iterable(states))[:-1])

@@ -1,6 +1,6 @@
 """The line of metrics of each step, made one step late so that the host never waits for it.
 
-Where the line goes is in `sinks.py` and `display.py`.
+`sinks.py` and `display.py` write and show the line.
 """
 
 import math
@@ -20,11 +20,11 @@ TOKENS = "tokens"
 
 
 class Lines:
-    """Takes the metrics of a step while it still runs, and writes them when the next has begun.
+    """Takes the metrics of a running step, and writes them when the next step has begun.
 
     **Arguments:**
 
-    - `write`: takes the step and the line.
+    - `write`: a function of the step and its line.
     - `rates`: the learning rate of each step, from the first.
     """
 
@@ -38,27 +38,28 @@ class Lines:
 
         **Arguments:**
 
-        - `step`: from 1; `metrics`: scalars, one of them the tokens of the batch.
-        - `began`: when it did, in seconds of `time.perf_counter`.
+        - `step`: the step, from 1; `metrics`: scalars, including the batch's tokens as `TOKENS`.
+        - `began`: the time at which the step began, in seconds of `time.perf_counter`.
         """
         self.flush()
         self._waiting = step, metrics, began
-        # Where steps do not run on while the host does, there is nothing to wait for.
+        # If the backend runs steps synchronously, the metrics are ready: waiting gains nothing.
         if all(value.is_ready() for value in metrics.values()):
             self.flush()
 
     def flush(self) -> None:
-        """Writes the line that waits, as soon as it is computed.
+        """Writes the waiting line, as soon as it is computed.
 
         **Raises:**
 
-        `ValueError` where a number in it is not finite: what the step left is not to be kept.
+        `ValueError` if a number in it is not finite: the parameters after that step are worthless.
         """
         if self._waiting is None:
             return
         (step, metrics, began), self._waiting = self._waiting, None
         line = {name: float(value) for name, value in metrics.items()}
         tokens = line.pop(TOKENS)
+        # A step that was dispatched early begins only when the previous one has ended.
         began, self._ended = max(began, self._ended), time.perf_counter()
         line["learning_rate"] = float(self._rates[step - 1])
         line["tokens_per_second"] = tokens / max(self._ended - began, 1e-9)
@@ -67,7 +68,7 @@ class Lines:
 
 
 def tokens_of(batch: Any) -> Int[Array, ""]:
-    """The tokens of a batch that count, of all processes: a prompt once, and its completions."""
+    """The tokens of rows with positive weight, over all processes; a pair's prompt counts once."""
     pair = isinstance(batch, PreferenceBatch)
     parts = (
         (batch.prompt, batch.chosen, batch.rejected) if pair else (batch.prompt, batch.completion)
@@ -78,10 +79,10 @@ def tokens_of(batch: Any) -> Int[Array, ""]:
 
 
 def _check_finite(step: int, line: Numbers) -> None:
-    odd = [name for name, value in line.items() if not math.isfinite(value)]
-    if odd:
+    names = [name for name, value in line.items() if not math.isfinite(value)]
+    if names:
         raise ValueError(
-            f"{', '.join(f'`{name}`' for name in odd)} is not finite at step {step}, and no "
-            "checkpoint was made of what followed. Lower `--learning-rate`, warm up longer, or "
-            "look for a row that is out of all proportion."
+            f"{', '.join(f'`{name}`' for name in names)} is not finite at step {step}, so "
+            "no checkpoint of this step was made. Lower `--learning-rate`, warm up longer, or "
+            "look for a row that is far larger than all others."
         )

@@ -1,6 +1,6 @@
 """Settings from the command line and from YAML: flags override the file, the file the defaults.
 
-What the settings mean is not known here.
+`settings.py` defines the settings; `check.py` checks them.
 """
 
 import argparse
@@ -20,18 +20,18 @@ def parse(arguments: Sequence[str]) -> Settings:
 
     **Raises:**
 
-    `ValueError` where the file given by `--config` is not one of settings; `SystemExit` with
-    status 2, after a message, where the flags are wrong, and with status 0 after `--help`.
+    `ValueError` if the file given by `--config` does not hold valid settings. `SystemExit` with
+    status 2, after a message, if the flags are invalid, and with status 0 after `--help`.
     """
     tyro = require("tyro", extra="train")
     config = _config_in(arguments)
-    # Of two flags the later one counts.
+    # The flags come last, since the later of two flags counts.
     from_file = [] if config is None else flags_of(read_settings(config))
     return tyro.cli(Settings, args=[*from_file, *arguments], prog=PROGRAM)
 
 
 def flags_of(settings: Mapping[str, Any]) -> list[str]:
-    """The flags that give these settings, by the names of their fields."""
+    """The flags that give these settings, which have the names of fields."""
     return [word for name, value in settings.items() for word in _words(name, value)]
 
 
@@ -45,7 +45,7 @@ def _words(name: str, value: Any) -> list[str]:
 
 
 def _config_in(arguments: Sequence[str]) -> Path | None:
-    """What `--config` says, before the other flags are understood."""
+    """The value of `--config`, before the other flags are parsed."""
     parser = argparse.ArgumentParser(prog=PROGRAM, add_help=False, allow_abbrev=False)
     parser.add_argument("--config", type=Path)
     return parser.parse_known_args(list(arguments))[0].config

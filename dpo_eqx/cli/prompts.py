@@ -1,6 +1,6 @@
 """Prompts for `generate`: from flags and files to token ids, through the chat template.
 
-A file of preferences is one of prompts, too: the prompt is then what `train` would take for it.
+A file of preferences can also serve as a file of prompts, with the prompts that `train` would use.
 """
 
 import itertools
@@ -18,14 +18,14 @@ Prompt = str | list
 
 
 def read_prompts(path: str, limit: int | None) -> list[tuple[str, Prompt]]:
-    """The first `limit` prompts of a file, each with where it stands.
+    """The first `limit` prompts of a file, each with its place in words.
 
-    A `.txt` holds one a line; records hold `prompt`, text or messages, or `prompt_ids`, or
-    `chosen` and `rejected` that begin with it.
+    A `.txt` file holds a prompt on each line. Other files hold records with `prompt` (text or
+    messages), with `prompt_ids`, or with `chosen` and `rejected` that share a prompt.
 
     **Raises:**
 
-    `ValueError` or `FileNotFoundError` where there are none.
+    `ValueError` or `FileNotFoundError` if there is no prompt.
     """
     is_text = Path(path).suffix == ".txt" and Path(path).is_file()
     found = _lines(Path(path)) if is_text else _records(path)
@@ -36,40 +36,42 @@ def read_prompts(path: str, limit: int | None) -> list[tuple[str, Prompt]]:
 
 
 def encode_prompt(tokenizer: Any, prompt: Prompt, where: str, *, chat: bool) -> list[int]:
-    """The ids of a prompt, ready for an answer.
+    """The ids of a prompt, with the generation prompt of the chat template if one applies.
 
     **Arguments:**
 
     - `prompt`: text, messages, or ids.
-    - `where`: in words, for errors.
-    - `chat`: whether a text goes through the chat template, where there is one, as the user's turn.
+    - `where`: the prompt's place in words, for errors.
+    - `chat`: whether a text goes through the chat template, if there is one, as the user's turn.
 
     **Raises:**
 
-    `ValueError` where messages meet no template, or nothing is there to begin from.
+    `ValueError` if there are messages but no template, or if the prompt is empty and cannot be
+    replaced by a BOS or EOS.
     """
     if isinstance(prompt, list) and all(type(item) is int for item in prompt):
         return _not_empty(prompt, tokenizer, where)
     has_template = bool(getattr(tokenizer, "chat_template", None))
     if isinstance(prompt, str) and not (chat and has_template):
         ids = encode_all(tokenizer, [prompt])[0]
+        # The tokenizer may add an EOS by itself, after which a model would not answer.
         is_ended = len(ids) > 1 and ids[-1] == special_id(tokenizer, "eos")
         return _not_empty(ids[:-1] if is_ended else ids, tokenizer, where)
     if not has_template:
         raise ValueError(
-            f"{where} is a conversation, and the tokenizer has no chat template. Give text, or a "
-            "model with a template."
+            f"{where} is a conversation, and the tokenizer has no chat template. Give text, or "
+            "take a model with a template."
         )
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     try:
         ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True)
-    except Exception as error:  # a template raises whatever it likes
+    except Exception as error:  # a template can raise anything
         raise ValueError(f"{where} does not go through the chat template: {error}") from error
     return as_ids(ids)
 
 
 def shown(tokenizer: Any, prompt: Prompt) -> str:
-    """A prompt for people: the text, the turns, or what the ids say."""
+    """A prompt for people to read: the text, the turns, or the decoded ids."""
     if isinstance(prompt, str):
         return prompt
     if all(type(item) is int for item in prompt):
@@ -109,7 +111,7 @@ def _checked(value: Any, what: str) -> Any:
 
 
 def _not_empty(ids: list[int], tokenizer: Any, where: str) -> list[int]:
-    """`ids`, or what may stand in place of an empty prompt."""
+    """`ids`, or the token that replaces an empty prompt."""
     if ids:
         return ids
     start = start_id_of(tokenizer)

@@ -1,6 +1,6 @@
-"""`dpo-eqx report`: what one run did, or how several compare, as a page and a picture.
+"""`dpo-eqx report`: one run, or a comparison of several, as a page and a picture.
 
-`train` calls it at its end; it reads what lies in the folders and nothing else.
+`train` calls it at its end. It reads nothing but the files in the folders of the runs.
 """
 
 import dataclasses
@@ -17,13 +17,12 @@ from .source import parse_flags
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Report:
-    """Draws what runs of `dpo-eqx train` have left, as far as they came, in `report.html` and
-    `report.png`."""
+    """Draws runs of `dpo-eqx train`, finished or not, in `report.html` and `report.png`."""
 
     output: tuple[Path, ...]
-    """The folders of the runs; several are compared."""
+    """Folders of the runs; several runs are compared."""
     into: Path | None = None
-    """The folder to write to; by default that of the run, and of several the current one."""
+    """Folder to write to (default: the folder of the run; for several runs the current folder)."""
 
 
 def report(arguments: Sequence[str]) -> None:
@@ -31,7 +30,7 @@ def report(arguments: Sequence[str]) -> None:
 
     **Raises:**
 
-    `ValueError`, `OSError` or `ImportError` with a message for whoever gave them.
+    `ValueError`, `OSError` or `ImportError` with a message for the user.
     """
     flags = parse_flags(Report, "report", arguments, positional=True)
     if not flags.output:
@@ -43,11 +42,11 @@ def report(arguments: Sequence[str]) -> None:
 
 
 def try_report(folder: Folder) -> None:
-    """The report of a run that has come to its end, which does not fail for want of a picture."""
+    """Writes the report of a finished run, which must not fail for lack of a picture."""
     try:
         write_report([folder.path], folder.path)
     except (OSError, ImportError) as error:
-        say(f"no report: {error}")
+        say(f"No report: {error}")
 
 
 def write_report(paths: Sequence[Path], into: Path) -> None:

@@ -1,6 +1,6 @@
-"""Curves over the steps of one run or several: few enough points for any run, drawn honestly.
+"""Curves over the steps of one run or several, in few points and without hiding an outlier.
 
-What is drawn about pairs is in `report_pairs.py`, the page around it in `report_page.py`.
+`report_pairs.py` draws pairs, and `report_page.py` makes the page.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from jaxtyping import Float
 from ..extras import require
 from .report_read import Columns, Record
 
-# Of Okabe and Ito: told apart by the colour-blind too.
+# The palette of Okabe and Ito, which colour-blind readers can tell apart, too.
 BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY = COLOURS = (
     "#0072B2",
     "#D55E00",
@@ -22,13 +22,13 @@ BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY = COLOURS = (
     "#56B4E9",
 )
 DARK = "#222222"
-# More steps than this are drawn as means of neighbours in a band from least to greatest.
+# More steps than this are drawn as means of neighbouring steps, in a band from least to greatest.
 MOST_POINTS, BUCKETS = 120, 60
 LOG_2 = float(np.log(2))
 
 
 class Series(NamedTuple):
-    """A metric in a panel: its name in the files, what it is called, and how it is told apart."""
+    """A metric in a panel: its name in the files, its label, its colour and its line style."""
 
     metric: str
     label: str
@@ -37,7 +37,7 @@ class Series(NamedTuple):
 
 
 class Envelope(NamedTuple):
-    """A curve in few points: where they are, and of the steps around each the least, mean, most."""
+    """A curve in few points: for each the mean step, and the least, mean and greatest value."""
 
     step: Float[np.ndarray, " points"]
     low: Float[np.ndarray, " points"]
@@ -48,15 +48,16 @@ class Envelope(NamedTuple):
 def envelope(
     step: Float[np.ndarray, " lines"], value: Float[np.ndarray, " lines"], buckets: int = BUCKETS
 ) -> Envelope:
-    """The steps in `buckets` groups of neighbours; what is not finite is left out."""
-    there = np.isfinite(value)
-    step, value = step[there], value[there]
+    """The steps in `buckets` groups of neighbours. Values that are not finite are left out."""
+    is_finite = np.isfinite(value)
+    step, value = step[is_finite], value[is_finite]
     starts = np.unique(
         np.linspace(0, len(step), min(buckets, len(step)), endpoint=False, dtype=int)
     )
     if not len(starts):
         return Envelope(step, value, value, value)
     sizes = np.diff(np.append(starts, len(step)))
+    # The mean, not a sample of the steps: the band shows the outliers that a mean hides.
     return Envelope(
         np.add.reduceat(step, starts) / sizes,
         np.minimum.reduceat(value, starts),
@@ -66,7 +67,7 @@ def envelope(
 
 
 def draw_loss(axes: Any, records: Sequence[Record]) -> None:
-    """The loss, and where it begins for most losses of pairs."""
+    """The loss, with a line at log 2, where most losses of pairs begin."""
     _curves(axes, records, [Series("loss", "training")])
     losses = [record.metrics["loss"][0] for record in records if "loss" in record.metrics]
     if any(abs(loss - LOG_2) < 1e-3 for loss in losses):
@@ -75,7 +76,7 @@ def draw_loss(axes: Any, records: Sequence[Record]) -> None:
 
 
 def draw_accuracy(axes: Any, records: Sequence[Record]) -> None:
-    """How many pairs are ranked right."""
+    """The share of pairs whose chosen answer has the higher reward."""
     _curves(axes, records, [Series("rewards/accuracies", "training")])
     _line(axes, 0.5, "chance")
     axes.set_ylabel("pairs ranked right (share)")
@@ -83,21 +84,21 @@ def draw_accuracy(axes: Any, records: Sequence[Record]) -> None:
 
 
 def draw_margin(axes: Any, records: Sequence[Record]) -> None:
-    """The chosen's reward less the rejected's."""
+    """The chosen answer's reward minus the rejected answer's."""
     _curves(axes, records, [Series("rewards/margins", "training")])
     _line(axes, 0, "no preference")
     axes.set_ylabel("reward margin (nats)")
 
 
 def draw_rewards(axes: Any, records: Sequence[Record]) -> None:
-    """Both rewards: where both fall, both answers have become less likely than at the start."""
+    """Both rewards: if both fall, both answers have become less likely than at the start."""
     _curves(axes, records, _both("rewards"))
     _line(axes, 0, "as the reference")
     axes.set_ylabel("implicit reward (nats)")
 
 
 def draw_log_probs(axes: Any, records: Sequence[Record]) -> None:
-    """Both log-probabilities, which may well fall together."""
+    """Both log-probabilities, which can fall together."""
     _curves(axes, records, _both("logps"))
     axes.set_ylabel("log-probability (nats per answer)")
 
@@ -108,6 +109,7 @@ def draw_gradient(axes: Any, records: Sequence[Record]) -> None:
     axes.set_ylabel("gradient norm")
     norms = [record.metrics.get("grad_norm", np.ones(1)) for record in records]
     norms = np.concatenate(norms)
+    # A logarithmic axis has no place for 0, and only spikes need one.
     norms = norms[norms > 0]
     if norms.size and norms.max() > 100 * np.median(norms):
         axes.set_yscale("log")
@@ -121,20 +123,20 @@ def _both(kind: str) -> list[Series]:
 
 
 def _curves(axes: Any, records: Sequence[Record], series: Sequence[Series]) -> None:
-    """Every series of every run; of several runs the colour says which it is."""
+    """Every series of every run; the colour identifies the run if there are several."""
     axes.set_xlabel("step")
     for number, record in enumerate(records):
-        for each in series:
+        for curve in series:
             if len(records) > 1:
-                label = record.name if len(series) == 1 else f"{record.name}, {each.label}"
-                each = each._replace(colour=COLOURS[number % len(COLOURS)], label=label)
-            _training(axes, record.metrics, each)
-            _held_out(axes, record.evaluations, each, alone=len(records) == len(series) == 1)
+                label = record.name if len(series) == 1 else f"{record.name}, {curve.label}"
+                curve = curve._replace(colour=COLOURS[number % len(COLOURS)], label=label)
+            _training(axes, record.metrics, curve)
+            _held_out(axes, record.evaluations, curve, alone=len(records) == len(series) == 1)
     _whole_steps(axes, max(len(record.metrics.get("step", ())) for record in records))
 
 
 def _whole_steps(axes: Any, count: int) -> None:
-    """Ticks at whole steps, short where they are many, and room beside a single step."""
+    """Ticks at whole steps, with short labels for large numbers, and room around a single step."""
     ticker = require("matplotlib.ticker", extra="train")
     axes.xaxis.set_major_locator(
         ticker.MaxNLocator(nbins=6, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1)
@@ -153,7 +155,7 @@ def _training(axes: Any, columns: Columns, series: Series) -> None:
     step, value = columns["step"], columns[series.metric]
     style = {"color": series.colour, "linestyle": series.style, "label": series.label}
     if len(step) <= MOST_POINTS:
-        # Where both are the same, as at the first step, the open square shows around the point.
+        # If both values are the same, as at the first step, the open square shows around the point.
         square = (
             {"marker": "s", "markersize": 6, "markerfacecolor": "none"}
             if series.style == "--"
@@ -168,12 +170,12 @@ def _training(axes: Any, columns: Columns, series: Series) -> None:
 
 
 def _held_out(axes: Any, columns: Columns, series: Series, *, alone: bool) -> None:
-    """The evaluations as points, which are of the same pairs each time."""
+    """The evaluations as points: all of them are over the same pairs."""
     name = f"eval/{series.metric}"
     if name not in columns:
         return
     value = envelope(columns["step"], columns[name])
-    # Among several curves the open circles have the colour of theirs.
+    # Among several curves the open circles have the colour of their curve.
     colour = VERMILION if alone else series.colour
     axes.plot(
         value.step,

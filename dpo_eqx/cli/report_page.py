@@ -1,6 +1,6 @@
 """The report as one page of HTML that needs no network.
 
-Its panels are drawn in `report_panels.py`; numbers come from `report_read.py`.
+`report_panels.py` draws its panels; `report_read.py` reads the numbers.
 """
 
 import dataclasses
@@ -37,10 +37,10 @@ def _sections(records: Sequence[Record]) -> Iterator[str]:
     lengths = [len(r.metrics.get("step", ())) for r in records]
     note = ""
     if max(lengths) > curves.MOST_POINTS:
-        each = f"{-(-max(lengths) // curves.BUCKETS):,}"
+        steps = f"{-(-max(lengths) // curves.BUCKETS):,}"
         note = (
-            f"Of long runs a line is the mean of neighbouring steps (up to {each}), and the band "
-            "around it goes from the least of them to the greatest: no step lies outside. "
+            f"For long runs, a line shows means of neighbouring steps (up to {steps}), and "
+            "the band around it spans their least and greatest values. "
         )
     if any(record.evaluations for record in records):
         note += "Open circles are the held-out pairs."
@@ -51,9 +51,10 @@ def _sections(records: Sequence[Record]) -> Iterator[str]:
         yield _samples(record, f"Samples: {record.name}" if len(records) > 1 else "Samples")
     yield _data(records)
     settings = [record.settings for record in records]
-    given, rest = _split(settings)
-    yield _section("Settings", "Those that are not the defaults.", _table(given, records, settings))
-    yield f"<details><summary>The others</summary>{_table(rest, records, settings)}</details>"
+    changed, defaults = _split(settings)
+    yield _section("Settings", "Only non-default settings.", _table(changed, records, settings))
+    table = _table(defaults, records, settings)
+    yield f"<details><summary>Default settings</summary>{table}</details>"
     machines = [r.facts.get("versions", {}) | r.facts.get("hardware", {}) for r in records]
     names = list(dict.fromkeys(name for machine in machines for name in machine))
     yield _section("Versions and hardware", "", _table(names, records, machines))
@@ -66,7 +67,7 @@ def _remarks(records: Sequence[Record]) -> str:
 
 
 def _numbers(records: Sequence[Record]) -> str:
-    """Where each run began and ended, on the held-out data where there is any."""
+    """The first and the last numbers of each run, and of its held-out data if there is any."""
     names = {
         "loss": "loss",
         "rewards/accuracies": "accuracy",
@@ -87,12 +88,12 @@ def _numbers(records: Sequence[Record]) -> str:
 
 
 def _first_and_last(lines: Columns) -> tuple[int, ...]:
-    """Which lines stand in the table of numbers."""
+    """The places of the lines for the table of numbers."""
     return (0, -1)[: len(lines.get("step", ()))]
 
 
 def _about_pairs(records: Sequence[Record]) -> str:
-    """Which pairs the pictures are of; of several runs each has its own."""
+    """The pairs that the pictures show, for each run."""
     sentences = []
     for record in records:
         found = next((x for x in (record.after, record.before) if x and x.get("margin")), None)
@@ -107,29 +108,30 @@ def _about_pairs(records: Sequence[Record]) -> str:
 
 
 def _samples(record: Record, title: str) -> str:
-    """What the policy writes after the same prompts, before and after."""
+    """The policy's answers to the same prompts, before and after training."""
     sides = {"before": record.before or {}, "after": record.after or {}}
     drawn = {name: found["samples"] for name, found in sides.items() if found.get("samples")}
     if not drawn:
         reasons = {found["no_samples"] for found in sides.values() if found.get("no_samples")}
         return _section(title, "", f"<p>{_text(' '.join(reasons))}</p>") if reasons else ""
-    shown = []
+    answered = []
     for samples in zip(*drawn.values(), strict=False):
         prompt = samples[0]["prompt"].strip("\n")
+        # The end of a prompt, since that is what the answer follows.
         prompt = prompt if len(prompt) <= 400 else f"... {prompt[-400:]}"
         answers = "".join(
             f"<h4>{name}</h4><pre>{_text(sample['text'])}{'' if sample['ended'] else ' ...'}</pre>"
             for name, sample in zip(drawn, samples, strict=True)
         )
-        shown.append(
+        answered.append(
             f'<div class="sample"><h4>prompt</h4><pre>{_text(prompt)}</pre>{answers}</div>'
         )
-    note = "Drawn at temperature 1 with the same random numbers; ... where it was cut off."
-    return _section(title, note, f'<div class="cards">{"".join(shown)}</div>')
+    note = "Sampled at temperature 1 with the same random numbers; ... marks an answer cut off."
+    return _section(title, note, f'<div class="cards">{"".join(answered)}</div>')
 
 
 def _data(records: Sequence[Record]) -> str:
-    """What the training data was, and what became of its records."""
+    """The form of the training data, and the fate of its records."""
     tables = [_data_of(record.facts.get("data", {})) for record in records]
     names = list(dict.fromkeys(name for table in tables for name in table))
     is_dropped = any(name.startswith("dropped") for name in names)
@@ -146,14 +148,15 @@ def _data_of(facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _split(settings: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[str]]:
-    """The names of settings that some run has given, and those that are the defaults of all."""
+    """The names of settings that differ from the default in some run, and of all other settings."""
     fields = {f.name.replace("_", "-"): f.default for f in dataclasses.fields(Settings)}
-    names = list(dict.fromkeys(name for each in settings for name in each))
+    names = list(dict.fromkeys(name for setting in settings for name in setting))
 
     def is_default(name: str) -> bool:
         default = fields.get(name)
+        # YAML has lists, but no tuples.
         default = list(default) if isinstance(default, tuple) else default
-        return all(each.get(name) == default for each in settings)
+        return all(setting.get(name) == default for setting in settings)
 
     return [n for n in names if not is_default(n)], [n for n in names if is_default(n)]
 
@@ -161,11 +164,12 @@ def _split(settings: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[str]]
 def _table(
     names: Sequence[str], records: Sequence[Record], tables: Sequence[Mapping[str, Any]]
 ) -> str:
-    """A row for each name, a column for each run; of several runs what differs comes first."""
+    """A row for each name and a column for each run; rows that differ between runs come first."""
     rows = [
         [name, *(_value(table[name]) if name in table else "\N{EN DASH}" for table in tables)]
         for name in names
     ]
+    # The sort is stable, so both groups keep the order of the settings.
     rows.sort(key=lambda row: len(set(row[1:])) == 1)
     header = [["", *(record.name for record in records)]] if len(records) > 1 else []
     return _rows("pairs", header + rows) if rows else ""
@@ -187,7 +191,7 @@ def _of(record: Record, records: Sequence[Record]) -> str:
 
 
 def number(value: float | int) -> str:
-    """In four digits; what is mere rounding of log-probabilities in the hundreds is 0."""
+    """A number in four digits; below 1e-5 it is rounding of larger log-probabilities, and 0."""
     if math.isnan(value):
         return "\N{EN DASH}"
     return "0" if abs(value) < 1e-5 else f"{value:,.4g}"

@@ -1,6 +1,6 @@
-"""What a run did to some pairs: their margins before and after, calibration, length.
+"""The effect of a run on some pairs: margins before and after, calibration, length.
 
-The numbers come from `report_probe.py`.
+`report_probe.py` computes the numbers.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ from .report_read import Record
 
 
 def draw_histogram(axes: Any, records: Sequence[Record]) -> None:
-    """Margins before and after; of several runs those after, which need not be as many."""
+    """Margins before and after; for several runs, margins after, as shares of each run's pairs."""
     shares = len(records) > 1
     axes.set(xlabel="reward margin (nats)", ylabel="share of pairs" if shares else "pairs")
     sets = _margins(records)
@@ -27,7 +27,7 @@ def draw_histogram(axes: Any, records: Sequence[Record]) -> None:
             axes.hist(values, edges, histtype="stepfilled", alpha=0.3, **style)
             axes.hist(values, edges, histtype="step", linewidth=1.5, label=label, **style)
         else:
-            # A policy that is its reference: one bar would dwarf all others.
+            # The policy is its reference: a single bar would dwarf all other bars.
             label = f"{label}: all {values[0]:.2g}"
             axes.axvline(values[0], color=colour, linewidth=2.5, label=label)
     axes.axvline(0, color=DARK, linestyle=":", linewidth=1)
@@ -62,26 +62,26 @@ def draw_lengths(axes: Any, records: Sequence[Record]) -> None:
 
 
 def correlation(one: np.ndarray, other: np.ndarray) -> str:
-    """Pearson's, in two digits; a dash where one of them does not vary."""
+    """Pearson's correlation in two digits; a dash if one of the two does not vary."""
     if len(one) < 3 or np.ptp(one) == 0 or np.ptp(other) == 0:
         return "\N{EN DASH}"
     return f"{np.corrcoef(one, other)[0, 1]:+.2f}"
 
 
 def has_pairs(found: Mapping[str, Any] | None) -> bool:
-    """Whether margins were kept."""
+    """Whether there are margins."""
     return bool(found and found.get("margin"))
 
 
 def _margins(records: Sequence[Record]) -> list[tuple[str, np.ndarray, str]]:
-    """Margins with a label and a colour: of one run before and after, of several after."""
+    """Margins with label and colour: before and after for one run, only after for several."""
     if len(records) == 1:
         both = (("before", records[0].before, ORANGE), ("after", records[0].after, BLUE))
     else:
         both = [(r.name, r.after, COLOURS[i % len(COLOURS)]) for i, r in enumerate(records)]
     found = [(label, _column(x, "margin"), c) for label, x, c in both if x and has_pairs(x)]
     finite = [(label, values[np.isfinite(values)], colour) for label, values, colour in found]
-    return [each for each in finite if each[1].size]
+    return [entry for entry in finite if entry[1].size]
 
 
 def _column(found: Mapping[str, Any], name: str) -> np.ndarray:
@@ -89,7 +89,7 @@ def _column(found: Mapping[str, Any], name: str) -> np.ndarray:
 
 
 def _calibration_of(axes: Any, margins: np.ndarray, label: str, colour: str) -> None:
-    """A point for each bin with pairs in it, as large as there are many, and its 95% interval."""
+    """A point for each bin that has pairs, sized by their number, with its 95% interval."""
     bins = calibrate(margins.astype(np.float32))
     count = np.asarray(bins.count)
     predicted, frequency = (np.asarray(x)[count > 0] for x in bins.mean())
@@ -108,7 +108,8 @@ def _calibration_of(axes: Any, margins: np.ndarray, label: str, colour: str) -> 
 
 
 def wilson(share: np.ndarray, count: np.ndarray, z: float = 1.96) -> tuple[np.ndarray, np.ndarray]:
-    """The interval of Wilson around shares of `count` independent trials."""
+    """Wilson's interval around shares of `count` independent trials; `z` of 1.96 gives 95%."""
+    # Unlike the normal interval, it does not collapse to a point at shares of 0 and 1.
     middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
     inner = share * (1 - share) / count + (z / (2 * count)) ** 2
     half = z * np.sqrt(inner) / (1 + z**2 / count)

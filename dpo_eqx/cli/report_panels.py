@@ -1,7 +1,6 @@
-"""The panels of the report: each as a drawing of the page, all of them as one picture.
+"""The panels of the report: each one as a drawing for the page, and all in one picture.
 
-What is drawn is decided in `report_curves.py` and `report_pairs.py`; the page is made in
-`report_page.py`.
+`report_curves.py` and `report_pairs.py` draw into the panels; `report_page.py` makes the page.
 """
 
 import html
@@ -14,7 +13,7 @@ from ..extras import require
 from . import report_curves as curves, report_pairs as pairs
 from .report_read import Record
 
-WIDTH, HEIGHT = 4.3, 3.3  # of a panel, in inches of 96 pixels: as wide as a narrow window
+WIDTH, HEIGHT = 4.3, 3.3  # size of a panel in inches of 96 pixels: as wide as a narrow window
 STYLE = {
     "font.size": 10,
     "axes.edgecolor": curves.DARK,
@@ -34,7 +33,7 @@ STYLE = {
 
 
 class Panel(NamedTuple):
-    """A picture in the report: its title, what to look for in it, and what draws it."""
+    """A picture in the report: its title, its caption, and the function that draws it."""
 
     title: str
     words: str
@@ -45,19 +44,19 @@ CURVES = (
     Panel("Loss", "", curves.draw_loss),
     Panel(
         "Accuracy",
-        "A tie counts one half. Before the first step policy and reference are one: chance.",
+        "A tie counts one half. Before the first step the policy is its reference: all ties.",
         curves.draw_accuracy,
     ),
-    Panel("Margin", "The chosen answer's implicit reward less the rejected's.", curves.draw_margin),
+    Panel("Margin", "Implicit reward of the chosen minus the rejected answer.", curves.draw_margin),
     Panel(
         "Rewards",
-        "Against the reference. Where both fall, both answers have become less likely; the loss "
-        "sees their difference alone.",
+        "Relative to the reference. If both fall, both answers have become less likely; the loss "
+        "depends on their difference alone.",
         curves.draw_rewards,
     ),
     Panel(
         "Log-probabilities",
-        "Summed over each answer: longer answers have lower ones, so batches differ.",
+        "Summed over the tokens of an answer: longer answers have lower values, so batches differ.",
         curves.draw_log_probs,
     ),
     Panel("Gradient norm", "Before clipping.", curves.draw_gradient),
@@ -66,14 +65,14 @@ PAIRS = (
     Panel("Margins of the same pairs", "Right of 0 the policy agrees.", pairs.draw_histogram),
     Panel(
         "Calibration",
-        "How often the side that the policy prefers is the chosen one, by how sure it is; bars are "
-        "95% intervals, larger points are more pairs. Below the dotted line it is surer than it "
-        "should be.",
+        "How often the answer that the policy prefers is the chosen one, against its certainty. "
+        "Bars are 95% intervals, and larger points have more pairs. Below the dotted line the "
+        "policy is overconfident.",
         pairs.draw_calibration,
     ),
     Panel(
         "Length and margin",
-        "After training. A slope says that length as such is preferred, or shortness.",
+        "After training. A slope shows a preference for longer, or for shorter, answers.",
         pairs.draw_lengths,
     ),
 )
@@ -93,11 +92,12 @@ def picture(records: Sequence[Record]) -> bytes:
 
 
 def pair_panels(records: Sequence[Record]) -> Sequence[Panel]:
-    """Those that show something: at the start all margins are mostly 0."""
+    """The panels about pairs, or none if the run has no margins after training."""
     return PAIRS if any(pairs.has_pairs(record.after) for record in records) else ()
 
 
 def cards(panels: Sequence[Panel], records: Sequence[Record]) -> str:
+    """The panels as HTML, each with title, drawing and caption."""
     with require("matplotlib", extra="train").rc_context(STYLE):
         return f'<div class="cards">{"".join(_card(panel, records) for panel in panels)}</div>'
 
@@ -106,7 +106,7 @@ def _card(panel: Panel, records: Sequence[Record]) -> str:
     figure = _figure(WIDTH, HEIGHT)
     _draw(figure, panel, records)
     drawing = _saved(figure, "svg").decode()
-    # Only the element itself; its names are made those of this panel, for a page has several.
+    # Only the element itself, with ids of this panel's own: ids must be unique in the page.
     drawing = drawing[drawing.index("<svg") :]
     prefix = re.sub(r"\W+", "-", panel.title.lower())
     drawing = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}-", drawing)
@@ -117,7 +117,7 @@ def _card(panel: Panel, records: Sequence[Record]) -> str:
 
 
 def _draw(figure: Any, panel: Panel, records: Sequence[Record]) -> Any:
-    """The axes of the panel, their legend below them, where it covers nothing."""
+    """The axes of the panel, with the legend below them, so that it hides nothing."""
     axes = figure.subplots()
     panel.draw(axes, records)
     handles, labels = axes.get_legend_handles_labels()

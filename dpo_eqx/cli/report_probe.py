@@ -1,6 +1,6 @@
-"""What `train` keeps for its report at the start and at the end: margins of some pairs, samples.
+"""Data for the report of `train`, at the start and at the end: margins of some pairs, samples.
 
-At most `PAIRS` pairs and `PROMPTS` answers, so that it costs the same however long the run is.
+It covers at most `PAIRS` pairs and `PROMPTS` answers, so its cost does not grow with the run.
 """
 
 import dataclasses
@@ -39,16 +39,16 @@ def make_probe(
     options: Mapping[str, Any],
     mesh: Mesh | None,
 ) -> Probe:
-    """A function of a state, its step and a path, where the first process writes how it does.
+    """A function of a state, its step and a path. It examines the state; process 0 writes the file.
 
-    It does nothing without `--report`. Pairs and prompts are of the held-out data, or where there
-    is none, of the training data. Of several processes all take part, and draw no samples.
+    It does nothing without `--report`. Pairs and prompts come from the held-out data, or from the
+    training data if none is held out. Several processes must all call it, and sample no answers.
 
     **Arguments:**
 
     - `prepared`: the training data, and the held-out data if there is any.
-    - `loss`; `options`: those of `make_step` that a `make_diagnose` takes.
-    - `mesh`: of the state.
+    - `loss`: the loss; `options`: the options of `make_step` that `make_diagnose` also takes.
+    - `mesh`: the mesh of the state.
     """
     if not settings.report:
         return lambda state, step, path: None
@@ -59,19 +59,19 @@ def make_probe(
     examine = None if is_unpaired(loss) else eqx.filter_jit(make_diagnose(loss, **options))
 
     def probe(state: State, step: int, path: Path) -> None:
-        found: dict[str, Any] = {"step": step, "data": "held-out" if prepared[1:] else "training"}
+        record: dict[str, Any] = {"step": step, "data": "held-out" if prepared[1:] else "training"}
         if examine is not None:
-            found |= _pairs(examine, state, rows, settings, mesh)
-        found |= _samples(state, rows[:PROMPTS], tokenizer, settings, options["compute_dtype"])
+            record |= _pairs(examine, state, rows, settings, mesh)
+        record |= _samples(state, rows[:PROMPTS], tokenizer, settings, options["compute_dtype"])
         if hosts.is_first():
             path.parent.mkdir(parents=True, exist_ok=True)
-            replace_text(path, json.dumps(finite(found)) + "\n")
+            replace_text(path, json.dumps(finite(record)) + "\n")
 
     return probe
 
 
 def spread(count: int, at_most: int) -> np.ndarray:
-    """Numbers below `count`, `at_most` of them, from all over."""
+    """At most `at_most` numbers below `count`, evenly spaced."""
     return np.unique(np.linspace(0, count - 1, min(count, at_most)).astype(int))
 
 
@@ -86,7 +86,7 @@ def _pairs(
         rows,
         batch_size=size,
         shuffle=False,
-        buckets=1,  # one width, for one compilation
+        buckets=1,  # one width, so that there is one compilation
         process_index=index,
         process_count=count,
     ) as batches:
@@ -107,10 +107,11 @@ def _pairs(
 def _samples(
     state: State, rows: list, tokenizer: Any, settings: Settings, compute_dtype: DTypeLike
 ) -> dict[str, Any]:
-    """Answers drawn from the policy, with the same random numbers every time."""
+    """Answers sampled from the policy, with the same random numbers in every call."""
     if jax.process_count() > 1:
-        return {"samples": [], "no_samples": "Runs of several processes draw no samples."}
+        return {"samples": [], "no_samples": "Runs of several processes sample no answers."}
     prompts = [row["prompt_ids"] or [row.get("start_id") or 0] for row in rows]
+    # Samples compare policies, so dropout is off.
     policy = in_dtype(eqx.nn.inference_mode(state.policy), compute_dtype)
     with jax.numpy_dtype_promotion("standard"):
         try:
@@ -122,7 +123,7 @@ def _samples(
                 seed=settings.seed,
                 max_new_tokens=TOKENS,
             )
-        except ValueError as error:  # learned positions are too few for more tokens
+        except ValueError as error:  # too few learned positions for `TOKENS` more tokens
             return {"samples": [], "no_samples": str(error)}
     pairs = zip(prompts, answers, strict=True)
     return {

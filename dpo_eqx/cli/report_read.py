@@ -1,6 +1,6 @@
-"""What a run has left in its folder, as far as it came: read for the report, whatever is missing.
+"""Reads the files of a run for the report, also of a run that is unfinished or damaged.
 
-Nothing is drawn here; what could not be read is said in `remarks`.
+Nothing is drawn here. `remarks` lists the files that could not be read.
 """
 
 import contextlib
@@ -17,20 +17,20 @@ from jaxtyping import Float
 from ..extras import require
 from .folder import Folder
 
-# Of one length each; those of two files differ.
+# All columns of a file have one length; two files may have two lengths.
 Columns = dict[str, Float[np.ndarray, " _lines"]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """A run, or what there is of it.
+    """The files of a run, as far as they exist.
 
-    - `name`: of its folder; `path`: where that is.
-    - `settings`, `facts`: of `config.yaml` and `run.json`.
-    - `metrics`, `evaluations`: by name a number for each line, NaN where there is none, and
-        `step`; empty without lines.
-    - `before`, `after`: what `report_probe` wrote at the start and at the end.
-    - `remarks`: what is missing or broken, a sentence each.
+    - `name`: the name of its folder; `path`: the path of the folder.
+    - `settings`, `facts`: the content of `config.yaml` and of `run.json`.
+    - `metrics`, `evaluations`: for each name a number in each line, NaN if the line lacks it, and
+        `step`; empty if there are no lines.
+    - `before`, `after`: the output of `report_probe` at the start and at the end.
+    - `remarks`: sentences about missing or broken files.
     """
 
     name: str
@@ -45,11 +45,11 @@ class Record:
 
 
 def read_record(path: Path) -> Record:
-    """What there is of the run in a folder.
+    """The run in a folder, as far as its files exist.
 
     **Raises:**
 
-    `ValueError` or `FileNotFoundError` where there is nothing of a run.
+    `ValueError` or `FileNotFoundError` if the folder holds no file of a run.
     """
     folder = Folder(path)
     if not path.is_dir():
@@ -82,17 +82,17 @@ def read_record(path: Path) -> Record:
 def read_lines(path: Path, remarks: list[str]) -> Columns:
     """The lines of a file of JSON Lines as columns, in the order of their steps.
 
-    A line that is broken is left out and said, as the last one is where a run was killed.
+    A broken line is left out, with a remark. A killed run leaves a broken last line.
     """
     if not path.exists():
         return {}
     texts = path.read_bytes().splitlines()
-    found = [_line(text) for text in texts]
-    lines = [line for line in found if line is not None]
-    broken = len(found) - len(lines)
+    parsed = [_line(text) for text in texts]
+    lines = [line for line in parsed if line is not None]
+    broken = len(parsed) - len(lines)
     if broken:
-        is_last = broken == 1 and found[-1] is None
-        which = "The last line" if is_last else f"{broken} of {len(found)} lines"
+        is_last = broken == 1 and parsed[-1] is None
+        which = "The last line" if is_last else f"{broken} of {len(parsed)} lines"
         remarks.append(f"{which} of {path.name} cannot be read and is left out.")
     return _columns(lines)
 
@@ -112,9 +112,9 @@ def _columns(lines: list[dict[str, Any]]) -> Columns:
 
 
 def _numbers(values: list[Any]) -> Float[np.ndarray, " lines"]:
-    """The values as numbers, NaN where one is none."""
+    """The values as numbers, with NaN for a value that is not a number."""
     with contextlib.suppress(ValueError, TypeError):
-        return np.array(values, float)  # all at once, which makes of `None` a NaN
+        return np.array(values, float)  # all at once; this turns `None` into NaN
     return np.array([v if isinstance(v, int | float) else math.nan for v in values], float)
 
 
@@ -144,7 +144,7 @@ def _settings(path: Path, remarks: list[str]) -> dict[str, Any]:
 
 
 def unique_names(records: Iterable[Record]) -> list[Record]:
-    """The records with names that differ: of runs named alike, the whole path."""
+    """The records with unique names: runs of the same name get their path as name."""
     records = list(records)
     names = [record.name for record in records]
     return [

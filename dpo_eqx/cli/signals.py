@@ -1,6 +1,6 @@
-"""SIGTERM and Ctrl-C as a wish to stop, which a loop looks at between two steps.
+"""SIGTERM and Ctrl-C as a request to stop, which a loop checks between two steps.
 
-The second signal ends the process as it would have without this.
+The second signal ends the process as it would have done without this module.
 """
 
 import contextlib
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 
 class Stop:
-    """`stop.signal` is the name of the signal that asked to stop, `None` before."""
+    """`stop.signal` is the name of the signal that requested the stop, `None` until then."""
 
     signal: str | None = None
 
@@ -26,16 +26,16 @@ def catch_signals() -> Iterator[Stop]:
     if threading.current_thread() is not threading.main_thread():
         yield stop  # only the main thread can set handlers
         return
-    before: dict[int, object] = {}
+    handlers: dict[int, object] = {}
 
-    def ask(number, frame):
+    def ask(number: int, frame: object):
         stop.signal = signal.Signals(number).name
-        signal.signal(number, before[number])  # pyright: ignore[reportArgumentType]: what `signal` gave
+        signal.signal(number, handlers[number])  # pyright: ignore[reportArgumentType]: `signal` returned it
 
     for number in (signal.SIGTERM, signal.SIGINT):
-        before[number] = signal.signal(number, ask)
+        handlers[number] = signal.signal(number, ask)
     try:
         yield stop
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)  # pyright: ignore[reportArgumentType]: as above

@@ -1,6 +1,6 @@
-"""Where metrics go: lines of JSON, TensorBoard, Weights & Biases.
+"""Sinks of metrics: JSON Lines, TensorBoard, Weights & Biases.
 
-Each takes a step and a dictionary of numbers; what they mean is not known here.
+Each sink takes a step and a dictionary of numbers; `lines.py` makes the numbers.
 """
 
 import contextlib
@@ -23,8 +23,8 @@ Sink = Callable[[int, Numbers], None]
 def open_sinks(settings: Settings, folder: Folder, start: int) -> Iterator[tuple[Sink, Sink]]:
     """Two functions of a step and its numbers: one for training, one for evaluation.
 
-    Lines after the step `start` are removed first: they are of steps that were lost with the
-    process that made them, and that are made again.
+    Lines after the step `start` are removed first. Their steps were lost when their process ended,
+    and are run again.
     """
     with contextlib.ExitStack() as stack:
         shared: list[Sink] = []
@@ -41,13 +41,13 @@ def open_sinks(settings: Settings, folder: Folder, start: int) -> Iterator[tuple
 
 @contextlib.contextmanager
 def no_sinks() -> Iterator[tuple[Sink, Sink]]:
-    """Two that write nothing, for processes other than the first."""
+    """Two sinks that write nothing, for processes other than the first."""
     yield _all([]), _all([])
 
 
 @contextlib.contextmanager
 def json_lines(path: Path, start: int) -> Iterator[Sink]:
-    """A file with one object of JSON a line, each on disk before the next is made."""
+    """A JSON Lines file; each line is handed to the system before the next one is made."""
     cut_after(path, start)
     with path.open("a", encoding="utf-8") as file:
 
@@ -60,7 +60,7 @@ def json_lines(path: Path, start: int) -> Iterator[Sink]:
 
 
 def cut_after(path: Path, step: int) -> None:
-    """Keeps the lines of the file up to a step, and neither later ones nor one half written."""
+    """Removes the lines after a step from the file, and a line that is only half written."""
     if not path.exists():
         return
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -100,7 +100,7 @@ def _wandb(settings: Settings, folder: Folder) -> Iterator[Sink]:
         name=folder.path.name,
         dir=str(folder.path),
         config={name: str(value) for name, value in given.items()},
-        # The same for all parts of one run, and for no other.
+        # The same id for all parts of one run, and another for every other run.
         id="".join(c for c in f"{folder.path.name}-{began}" if c.isalnum() or c == "-"),
         resume="allow",
     )

@@ -1,6 +1,6 @@
-"""Token ids as text for people: whole answers, single tokens, nothing that moves a cursor.
+"""Token ids as text for people: whole answers and single tokens, without control characters.
 
-Which ids a text gives is decided by `dpo_eqx.data`.
+`dpo_eqx.data` makes ids from text; this file only makes text from ids.
 """
 
 import unicodedata
@@ -9,13 +9,13 @@ from typing import Any
 
 from ..data.tokenizers import special_id
 
-_BROKEN = "\ufffd"  # what a part of a character decodes to
+_BROKEN = "\ufffd"  # the result of decoding a part of a character
 
 
 def decode(tokenizer: Any, ids: Sequence[int]) -> str:
-    """The text of `ids`, without BOS and EOS; the numbers themselves where there is no tokenizer.
+    """The text of `ids`, without BOS and EOS; the ids as numbers if there is no tokenizer.
 
-    What would move the cursor of a terminal, other than the end of a line, is escaped.
+    Characters that would move a terminal's cursor are escaped, except line ends.
     """
     if not hasattr(tokenizer, "decode"):
         return " ".join(map(str, ids))
@@ -24,7 +24,7 @@ def decode(tokenizer: Any, ids: Sequence[int]) -> str:
 
 
 def pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """The text of each token by itself, in its place; `<5>` where token 5 has none of its own."""
+    """The text of each token in its context; `<5>` if token 5 has no text of its own."""
     if not hasattr(tokenizer, "decode"):
         return [f"<{i}>" for i in ids]
     names = special_names(tokenizer)
@@ -33,7 +33,7 @@ def pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
 
 
 def escaped(text: str, *, keep: str = "") -> str:
-    """`text` with control and formatting characters escaped, but for those in `keep`."""
+    """`text` with control and formatting characters escaped, except the characters in `keep`."""
 
     def one(character: str) -> str:
         is_plain = character in keep or unicodedata.category(character) not in ("Cc", "Cf", "Zl")
@@ -43,7 +43,7 @@ def escaped(text: str, *, keep: str = "") -> str:
 
 
 def special_names(tokenizer: Any) -> dict[int, str]:
-    """What the tokens that are no text are called, BOS and EOS among them, by id."""
+    """The names of special tokens by id, including BOS and EOS."""
     ids = getattr(tokenizer, "all_special_ids", ())
     names = {i: str(tokenizer.convert_ids_to_tokens(i)) for i in ids}
     for kind in ("bos", "eos"):
@@ -54,14 +54,14 @@ def special_names(tokenizer: Any) -> dict[int, str]:
 
 
 def counted(tokens: int) -> str:
-    """So many tokens, in words."""
+    """A number of tokens in words."""
     return "1 token" if tokens == 1 else f"{tokens} tokens"
 
 
 def _piece(tokenizer: Any, names: dict[int, str], before: int | None, token: int) -> str:
     if token in names:
         return names[token]
-    # Beside the one before it, for at the start of a text some tokenizers drop a space.
+    # Decoded together with the previous token: at the start of a text some tokenizers drop a space.
     pair = [token] if before is None or before in names else [before, token]
     text, start = _decode(tokenizer, pair), _decode(tokenizer, pair[:-1])
     text = text.removeprefix(start) if text.startswith(start) else _decode(tokenizer, [token])

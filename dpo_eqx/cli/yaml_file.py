@@ -1,6 +1,6 @@
 """Settings in a YAML file: read with checks that name the line, and written back.
 
-Keys are the flags, with `-` or `_`. Flags themselves are read in `parse.py`.
+Keys are the flags, with `-` or `_`. `parse.py` reads the flags themselves.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from ..extras import require
 from .settings import INVOCATION, Settings
 
 KINDS = {name: kind for name, kind in get_type_hints(Settings).items() if name != "config"}
-# YAML 1.1, which PyYAML follows, wants a point in it: there `1e-6` is text.
+# PyYAML follows YAML 1.1, in which `1e-6` is text, since it has no decimal point.
 _FLOAT = re.compile(r"^[-+]?(\d[\d_]*)(\.[\d_]*)?[eE][-+]?\d+$")
 
 
@@ -23,8 +23,8 @@ def read_settings(path: Path) -> dict[str, Any]:
 
     **Raises:**
 
-    `ValueError` that names file and line: for what is not YAML, an unknown key, one given twice,
-    and a value of the wrong type.
+    `ValueError` that names file and line, if the file is not YAML, if a key is unknown or given
+    twice, or if a value has the wrong type.
     """
     yaml = require("yaml", extra="train")
     loader = _loader(yaml, path)
@@ -47,7 +47,7 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def write_settings(settings: Settings, path: Path) -> None:
-    """Writes a file that gives the same settings as `--config`."""
+    """Writes a file that gives the same settings again, if it is used as `--config`."""
     yaml = require("yaml", extra="train")
     values = {
         name.replace("_", "-"): _plain(value)
@@ -72,7 +72,7 @@ def _loader(yaml: types.ModuleType, path: Path) -> Any:
 
 def _dumper(yaml: types.ModuleType) -> Any:
     class Dumper(yaml.SafeDumper):
-        """Puts quotes around the text `1e-6`, which would be read as a number."""
+        """Writes the text `1e-6` in quotes, since without them it would be read as a number."""
 
     _read_exponents(Dumper)
     return Dumper
@@ -91,13 +91,13 @@ def _pairs(yaml: types.ModuleType, root: Any, path: Path) -> list[tuple[Any, Any
 
 
 def _known(key: Any, where: str) -> str:
-    """The field that `key` means."""
+    """The name of the field for `key`."""
     name = str(key).replace("-", "_")
     if name in KINDS:
         return name
     near = difflib.get_close_matches(name, KINDS, n=1, cutoff=0.5)
     hint = f" Did you mean `{near[0].replace('_', '-')}`?" if near else ""
-    raise ValueError(f"`{key}` in {where} is no setting.{hint} `--help` lists them all.")
+    raise ValueError(f"`{key}` in {where} is not a setting.{hint} `--help` lists them all.")
 
 
 def _checked(value: Any, name: str, where: str) -> Any:
@@ -105,13 +105,13 @@ def _checked(value: Any, name: str, where: str) -> Any:
         return _convert(value, KINDS[name])
     except TypeError as error:
         raise ValueError(
-            f"`{name.replace('_', '-')}` in {where} must be {error}, got {value!r} "
+            f"`{name.replace('_', '-')}` in {where} must be {error}; got {value!r} "
             f"({type(value).__name__})."
         ) from None
 
 
 def _convert(value: Any, kind: Any) -> Any:
-    """`value` as a `kind`; a `TypeError` says in words what it must be."""
+    """`value` as a `kind`. The text of a `TypeError` is what the value must be, in words."""
     options = get_args(kind)
     if get_origin(kind) in (Union, types.UnionType):
         inner = next(option for option in options if option is not types.NoneType)
@@ -121,7 +121,8 @@ def _convert(value: Any, kind: Any) -> Any:
         return tuple(_convert(item, options[0]) for item in items)
     if get_origin(kind) is Literal:
         if value not in options:
-            raise TypeError(f"one of {', '.join(map(str, options))}")
+            words = f"one of {', '.join(map(str, options))}"
+            raise TypeError(words)
         return value
     return _scalar(value, kind)
 
@@ -134,7 +135,7 @@ def _scalar(value: Any, kind: type) -> Any:
         str: (str, "text"),
         Path: (str, "a path"),
     }[kind]
-    # True is an integer to Python.
+    # `True` is an `int` in Python, but not a number in a file.
     if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
         raise TypeError(words)
     return kind(value)
@@ -147,7 +148,7 @@ def _plain(value: Any) -> Any:
 
 
 def differences(settings: Settings, values: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Where `settings` differ from those in a file: by name what it has, and what they are."""
+    """The settings that differ from a file's `values`, each with the file's and the new value."""
     then = {f.name: f.default for f in dataclasses.fields(Settings)} | values
     return {
         name: (then[name], value)

@@ -102,7 +102,7 @@ def cache_reference(
     else:
 
         @eqx.filter_jit
-        def run(reference, batch):
+        def run(reference: PyTree, batch: Any):
             return precompute_reference(
                 reference,
                 batch,

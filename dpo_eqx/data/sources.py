@@ -154,7 +154,7 @@ def _hub(name: str, split: str | None) -> Iterator[Located]:
     except Exception as error:  # `datasets` raises many kinds: missing, private, no network
         raise ValueError(
             f"`path_or_iterable` must be a file or a name of the Hugging Face hub; there is no "
-            f"file `{name}`, and the hub did not load it: {error}"
+            f"file `{name}`, and it did not load from the hub: {error}"
         ) from error
     return located(_one_split(dataset, split, name), name)
 

@@ -39,7 +39,7 @@ TEXTS = {
     ),
     "a wrong type": (
         record() + "\n" + record(chosen=3) + "\n",
-        r"`chosen` in line 2 of .* must be text, got 3 \(int\)",
+        r"`chosen` in line 2 of .* must be text; got 3 \(int\)",
     ),
     "an empty file": ("", "holds no records"),
     "not JSON at all": ("hello\n", "line 1 of .*, column 1"),

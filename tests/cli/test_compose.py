@@ -93,7 +93,7 @@ def test_every_name_composes(name):
         ({"loss_options": ("gama=1",)}, "`--loss-options gama` is 1.0, but none .* `beta`"),
         ({"loss_options": ("beta=1",), "beta": 1.0}, "both give `beta`"),
         ({"loss_options": ("gamma",)}, "must be of the form NAME=VALUE"),
-        ({"loss": ("simpo",), "loss_options": ("gamma=x",)}, "must be a number, got 'x'"),
+        ({"loss": ("simpo",), "loss_options": ("gamma=x",)}, "must be a number; got 'x'"),
         ({"label_smoothing": 0.5}, r"`label_smoothing` must be in \[0, 0.5\)"),
         ({"divergence": "kl"}, "`--divergence` must be one of reverse_kl, .* got 'kl'"),
         ({"divergence": "alpha_divergence"}, "alpha_divergence=A; got"),

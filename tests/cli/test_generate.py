@@ -151,13 +151,13 @@ def test_an_answer_ends_at_the_end(models, tmp_path, capsys):
 
 
 BAD = {
-    "nothing to answer": ([], "`--prompt` or `--data` must give something to answer"),
+    "nothing to answer": ([], "`--prompt` or `--data` must give a prompt to answer"),
     "no file": (["--data", "nowhere.txt"], "there is no `nowhere.txt`"),
     "an empty file": (["--data", "empty.txt"], "empty.txt holds none"),
     "an empty file of records": (["--data", "empty.jsonl"], "empty.jsonl holds none"),
     "a record without": (["--data", "odd.jsonl"], "must have a `prompt`, or `chosen`"),
     "turns without a template": (["--data", "turns.jsonl"], "the tokenizer has no chat template"),
-    "tokens": (["--prompt", "a", "--max-tokens", "0"], "`--max-tokens` must be positive, got 0"),
+    "tokens": (["--prompt", "a", "--max-tokens", "0"], "`--max-tokens` must be positive; got 0"),
     "temperature": (["--prompt", "a", "--temperature", "-1"], "`temperature` must not be negative"),
     "top p": (["--prompt", "a", "--top-p", "2"], "`top_p` must be in (0, 1], got 2.0"),
 }

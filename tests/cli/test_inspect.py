@@ -173,9 +173,9 @@ def test_colours_on_a_terminal(models, capsys, monkeypatch):
 
 BAD = {
     "no data": (["--data", "nowhere.jsonl"], "there is no `nowhere.jsonl`"),
-    "a row that is not there": (["--rows", "99"], "`--rows` must be below 22, got 99"),
-    "scan": (["--scan", "0"], "`--scan` must be positive, got 0"),
-    "tokens": (["--tokens", "-1"], "`--tokens` must not be negative, got -1"),
+    "a row that is not there": (["--rows", "99"], "`--rows` must be below 22; got 99"),
+    "scan": (["--scan", "0"], "`--scan` must be positive; got 0"),
+    "tokens": (["--tokens", "-1"], "`--tokens` must not be negative; got -1"),
     "a column": (["--columns", "prompt=question"], "maps `prompt` to `question`"),
     "a limit": (["--max-length", "0"], "`max_length` must be a positive integer"),
 }
