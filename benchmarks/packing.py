@@ -22,7 +22,7 @@ import optax
 
 import dpo_eqx as dpx
 from dpo_eqx import data, losses, models
-from dpo_eqx.data.rows import Row
+from dpo_eqx.data._tokens.rows import Row
 
 WIDTH, LAYERS, HEADS, FEED_FORWARD = 256, 4, 8, 688
 

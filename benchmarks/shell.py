@@ -22,14 +22,14 @@ import optax
 
 import dpo_eqx as dpx
 from dpo_eqx import data, losses, models
-from dpo_eqx.cli.checkpoints import Checkpoints
-from dpo_eqx.cli.display import display
-from dpo_eqx.cli.folder import Folder
-from dpo_eqx.cli.loop import Run, loop, make_advance
-from dpo_eqx.cli.settings import Settings
-from dpo_eqx.cli.signals import Stop
-from dpo_eqx.cli.sinks import open_sinks
-from dpo_eqx.cli.state import State
+from dpo_eqx.cli.run.checkpoints import Checkpoints
+from dpo_eqx.cli.run.folder import Folder
+from dpo_eqx.cli.run.loop import Run, loop, make_advance
+from dpo_eqx.cli.run.signals import Stop
+from dpo_eqx.cli.run.sinks import open_sinks
+from dpo_eqx.cli.run.state import State
+from dpo_eqx.cli.settings.settings import Settings
+from dpo_eqx.cli.terminal.display import display
 
 VOCAB, PAIRS, LENGTH, ROWS = 256, 8, 32, 2048
 ROUNDS = 5

@@ -9,8 +9,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import dpo_eqx as dpx
+from dpo_eqx._jax.dtypes import cast, in_dtype, in_dtypes_of, in_float32_at_least, is_narrow
 from dpo_eqx.losses import dpo
-from dpo_eqx.precision import cast, in_dtype, in_dtypes_of, in_float32_at_least, is_narrow
 
 from .policies import VOCAB, assert_close, random_batch
 from .test_devices import LOSSES, MESH

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import dpo_eqx as dpx
-from dpo_eqx.inference import in_inference
+from dpo_eqx._jax.inference_mode import in_inference
 from dpo_eqx.losses import dpo
 
 from .policies import Perceptron, random_batch

@@ -11,8 +11,8 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec as P
 
 import dpo_eqx as dpx
-from dpo_eqx import tiles
-from dpo_eqx.linear import linear_collisions
+from dpo_eqx._head import tiles
+from dpo_eqx._head.linear import linear_collisions
 
 from .policies import assert_close
 

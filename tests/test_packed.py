@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import dpo_eqx as dpx
 from dpo_eqx import data, losses, models, sharding
-from dpo_eqx.data.collate import pair_batch
+from dpo_eqx.data._batches.collate import pair_batch
 
 from .policies import VOCAB, Attention, Plain, Recurrent, assert_close, statics
 

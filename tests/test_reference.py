@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import dpo_eqx as dpx
-from dpo_eqx.dependence import dependent_paths
+from dpo_eqx._training.dependence import dependent_paths
 from dpo_eqx.losses import dpo
 
 from .policies import Perceptron, arrays, assert_close, random_batch, statics

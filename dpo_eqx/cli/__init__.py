@@ -3,4 +3,4 @@
 Nothing else of the library imports it.
 """
 
-from .main import main as main
+from ._main import main as main

@@ -3,16 +3,16 @@
 The core does not import this package, and this package does not depend on losses or steps.
 """
 
-from .batches import Batches as Batches, batches as batches
-from .buckets import Buckets as Buckets, Shapes as Shapes
-from .pack import pack as pack
-from .read import Records as Records, read as read
-from .records import Form as Form
-from .reference_cache import cache_reference as cache_reference
-from .report import Report as Report
-from .store import TokenCache as TokenCache
-from .tokenize import tokenize as tokenize
-from .tokenizers import (
+from ._batches.batches import Batches as Batches, batches as batches
+from ._batches.buckets import Buckets as Buckets, Shapes as Shapes
+from ._batches.pack import pack as pack
+from ._records.read import Records as Records, read as read
+from ._records.records import Form as Form
+from ._reference_cache import cache_reference as cache_reference
+from ._tokens.report import Report as Report
+from ._tokens.store import TokenCache as TokenCache
+from ._tokens.tokenize import tokenize as tokenize
+from ._tokens.tokenizers import (
     ByteTokenizer as ByteTokenizer,
     Tokenizer as Tokenizer,
     load_tokenizer as load_tokenizer,

@@ -3,12 +3,7 @@
 The core of the library never imports this; a policy may be any other callable pytree.
 """
 
-from .adapter import load_lora as load_lora, save_lora as save_lora
-from .config import Config as Config, Rotary as Rotary
-from .generate import generate as generate
-from .hf import read_config as read_config
-from .load import load as load
-from .lora import (
+from ._adapters.lora import (
     LoRA as LoRA,
     add_lora as add_lora,
     lora_filter as lora_filter,
@@ -17,6 +12,15 @@ from .lora import (
     pinned_lora as pinned_lora,
     without_lora as without_lora,
 )
-from .quantize import Quantized as Quantized, dequantize as dequantize, quantize as quantize
-from .save import save as save
-from .transformer import Transformer as Transformer
+from ._adapters.quantize import (
+    Quantized as Quantized,
+    dequantize as dequantize,
+    quantize as quantize,
+)
+from ._checkpoint.config_json import read_config as read_config
+from ._checkpoint.load import load as load
+from ._checkpoint.save import save as save
+from ._decoder.config import Config as Config, Rotary as Rotary
+from ._decoder.generate import generate as generate
+from ._decoder.transformer import Transformer as Transformer
+from ._peft.files import load_lora as load_lora, save_lora as save_lora

@@ -3,7 +3,7 @@
 What is taken and returned are ordinary arrays and `NamedSharding`s.
 """
 
-from .batch import batch_share as batch_share, shard_batch as shard_batch
-from .mesh import make_mesh as make_mesh
-from .policy import gather as gather, placement as placement, shard_policy as shard_policy
-from .rules import TRANSFORMER as TRANSFORMER, either as either, stacked as stacked
+from ._batch import batch_share as batch_share, shard_batch as shard_batch
+from ._mesh import make_mesh as make_mesh
+from ._policy import gather as gather, placement as placement, shard_policy as shard_policy
+from ._rules import TRANSFORMER as TRANSFORMER, either as either, stacked as stacked

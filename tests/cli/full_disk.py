@@ -4,7 +4,7 @@ import resource
 import sys
 from pathlib import Path
 
-from dpo_eqx.cli import checkpoints
+from dpo_eqx.cli.run import checkpoints
 
 from .small import small
 

@@ -7,7 +7,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from dpo_eqx.cli import main
-from dpo_eqx.cli.parse import flags_of
+from dpo_eqx.cli.settings.parse import flags_of
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 DATA, TRACES = GOLDEN / "data", GOLDEN / "models" / "traces"

@@ -186,7 +186,7 @@ def test_an_extra_that_is_missing(tmp_path, capsys, monkeypatch):
     def missing(name):
         raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
-    monkeypatch.setattr("dpo_eqx.extras.importlib.import_module", missing)
+    monkeypatch.setattr("dpo_eqx._extras.importlib.import_module", missing)
     assert main(["train", "--help"]) == 2
     assert 'pip install "dpo-eqx[train]"' in capsys.readouterr().err
 

@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 
 from dpo_eqx import losses
-from dpo_eqx.cli.compose import compose_loss, is_unpaired, needs_reference
-from dpo_eqx.cli.optimizers import (
+from dpo_eqx._arrays.log_probs import PairLogProbs
+from dpo_eqx.cli.commands.train import total_steps
+from dpo_eqx.cli.compose.loss import compose_loss, is_unpaired, needs_reference
+from dpo_eqx.cli.compose.optimizer import (
     compose_optimizer,
     compose_schedule,
     decays,
     learning_rates,
 )
-from dpo_eqx.cli.settings import Settings
-from dpo_eqx.cli.train import total_steps
-from dpo_eqx.log_probs import PairLogProbs
+from dpo_eqx.cli.settings.settings import Settings
 
 
 def settings(**given):

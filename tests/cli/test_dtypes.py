@@ -15,12 +15,13 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from dpo_eqx import models
-from dpo_eqx.cli import dtypes, policies, report_probe
-from dpo_eqx.cli.dtypes import Dtypes, choose_dtypes, finished, keep_trained_wide
-from dpo_eqx.cli.rows import prepare
-from dpo_eqx.cli.settings import Settings
-from dpo_eqx.cli.state import State
-from dpo_eqx.precision import in_dtype
+from dpo_eqx._jax.dtypes import in_dtype
+from dpo_eqx.cli.compose import dtypes, policy as policies
+from dpo_eqx.cli.compose.data import prepare
+from dpo_eqx.cli.compose.dtypes import Dtypes, choose_dtypes, finished, keep_trained_wide
+from dpo_eqx.cli.report import probe as report_probe
+from dpo_eqx.cli.run.state import State
+from dpo_eqx.cli.settings.settings import Settings
 
 from .runs import lines_of, same_weights, weights_of
 from .small import MODEL, small, write_data

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from dpo_eqx import data
-from dpo_eqx.cli.generate import ends_of
-from dpo_eqx.cli.prompts import encode_prompt, read_prompts
-from dpo_eqx.cli.texts import decode
+from dpo_eqx.cli.terminal.answers import ends_of
+from dpo_eqx.cli.terminal.prompts import encode_prompt, read_prompts
+from dpo_eqx.cli.terminal.texts import decode
 from dpo_eqx.models import load
 
 from .commands import adapted, moved, one_message, run

@@ -7,8 +7,8 @@ import sys
 import pytest
 
 from dpo_eqx import data
-from dpo_eqx.cli.inspect import look_at
-from dpo_eqx.cli.inspect_draw import Token, in_marks, shortened
+from dpo_eqx.cli.commands.inspect import look_at
+from dpo_eqx.cli.terminal.tokens import Token, in_marks, shortened
 
 from .commands import one_message, run
 from .runs import DATA

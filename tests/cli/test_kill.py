@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from dpo_eqx.cli.parse import flags_of
+from dpo_eqx.cli.settings.parse import flags_of
 
 from .runs import lines_of, same_weights
 from .small import SETTINGS, check_each_step_once, write_data

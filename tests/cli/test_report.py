@@ -9,12 +9,12 @@ import time
 import numpy as np
 import pytest
 
-from dpo_eqx.cli import report_probe
-from dpo_eqx.cli.report_curves import envelope
-from dpo_eqx.cli.report_page import number
-from dpo_eqx.cli.report_pairs import correlation, wilson
-from dpo_eqx.cli.report_probe import PAIRS, spread
-from dpo_eqx.cli.report_read import read_lines, read_record
+from dpo_eqx.cli.report import probe as report_probe
+from dpo_eqx.cli.report.curves import envelope
+from dpo_eqx.cli.report.page import number
+from dpo_eqx.cli.report.pairs import correlation, wilson
+from dpo_eqx.cli.report.probe import PAIRS, spread
+from dpo_eqx.cli.report.read import read_lines, read_record
 
 from ..sharding.processes import Processes
 from .commands import one_message, run

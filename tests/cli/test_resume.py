@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from dpo_eqx.cli import checkpoints, lines
+from dpo_eqx.cli.run import checkpoints, late_metrics as lines
 
 from .runs import lines_of, same_weights
 from .small import STEPS, check_each_step_once, small, write_data

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from dpo_eqx.cli.check import check
-from dpo_eqx.cli.evaluate import Evaluate
-from dpo_eqx.cli.parse import parse
-from dpo_eqx.cli.policies import load_policy
-from dpo_eqx.cli.settings import Settings
-from dpo_eqx.cli.source import parse_flags
-from dpo_eqx.cli.yaml_file import differences, read_settings, write_settings
+from dpo_eqx.cli.commands.evaluate import Evaluate
+from dpo_eqx.cli.compose.policy import load_policy
+from dpo_eqx.cli.settings.check import check
+from dpo_eqx.cli.settings.parse import parse
+from dpo_eqx.cli.settings.settings import Settings
+from dpo_eqx.cli.settings.shared_flags import parse_flags
+from dpo_eqx.cli.settings.yaml_file import differences, read_settings, write_settings
 
 from .small import MODEL
 

@@ -8,10 +8,10 @@ import types
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from dpo_eqx.cli import display
-from dpo_eqx.cli.folder import Folder
-from dpo_eqx.cli.settings import Settings
-from dpo_eqx.cli.sinks import cut_after, json_lines, open_sinks
+from dpo_eqx.cli.run.folder import Folder
+from dpo_eqx.cli.run.sinks import cut_after, json_lines, open_sinks
+from dpo_eqx.cli.settings.settings import Settings
+from dpo_eqx.cli.terminal import display
 
 
 def test_lines_are_on_disk_at_once_and_have_no_nan(tmp_path):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dpo_eqx.cli.updates import UpdateWatch
+from dpo_eqx.cli.run.updates import UpdateWatch
 
 
 def warnings(fractions, rates=None, *, dtype="float32"):

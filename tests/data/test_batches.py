@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dpo_eqx import data
-from dpo_eqx.data.buckets import choose_buckets
+from dpo_eqx.data._batches.buckets import choose_buckets
 
 
 def make_rows(count, seed=0, longest=60):

@@ -14,9 +14,9 @@ import pytest
 
 import dpo_eqx as dpx
 from dpo_eqx import data, models
-from dpo_eqx.data.fingerprint import digest
-from dpo_eqx.data.store import digest_ids
-from dpo_eqx.score import score_pairs
+from dpo_eqx._scoring.score import score_pairs
+from dpo_eqx.data._fingerprint import digest
+from dpo_eqx.data._tokens.store import digest_ids
 
 BYTES = data.ByteTokenizer()
 RECORDS = [

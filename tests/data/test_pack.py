@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from dpo_eqx import data
-from dpo_eqx.data.pack import first_fit
+from dpo_eqx.data._batches.pack import first_fit
 
 
 def make_rows(count, seed):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dpo_eqx import data
-from dpo_eqx.data.prompts import split_shared_prompt
+from dpo_eqx.data._records.prompts import split_shared_prompt
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "data"
 BYTES = data.ByteTokenizer()

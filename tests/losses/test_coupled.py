@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from dpo_eqx import losses
-from dpo_eqx.losses.form import is_coupled, parts
+from dpo_eqx.losses._marks import is_coupled, parts
 
 from .cases import CASES, close, draw, gradient, records
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dpo_eqx import losses
-from dpo_eqx.losses.numerics import exponential, square
+from dpo_eqx.losses._numerics import exponential, square
 
 from .cases import CASES, DIVERGENCES, close, draw, gradient, records
 

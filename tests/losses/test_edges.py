@@ -26,7 +26,7 @@ import numpy as np
 import pytest
 
 from dpo_eqx import PairLogProbs, UnpairedLogProbs, losses
-from dpo_eqx.losses import form
+from dpo_eqx.losses import _form as form
 
 from .cases import join, split
 

@@ -17,7 +17,7 @@ import pytest
 
 import dpo_eqx as dpx
 from dpo_eqx import losses
-from dpo_eqx.losses.form import is_coupled
+from dpo_eqx.losses._marks import is_coupled
 
 from .cases import CASES, NAMES, close, draw, records
 

@@ -11,8 +11,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from dpo_eqx import models
-from dpo_eqx.models.folder import ADAPTER, ADAPTER_CONFIG
-from dpo_eqx.models.peft import read_peft
+from dpo_eqx.models._checkpoint.folder import ADAPTER, ADAPTER_CONFIG
+from dpo_eqx.models._peft.config import read_peft
 
 from .golden import FOLDER, shaken
 

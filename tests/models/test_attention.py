@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from dpo_eqx import Layout, PackedLayout, models
-from dpo_eqx.models import attention, blockwise, rotary
-from dpo_eqx.models.attention import attend, attend_by_layout, masks
+from dpo_eqx.models._decoder import attention, blockwise, rotary
+from dpo_eqx.models._decoder.attention import attend, attend_by_layout, masks
 
 CONFIG = models.Config(vocab=1, width=1, layers=1, heads=4, key_heads=2, head_width=6)
 LAYOUT = Layout(jnp.asarray(5), 7, (4, 4, 3))

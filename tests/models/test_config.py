@@ -7,8 +7,8 @@ import re
 import pytest
 
 from dpo_eqx import models
-from dpo_eqx.models.families import FAMILIES
-from dpo_eqx.models.hf import write_config
+from dpo_eqx.models._checkpoint.config_json import write_config
+from dpo_eqx.models._checkpoint.families import FAMILIES
 
 from .golden import CHECKPOINTS, FAMILIES as FOLDERS
 

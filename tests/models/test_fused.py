@@ -16,8 +16,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import dpo_eqx as dpx
 from dpo_eqx import losses, models
-from dpo_eqx.models import attention, fused
-from dpo_eqx.models.attention import attend
+from dpo_eqx.models._decoder import attention, fused
+from dpo_eqx.models._decoder.attention import attend
 
 from ..policies import assert_close, random_batch
 

@@ -8,7 +8,7 @@ import pytest
 
 import dpo_eqx as dpx
 from dpo_eqx import models
-from dpo_eqx.models.sample import choose, keep_top_k, keep_top_p
+from dpo_eqx.models._decoder.sample import choose, keep_top_k, keep_top_p
 
 from .golden import FOLDER
 

@@ -11,7 +11,7 @@ import pytest
 
 import dpo_eqx as dpx
 from dpo_eqx import losses, models, sharding
-from dpo_eqx.models.formats import FORMATS
+from dpo_eqx.models._adapters.formats import FORMATS
 
 from .golden import CHECKPOINTS, FOLDER, Perceptron, expected, ragged_batch, shaken
 

@@ -14,8 +14,8 @@ import pytest
 
 import dpo_eqx as dpx
 from dpo_eqx import losses, models
-from dpo_eqx.models.paths import leaf_name
-from dpo_eqx.models.save import tensors_of
+from dpo_eqx._jax.paths import leaf_name
+from dpo_eqx.models._checkpoint.save import tensors_of
 
 from .golden import FOLDER, Trace
 

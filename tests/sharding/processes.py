@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dpo_eqx.cli.parse import flags_of
+from dpo_eqx.cli.settings.parse import flags_of
 
 from ..cli.runs import GOLDEN, lines_of, weights_of
 from ..cli.small import write_data

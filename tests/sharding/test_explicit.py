@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import dpo_eqx as dpx
 from dpo_eqx import losses, models, sharding
-from dpo_eqx.strided import merge, split
+from dpo_eqx._jax.microbatches import merge, split
 
 from ..cli.runs import GOLDEN
 from ..policies import VOCAB, Attention, Plain, arrays, assert_close, random_batch

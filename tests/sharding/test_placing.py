@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 from dpo_eqx import data, models, sharding
-from dpo_eqx.rows import keep_rows, mesh_of, row_axes
+from dpo_eqx._jax.partitioning import keep_rows, mesh_of, row_axes
 
 from ..cli.runs import GOLDEN
 from ..policies import Perceptron, arrays, random_batch
@@ -239,7 +239,7 @@ def test_gather_gives_whole_arrays(policy):
 
 def test_a_checkpoint_is_read_shard_by_shard(monkeypatch):
     """No host and no device ever holds a whole array that is split."""
-    from dpo_eqx.models import placing
+    from dpo_eqx.models._checkpoint import fill_shards as placing
 
     seen = []
     before = placing._fill_shard

@@ -8,7 +8,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 
 import dpo_eqx as dpx
 from dpo_eqx import losses, sharding
-from dpo_eqx.rows import beside_sweeps, keep_rows, row_axes
+from dpo_eqx._jax.partitioning import beside_sweeps, keep_rows, row_axes
 
 from ..policies import Attention, Perceptron, arrays, assert_close, random_batch, statics
 from .hlo import collectives

@@ -1,0 +1,60 @@
+"""Metrics as weighted sums and counts, whose means are exact over ragged batches.
+
+Which metrics there are is in `_training/metrics.py`.
+"""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Shaped
+
+# A value for each pair; with a mask beside it, the mean is over the pairs where that is true.
+Value = Shaped[Array | np.ndarray, "..."]
+
+
+PerPair = Value | tuple[Value, Bool[Array, "..."]]
+
+
+class Metrics(eqx.Module):
+    """Weighted sums of metrics and the weights they hold; `a + b` joins two batches.
+
+    **Arguments:**
+
+    - `sums`: the weighted sum of each metric. Scalars.
+    - `counts`: the sum of the weights that went into each. Scalars.
+    """
+
+    sums: dict[str, Float[Array, ""]]
+    counts: dict[str, Float[Array, ""]]
+
+    def __add__(self, other: "Metrics") -> "Metrics":
+        if self.sums.keys() != other.sums.keys():
+            raise ValueError(
+                "metrics can be added where they have the same names; got "
+                f"{sorted(self.sums)} and {sorted(other.sums)}."
+            )
+        return jax.tree.map(jnp.add, self, other)
+
+    def __radd__(self, other: Any) -> "Metrics":
+        # `sum(batches)` starts from 0.
+        return self if isinstance(other, int) and other == 0 else NotImplemented
+
+    def mean(self) -> dict[str, Float[Array, ""]]:
+        """The weighted mean of each metric; 0 where nothing was counted.
+
+        `rewards/margins`, where it has no sum of its own (unpaired data), is the difference of
+        `rewards/chosen` and `rewards/rejected`.
+        """
+        means = {name: safe_ratio(self.sums[name], self.counts[name]) for name in self.sums}
+        if {"rewards/chosen", "rewards/rejected"} <= means.keys():
+            margin = means["rewards/chosen"] - means["rewards/rejected"]
+            means.setdefault("rewards/margins", margin)
+        return means
+
+
+def safe_ratio(numerator: Float[Array, ""], denominator: Float[Array, ""]) -> Float[Array, ""]:
+    """`numerator / denominator`, and 0 where the denominator, a sum of weights, is 0."""
+    return jnp.where(denominator > 0, numerator, 0) / jnp.where(denominator > 0, denominator, 1)

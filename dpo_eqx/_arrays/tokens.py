@@ -1,0 +1,84 @@
+"""Token ids with a mask beside them, the one form in which text reaches the core.
+
+What the mask means is said by whoever holds the tokens: `batches.py`.
+"""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int, Integer
+
+
+def narrow_on_host(ids: Any) -> Any:
+    """NumPy ids of more than 31 bits as int32; whatever else comes is returned as it came.
+
+    JAX would cut int64 to its lower 32 bits where a function is jitted, so that an id of
+    `2**32 + 5` became token 5.
+    """
+    is_wide = isinstance(ids, np.ndarray) and ids.dtype in (np.int64, np.uint64, np.uint32)
+    return in_int32(ids) if is_wide else ids
+
+
+def as_ids(ids: Integer[Array | np.ndarray, "*shape"]) -> Int[Array, "*shape"]:
+    """Token ids in int32, whatever integers they came in.
+
+    Narrow and unsigned integers are how token files are stored, and nothing to compute in: a
+    difference of unsigned numbers is never negative. An id that int32 cannot hold becomes the
+    nearest number that it can, which no vocabulary reaches.
+    """
+    return jnp.asarray(in_int32(ids))
+
+
+def in_int32(ids: Integer[Array | np.ndarray, "*shape"]) -> Int[Array | np.ndarray, "*shape"]:
+    """`as_ids`, of NumPy arrays in NumPy."""
+    bounds, wanted = jnp.iinfo(ids.dtype), jnp.iinfo(jnp.int32)
+    low, high = max(bounds.min, wanted.min), min(bounds.max, wanted.max)
+    if (low, high) != (bounds.min, bounds.max):
+        clip = np.clip if isinstance(ids, np.ndarray) else jnp.clip
+        ids = clip(ids, int(low), int(high))
+    return ids.astype(np.int32)
+
+
+class Tokens(eqx.Module):
+    """Token ids and a mask of the same shape, rows padded on the right.
+
+    In a prompt the mask says which tokens are there: a prefix of the row. In a completion it says
+    which tokens are **scored**, in any pattern; unscored tokens before the last scored one are
+    context, and ids after it have no influence.
+
+    **Arguments:**
+
+    - `ids`: integers of any dtype, signed or not; a policy sees them as int32. Those of NumPy that
+        are wider are narrowed to int32 here. Shape `(*batch, length)`.
+    - `mask`: booleans. Shape `(*batch, length)`.
+
+    **Raises:**
+
+    `ValueError` if the shapes differ, `ids` are not integers or `mask` is not boolean.
+    """
+
+    ids: Integer[Array | np.ndarray, "*batch length"] = eqx.field(converter=narrow_on_host)
+    mask: Bool[Array | np.ndarray, "*batch length"]
+
+    def __check_init__(self):
+        for name, value in (("ids", self.ids), ("mask", self.mask)):
+            if not isinstance(value, jax.Array | np.ndarray):
+                raise ValueError(
+                    f"`{name}` must be an array of NumPy or JAX, got {value!r}. Text is turned "
+                    "into ids by its tokenizer, and lists into an array by `np.array`."
+                )
+        if self.ids.shape != self.mask.shape or self.ids.ndim == 0:
+            raise ValueError(
+                "`ids` and `mask` must have one shape, `(*batch, length)`; got "
+                f"{self.ids.shape} and {self.mask.shape}."
+            )
+        if not np.issubdtype(self.ids.dtype, np.integer):
+            raise ValueError(f"`ids` must be integers, got {self.ids.dtype}.")
+        if self.mask.dtype != bool:
+            raise ValueError(
+                f"`mask` must be boolean, got {self.mask.dtype}. Convert it, say with `mask > 0`; "
+                "use `weight` to weigh a pair."
+            )

@@ -1,0 +1,4 @@
+"""What each pair was worth: comparisons of two policies, diagnoses of a run, calibration.
+
+Nothing here trains.
+"""

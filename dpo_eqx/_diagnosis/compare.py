@@ -1,0 +1,128 @@
+"""A policy beside its reference on the same completions: what each makes of every scored token.
+
+Losses and means are not here; `diagnose.py` and `preferences.py` have them.
+"""
+
+from functools import partial
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from .._arrays.batches import PreferenceBatch
+from .._arrays.log_probs import PairLogProbs
+from .._head.kl import linear_kl, token_kl
+from .._head.tiles import Unembedding
+from .._head.token_log_probs import sequence_log_probs
+from .._jax.explicit_meshes import automatic
+from .._scoring.predict import Hidden, Logits, offers_fast_path, predict
+from .._scoring.score import pair_log_probs, token_scores
+
+
+class Comparison(eqx.Module):
+    r"""Policy and reference on both completions of each pair.
+
+    **Arguments:**
+
+    - `policy`, `reference`: their log-probabilities, as from `score_pairs`.
+    - `chosen_tokens`, `rejected_tokens`: what each token adds to the log-ratio,
+        $\log\pi(y_t | x, y_{<t}) - \log\pi^{ref}(y_t | x, y_{<t})$ in nats; 0 where it is not
+        scored. Shape `(pairs, completion)`.
+    - `chosen_kl`, `rejected_kl`: $\sum_t \mathrm{KL}(\pi(\cdot | x, y_{<t}) \,\|\,
+        \pi^{ref}(\cdot | x, y_{<t}))$ over the scored positions, each over the whole vocabulary,
+        in nats. Shape `(pairs,)`.
+    """
+
+    policy: PairLogProbs
+    reference: PairLogProbs
+    chosen_tokens: Float[Array, "pairs completion"]
+    rejected_tokens: Float[Array, "pairs completion"]
+    chosen_kl: Float[Array, " pairs"]
+    rejected_kl: Float[Array, " pairs"]
+
+
+def compare(
+    policy: PyTree,
+    reference: PyTree,
+    batch: PreferenceBatch,
+    *,
+    chunk_size: int | None = None,
+) -> Comparison:
+    r"""What policy and reference make of each completion, token by token, and how far they differ.
+
+    Each of the two is run once, as `score_pairs` runs it, and where both offer `FastPolicy` the
+    logits are never built. The KL is that of the distributions at each position, given what the
+    batch has before it; on completions that the policy wrote its mean estimates the KL of whole
+    answers, on others it says how far the policy has moved there. Gradients flow into both.
+
+    **Arguments:**
+
+    - `policy`, `reference`: as in `score_pairs`, of one vocabulary. Take
+        `eqx.nn.inference_mode(policy)` of one with dropout.
+    - `batch`: the pairs; its own `reference` is not looked at.
+    - `chunk_size`: of `linear_kl`, where both are a `FastPolicy`.
+
+    **Raises:**
+
+    `ValueError` where the vocabularies differ, or a policy returns something of another shape.
+    """
+    is_fast = any(map(offers_fast_path, (policy, reference)))
+    run = partial(automatic, like=2)(_compare) if is_fast else _compare
+    return run(policy, reference, batch, chunk_size)
+
+
+def _compare(
+    policy: PyTree, reference: PyTree, batch: PreferenceBatch, chunk_size: int | None
+) -> Comparison:
+    pair = batch.chosen, batch.rejected
+    predictions = [
+        predict(model, batch.prompt, pair, keys=None, chunk_size=chunk_size)
+        for model in (policy, reference)
+    ]
+    ours, theirs = (token_scores(prediction, pair) for prediction in predictions)
+    chosen_tokens, rejected_tokens = (
+        jnp.where(tokens.mask, a.log_probs - b.log_probs, 0)
+        for tokens, a, b in zip(pair, ours, theirs, strict=True)
+    )
+    kl = _kl_of(predictions[0], predictions[1], chunk_size)
+    halves = jnp.split(kl, [batch.chosen.ids.shape[1]], axis=1)
+    chosen_kl, rejected_kl = (
+        sequence_log_probs(half, tokens.mask) for half, tokens in zip(halves, pair, strict=True)
+    )
+    return Comparison(
+        policy=pair_log_probs(batch, *ours),
+        reference=pair_log_probs(batch, *theirs),
+        chosen_tokens=chosen_tokens,
+        rejected_tokens=rejected_tokens,
+        chosen_kl=chosen_kl,
+        rejected_kl=rejected_kl,
+    )
+
+
+def _kl_of(
+    ours: Logits | Hidden, theirs: Logits | Hidden, chunk_size: int | None
+) -> Float[Array, "pairs length"]:
+    if isinstance(ours, Hidden) and isinstance(theirs, Hidden):
+        options = {name: ours.options[name] for name in ("bias", "softcap")}
+        options |= {f"reference_{name}": theirs.options[name] for name in ("bias", "softcap")}
+        heads = (ours.hidden, ours.unembedding, theirs.hidden, theirs.unembedding)
+        return linear_kl(*heads, **options, chunk_size=chunk_size)
+    logits = [_logits(prediction) for prediction in (ours, theirs)]
+    if logits[0].shape != logits[1].shape:
+        raise ValueError(
+            "`policy` and `reference` must have one vocabulary; got logits of "
+            f"{logits[0].shape[-1]} and {logits[1].shape[-1]} tokens. Compare models that share a "
+            "tokenizer."
+        )
+    return token_kl(*logits)
+
+
+def _logits(prediction: Logits | Hidden) -> Float[Array, "pairs length vocab"]:
+    """All logits at once, where the other policy builds them anyway."""
+    if isinstance(prediction, Logits):
+        return prediction.logits
+    head = Unembedding(
+        prediction.unembedding, prediction.options["bias"], prediction.options["softcap"]
+    )
+    rows = prediction.hidden.reshape(-1, prediction.hidden.shape[-1])
+    return head.logits(rows).reshape(*prediction.hidden.shape[:-1], -1)

@@ -1,0 +1,183 @@
+"""How a policy ranks pairs, as sums that join exactly over batches and devices.
+
+Accuracy, win rate, margins with their spread, KL and calibration; what is summed comes from
+`compare.py` and `diagnose.py`.
+"""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from .._arrays.log_probs import PairLogProbs
+from .._arrays.metrics import safe_ratio
+from .._jax.mapped_axes import AxisName, total
+
+Values = Float[Array | np.ndarray, " pairs"]
+
+
+class Calibration(eqx.Module):
+    r"""Sums of predicted and observed preferences, by how sure the policy is; `a + b` joins two.
+
+    Each pair is looked at from the side that the policy prefers: the prediction is
+    $\sigma(|\text{margin}|)$, in `[0.5, 1]`, and it came true where that side is the chosen one,
+    one half for a tie. The bins divide `[0.5, 1]` equally. Of a policy whose margins are the
+    log-odds of the labels, prediction and frequency agree in every bin.
+
+    **Arguments:**
+
+    - `predicted`, `came_true`, `weight`: weighted sums, and the sum of weights. Shape `(bins,)`.
+    - `count`: the number of pairs whose weight is not 0. Shape `(bins,)`.
+    """
+
+    predicted: Float[Array, " bins"]
+    came_true: Float[Array, " bins"]
+    weight: Float[Array, " bins"]
+    count: Int[Array, " bins"]
+
+    def __add__(self, other: "Calibration") -> "Calibration":
+        return jax.tree.map(jnp.add, self, other)
+
+    def mean(self) -> tuple[Float[Array, " bins"], Float[Array, " bins"]]:
+        """The mean prediction and the frequency with which it came true; 0 in an empty bin."""
+        ratio = jax.vmap(safe_ratio)
+        return ratio(self.predicted, self.weight), ratio(self.came_true, self.weight)
+
+
+def calibrate(margin: Values, weight: Values | None = None, *, bins: int = 10) -> Calibration:
+    r"""How often the side that a policy prefers by a margin is the chosen one; see `Calibration`.
+
+    **Arguments:**
+
+    - `margin`: the chosen's reward less the rejected's, `beta` included: under the Bradley-Terry
+        model the log-odds that the chosen is preferred. Shape `(pairs,)`.
+    - `weight`: of each pair; one of weight 0 does not count, whatever its margin. Shape `(pairs,)`.
+    - `bins`: how many.
+
+    **Raises:**
+
+    `ValueError` where `bins` is not positive.
+    """
+    if bins < 1:
+        raise ValueError(f"`bins` must be a positive number of bins, got {bins}.")
+    margin, weight = _with_weight(margin, weight)
+    predicted = jax.nn.sigmoid(jnp.abs(margin))
+    place = jnp.clip(jnp.floor((predicted - 0.5) * (2 * bins)), 0, bins - 1)
+    inside = (place[:, None] == jnp.arange(bins, dtype=place.dtype)[None, :]) & (weight > 0)[
+        :, None
+    ]
+    share = jnp.where(inside, weight[:, None], 0)
+    return Calibration(
+        predicted @ share, _half(margin) @ share, share.sum(axis=0), inside.sum(axis=0)
+    )
+
+
+class Preferences(eqx.Module):
+    """How a policy ranks pairs, over one batch or many: `a + b` joins two exactly.
+
+    **Arguments:**
+
+    - `weight`: the sum of all weights; `pairs`: the number of pairs whose weight is not 0.
+    - `accurate`, `won`, `kl`: weighted sums over pairs; `kl` is `None` where it was not asked for.
+    - `margin`: the weighted *mean*, and `spread` the weighted sum of squared distances from it:
+        joined by the rule of Chan, Golub and LeVeque, which does not cancel as a sum of squares
+        does.
+    - `calibration`: see there.
+    """
+
+    weight: Float[Array, ""]
+    pairs: Int[Array, ""]
+    accurate: Float[Array, ""]
+    won: Float[Array, ""]
+    margin: Float[Array, ""]
+    spread: Float[Array, ""]
+    kl: Float[Array, ""] | None
+    calibration: Calibration
+
+    def __add__(self, other: "Preferences") -> "Preferences":
+        joined = jax.tree.map(jnp.add, self, other)
+        part = safe_ratio(other.weight, joined.weight)
+        apart = other.margin - self.margin
+        spread = joined.spread + apart**2 * self.weight * part
+        return eqx.tree_at(
+            lambda p: (p.margin, p.spread), joined, (self.margin + apart * part, spread)
+        )
+
+    def __radd__(self, other: object) -> "Preferences":
+        # `sum(batches)` starts from 0.
+        return self if isinstance(other, int) and other == 0 else NotImplemented
+
+    def mean(self) -> dict[str, Float[Array, ""]]:
+        """The weighted means; 0 where nothing was counted.
+
+        `preference_accuracy`: how often the policy finds the chosen completion likelier;
+        `win_rate`: how often its implicit reward is higher; ties count one half.
+        `reward_margin_mean` and `reward_margin_std` (of the pairs, not of the mean), in nats; `kl`
+        in nats a completion, chosen and rejected alike.
+        """
+        means = {
+            "preference_accuracy": safe_ratio(self.accurate, self.weight),
+            "win_rate": safe_ratio(self.won, self.weight),
+            "reward_margin_mean": self.margin,
+            "reward_margin_std": jnp.sqrt(safe_ratio(self.spread, self.weight)),
+        }
+        return means if self.kl is None else means | {"kl": safe_ratio(self.kl, self.weight)}
+
+
+def count_preferences(
+    policy: PairLogProbs,
+    margin: Values,
+    kl: tuple[Values, Values] | None = None,
+    *,
+    weight: Values | None = None,
+    bins: int = 10,
+    axis_name: AxisName | None = None,
+) -> Preferences:
+    """The sums of one batch, of which `mean()` makes preference accuracy, win rate and the others.
+
+    ```python
+    sides = dpx.compare(policy, reference, batch)
+    margin = dpx.diagnose(loss, sides.policy, sides.reference).margin
+    counted = dpx.count_preferences(sides.policy, margin, (sides.chosen_kl, sides.rejected_kl))
+    ```
+
+    **Arguments:**
+
+    - `policy`: its log-probabilities.
+    - `margin`: chosen reward less rejected, in nats. Shape `(pairs,)`.
+    - `kl`: of the chosen and of the rejected completions. Shape `(pairs,)` each.
+    - `weight`: by default that of `policy`; a pair of weight 0 adds nothing, not even NaN.
+    - `bins`: of the calibration.
+    - `axis_name`: a mapped axis over which the pairs are split; the sums are then over all of it.
+    """
+    weight = policy.weight if weight is None else weight
+    margin, weight = _with_weight(margin, weight)
+    log_odds = _present(jnp.asarray(policy.chosen) - jnp.asarray(policy.rejected), weight)
+    whole = total(weight.sum(), axis_name)
+    mean = safe_ratio(total((margin * weight).sum(), axis_name), whole)
+    sums = {
+        "pairs": (weight > 0).sum(),
+        "accurate": (_half(log_odds) * weight).sum(),
+        "won": (_half(margin) * weight).sum(),
+        "spread": ((margin - mean) ** 2 * weight).sum(),
+        "kl": None if kl is None else (_present((kl[0] + kl[1]) / 2, weight) * weight).sum(),
+        "calibration": calibrate(margin, weight, bins=bins),
+    }
+    return Preferences(weight=whole, margin=mean, **total(sums, axis_name))
+
+
+def _with_weight(margin: Values, weight: Values | None):
+    """Both as arrays of one dtype, the margin 0 where it does not count."""
+    margin = jnp.asarray(margin)
+    weight = jnp.ones_like(margin) if weight is None else jnp.asarray(weight, margin.dtype)
+    return _present(margin, weight), weight
+
+
+def _present(values: Values, weight: Float[Array, " pairs"]) -> Float[Array, " pairs"]:
+    return jnp.where(weight > 0, jnp.asarray(values), 0).astype(weight.dtype)
+
+
+def _half(difference: Float[Array, " pairs"]) -> Float[Array, " pairs"]:
+    """1 where positive, 0 where negative, one half for a tie."""
+    return (1 + jnp.sign(difference)) / 2

@@ -1,0 +1,260 @@
+"""Log-probabilities straight from hidden states and the unembedding, never holding all logits.
+
+The logits of some tokens for a part of the vocabulary exist at a time, in the forward pass and,
+computed once more, in the backward pass; which tokens and which part is in `tiles.py`.
+"""
+
+from functools import partial
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Integer
+
+from .._arrays.tokens import as_ids
+from .._jax.dtypes import at_least_float32
+from .._jax.explicit_meshes import automatic
+from .._jax.linear_map import moving, share, sum_parts, with_transpose
+from .._jax.mapped_axes import vary_alike
+from .._jax.microbatches import merge
+from .tiles import (
+    Unembedding,
+    check_chunk_size,
+    check_head,
+    fold,
+    in_chunks,
+    part_at,
+    put_back,
+    tile_at,
+)
+
+
+@automatic
+def linear_token_log_probs(
+    hidden: Float[Array | np.ndarray, "*batch length width"],
+    unembedding: Float[Array | np.ndarray, "vocab width"],
+    targets: Integer[Array | np.ndarray, "*batch length"],
+    *,
+    bias: Float[Array | np.ndarray, " vocab"] | None = None,
+    softcap: float | int | None = None,
+    chunk_size: int | None = None,
+    axis_name: str | None = None,
+) -> Float[Array, "*batch length"]:
+    r"""`token_log_probs` of the logits that `hidden` and `unembedding` imply, without the logits.
+
+    $\text{logits}_t = c \tanh((U h_t + b) / c)$ for a soft cap $c$, $U h_t + b$ without one. Those
+    of `chunk_size` tokens for a part of the vocabulary are held at once, in the backward pass too.
+
+    **Arguments:**
+
+    - `hidden`: the last hidden states; `hidden[..., t, :]` predicts `targets[..., t]`. Shape
+        `(*batch, length, width)`.
+    - `unembedding`: $U$. Shape `(vocab, width)`.
+    - `targets`: token ids. Shape `(*batch, length)`.
+    - `bias`: $b$. Shape `(vocab,)`.
+    - `softcap`: $c$, a positive number.
+    - `chunk_size`: of how many tokens at most, by default 4096. The parts of the vocabulary are
+        then as large as speed asks for: some 8 MiB of logits on a CPU, 256 MiB elsewhere.
+    - `axis_name`: a mapped axis over which the vocabulary is sharded: `unembedding` and `bias`
+        are then this device's rows, in the order of the axis, and `targets` count over all.
+        Gradients are right when taken inside the mapped function, and from outside through a
+        `shard_map` with `check_vma=True`; from outside through `check_vma=False` is unsupported.
+
+    **Returns:**
+
+    In nats, float32 or wider. Shape `(*batch, length)`. NaN where the target is not in
+    `[0, vocab)`, or where the hidden state or all of its logits are not finite; the gradient from
+    there is zero, so that `sequence_log_probs` can mask it out.
+    """
+    _check_shapes(hidden, unembedding, targets, softcap, chunk_size)
+    hidden, targets = jnp.asarray(hidden), as_ids(targets)
+    head = Unembedding.of(unembedding, bias, softcap)
+    # A hidden state of NaN would reach the unembedding's gradient as 0 * NaN.
+    finite = jnp.isfinite(jax.lax.stop_gradient(hidden)).all(axis=-1)
+    hidden = jnp.where(finite[..., None], hidden, 0)
+    rows, parts = in_chunks(chunk_size, unembedding.shape[0], hidden, targets)
+    log_probs = merge(_log_probs(axis_name, parts, *vary_alike(head, *rows))[0])
+    vocab = unembedding.shape[0] * (1 if axis_name is None else jax.lax.axis_size(axis_name))
+    known = finite & (targets >= 0) & (targets < vocab)
+    return jnp.where(known, log_probs[: known.size].reshape(known.shape), jnp.nan)
+
+
+def linear_collisions(
+    hidden: Float[Array, "*batch length width"],
+    unembedding: Float[Array, "vocab width"],
+    *,
+    bias: Float[Array, " vocab"] | None = None,
+    softcap: float | int | None = None,
+    chunk_size: int | None = None,
+) -> Float[Array, "*batch length"]:
+    r"""$\log\sum_v p_{t, v}^2$, for WPO's confidence, in the chunks of `linear_token_log_probs`.
+
+    Arguments as there; no gradient flows through it.
+    """
+    hidden, unembedding, bias = jax.lax.stop_gradient((hidden, unembedding, bias))
+    head = Unembedding(unembedding, bias, softcap)
+    (hidden_rows,), parts = in_chunks(chunk_size, unembedding.shape[0], hidden)
+    zeros = jnp.zeros(hidden_rows.shape[:2], at_least_float32(hidden.dtype))
+
+    def add(tile, state, hidden):
+        peak, total, squares = state
+        logits = tile.logits(hidden)
+        peak, offset, shrunk = _raised(peak, logits)
+        shares = jnp.exp(logits - offset[:, None])
+        total = total * shrunk + shares.sum(axis=-1)
+        return peak, total, squares * shrunk**2 + (shares**2).sum(axis=-1)
+
+    start, head, rows = vary_alike((zeros - jnp.inf, zeros, zeros), head, (hidden_rows,))
+    _, total, squares = fold(add, start, head, parts, rows)
+    collisions = merge(jnp.log(squares) - 2 * jnp.log(total))
+    return collisions[: hidden[..., 0].size].reshape(hidden.shape[:-1])
+
+
+def collisions_of(logits: Float[Array, "*batch vocab"]) -> Float[Array, "*batch"]:
+    r"""$\log\sum_v p_v^2$, the log-probability that two samples of one distribution agree."""
+    logits = logits.astype(at_least_float32(logits.dtype))
+    return jax.nn.logsumexp(2 * logits, axis=-1) - 2 * jax.nn.logsumexp(logits, axis=-1)
+
+
+def _check_shapes(hidden, unembedding, targets, softcap, chunk_size) -> None:
+    if hidden.shape[:-1] != targets.shape:
+        raise ValueError(
+            "`hidden` must have shape `(*batch, length, width)` and `targets` `(*batch, length)`; "
+            f"got {hidden.shape} and {targets.shape}."
+        )
+    check_head(hidden, unembedding, softcap)
+    check_chunk_size(chunk_size)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _log_probs(
+    axis_name: str | None,
+    parts: int,
+    head: Unembedding,
+    hidden: Float[Array, "count chunk width"],
+    targets: Int[Array, "count chunk"],
+) -> tuple[Float[Array, "count chunk"], Float[Array, "count chunk"]]:
+    """Log-probabilities, and the normaliser of each token: all that its derivatives need."""
+    zeros = jnp.zeros(targets.shape, at_least_float32(hidden.dtype))
+    start = vary_alike((zeros - jnp.inf, zeros, zeros), hidden)[0]
+
+    def add(tile, state, hidden, targets):
+        peak, total, picked = state
+        logits = tile.logits(hidden)
+        peak, offset, shrunk = _raised(peak, logits)
+        total = total * shrunk + jnp.exp(logits - offset[:, None]).sum(axis=-1)
+        return peak, total, picked + jnp.where(tile.holds(targets), logits, 0).sum(axis=-1)
+
+    state = fold(add, start, head, parts, (hidden, targets), axis_name)
+    peak, total, picked = _over_devices(state, axis_name)
+    peak, total = jnp.where(jnp.isfinite(peak), peak, jnp.nan), jnp.log(total)
+    # Not `picked - normaliser`: without a gradient XLA fuses that sum into this one, in an order of
+    # its own, and a policy and a reference of the same parameters differ in the last bit.
+    return picked - peak - total, peak + total
+
+
+def _log_probs_jvp(axis_name, parts, primals, tangents):
+    """Each tile's logits once more, in either mode."""
+    head, hidden, targets = primals
+    results = _log_probs(axis_name, parts, head, hidden, targets)
+    # Not by the cotangent, which is 0 at a masked token but elsewhere too, and has a derivative
+    # there. A token whose logits are all finite gives 0 from a cotangent of 0.
+    live = jnp.isfinite(results[1])
+    rows = hidden, targets, jnp.where(live, results[1], 0), live
+    in_head, in_hidden, _ = moving(tangents)
+    operands = in_head, share(in_hidden, axis_name, hidden)
+    pushed = with_transpose(
+        partial(_push, axis_name, parts, head, rows),
+        lambda cotangents: eqx.filter(
+            _pull(axis_name, parts, head, rows, cotangents),
+            jax.tree.map(lambda x: x is not None, operands, is_leaf=lambda x: x is None),
+        ),
+        operands,
+        results,
+    )
+    return results, sum_parts(pushed, axis_name, hidden)
+
+
+_log_probs.defjvp(_log_probs_jvp, symbolic_zeros=True)
+
+
+def _push(axis_name, parts, head, rows, tangents):
+    """What tangents of `head` and `hidden` are in the log-probabilities and the normalisers.
+
+    With $p$ of a tile's logits, a normaliser moves by the mean of their tangents under $p$, and a
+    log-probability by its own logit's tangent less that.
+    """
+    hidden, targets, normalisers, live = rows
+    in_head, in_hidden = tangents
+    zeros = jnp.zeros_like(normalisers)
+    start = vary_alike((zeros, zeros), hidden)[0]
+
+    def one_part(state, index):
+        tile = tile_at(head, index, parts, targets.dtype, axis_name)
+        in_tile = part_at(in_head, index, parts)
+
+        def chunk(operands):
+            (picked, means), in_hidden, hidden, targets, normaliser, live = operands
+            logits, slopes = eqx.filter_jvp(
+                lambda head, hidden: tile._replace(head=head).logits(hidden),
+                (tile.head, hidden),
+                (in_tile, in_hidden),
+            )
+            slopes = jnp.where(live[:, None], slopes, 0)
+            probs = jnp.exp(jnp.where(live[:, None], logits, -jnp.inf) - normaliser[:, None])
+            picked = picked + jnp.where(tile.holds(targets), slopes, 0).sum(axis=-1)
+            return picked, means + (probs * slopes).sum(axis=-1)
+
+        operands = state, in_hidden, hidden, targets, normalisers, live
+        return jax.lax.map(chunk, operands), None
+
+    picked, means = jax.lax.scan(one_part, start, jnp.arange(parts))[0]
+    return picked - means, means
+
+
+def _pull(axis_name, parts, head, rows, cotangents):
+    """The transpose of `_push`: in a logit the slope of a log-probability is `(is target) - p`."""
+    hidden, targets, normalisers, live = rows
+    wide = normalisers.dtype
+    cotangents = [jnp.where(live, x, 0) for x in cotangents]
+
+    def one_part(carry, index):
+        in_head, in_hidden = carry
+        tile = tile_at(head, index, parts, targets.dtype, axis_name)
+
+        def chunk(in_tile, operands):
+            in_hidden, hidden, targets, normaliser, live, cotangent, of_normaliser = operands
+            logits = tile.logits(hidden)
+            probs = jnp.exp(jnp.where(live[:, None], logits, -jnp.inf) - normaliser[:, None])
+            own = jnp.where(tile.holds(targets), cotangent[:, None], 0)
+            slopes = own - probs * (cotangent - of_normaliser)[:, None]
+            more = tile.head.pull(hidden, logits, slopes)
+            return jax.tree.map(jnp.add, (in_tile, in_hidden), more)
+
+        zeros = jax.tree.map(lambda x: jnp.zeros_like(x, wide), tile.head)
+        operands = in_hidden, hidden, targets, normalisers, live, *cotangents
+        in_tile, in_hidden = jax.lax.scan(chunk, vary_alike(zeros, hidden)[0], operands)
+        return (put_back(in_head, in_tile, index, parts), in_hidden), None
+
+    zeros = jax.tree.map(jnp.zeros_like, head), jnp.zeros_like(hidden, wide)
+    carry = vary_alike(zeros, hidden)[0]
+    (in_head, in_hidden), _ = jax.lax.scan(one_part, carry, jnp.arange(parts))
+    return in_head, in_hidden.astype(hidden.dtype)
+
+
+def _raised(peak, logits):
+    """The greatest logit so far, a finite offset near it, and by what earlier sums shrink."""
+    higher = jnp.maximum(peak, jax.lax.stop_gradient(logits).max(axis=-1))
+    offset = jnp.where(jnp.isfinite(higher), higher, 0)
+    return higher, offset, jnp.exp(peak - offset)
+
+
+def _over_devices(state, axis_name):
+    """The sums over the vocabulary of all devices, from those of each."""
+    if axis_name is None:
+        return state
+    peak, total, *sums = state
+    highest = jax.lax.pmax(jax.lax.stop_gradient(peak), axis_name)
+    offset = jnp.where(jnp.isfinite(highest), highest, 0)
+    return highest, *jax.lax.psum((total * jnp.exp(peak - offset), *sums), axis_name)

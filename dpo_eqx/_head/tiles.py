@@ -1,0 +1,251 @@
+"""The unembedding, and the vocabulary and the tokens in tiles: what is multiplied at a time.
+
+What is made of the logits of a tile is in `linear.py`.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.export import is_symbolic_dim
+from jaxtyping import Array, Bool, DTypeLike, Float, Int
+
+from .._jax.dtypes import at_least_float32
+from .._jax.microbatches import nearest_divisor, split
+
+# Logits held at once. A CPU is fastest where they stay in its cache, in 8 MiB of float32; an
+# accelerator where a product is large enough to fill it, here 256 MiB.
+LOGITS_AT_ONCE = {"cpu": 2**21}
+LOGITS_AT_ONCE_ELSEWHERE = 2**26
+# Tokens at once where the caller does not choose. With more, the part of the vocabulary that
+# goes with them gets thin.
+TOKENS_AT_ONCE = 4096
+
+
+class Unembedding(eqx.Module):
+    """All that turns a hidden state into logits."""
+
+    weight: Float[Array, "vocab width"]
+    bias: Float[Array, " vocab"] | None
+    softcap: float | int | None = eqx.field(static=True)
+
+    @staticmethod
+    def of(
+        weight: Array | np.ndarray, bias: Array | np.ndarray | None, softcap: float | int | None
+    ) -> "Unembedding":
+        """Of arrays of NumPy, too."""
+        return Unembedding(
+            jnp.asarray(weight), None if bias is None else jnp.asarray(bias), softcap
+        )
+
+    def logits(self, hidden: Float[Array, "chunk width"]) -> Float[Array, "chunk vocab"]:
+        """In float32 or wider, accumulated there too."""
+        wide = at_least_float32(hidden.dtype)
+        logits = jnp.einsum(
+            "tw,vw->tv", hidden, self.weight.astype(hidden.dtype), preferred_element_type=wide
+        )
+        logits = logits if self.bias is None else logits + self.bias.astype(wide)[None]
+        return logits if self.softcap is None else self.softcap * jnp.tanh(logits / self.softcap)
+
+    def pull(
+        self,
+        hidden: Float[Array, "chunk width"],
+        logits: Float[Array, "chunk vocab"],
+        slopes: Float[Array, "chunk vocab"],
+    ) -> tuple["Unembedding", Float[Array, "chunk width"]]:
+        """What slopes in the logits are in `self` and in `hidden`, in float32 or wider."""
+        wide = logits.dtype
+        if self.softcap is not None:
+            # Of a tanh, but for -inf, which is of another tile.
+            slopes = slopes * (1 - jnp.maximum(logits / self.softcap, -1) ** 2)
+        narrow, weight = slopes.astype(hidden.dtype), self.weight.astype(hidden.dtype)
+        in_hidden = jnp.einsum("tv,vw->tw", narrow, weight, preferred_element_type=wide)
+        in_weight = jnp.einsum("tv,tw->vw", narrow, hidden, preferred_element_type=wide)
+        in_bias = None if self.bias is None else slopes.sum(axis=0)
+        return Unembedding(in_weight, in_bias, self.softcap), in_hidden
+
+
+def check_head(hidden, unembedding, softcap, side: str = "") -> None:
+    """Raises where these do not fit each other; the names of the arguments begin with `side`."""
+    if unembedding.ndim != 2 or unembedding.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"`{side}unembedding` must have shape `(vocab, width)` with the width of "
+            f"`{side}hidden`, {hidden.shape[-1]}; got {unembedding.shape}."
+        )
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"`{side}softcap` must be a positive number or None, got {softcap}.")
+
+
+def check_chunk_size(chunk_size: int | None) -> None:
+    """Raises where it is no number of tokens."""
+    if chunk_size is not None and not chunk_size > 0:
+        raise ValueError(f"`chunk_size` must be positive or None, got {chunk_size}.")
+
+
+class Tile(NamedTuple):
+    """A part of the vocabulary: its rows of the unembedding, and which tokens they are.
+
+    Rows that an earlier part has, too, have the id -1 and logits of -inf.
+    """
+
+    head: Unembedding
+    ids: Int[Array, " part"]
+    is_own: Bool[Array, " part"] | None
+
+    def logits(self, hidden: Float[Array, "chunk width"]) -> Float[Array, "chunk part"]:
+        logits = self.head.logits(hidden)
+        return logits if self.is_own is None else jnp.where(self.is_own[None], logits, -jnp.inf)
+
+    def holds(self, targets: Int[Array, " chunk"]) -> Bool[Array, "chunk part"]:
+        """Which row is the target's. A comparison, not a gather: vocabulary shards stay local."""
+        return targets[:, None] == self.ids[None]
+
+
+def in_chunks(chunk_size: int | None, vocab: int, *arrays: Array) -> tuple[tuple[Array, ...], int]:
+    """Arrays of tokens in chunks, `(count, chunk, ...)`, and the parts of the vocabulary.
+
+    The first array has the width as its last axis, the others have one entry for each token.
+    """
+    shape = arrays[0].shape[:-1]
+    most = chunk_count(shape, chunk_size or TOKENS_AT_ONCE)[1]
+    at_once = LOGITS_AT_ONCE.get(jax.default_backend(), LOGITS_AT_ONCE_ELSEWHERE)
+    parts = _parts(vocab, most * vocab / at_once)
+    # Parts of a small vocabulary may be large: it is then fewer tokens.
+    most = max(1, min(most, 4 * at_once * parts // vocab))
+    return tuple(chunked(x, len(shape), most) for x in arrays), parts
+
+
+def chunked(x: Array, axes: int, most: int) -> Array:
+    """The tokens of `x`, its first `axes` axes, in chunks of at most `most`, zeros behind them."""
+    count, chunk = chunk_count(x.shape[:axes], most)
+    flat = x.reshape(math.prod(x.shape[:axes]), *x.shape[axes:])
+    missing = count * chunk - flat.shape[0]
+    return split(jnp.pad(flat, [(0, missing)] + [(0, 0)] * (flat.ndim - 1)), count)
+
+
+def chunk_count(shape: tuple[int, ...], most: int) -> tuple[int, int]:
+    """How many equal chunks of at most `most` tokens hold tokens of this shape, and their size.
+
+    If a size is symbolic, as in `jax.export`, a chunk divides what the other sizes make: no
+    comparison of sizes needs the number then.
+    """
+    fixed = math.prod(n for n in shape if not is_symbolic_dim(n))
+    tokens = math.prod(shape)
+    if is_symbolic_dim(tokens):
+        chunk = max(n for n in range(1, min(fixed, most) + 1) if fixed % n == 0)
+        return tokens // chunk, chunk
+    count = max(1, -(-tokens // most))
+    return count, -(-tokens // count)
+
+
+def _parts(vocab: int, wanted: float) -> int:
+    """About as many parts as wanted: equal ones if the vocabulary has such a divisor.
+
+    Otherwise the last part overlaps the one before.
+    """
+    rows = vocab // _groups(vocab)
+    wanted = min(max(wanted, 1.0), float(rows))
+    equal = nearest_divisor(rows, wanted)
+    if 2 / 3 <= equal / wanted <= 3 / 2:
+        return equal
+    return -(-rows // -(-rows // round(wanted)))
+
+
+def _groups(vocab: int) -> int:
+    """Of how many neighbouring groups of rows each part has an equal share.
+
+    Up to eight devices that hold the rows between them then share each part under automatic
+    partitioning. Parts of neighbouring rows would make them wait for one another.
+    """
+    return math.gcd(vocab, 8)
+
+
+def tile_at(
+    head: Unembedding,
+    index: Int[Array, ""],
+    parts: int,
+    dtype: DTypeLike,
+    axis_name: str | None,
+) -> Tile:
+    """One part of the vocabulary of this device."""
+    vocab = head.weight.shape[0]
+    groups = _groups(vocab)
+    rows = vocab // groups
+    size = -(-rows // parts)
+    device = 0 if axis_name is None else jax.lax.axis_index(axis_name).astype(dtype)
+    place = _first(rows, parts, index).astype(dtype) + jnp.arange(size, dtype=dtype)
+    group = device * groups + jnp.arange(groups, dtype=dtype)
+    ids = (group[:, None] * rows + place[None]).reshape(-1)
+    # A CPU slices bf16 by way of float32. That the head seems to depend on the index keeps XLA from
+    # widening all of it once, before the loop.
+    head, index = jax.lax.optimization_barrier((head, index))
+    tile = part_at(head, index, parts)
+    if rows % parts == 0:
+        return Tile(tile, ids, None)
+    is_own = jnp.broadcast_to(place >= index.astype(dtype) * size, (groups, size)).reshape(-1)
+    return Tile(tile, jnp.where(is_own, ids, -1), is_own)
+
+
+def part_at(head: Unembedding, index: Int[Array, ""], parts: int) -> Unembedding:
+    """The rows of one part, of every group its own."""
+
+    def rows_of(x):
+        grouped = _grouped(x)
+        size = -(-grouped.shape[1] // parts)
+        first = _first(grouped.shape[1], parts, index)
+        rows = jax.lax.dynamic_slice_in_dim(grouped, first, size, axis=1)
+        return rows.reshape(-1, *x.shape[1:])
+
+    return jax.tree.map(rows_of, head)
+
+
+def put_back(
+    head: Unembedding, in_tile: Unembedding, index: Int[Array, ""], parts: int
+) -> Unembedding:
+    """`head` with the rows of one part; those that an earlier part has put, too, stay."""
+
+    def put(x, rows):
+        grouped = _grouped(x)
+        size = -(-grouped.shape[1] // parts)
+        first = _first(grouped.shape[1], parts, index)
+        rows = rows.astype(x.dtype).reshape(-1, size, *x.shape[1:])
+        if grouped.shape[1] % parts:
+            before = jax.lax.dynamic_slice_in_dim(grouped, first, size, axis=1)
+            is_own = first + jnp.arange(size) >= index * size
+            rows = jnp.where(is_own.reshape(1, -1, *[1] * (x.ndim - 1)), rows, before)
+        put = jax.lax.dynamic_update_slice_in_dim(grouped, rows, first, axis=1)
+        return put.reshape(x.shape)
+
+    return jax.tree.map(put, head, in_tile)
+
+
+def _grouped(x: Array) -> Array:
+    return x.reshape(_groups(x.shape[0]), -1, *x.shape[1:])
+
+
+def _first(rows: int, parts: int, index: Int[Array, ""]) -> Int[Array, ""]:
+    """Where a part begins in each group: the last one early enough to be as large as the others."""
+    size = -(-rows // parts)
+    return jnp.minimum(index * size, rows - size)
+
+
+def fold(
+    add: Callable[..., Any],
+    state: Any,
+    head: Unembedding,
+    parts: int,
+    rows: Sequence[Array],
+    axis_name: str | None = None,
+) -> Any:
+    """`state = add(tile, state, *rows)` over all parts of the vocabulary, chunk by chunk."""
+    ids = rows[-1].dtype if len(rows) > 1 else jnp.int32
+
+    def one_part(state, index):
+        tile = tile_at(head, index, parts, ids, axis_name)
+        return jax.lax.map(lambda operands: add(tile, *operands), (state, *rows)), None
+
+    return jax.lax.scan(one_part, state, jnp.arange(parts))[0]

@@ -1,0 +1,60 @@
+"""Random keys of pairs: one for each pair of the global batch, whoever computes it."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Key, UInt32
+
+from .describe import described
+from .mapped_axes import AxisName, own_rows
+
+# One key or an array of them, typed (`jax.random.key`) or of the older kind (`PRNGKey`).
+Keys = Key[Array, "..."] | UInt32[Array, "..."]
+
+
+def check_key(key: Any) -> None:
+    """Raises if `key` is neither a JAX key nor an array of them: a seed, say."""
+    is_array = isinstance(key, jax.Array | np.ndarray)
+    is_typed = is_array and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    # A key of the older kind is a row of two numbers, or of four for `rbg`.
+    is_raw = is_array and key.dtype == np.uint32 and key.shape[-1:] in {(2,), (4,)}
+    if not (is_typed or is_raw):
+        raise ValueError(
+            "`key` must be a JAX key, as `jax.random.key(0)` makes one from a seed, or an array of "
+            f"them; got {described(key)}."
+        )
+
+
+def is_one_key(key: Keys) -> bool:
+    """Whether `key` is a single key and not an array of keys."""
+    is_typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    return key.ndim == (0 if is_typed else 1)
+
+
+def keys_per_pair(key: Keys | None, pairs: int) -> Keys | None:
+    """One key for each pair: a single one is split, one for each pair is taken as it is."""
+    if key is None:
+        return None
+    check_key(key)
+    if is_one_key(key):
+        return jax.random.split(key, pairs)
+    if key.shape[0] != pairs:
+        raise ValueError(
+            f"`key` must be one key, or one for each of the {pairs} pairs; got shape {key.shape}."
+        )
+    return key
+
+
+def own_keys(key: Keys | None, pairs: int, axis_name: AxisName | None) -> Keys | None:
+    """One key for each of this device's pairs, of those of the global batch.
+
+    Keys that came split with the batch, one for each pair of this device, are taken as they are.
+    """
+    if key is not None:
+        check_key(key)
+    if key is None or axis_name is None or (not is_one_key(key) and key.shape[0] == pairs):
+        return keys_per_pair(key, pairs)
+    everywhere = keys_per_pair(key, pairs * jax.lax.axis_size(axis_name))
+    return own_rows(everywhere, axis_name, pairs)

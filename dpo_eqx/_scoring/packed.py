@@ -1,0 +1,102 @@
+"""The score of packed batches: `score_pairs` for rows that hold several pairs each.
+
+How such rows are made is in `_arrays/packed.py` and `data/pack.py`.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, PyTree
+
+from .._arrays.log_probs import PairLogProbs
+from .._arrays.packed import PackedBatch, PackedLayout, by_pair
+from .._arrays.tokens import as_ids
+from .._head.token_log_probs import sequence_log_probs
+from .._jax.explicit_meshes import automatic
+from .._jax.keys import Keys, keys_per_pair
+from .._jax.partitioning import keep_rows, row_axes
+from .policy_checks import check_is_policy, checked_hidden
+from .predict import Hidden, head_options, offers_fast_path
+
+
+@partial(automatic, like=1)
+def score_packed(
+    policy: PyTree,
+    batch: PackedBatch,
+    *,
+    key: Keys | None = None,
+    chunk_size: int | None = None,
+) -> PairLogProbs:
+    """The log-probabilities of both completions of each pair of a packed batch.
+
+    ```python
+    step = make_step(losses.dpo, optimizer, score=score_packed)
+    ```
+
+    Pair by pair what `score_pairs` gives, up to rounding. A pair's tokens see those of the pair
+    alone, at the positions that they have without packing; the unembedding is applied to scored
+    tokens only.
+
+    **Arguments:**
+
+    - `policy`: one that offers `FastPolicy`, as all of `models` do. Its `hidden` gets a
+        `PackedLayout`.
+    - `batch`: from `data.pack`.
+    - `key`: for dropout and the like: one key, which is split into one for each *row*, or one for
+        each row. The masks are others than those of `score_pairs`.
+    - `chunk_size`: of `linear_token_log_probs`.
+
+    **Returns:**
+
+    As `score_pairs`, in the order of `batch.weight` and `batch.index`; zeros in empty slots.
+
+    **Raises:**
+
+    `ValueError` where the policy does not offer `FastPolicy` or returns something of another
+    shape.
+    """
+    _check_offers(policy)
+    keys = keys_per_pair(key, batch.rows)
+
+    def one_row(ids, lengths, scored, key):
+        layout = PackedLayout(lengths, ids.size, batch.longest, batch.longest_pair)
+        returned = policy.hidden(keep_rows(ids), layout, key=key)
+        hidden = checked_hidden(policy, returned, ids, policy.unembedding)
+        # The fill of -1 reads the row's last token: whatever it gives is in no sum.
+        return keep_rows(hidden[layout.predicts[scored]]), ids[scored], _parts_of(layout, scored)
+
+    ids, lengths, scored = map(as_ids, (batch.ids, batch.lengths, batch.scored))
+    over_rows = jax.vmap(one_row, spmd_axis_name=row_axes(ids, policy, keys))
+    hidden, targets, parts = over_rows(ids, lengths, scored, keys)
+    options = head_options(policy, chunk_size)
+    log_probs = Hidden(hidden, policy.unembedding, options).log_probs(targets)
+    of_each = jnp.broadcast_to(log_probs[:, None, None], parts.shape)
+    totals = sequence_log_probs(of_each, parts)
+    counts = parts.sum(axis=-1, dtype=jnp.int32)
+    return PairLogProbs(
+        chosen=by_pair(totals[:, :, 0]),
+        rejected=by_pair(totals[:, :, 1]),
+        chosen_length=by_pair(counts[:, :, 0]),
+        rejected_length=by_pair(counts[:, :, 1]),
+        weight=jnp.asarray(batch.weight, log_probs.dtype),
+    )
+
+
+def _parts_of(layout: PackedLayout, scored: Array) -> Bool[Array, "slots 2 scored"]:
+    """Which of the scored tokens are of each slot's chosen and of its rejected completion."""
+    slots = jnp.arange(layout.lengths.shape[0], dtype=scored.dtype)[:, None, None]
+    completions = jnp.array([1, 2], scored.dtype)[None, :, None]
+    scored = scored[None, None, :]
+    pair, segment = layout.pairs[scored], layout.segments[scored]
+    return (scored >= 0) & (pair == slots) & (segment == completions)
+
+
+def _check_offers(policy: PyTree) -> None:
+    check_is_policy(policy)
+    if not offers_fast_path(policy):
+        raise ValueError(
+            "`policy` must offer `FastPolicy` to be run on several pairs in one row, by `hidden(ids"
+            f", layout)` and `unembedding`; {type(policy).__name__} does not. Write these two, see "
+            "`help(dpo_eqx.FastPolicy)`, or take `score_pairs` and batches from `data.batches`."
+        )

@@ -1,0 +1,231 @@
+"""Scores: a policy run on a batch, giving the log-probability of each completion.
+
+A score is any function of the form `(policy, batch, *, key) -> log-probabilities`; what is done
+with them, losses and gradients, is not here.
+"""
+
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from numbers import Real
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from .._arrays.batches import PreferenceBatch, UnpairedBatch
+from .._arrays.log_probs import PairLogProbs, UnpairedLogProbs
+from .._arrays.tokens import Tokens, as_ids
+from .._head.token_log_probs import sequence_log_probs
+from .._jax.explicit_meshes import automatic
+from .._jax.keys import Keys, keys_per_pair
+from .._jax.scalars import Number
+from .predict import Hidden, Logits, offers_fast_path, predict
+
+
+def score_pairs(
+    policy: PyTree,
+    batch: PreferenceBatch,
+    *,
+    key: Keys | None = None,
+    chunk_size: int | None = None,
+    confidence: bool = False,
+) -> PairLogProbs:
+    """The log-probabilities of both completions of each pair under `policy`.
+
+    Any policy is called as `policy(ids)` on the real tokens of prompt and completion, contiguous
+    and padded on the right, once for each sequence. One that offers `FastPolicy` is run once for
+    each pair, with the same result: the prompt is encoded once for both completions, and the
+    logits are never built.
+
+    **Arguments:**
+
+    - `policy`: a callable pytree from `ids`, of shape `(length,)`, to logits `(length, vocab)`;
+        causal. Called as `policy(ids, key=key)` where a key is given.
+    - `batch`: the pairs.
+    - `key`: for dropout and the like: one key, which is split into one for each pair, or one for
+        each pair. A pair's masks are then the same in whatever batch it stands, but not with keys
+        of the kinds `rbg` and `unsafe_rbg`: under `vmap` JAX draws those for the whole batch from
+        its first key.
+    - `chunk_size`: of `linear_token_log_probs`, for a `FastPolicy`; without effect on others.
+    - `confidence`: whether to compute the confidences that `losses.wpo` needs.
+
+    **Returns:**
+
+    Log-probabilities summed over the scored tokens, in nats, float32 or wider; the numbers of
+    scored tokens; the batch's weights. An empty completion has log-probability 0. A scored token
+    outside the vocabulary makes its sequence NaN, so that a wrong tokenizer is loud.
+
+    **Raises:**
+
+    `ValueError` where the policy returns something of another shape, or there are not as many
+    keys as pairs.
+    """
+    completions = batch.chosen, batch.rejected
+    chosen, rejected = _token_scores(policy, batch.prompt, completions, key, chunk_size, confidence)
+    return pair_log_probs(batch, chosen, rejected)
+
+
+def score_unpaired(
+    policy: PyTree,
+    batch: UnpairedBatch,
+    *,
+    key: Keys | None = None,
+    chunk_size: int | None = None,
+) -> UnpairedLogProbs:
+    """The log-probabilities of single completions, and of KTO's mismatched ones where given.
+
+    Arguments, errors and the fast path are those of `score_pairs`. No gradient flows through
+    `kl`, which is a constant to the losses.
+    """
+    completions = (batch.completion,) if batch.kl is None else (batch.completion, batch.kl)
+    completion, *kl = _token_scores(policy, batch.prompt, completions, key, chunk_size)
+    return UnpairedLogProbs(
+        completion=completion.total(),
+        label=jnp.asarray(batch.label),
+        kl=jax.lax.stop_gradient(kl[0].total()) if kl else None,
+        length=completion.length(),
+        weight=_weight(batch, completion.log_probs),
+    )
+
+
+def ld_score(alpha: Number) -> Callable[..., PairLogProbs]:
+    r"""Length-desensitised scores: `score_pairs` with less weight on what only one answer has.
+
+    The tokens of a completion past the length of the shorter of the two are multiplied by
+    `alpha`: $\sum_{t \le m} \log p_t + \alpha \sum_{t > m} \log p_t$ with
+    $m = \min(n_w, n_l)$, in policy and reference alike.
+
+    ```python
+    step = make_step(losses.dpo, optimizer, score=ld_score(0.5))
+    ```
+
+    **Arguments:**
+
+    - `alpha`: 1 is `score_pairs`, 0 ignores the longer completion's surplus. A number in `[0, 1]`,
+        or a traced scalar.
+
+    **Returns:**
+
+    A score, `(policy, batch, *, key=None, chunk_size=None) -> PairLogProbs`. The lengths are those
+    of the whole completions.
+
+    **Raises:**
+
+    `ValueError` where `alpha` is a number out of range.
+
+    ??? cite
+
+        Liu et al., *Length Desensitization in Direct Preference Optimization*, 2024 (arXiv
+        2409.06411).
+    """
+    if isinstance(alpha, Real) and not 0 <= alpha <= 1:
+        raise ValueError(f"`alpha` must be in [0, 1], got {alpha}.")
+
+    def score(
+        policy: PyTree,
+        batch: PreferenceBatch,
+        *,
+        key: Keys | None = None,
+        chunk_size: int | None = None,
+    ) -> PairLogProbs:
+        completions = batch.chosen, batch.rejected
+        pair = _token_scores(policy, batch.prompt, completions, key, chunk_size)
+        lengths = [tokens.length() for tokens in pair]
+        shorter = jnp.minimum(*lengths)[:, None]
+
+        def desensitised(tokens: TokenScores) -> Float[Array, " pairs"]:
+            surplus = jnp.cumsum(tokens.mask, axis=1, dtype=jnp.int32) > shorter
+            return sequence_log_probs(
+                jnp.where(surplus, alpha * tokens.log_probs, tokens.log_probs), tokens.mask
+            )
+
+        return PairLogProbs(
+            *map(desensitised, pair), *lengths, weight=_weight(batch, pair[0].log_probs)
+        )
+
+    return score
+
+
+class TokenScores(eqx.Module):
+    """What is known of each token of one completion of each prompt."""
+
+    log_probs: Float[Array, "pairs completion"]
+    collisions: Float[Array, "pairs completion"] | None
+    mask: Bool[Array | np.ndarray, "pairs completion"]
+
+    def total(self) -> Float[Array, " pairs"]:
+        return sequence_log_probs(self.log_probs, self.mask)
+
+    def length(self) -> Int[Array, " pairs"]:
+        return jnp.asarray(self.mask).sum(axis=1, dtype=jnp.int32)
+
+    def confidence(self) -> Float[Array, " pairs"] | None:
+        r"""WPO's $\exp(\text{mean}_t[\log p_t - \log\sum_v p_{t,v}^2])$, detached; 1 if empty."""
+        if self.collisions is None:
+            return None
+        excess = jax.lax.stop_gradient(self.log_probs) - self.collisions
+        count = jnp.maximum(self.length(), 1).astype(excess.dtype)
+        return jnp.exp(sequence_log_probs(excess, self.mask) / count)
+
+
+def pair_log_probs(
+    batch: PreferenceBatch, chosen: TokenScores, rejected: TokenScores
+) -> PairLogProbs:
+    """The sums over the tokens of each completion of `batch`, with what travels beside them."""
+    return PairLogProbs(
+        chosen=chosen.total(),
+        rejected=rejected.total(),
+        chosen_length=chosen.length(),
+        rejected_length=rejected.length(),
+        weight=_weight(batch, chosen.log_probs),
+        chosen_confidence=chosen.confidence(),
+        rejected_confidence=rejected.confidence(),
+    )
+
+
+def _token_scores(
+    policy: PyTree,
+    prompt: Tokens,
+    completions: Sequence[Tokens],
+    key: Keys | None,
+    chunk_size: int | None,
+    confidence: bool = False,
+) -> list[TokenScores]:
+    """The scores of each of the completions, in their order."""
+
+    def run(prompt, completions, policy, key):
+        keys = keys_per_pair(key, prompt.ids.shape[0])
+        predictions = predict(policy, prompt, completions, keys=keys, chunk_size=chunk_size)
+        return token_scores(predictions, completions, confidence)
+
+    # On a mesh with explicit axes a plain policy may name shardings itself.
+    run = automatic(run) if offers_fast_path(policy) else run
+    return run(prompt, completions, policy, key)
+
+
+def token_scores(
+    predictions: Logits | Hidden, completions: Sequence[Tokens], confidence: bool = False
+) -> list[TokenScores]:
+    """The scores of each of the completions, from the predictions of all of them side by side."""
+    mask = jnp.concatenate([completion.mask for completion in completions], axis=1)
+    ids = jnp.concatenate([as_ids(completion.ids) for completion in completions], axis=1)
+    log_probs = predictions.log_probs(jnp.where(mask, ids, 0))
+    collisions = predictions.collisions() if confidence else None
+    widths = [completion.ids.shape[1] for completion in completions]
+    ends = list(accumulate(widths))
+    return [
+        TokenScores(
+            log_probs[:, end - width : end],
+            None if collisions is None else collisions[:, end - width : end],
+            completion.mask,
+        )
+        for completion, width, end in zip(completions, widths, ends, strict=True)
+    ]
+
+
+def _weight(
+    batch: PreferenceBatch | UnpairedBatch, log_probs: Float[Array, "pairs completion"]
+) -> Float[Array, " pairs"] | None:
+    return None if batch.weight is None else jnp.asarray(batch.weight, log_probs.dtype)

@@ -1,0 +1,60 @@
+"""Evaluation: the metrics of a step, without the step."""
+
+from collections.abc import Callable
+from typing import Any
+
+from jaxtyping import DTypeLike, PyTree
+
+from .._arrays.metrics import Metrics
+from .._jax.mapped_axes import AxisName, total, vary
+from .._scoring.score import score_pairs
+from .metrics import MetricsFunction, default_metrics, weighted_sums
+from .objective import LossFunction, Scored, loss_of, pair_weights
+from .reference import Score, choose_reference, run_inference, run_reference
+
+
+def make_eval(
+    loss: LossFunction,
+    *,
+    score: Score = score_pairs,
+    axis_name: AxisName | None = None,
+    compute_dtype: DTypeLike | None = None,
+    reference_of: Callable[[Any], Any] | None = None,
+    metrics: MetricsFunction = default_metrics,
+) -> Callable[..., Metrics]:
+    """The metrics of a policy on a batch, as sums that add up over batches.
+
+    ```python
+    evaluate = eqx.filter_jit(make_eval(loss))
+    means = sum(evaluate(policy, batch, reference) for batch in batches).mean()
+    ```
+
+    **Arguments:**
+
+    Those of `make_grad`. A loss that couples pairs couples those of each call.
+
+    **Returns:**
+
+    A pure function, not jitted, of `(policy, batch, reference=None)`. It runs policy and reference
+    in inference mode and returns `Metrics`, whose `+` joins batches exactly, ragged ones and pairs
+    of weight 0 included, and whose `mean()` is the dict that a step returns, but for `grad_norm`.
+
+    **Raises:**
+
+    `ValueError` at trace time, as `make_grad`.
+    """
+
+    def evaluate(policy: PyTree, batch: Any, reference: PyTree | None = None) -> Metrics:
+        reference = choose_reference(policy, batch, reference, reference_of)
+        batch = vary(batch, axis_name)
+
+        options = {"score": score, "compute_dtype": compute_dtype}
+        given = batch.reference
+        if reference is not None:
+            given = run_reference(reference, batch, **options)
+        log_probs = run_inference(policy, batch, **options)
+        scored = Scored(log_probs, given, batch.per_pair, pair_weights(batch))
+        values = metrics(scored.policy, given, loss_of(loss, scored, axis_name))
+        return total(weighted_sums(values, scored.weight), axis_name)
+
+    return evaluate

@@ -1,0 +1,127 @@
+"""Metrics: per-pair quantities, and their exact means over batches, microbatches and devices.
+
+A metric is averaged as a sum and a count, both carried, so that ragged batches count right.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from .._arrays.log_probs import PairLogProbs, UnpairedLogProbs
+from .._arrays.loss_values import PairLoss, UnpairedLoss
+from .._arrays.metrics import Metrics, PerPair, Value
+from .._jax.describe import described
+from ..losses._numerics import present
+
+
+def default_metrics(
+    policy: PairLogProbs | UnpairedLogProbs,
+    reference: PairLogProbs | UnpairedLogProbs | None,
+    loss: PairLoss | UnpairedLoss,
+) -> dict[str, PerPair]:
+    """The metrics that users of TRL plot, under the same names, before averaging.
+
+    `loss`; `rewards/chosen`, `rewards/rejected`, `rewards/margins`: the implicit rewards;
+    `rewards/accuracies`: 1 where the chosen reward is higher, **one half for a tie** (TRL counts
+    0, so its first step shows 0.0); `logps/chosen`, `logps/rejected`: the policy's summed
+    log-probabilities, in nats. For unpaired data the chosen are those labelled true, the rejected
+    those labelled false, each averaged over their own weights, and there is no accuracy.
+
+    Your own function of this form takes its place: add a metric in a line by
+    `lambda *args: default_metrics(*args) | {"margin/max": ...}`.
+
+    **Arguments:**
+
+    - `policy`, `reference`: the log-probabilities that the loss was given.
+    - `loss`: what it returned.
+
+    **Returns:**
+
+    By name an array of shape `(pairs,)`, averaged by the batch's weights; or an array and a mask,
+    averaged where the mask is true.
+    """
+    del reference
+    if isinstance(policy, UnpairedLogProbs):
+        return _unpaired(policy, loss)
+    return _paired(policy, loss)
+
+
+def _paired(policy: Any, loss: Any) -> dict[str, PerPair]:
+    chosen, rejected = loss.chosen_reward, loss.rejected_reward
+    half = (1 + jnp.sign(chosen - rejected)) / 2
+    return {
+        "loss": loss.loss,
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/margins": chosen - rejected,
+        "rewards/accuracies": half,
+        "logps/chosen": policy.chosen,
+        "logps/rejected": policy.rejected,
+    }
+
+
+def _unpaired(policy: Any, loss: Any) -> dict[str, PerPair]:
+    label = jnp.asarray(policy.label)
+    return {
+        "loss": loss.loss,
+        "rewards/chosen": (loss.reward, label),
+        "rewards/rejected": (loss.reward, ~label),
+        "logps/chosen": (policy.completion, label),
+        "logps/rejected": (policy.completion, ~label),
+    }
+
+
+def weighted_sums(values: Any, weight: Float[Array, " pairs"]) -> Metrics:
+    """The sums and counts of per-pair `values`; a pair of weight 0 adds nothing, not even NaN.
+
+    `values` are what a function of the form of `default_metrics` returned.
+    """
+    if not isinstance(values, Mapping):
+        raise ValueError(
+            "`metrics` must return a dict of arrays with one value per pair, by name; got "
+            f"{described(values)}."
+        )
+    sums, counts = {}, {}
+    for name, value in values.items():
+        value, own = _own_weight(name, value, weight)
+        sums[name] = (present(value.astype(own.dtype), own) * own).sum()
+        counts[name] = own.sum()
+    return Metrics(sums, counts)
+
+
+def _own_weight(
+    name: str, value: Any, weight: Float[Array, " pairs"]
+) -> tuple[Value, Float[Array, " pairs"]]:
+    """The array of a metric, and the weights by which it is averaged."""
+    value, mask = value if isinstance(value, tuple) and len(value) == 2 else (value, None)
+    _check_metric(name, value, weight.shape)
+    if mask is None:
+        return value, weight
+    if not _is_array(mask) or mask.dtype != bool or mask.shape != weight.shape:
+        raise ValueError(
+            f"the metric {name!r} must have a boolean mask of shape {weight.shape} beside its "
+            f"array, true where the mean is taken; got {described(mask)}."
+        )
+    return value, jnp.where(mask, weight, 0)
+
+
+def _check_metric(name: str, value: Any, shape: tuple[int, ...]) -> None:
+    if _is_array(value) and value.shape == shape and not jnp.iscomplexobj(value):
+        return
+    raise ValueError(
+        f"the metric {name!r} must have one value per pair, shape {shape}, in an array of real "
+        f"numbers, or such an array and a mask; got {described(value)}. The mean is taken with the "
+        "weights afterwards; a number that is the same for all pairs becomes an array by "
+        "`jnp.full_like(loss.loss, number)`."
+    )
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, jax.Array | np.ndarray)
+
+
+MetricsFunction = Callable[[Any, Any, Any], Mapping[str, PerPair]]

@@ -1,0 +1,361 @@
+"""Gradients and training steps: a score, a loss and an Optax optimiser composed into one function.
+
+Nothing is jitted and nothing is kept: what comes in and goes out are pytrees.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, DTypeLike, Float, PyTree
+
+from .._arrays.packed import rows_of
+from .._jax.dtypes import in_dtype, in_dtypes_of, in_float32_at_least, is_narrow
+from .._jax.keys import Keys, own_keys
+from .._jax.mapped_axes import AxisName, total, vary
+from .._jax.microbatches import accumulate, check_divides
+from .._jax.partitioning import beside_sweeps
+from .._scoring.policy_checks import where_arrays_are
+from .._scoring.score import score_pairs
+from ..losses._marks import is_coupled
+from .extra_args import differentiable, taken_by
+from .metrics import MetricsFunction, default_metrics, weighted_sums
+from .objective import (
+    LossFunction,
+    Scored,
+    check_no_bound_axis,
+    loss_and_slopes,
+    loss_of,
+    mean_loss,
+    pair_weights,
+)
+from .reference import Score, choose_reference, run_reference
+
+Gradient = Callable[..., tuple[PyTree, dict[str, Float[Array, ""]]]]
+Step = Callable[..., tuple[PyTree, PyTree, dict[str, Float[Array, ""]]]]
+
+
+def make_grad(
+    loss: LossFunction,
+    *,
+    score: Score = score_pairs,
+    trainable: PyTree = eqx.is_inexact_array,
+    microbatches: int = 1,
+    axis_name: AxisName | None = None,
+    compute_dtype: DTypeLike | None = None,
+    reference_of: Callable[[Any], Any] | None = None,
+    metrics: MetricsFunction = default_metrics,
+) -> Gradient:
+    r"""The gradient of the weighted mean loss, $\sum_i w_i \ell_i / \sum_i w_i$, and metrics.
+
+    ```python
+    gradients, metrics = make_grad(loss)(policy, batch, reference, key=key)
+    ```
+
+    **Arguments:**
+
+    - `loss`: of the form `loss(policy, reference, *, ...) -> PairLoss`; hyper-parameters are bound
+        by `functools.partial`, per-pair ones given as `batch.per_pair`.
+    - `score`: of the form `(policy, batch, *, key) -> log-probabilities`.
+    - `trainable`: an Equinox filter specification of the arrays to differentiate.
+    - `microbatches`: into how many parts the batch is split, one after the other, to save memory.
+        The result is the same up to rounding. A loss that couples pairs runs the forward pass
+        twice for it.
+    - `axis_name`: the mapped axis, or axes, of `pmap` or `shard_map` over which the pairs are
+        split. Sums run over all of it; every device gets the whole gradient.
+    - `compute_dtype`: to which the policy and the reference are cast for the forward pass.
+        Gradients stay in the parameters' dtype, float32 at least. Complex arrays stay complex,
+        complex64 at least.
+    - `reference_of`: makes the reference from the policy, as `models.without_lora` does. It is
+        traced once more, to see that no array of the reference depends on what is trained.
+    - `metrics`: of the form `(policy_log_probs, reference_log_probs, pair_loss) -> dict`, see
+        `default_metrics`.
+
+    **Returns:**
+
+    A pure function, not jitted, of
+
+    - `policy`: any callable pytree, see `score_pairs`;
+    - `batch`: a `PreferenceBatch`, or whatever `score` takes;
+    - `reference`: a policy that does not learn, run in inference mode in the same dtype; or
+        `None`, where it is precomputed (`batch.reference`), a view (`reference_of`) or not needed;
+    - `key`: for dropout, one key or one for each pair of the global batch, so that microbatches
+        and devices draw the same masks; none reaches the reference. Keys of the kinds `rbg` and
+        `unsafe_rbg` draw other masks, as good as these, for other microbatches and devices: under
+        `vmap` JAX draws the numbers of a whole batch from its first key.
+
+    It returns a pytree like `policy`, with `None` where nothing is trainable, and a dict of
+    scalars: the means of `metrics`, and `grad_norm`. The gradient is what an optimiser may
+    subtract: that of a complex parameter is $\partial/\partial x + i\,\partial/\partial y$, the
+    conjugate of JAX's. A batch whose weights sum to 0 has loss 0 and gradient 0.
+
+    **Raises:**
+
+    `ValueError` at trace time: a reference missing, given twice or moving with the policy,
+    `microbatches` that do not divide the pairs, an array with an axis bound to `loss` where pairs
+    are split, a `trainable` that selects nothing or what cannot be differentiated, an axis of
+    `vmap`.
+
+    ??? info "Precision"
+
+        Where the policy computes in less than float32, its forward pass is computed once more in
+        the backward pass (`jax.checkpoint`). A differentiated forward pass otherwise keeps other
+        intermediate results in excess precision than the reference's plain one does, and
+        log-ratios that should be 0 were seen 0.06 nats apart.
+    """
+    evaluate = _make_evaluate(
+        loss,
+        score=score,
+        trainable=trainable,
+        microbatches=microbatches,
+        axis_name=axis_name,
+        compute_dtype=compute_dtype,
+        reference_of=reference_of,
+        metrics=metrics,
+    )
+
+    def grad(
+        policy: PyTree,
+        batch: Any,
+        reference: PyTree | None = None,
+        *,
+        key: Keys | None = None,
+    ) -> tuple[PyTree, dict[str, Float[Array, ""]]]:
+        gradients, means, _ = evaluate(policy, batch, reference, key)
+        return gradients, means
+
+    return grad
+
+
+def _make_evaluate(
+    loss, *, score, trainable, microbatches, axis_name, compute_dtype, reference_of, metrics
+) -> Callable:
+    """`make_grad`, with a third result: a function that makes `make_step`'s extra arguments."""
+    if microbatches != 1 or axis_name is not None:
+        check_no_bound_axis(loss)
+
+    def evaluate(policy, batch, reference, key):
+        check_divides(microbatches, rows_of(batch))
+        own, frozen = split_trainable(policy, trainable)
+        reference = choose_reference(policy, batch, reference, reference_of, (own, frozen))
+        keys = own_keys(key, rows_of(batch), axis_name)
+        rows = vary((batch, keys, batch.reference), axis_name)
+        weight = pair_weights(rows[0])
+        whole = total(weight.sum(), axis_name)
+
+        def forward(params, batch, keys):
+            policy = in_dtype(eqx.combine(in_dtypes_of(params, own), frozen), compute_dtype)
+            run = eqx.filter_checkpoint(score) if is_narrow(policy) else score
+            return run(policy, batch, key=keys)
+
+        def scored(log_probs, batch, given):
+            if given is None and reference is not None:
+                given = run_reference(reference, batch, score=score, compute_dtype=compute_dtype)
+            return Scored(log_probs, given, batch.per_pair, pair_weights(batch))
+
+        def first_pass(params, rows):
+            batch, keys, given = rows
+            return scored(forward(params, batch, keys), batch, given)
+
+        def gradient(params, rows):
+            params = vary(in_float32_at_least(params), axis_name)
+            zeros = jax.tree.map(jnp.zeros_like, params)
+
+            def log_probs_and_pullback(batch, keys):
+                return _vjp(lambda params: forward(params, batch, keys), params)
+
+            def in_one_pass(rows):
+                batch, keys, given = rows
+                log_probs, pull = log_probs_and_pullback(batch, keys)
+                pairs = scored(log_probs, batch, given)
+                losses, slopes = loss_and_slopes(loss, pairs, whole, axis_name)
+                return pull(slopes), (pairs, losses)
+
+            def second_pass(rows):
+                (batch, keys, _), slopes = rows
+                _, pull = log_probs_and_pullback(batch, keys)
+                return pull(slopes), None
+
+            if is_coupled(loss) and microbatches > 1:
+                _, pairs = accumulate(
+                    lambda rows: (None, first_pass(params, rows)), rows, microbatches, None
+                )
+                losses, slopes = loss_and_slopes(loss, pairs, whole, axis_name)
+                gradients, _ = accumulate(second_pass, (rows, slopes), microbatches, zeros)
+            else:
+                gradients, (pairs, losses) = accumulate(in_one_pass, rows, microbatches, zeros)
+            # JAX's gradient with respect to a complex number points uphill in its conjugate.
+            return total(jax.tree.map(jnp.conj, gradients), axis_name), pairs, losses
+
+        def value(params, rows):
+            params = vary(params, axis_name)
+            _, pairs = accumulate(
+                lambda rows: (None, first_pass(params, rows)), rows, microbatches, None
+            )
+            return mean_loss(pairs, loss_of(loss, pairs, axis_name), axis_name)
+
+        gradients, pairs, losses = gradient(own, rows)
+        values = metrics(pairs.policy, pairs.reference, losses)
+        means = total(weighted_sums(values, pairs.weight), axis_name).mean()
+
+        def extra_args():
+            # The reference's log-probabilities are known by now.
+            known = (*rows[:2], pairs.reference)
+
+            def value_and_gradient(params):
+                gradients, pairs, losses = gradient(params, known)
+                return mean_loss(pairs, losses, axis_name), gradients
+
+            value_fn = differentiable(lambda params: value(params, known), value_and_gradient)
+            mean = mean_loss(pairs, losses, axis_name)
+            return {"value": mean, "grad": gradients, "value_fn": value_fn, "obj_fn": value_fn}
+
+        return gradients, {**means, "grad_norm": optax.tree.norm(gradients)}, extra_args
+
+    return beside_sweeps(evaluate)
+
+
+def make_step(
+    loss: LossFunction,
+    optimizer: optax.GradientTransformation,
+    *,
+    score: Score = score_pairs,
+    trainable: PyTree = eqx.is_inexact_array,
+    microbatches: int = 1,
+    axis_name: AxisName | None = None,
+    compute_dtype: DTypeLike | None = None,
+    reference_of: Callable[[Any], Any] | None = None,
+    metrics: MetricsFunction = default_metrics,
+    update_fraction: bool = False,
+) -> Step:
+    """One training step: `make_grad`, and the optimiser's update of what is trainable.
+
+    ```python
+    step = eqx.filter_jit(make_step(loss, optimizer))
+    opt_state = optimizer.init(eqx.filter(policy, trainable))
+    policy, opt_state, metrics = step(policy, opt_state, batch, reference, key=key)
+    ```
+
+    **Arguments:**
+
+    - `optimizer`: an Optax transformation. Its arithmetic is in float32 at least; its state and
+        the parameters keep the dtypes that they came in. So new bfloat16 or float16 parameters are
+        rounded, and an update below half of a parameter's spacing (1/500 of a bfloat16 parameter)
+        is lost. At the learning rates of preference training that is nearly every update. Keep
+        what is trained in float32 and give `compute_dtype=jnp.bfloat16`, or wrap the optimiser in
+        `master_weights`. (`optax.inject_hyperparams` makes hyper-parameters of the parameters'
+        dtype, and a `b2` of 0.999 is 1 in bfloat16: give it `hyperparam_dtype=jnp.float32`.)
+        One that takes extra arguments is given `value`, the global weighted mean loss; `grad`; and
+        `value_fn`, the objective as a function of the trained parameters, exact over microbatches
+        and devices, with the same keys. So line searches work, and Sophia, which calls it `obj_fn`.
+        In a chain with one that refuses arguments that it does not know, as SAM does, hide them
+        from it: `optax.chain(clip, optax.GradientTransformation(*sam))`.
+    - `update_fraction`: adds a metric of that name, the fraction of the trained numbers that this
+        step changed, as seen in the parameters' own dtype. A fraction near 0 means that updates
+        are rounded away.
+    - The others are those of `make_grad`.
+
+    **Returns:**
+
+    A pure function, not jitted, of `(policy, opt_state, batch, reference=None, *, key=None)`, to
+    be wrapped in `eqx.filter_jit`, `lax.scan`, `shard_map`, `pmap` or `vmap`.
+
+    **Raises:**
+
+    `ValueError` at trace time, as `make_grad`, and where `opt_state` was made for other leaves
+    than `trainable` selects.
+    """
+    evaluate = _make_evaluate(
+        loss,
+        score=score,
+        trainable=trainable,
+        microbatches=microbatches,
+        axis_name=axis_name,
+        compute_dtype=compute_dtype,
+        reference_of=reference_of,
+        metrics=metrics,
+    )
+
+    def step(
+        policy: PyTree,
+        opt_state: PyTree,
+        batch: Any,
+        reference: PyTree | None = None,
+        *,
+        key: Keys | None = None,
+    ) -> tuple[PyTree, PyTree, dict[str, Float[Array, ""]]]:
+        params, frozen = split_trainable(policy, trainable)
+        _check_opt_state(optimizer, opt_state, params)
+        gradients, means, extra_args = evaluate(policy, batch, reference, key)
+        wide_params, wide_state = in_float32_at_least((params, opt_state))
+        extra = taken_by(optimizer, extra_args)
+        updates, new_state = optimizer.update(gradients, wide_state, wide_params, **extra)
+        new_params = optax.apply_updates(wide_params, updates)
+        new_params, new_state = in_dtypes_of((new_params, new_state), (params, opt_state))
+        if update_fraction:
+            means = {**means, "update_fraction": _changed_fraction(new_params, params)}
+        return eqx.combine(new_params, frozen), new_state, means
+
+    return beside_sweeps(step)
+
+
+def split_trainable(policy: PyTree, trainable: PyTree) -> tuple[PyTree, PyTree]:
+    """The arrays of `policy` that `trainable` selects, and all the rest."""
+    params, frozen = eqx.partition(policy, trainable)
+    selected = jax.tree_util.tree_leaves_with_path(params)
+    if not selected:
+        raise ValueError(
+            "`trainable` must select at least one array of the policy; got a filter that selects "
+            f"none. {where_arrays_are(policy)}"
+        )
+    for path, leaf in selected:
+        if not eqx.is_inexact_array(leaf):
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            raise ValueError(
+                "`trainable` must select floating-point arrays only, which can be differentiated; "
+                f"it selects `{name}`, {leaf!r}."
+            )
+    return params, frozen
+
+
+def _vjp(function: Callable, params: PyTree) -> tuple[PyTree, Callable[[PyTree], PyTree]]:
+    """`function(params)`, and the pullback of slopes of its floating-point arrays."""
+
+    def floats_and_rest(params):
+        return eqx.partition(function(params), eqx.is_inexact_array)
+
+    floats, pull, rest = jax.vjp(floats_and_rest, params, has_aux=True)
+    return eqx.combine(floats, rest), lambda slopes: pull(slopes)[0]
+
+
+def _changed_fraction(new: PyTree, old: PyTree) -> Float[Array, ""]:
+    """The fraction of all numbers in `new` that differ from their counterparts in `old`."""
+
+    def count(x, y):
+        # By rows, because a count over all layers of a large model does not fit an int32.
+        return jnp.atleast_1d(x != y).sum(-1).astype(jnp.zeros(()).dtype).sum()
+
+    counts = jax.tree.leaves(jax.tree.map(count, new, old))
+    return jnp.stack(counts).sum() / max(sum(x.size for x in jax.tree.leaves(old)), 1)
+
+
+def _check_opt_state(optimizer: optax.GradientTransformation, opt_state, params) -> None:
+    """Raises where `optimizer.init(params)` has other arrays than `opt_state`."""
+    want, got = map(_shapes, (eqx.filter_eval_shape(optimizer.init, params), opt_state))
+    if want != got:
+        odd = next(path for path in {**want, **got} if want.get(path) != got.get(path))
+        raise ValueError(
+            "`opt_state` must be the optimiser's state for the arrays that `trainable` selects; "
+            f"`{odd}` should have shape {want.get(odd, 'none')} and has {got.get(odd, 'none')}. "
+            "Make it by `optimizer.init(eqx.filter(policy, trainable))`."
+        )
+
+
+def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): jnp.shape(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }

@@ -1,0 +1,142 @@
+"""`dpo-eqx generate`: the answers of a model, or of two models side by side.
+
+`models.generate` samples; `cli/terminal/prompts.py` makes the prompts.
+"""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..._extras import require
+from ..compose.data import load_tokenizer, vocab_size
+from ..compose.vocabulary import check_one_vocabulary
+from ..run.folder import replace_text
+from ..settings.check import flag
+from ..settings.shared_flags import Loading, check_writable, parse_flags
+from ..terminal.answers import Answer, draw_answers
+from ..terminal.display import say
+from ..terminal.prompts import encode_prompt, read_prompts, shown
+from ..terminal.texts import counted, escaped
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Generate(Loading):
+    """Lets a model answer prompts, and with `--compare` a second model."""
+
+    model: str
+    """A folder with `config.json`, safetensors and a tokenizer, or a hub name."""
+    prompt: tuple[str, ...] = ()
+    """Prompts to answer, one or several."""
+    data: str | None = None
+    """A file of prompts: a `.txt` with one on each line, records with `prompt`, or preferences."""
+    compare: str | None = None
+    """Another model with the same vocabulary, whose answers are shown next to the first model's."""
+    limit: int | None = None
+    """Largest number of prompts to take from `--data` (default: all)."""
+    chat: bool = True
+    """Put texts through the tokenizer's chat template, if it has one."""
+    max_tokens: int = 128
+    """Largest number of tokens in an answer, which ends at the EOS if that is sampled first."""
+    temperature: float = 1.0
+    """Sampling temperature, by which logits are divided; 0 takes the likeliest token."""
+    top_k: int | None = None
+    """Number of likeliest tokens to sample from (default: all)."""
+    top_p: float | None = None
+    """Sample from the fewest likeliest tokens whose probabilities sum to at least this."""
+    seed: int = 0
+    """Seed of the sampling, the same for both models."""
+    batch_size: int = 8
+    """Number of prompts answered at once."""
+    tokenizer: str | None = None
+    """A folder or hub name of the tokenizer (default: the model's); `bytes` is the built-in one."""
+    output: Path | None = None
+    """A JSON Lines file to write the answers to, in addition to showing them."""
+
+
+def generate(arguments: Sequence[str]) -> None:
+    """The command, from its flags.
+
+    **Raises:**
+
+    `ValueError`, `OSError` or `ImportError` with a message for the user.
+    """
+    flags = parse_flags(Generate, "generate", arguments)
+    _check(flags)
+    vocab_size(flags.model)  # raises if there is no model
+    if flags.compare is not None:
+        check_one_vocabulary(flags.model, flags.compare, "--compare")
+    located = [("`--prompt`", prompt) for prompt in flags.prompt]
+    located += [] if flags.data is None else read_prompts(flags.data, flags.limit)
+    tokenizer = load_tokenizer(flags.model, flags.tokenizer)
+    prompts = [encode_prompt(tokenizer, p, where, chat=flags.chat) for where, p in located]
+    texts = [shown(tokenizer, prompt) for _, prompt in located]
+    sides = [(flags.model, flags.lora)]
+    sides += [] if flags.compare is None else [(flags.compare, None)]
+    answers = [_answers_of(*side, prompts, tokenizer, flags) for side in sides]
+    names = [" with ".join(filter(None, side)) for side in sides]
+    by_prompt = list(zip(*answers, strict=True))
+    _show(texts, names, by_prompt)
+    if flags.output is not None:
+        replace_text(flags.output, "".join(_lines(texts, by_prompt)))
+
+
+def _answers_of(
+    path: str, lora: str | None, prompts: list, tokenizer: Any, flags: Generate
+) -> list[Answer]:
+    """One model's answers. The model is freed before the next one is loaded."""
+    return draw_answers(
+        flags.load(path, lora=lora),
+        prompts,
+        tokenizer,
+        batch_size=flags.batch_size,
+        seed=flags.seed,
+        max_new_tokens=flags.max_tokens,
+        temperature=flags.temperature,
+        top_k=flags.top_k,
+        top_p=flags.top_p,
+    )
+
+
+def _show(texts: list[str], names: list[str], answers: list[tuple[Answer, ...]]) -> None:
+    side_by_side = len(names) > 1 and sys.stdout.isatty()
+    for number, (text, answer_row) in enumerate(zip(texts, answers, strict=True), 1):
+        say(f"=== prompt {number} of {len(texts)}\n{escaped(text, keep=chr(10))}")
+        titles = [f"{name} ({_length(a)})" for name, a in zip(names, answer_row, strict=True)]
+        if side_by_side:
+            _table(titles, answer_row)
+            continue
+        for title, answer in zip(titles, answer_row, strict=True):
+            say(f"--- {title}\n{answer.text}")
+
+
+def _table(titles: list[str], answers: tuple[Answer, ...]) -> None:
+    table = require("rich.table", extra="train").Table(show_lines=True, expand=True)
+    for title in titles:
+        table.add_column(title, ratio=1, overflow="fold")
+    text = require("rich.text", extra="train").Text
+    table.add_row(*(text(answer.text) for answer in answers))
+    require("rich.console", extra="train").Console().print(table)
+
+
+def _length(answer: Answer) -> str:
+    return f"{counted(answer.tokens)}, {'ended' if answer.ended else 'cut off'}"
+
+
+def _lines(texts: list[str], answers: list[tuple[Answer, ...]]) -> Iterator[str]:
+    for text, answer_row in zip(texts, answers, strict=True):
+        named = zip(("answer", "compared"), answer_row, strict=False)
+        line = {"prompt": text} | {name: answer.text for name, answer in named}
+        yield json.dumps(line) + "\n"
+
+
+def _check(flags: Generate) -> None:
+    if not flags.prompt and flags.data is None:
+        raise ValueError("`--prompt` or `--data` must give a prompt to answer; both are missing.")
+    for name in ("max_tokens", "batch_size", "limit"):
+        value = getattr(flags, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{flag(name)} must be positive; got {value}.")
+    check_writable("--output", flags.output)

@@ -1,0 +1,138 @@
+"""From settings to the loss: names, weights and hyper-parameters put together.
+
+The optimiser is in `optimizer.py`; the policy and its reference in `policy.py`.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ... import losses
+from ..._arrays.log_probs import PairLogProbs, UnpairedLogProbs
+from ...losses._marks import parts
+from ..settings.check import flag
+from ..settings.options import as_number, split_pairs
+from ..settings.settings import Settings
+
+Loss = Callable[..., Any]
+
+DIVERGENCES = {
+    "reverse_kl": losses.reverse_kl,
+    "forward_kl": losses.forward_kl,
+    "jensen_shannon": losses.jensen_shannon,
+}
+
+
+def compose_loss(settings: Settings) -> Loss:
+    """The loss that the settings ask for, its hyper-parameters bound.
+
+    **Raises:**
+
+    `ValueError` for an unknown name, for a hyper-parameter that none of the losses has or that is
+    out of its range, and for losses of pairs beside losses of single completions.
+    """
+    terms = [losses.BY_NAME[name] for name in settings.loss]
+    given = _hyper_parameters(settings)
+    for name, (value, where) in given.items():
+        if not any(_takes(term, name) for term in terms):
+            raise ValueError(
+                f"{where} is {value!r}, but none of the losses {', '.join(settings.loss)} has "
+                f"`{name}`; they have {_known(terms)}."
+            )
+    bound = [_bind(term, {name: value for name, (value, _) in given.items()}) for term in terms]
+    weights = settings.loss_weights or (1.0,) * len(bound)
+    plain = len(bound) == 1 and weights[0] == 1
+    loss = bound[0] if plain else losses.combine(*zip(weights, bound, strict=True))
+    loss = losses.reference_free(loss) if settings.reference_free else loss
+    _try(loss, with_reference=True)
+    return loss
+
+
+def is_unpaired(loss: Loss) -> bool:
+    """Whether `loss` is one of single completions with a label."""
+    return all(_is_unpaired(part) for part in _functions(loss))
+
+
+def needs_reference(loss: Loss) -> bool:
+    """Whether `loss` looks at the reference that it is given."""
+    try:
+        _try(loss, with_reference=False)
+    except ValueError:
+        return True
+    return False
+
+
+def _hyper_parameters(settings: Settings) -> dict[str, tuple[Any, str]]:
+    """By name the value, and the flag that gave it."""
+    found: dict[str, tuple[Any, str]] = {}
+    for name in ("beta", "label_smoothing"):
+        value = getattr(settings, name)
+        if value is not None:
+            found[name] = value, flag(name)
+    if settings.divergence is not None:
+        found["divergence"] = _divergence(settings.divergence), flag("divergence")
+    for name, text in split_pairs(settings.loss_options, "--loss-options").items():
+        if name in found:
+            raise ValueError(f"`--loss-options` and {found[name][1]} both give `{name}`.")
+        found[name] = as_number(text, f"--loss-options {name}="), f"`--loss-options {name}`"
+    return found
+
+
+def _divergence(text: str) -> Callable[..., Any]:
+    name, _, value = text.partition("=")
+    if name == "alpha_divergence" and value:
+        return losses.alpha_divergence(as_number(value, "--divergence alpha_divergence="))
+    if text not in DIVERGENCES:
+        known = ", ".join([*DIVERGENCES, "alpha_divergence=A"])
+        raise ValueError(f"`--divergence` must be one of {known}; got {text!r}.")
+    return DIVERGENCES[text]
+
+
+def _bind(loss: Loss, values: dict[str, Any]) -> Loss:
+    own = {name: value for name, value in values.items() if _takes(loss, name)}
+    return functools.partial(loss, **own) if own else loss
+
+
+def _takes(loss: Loss, name: str) -> bool:
+    return name in _keywords(loss)
+
+
+def _keywords(loss: Loss) -> list[str]:
+    parameters = inspect.signature(loss).parameters.values()
+    return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+
+
+def _known(terms: list[Loss]) -> str:
+    names = {f"`{name}`" for term in terms for name in _keywords(term)}
+    return ", ".join(sorted(names)) or "none"
+
+
+def _functions(loss: Loss) -> list[Loss]:
+    """The functions with a signature of their own that `loss` is made of."""
+    return [part for part, _ in parts(loss) if not getattr(part, "inner", ())]
+
+
+def _is_unpaired(function: Loss) -> bool:
+    first = next(iter(inspect.signature(function).parameters.values()))
+    return first.annotation is UnpairedLogProbs
+
+
+def _try(loss: Loss, *, with_reference: bool) -> None:
+    """Traces `loss` on two pairs, so that what is wrong with it is said before anything is read."""
+    kinds = {_is_unpaired(part) for part in _functions(loss)}
+    if len(kinds) == 2:
+        raise ValueError("`--loss` must be losses of pairs only, or of single completions only.")
+    numbers = jnp.zeros(2, jnp.float32)
+    counts = jnp.ones(2, jnp.int32)
+    if kinds == {True}:
+        log_probs = UnpairedLogProbs(numbers, jnp.array([True, False]), numbers, counts, numbers)
+    else:
+        log_probs = PairLogProbs(numbers, numbers, counts, counts, numbers)
+    try:
+        jax.eval_shape(lambda: loss(log_probs, log_probs if with_reference else None).loss)
+    except TypeError as error:
+        raise ValueError(f"`--loss-options` must give what the loss needs: {error}.") from None

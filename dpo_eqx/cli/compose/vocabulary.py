@@ -1,0 +1,54 @@
+"""Whether two models have one vocabulary, found before their weights are read."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ...models._checkpoint.folder import resolve
+from .data import vocab_size
+
+
+def check_one_vocabulary(model: str, other: str, flag: str) -> None:
+    """Raises `ValueError` where `model` and `other`, given by `flag`, have not one vocabulary.
+
+    Its size differs then, or a token has another id in the other's tokenizer.
+    """
+    sizes = [vocab_size(path) for path in (model, other)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"`{flag}` must have the vocabulary of `--model`: {model} has {sizes[0]} tokens, "
+            f"{other} has {sizes[1]}. Their distributions cannot be compared; take the model that "
+            "training began from."
+        )
+    tables = [_table(resolve(path)) for path in (model, other)]
+    if None not in tables and tables[0] != tables[1]:
+        odd = sorted(set(tables[0].items()) ^ set(tables[1].items()))[0]
+        raise ValueError(
+            f"`{flag}` must have the vocabulary of `--model`: their tokenizers differ, for "
+            f"instance in {odd[0]!r}. Take the model that training began from."
+        )
+
+
+def has_tokenizer(model: str) -> bool:
+    """Whether there are files of a tokenizer beside the model."""
+    names = (
+        "tokenizer.json",
+        "tokenizer.model",
+        "tokenizer_config.json",
+        "vocab.json",
+        "vocab.txt",
+    )
+    return any((resolve(model) / name).is_file() for name in names)
+
+
+def _table(folder: Path) -> Any:
+    """The ids of all tokens in `tokenizer.json`; `None` where there is none."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return None
+    tokenizer = json.loads(path.read_text(encoding="utf-8"))
+    tokens = tokenizer.get("model", {}).get("vocab")
+    # A unigram model lists its tokens in the order of their ids.
+    ids = tokens if isinstance(tokens, dict) else {row[0]: i for i, row in enumerate(tokens or [])}
+    added = tokenizer.get("added_tokens") or []
+    return ids | {token["content"]: token["id"] for token in added}

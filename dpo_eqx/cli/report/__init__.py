@@ -1,0 +1,4 @@
+"""The report of a run: pages, panels, curves and what they are read from.
+
+The subcommand is in `commands`.
+"""

@@ -1,0 +1,209 @@
+"""The report as one page of HTML that needs no network.
+
+`panels.py` draws its panels; `read.py` reads the numbers.
+"""
+
+import dataclasses
+import html
+import importlib.resources
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from ...data._tokens.report import CUT, DROPPED, REASONS
+from ..settings.settings import Settings
+from . import curves as curves
+from .panels import CURVES, cards, pair_panels
+from .read import Columns, Record
+
+
+def page(records: Sequence[Record]) -> str:
+    """The whole page."""
+    title = ", ".join(record.name for record in records)
+    style = (
+        importlib.resources.files("dpo_eqx.cli.report").joinpath("report.css").read_text("utf-8")
+    )
+    body = "\n".join(part for part in _sections(records) if part)
+    return (
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{_text(title)}</title>\n<style>\n{style}</style></head>\n"
+        f"<body><h1>{_text(title)}</h1>\n{body}\n</body></html>\n"
+    )
+
+
+def _sections(records: Sequence[Record]) -> Iterator[str]:
+    yield _remarks(records)
+    yield _numbers(records)
+    lengths = [len(r.metrics.get("step", ())) for r in records]
+    note = ""
+    if max(lengths) > curves.MOST_POINTS:
+        steps = f"{-(-max(lengths) // curves.BUCKETS):,}"
+        note = (
+            f"For long runs, a line shows means of neighbouring steps (up to {steps}), and "
+            "the band around it spans their least and greatest values. "
+        )
+    if any(record.evaluations for record in records):
+        note += "Open circles are the held-out pairs."
+    yield _section("Training", note, cards(CURVES, records))
+    if panels := pair_panels(records):
+        yield _section("Pairs", _about_pairs(records), cards(panels, records))
+    for record in records:
+        yield _samples(record, f"Samples: {record.name}" if len(records) > 1 else "Samples")
+    yield _data(records)
+    settings = [record.settings for record in records]
+    changed, defaults = _split(settings)
+    yield _section("Settings", "Only non-default settings.", _table(changed, records, settings))
+    table = _table(defaults, records, settings)
+    yield f"<details><summary>Default settings</summary>{table}</details>"
+    machines = [r.facts.get("versions", {}) | r.facts.get("hardware", {}) for r in records]
+    names = list(dict.fromkeys(name for machine in machines for name in machine))
+    yield _section("Versions and hardware", "", _table(names, records, machines))
+
+
+def _remarks(records: Sequence[Record]) -> str:
+    lines = [f"{_of(r, records)}{remark}" for r in records for remark in r.remarks]
+    items = "".join(f"<li>{_text(line)}</li>" for line in lines)
+    return f'<ul class="remarks">{items}</ul>' if items else ""
+
+
+def _numbers(records: Sequence[Record]) -> str:
+    """The first and the last numbers of each run, and of its held-out data if there is any."""
+    names = {
+        "loss": "loss",
+        "rewards/accuracies": "accuracy",
+        "rewards/margins": "margin",
+        "logps/chosen": "log-probability of chosen",
+        "logps/rejected": "log-probability of rejected",
+    }
+    columns = [["", *names.values()]]
+    for record in records:
+        sources = {"training": ("", record.metrics), "held out": ("eval/", record.evaluations)}
+        for words, (prefix, lines) in sources.items():
+            for place in _first_and_last(lines):
+                step = f"{int(lines['step'][place]):,}"
+                found = [lines.get(prefix + name) for name in names]
+                cells = [number(math.nan if v is None else v[place]) for v in found]
+                columns.append([f"{_of(record, records)}{words}, step {step}", *cells])
+    return _rows("numbers", list(zip(*columns, strict=True))) if len(columns) > 1 else ""
+
+
+def _first_and_last(lines: Columns) -> tuple[int, ...]:
+    """The places of the lines for the table of numbers."""
+    return (0, -1)[: len(lines.get("step", ()))]
+
+
+def _about_pairs(records: Sequence[Record]) -> str:
+    """The pairs that the pictures show, for each run."""
+    sentences = []
+    for record in records:
+        found = next((x for x in (record.after, record.before) if x and x.get("margin")), None)
+        if found is None:
+            continue
+        count, kind = len(found["margin"]), found["data"]
+        pairs = "1 pair" if count == 1 else f"{count} pairs"
+        trained = ", on which the policy was trained: no held-out data was given"
+        end = "" if kind == "held-out" else trained
+        sentences.append(f"{_of(record, records)}{pairs} of the {kind} data{end}.")
+    return " ".join(sentences)
+
+
+def _samples(record: Record, title: str) -> str:
+    """The policy's answers to the same prompts, before and after training."""
+    sides = {"before": record.before or {}, "after": record.after or {}}
+    drawn = {name: found["samples"] for name, found in sides.items() if found.get("samples")}
+    if not drawn:
+        reasons = {found["no_samples"] for found in sides.values() if found.get("no_samples")}
+        return _section(title, "", f"<p>{_text(' '.join(reasons))}</p>") if reasons else ""
+    answered = []
+    for samples in zip(*drawn.values(), strict=False):
+        prompt = samples[0]["prompt"].strip("\n")
+        # The end of a prompt, since that is what the answer follows.
+        prompt = prompt if len(prompt) <= 400 else f"... {prompt[-400:]}"
+        answers = "".join(
+            f"<h4>{name}</h4><pre>{_text(sample['text'])}{'' if sample['ended'] else ' ...'}</pre>"
+            for name, sample in zip(drawn, samples, strict=True)
+        )
+        answered.append(
+            f'<div class="sample"><h4>prompt</h4><pre>{_text(prompt)}</pre>{answers}</div>'
+        )
+    note = "Sampled at temperature 1 with the same random numbers; ... marks an answer cut off."
+    return _section(title, note, f'<div class="cards">{"".join(answered)}</div>')
+
+
+def _data(records: Sequence[Record]) -> str:
+    """The form of the training data, and the fate of its records."""
+    tables = [_data_of(record.facts.get("data", {})) for record in records]
+    names = list(dict.fromkeys(name for table in tables for name in table))
+    is_dropped = any(name.startswith("dropped") for name in names)
+    note = "" if is_dropped or not names else "No record was dropped."
+    return _section("Data", note, _table(names, records, tables)) if names else ""
+
+
+def _data_of(facts: Mapping[str, Any]) -> dict[str, Any]:
+    rows = {name: facts[name] for name in ("form", "records", "rows", "tokens") if name in facts}
+    for reason, count in facts.get("counts", {}).items():
+        kind = "dropped" if reason in DROPPED else "cut" if reason in CUT else "noted"
+        rows[f"{kind}: {REASONS.get(reason, reason)}"] = count
+    return rows
+
+
+def _split(settings: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[str]]:
+    """The names of settings that differ from the default in some run, and of all other settings."""
+    fields = {f.name.replace("_", "-"): f.default for f in dataclasses.fields(Settings)}
+    names = list(dict.fromkeys(name for setting in settings for name in setting))
+
+    def is_default(name: str) -> bool:
+        default = fields.get(name)
+        # YAML has lists, but no tuples.
+        default = list(default) if isinstance(default, tuple) else default
+        return all(setting.get(name) == default for setting in settings)
+
+    return [n for n in names if not is_default(n)], [n for n in names if is_default(n)]
+
+
+def _table(
+    names: Sequence[str], records: Sequence[Record], tables: Sequence[Mapping[str, Any]]
+) -> str:
+    """A row for each name and a column for each run; rows that differ between runs come first."""
+    rows = [
+        [name, *(_value(table[name]) if name in table else "\N{EN DASH}" for table in tables)]
+        for name in names
+    ]
+    # The sort is stable, so both groups keep the order of the settings.
+    rows.sort(key=lambda row: len(set(row[1:])) == 1)
+    header = [["", *(record.name for record in records)]] if len(records) > 1 else []
+    return _rows("pairs", header + rows) if rows else ""
+
+
+def _section(title: str, note: str, content: str) -> str:
+    words = f"<p>{_text(note)}</p>" if note else ""
+    return f"<section><h2>{_text(title)}</h2>{words}{content}</section>"
+
+
+def _rows(kind: str, rows: Sequence[Sequence[str]]) -> str:
+    lines = ("".join(f"<td>{_text(cell)}</td>" for cell in row) for row in rows)
+    body = "".join(f"<tr>{line}</tr>" for line in lines)
+    return f'<div class="wide"><table class="{kind}">{body}</table></div>'
+
+
+def _of(record: Record, records: Sequence[Record]) -> str:
+    return f"{record.name}: " if len(records) > 1 else ""
+
+
+def number(value: float | int) -> str:
+    """A number in four digits; below 1e-5 it is rounding of larger log-probabilities, and 0."""
+    if math.isnan(value):
+        return "\N{EN DASH}"
+    return "0" if abs(value) < 1e-5 else f"{value:,.4g}"
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _text(text: str) -> str:
+    return html.escape(text)

@@ -1,0 +1,166 @@
+"""The output folder: what lies where in it, whose run it holds, and what is written down about it.
+
+Checkpoints are in `checkpoints.py`, lines of metrics in `sinks.py`.
+"""
+
+import datetime
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from ..compose.data import Prepared
+from ..settings.settings import Settings
+from ..settings.yaml_file import differences, read_settings, write_settings
+
+# What may differ when a run goes on: how long it is, and what is written on the way.
+FREE = (
+    *("output", "steps", "epochs", "eval_every", "save_every", "keep", "log", "cache", "mesh"),
+    *("save_dtype", "report"),
+)
+PACKAGES = ("dpo-eqx", "jax", "jaxlib", "equinox", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+class Folder:
+    """The paths in an output folder; nothing is made before `begin`.
+
+    **Arguments:**
+
+    - `path`: the folder itself.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.config = path / "config.yaml"
+        self.run = path / "run.json"
+        self.metrics = path / "metrics.jsonl"
+        self.evaluations = path / "eval.jsonl"
+        self.checkpoints = path / "checkpoints"
+        self.tensorboard = path / "tensorboard"
+        self.model = path / "model"
+        self.adapter = path / "adapter"
+        self.probes = path / "report"
+        self.before = self.probes / "before.json"
+        self.after = self.probes / "after.json"
+        self.page = path / "report.html"
+        self.picture = path / "report.png"
+
+    def check(self, settings: Settings) -> None:
+        """Raises `ValueError` or `OSError` where this run must not, or cannot, write here."""
+        _check_writable(self.path)
+        found = [path.name for path in vars(self).values() if path != self.path and path.exists()]
+        if not found:
+            return
+        if not settings.resume:
+            raise ValueError(
+                f"`--output` {self.path} holds a run already ({', '.join(sorted(found))}). "
+                "Continue it by `--resume`, or give another folder."
+            )
+        if self.config.exists():
+            _check_same(settings, self.config)
+
+    def begin(self, settings: Settings, facts: Mapping[str, Any], step: int) -> None:
+        """Makes the folder, and writes down settings and facts of a run that begins at `step`."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        if not step:
+            self._clear()
+        starts = self.starts()
+        starts.append({"step": step, "time": datetime.datetime.now(datetime.UTC).isoformat()})
+        write_settings(settings, self.config)
+        replace_text(self.run, json.dumps({**facts, "starts": starts}, indent=1) + "\n")
+
+    def _clear(self) -> None:
+        """Removes what a run has left that never came to a complete checkpoint."""
+        for path in (self.run, self.metrics, self.evaluations, self.before, self.after):
+            path.unlink(missing_ok=True)
+        shutil.rmtree(self.tensorboard, ignore_errors=True)
+
+    def starts(self) -> list[dict[str, Any]]:
+        """When the run was begun and continued, and at which step."""
+        return json.loads(self.run.read_text())["starts"] if self.run.exists() else []
+
+    def fingerprint(self) -> str | None:
+        """That of the data which the run in this folder has, if there is one."""
+        facts = json.loads(self.run.read_text()) if self.run.exists() else {"data": {}}
+        return facts["data"].get("fingerprint")
+
+
+def facts_of(prepared: Prepared, shapes: object) -> dict[str, Any]:
+    """What `run.json` holds beside the settings: versions, data, hardware."""
+    report = prepared.report
+    devices = jax.devices()
+    return {
+        "versions": {"python": platform.python_version()} | {n: _version(n) for n in PACKAGES},
+        "data": {
+            "fingerprint": prepared.fingerprint,
+            "form": str(prepared.form),
+            "records": report.read,
+            "rows": report.kept,
+            "tokens": report.tokens,
+            "counts": dict(report.counts),
+            "shapes": str(shapes),
+        },
+        "hardware": {
+            "platform": devices[0].platform,
+            "device": devices[0].device_kind,
+            "devices": len(devices),
+            "cores": os.cpu_count(),
+            "system": platform.platform(),
+        },
+    }
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Puts a file in the place of another at once: after a crash it is the one or the other."""
+    replace_bytes(path, text.encode())
+
+
+def replace_bytes(path: Path, content: bytes) -> None:
+    """As `replace_text`, for what is no text."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        file.write(content)
+    os.chmod(file.name, 0o644)
+    os.replace(file.name, path)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _check_writable(path: Path) -> None:
+    """Raises where the folder could not be made or written to."""
+    there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"`--output` must be a folder; {there} is a file.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(f"`--output` must be a folder to write to; {there} is not.")
+
+
+def _check_same(settings: Settings, config: Path) -> None:
+    changed = differences(settings, read_settings(config))
+    words = [f"`{n}` was {then}, is {now}" for n, (then, now) in changed.items() if n not in FREE]
+    if words:
+        raise ValueError(
+            f"`--resume` continues the run in {config.parent} with its own settings, and these "
+            f"differ: {'; '.join(words)}. Give the same, or another `--output`."
+        )
+
+
+def finite(value: Any) -> Any:
+    """`value` with `None` for numbers that JSON does not have."""
+    if isinstance(value, dict):
+        return {name: finite(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,144 @@
+"""Settings that cannot be, found before anything is read: out of range, or against each other.
+
+What depends on the data or the model is checked where it is known.
+"""
+
+import math
+import re
+from collections.abc import Iterator
+
+from ...sharding._mesh import parse_sizes
+from .settings import Settings
+
+_POSITIVE = ("steps", "epochs", "batch_size", "microbatches", "buckets", "keep", "learning_rate")
+_POSITIVE_IF_GIVEN = ("beta", "max_length", "max_prompt_length", "max_completion_length")
+_NOT_NEGATIVE = (
+    "warmup_steps",
+    "weight_decay",
+    "max_grad_norm",
+    "seed",
+    "lora_rank",
+    "sync_reference_every",
+    "eval_every",
+    "save_every",
+)
+
+
+def check(settings: Settings) -> None:
+    """Raises `ValueError` with what is wrong in `settings`, and the remedy."""
+    _check_ranges(settings)
+    if settings.mesh is not None:
+        parse_sizes(settings.mesh)
+    if settings.lora_target is not None:
+        _check_pattern(settings.lora_target)
+    _raise_first(_contradictions(settings))
+
+
+def check_hosts(settings: Settings) -> None:
+    """Raises `ValueError` where a process cannot find the others by what it was told."""
+    _raise_first(_hosts(settings))
+
+
+def flag(name: str) -> str:
+    """The flag of a field, as in `--batch-size`."""
+    return f"`--{name.replace('_', '-')}`"
+
+
+def _check_ranges(settings: Settings) -> None:
+    for name in (*_POSITIVE, *_POSITIVE_IF_GIVEN, "lora_alpha"):
+        value = getattr(settings, name)
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{flag(name)} must be positive, got {value}.")
+    for name in _NOT_NEGATIVE:
+        value = getattr(settings, name)
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{flag(name)} must not be negative, got {value}.")
+    if not 0 <= settings.sync_reference_alpha <= 1:
+        raise ValueError(
+            f"{flag('sync_reference_alpha')} must be in [0, 1], got "
+            f"{settings.sync_reference_alpha}."
+        )
+
+
+def _check_pattern(target: str) -> None:
+    try:
+        re.compile(target)
+    except re.error as error:
+        raise ValueError(
+            f"`--lora-target` must be a regular expression; {target!r} is none: {error}."
+        ) from None
+
+
+def _contradictions(settings: Settings) -> Iterator[str]:
+    """A sentence for each pair of settings that exclude each other."""
+    s = settings
+    lora = s.lora_rank > 0
+    moves = s.sync_reference_every > 0
+    exclusive = [
+        ("reference_free", s.reference_free, "reference", s.reference is not None),
+        ("reference_free", s.reference_free, "precompute_reference", s.precompute_reference),
+        ("reference_free", s.reference_free, "sync_reference_every", moves),
+        ("precompute_reference", s.precompute_reference, "sync_reference_every", moves),
+        ("lora_rank", lora, "sync_reference_every", moves),
+        ("lora", s.lora is not None, "sync_reference_every", moves),
+        ("lora", s.lora is not None, "lora_rank", lora),
+        ("lora", s.lora is not None, "lora_alpha", s.lora_alpha is not None),
+        ("lora", s.lora is not None, "lora_target", s.lora_target is not None),
+        ("lora_reference", s.lora_reference is not None, "reference", s.reference is not None),
+        ("lora_reference", s.lora_reference is not None, "reference_free", s.reference_free),
+    ]
+    for one, has_one, other, has_other in exclusive:
+        if has_one and has_other:
+            yield f"{flag(one)} and {flag(other)} contradict each other; leave out one of them."
+    for name in ("lora_alpha", "lora_target"):
+        if getattr(s, name) is not None and not lora:
+            yield f"{flag(name)} is for adapters, of which there are none; give `--lora-rank` too."
+    if s.lora_reference is not None and s.lora is None:
+        yield "`--lora-reference` is for adapters that are gone on from; give `--lora` too."
+    if s.quantize is not None and not lora and s.lora is None:
+        yield (
+            "`--quantize` is for a frozen model, of which only adapters are trained; give "
+            "`--lora-rank` or `--lora` too."
+        )
+    if s.eval_every and s.eval_data is None:
+        yield "`--eval-every` needs preferences to evaluate on; give `--eval-data` too."
+    if s.loss_weights and len(s.loss_weights) != len(s.loss):
+        yield (
+            f"`--loss-weights` must be as many as losses, {len(s.loss)}; got {len(s.loss_weights)}."
+        )
+    if not s.loss:
+        yield "`--loss` must name a loss at least."
+    if s.batch_size % s.microbatches:
+        yield (
+            "`--microbatches` must divide `--batch-size`, which counts the pairs of all of them; "
+            f"got {s.microbatches} and {s.batch_size}."
+        )
+
+
+def _raise_first(problems: Iterator[str]) -> None:
+    problem = next(problems, None)
+    if problem is not None:
+        raise ValueError(problem)
+
+
+def _hosts(settings: Settings) -> Iterator[str]:
+    """A sentence for each way in which processes are told wrongly of each other."""
+    s = settings
+    numbers = {"num_processes": s.num_processes, "process_id": s.process_id}
+    given = [flag(name) for name, value in numbers.items() if value is not None]
+    if s.coordinator is None or s.coordinator == "auto":
+        if given:
+            yield (
+                f"{given[0]} belongs to `--coordinator HOST:PORT`; give the address of process 0 "
+                "too, or leave it out."
+            )
+        return
+    if not re.fullmatch(r".+:\d+", s.coordinator):
+        yield f"`--coordinator` must be HOST:PORT of process 0, or `auto`; got {s.coordinator!r}."
+    if s.num_processes is None or s.process_id is None:
+        yield "`--coordinator HOST:PORT` needs `--num-processes` and `--process-id` beside it."
+    elif not 0 <= s.process_id < s.num_processes:
+        yield (
+            "`--process-id` must be at least 0 and below `--num-processes`; got "
+            f"{s.process_id} and {s.num_processes}."
+        )

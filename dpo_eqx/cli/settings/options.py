@@ -1,0 +1,40 @@
+"""Settings of the form `name=value`: names of columns, hyper-parameters, divergences.
+
+The modules that use them check the names.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+
+def split_pairs(texts: Sequence[str], flag: str) -> dict[str, str]:
+    """`["a=b"]` as `{"a": "b"}`.
+
+    **Raises:**
+
+    `ValueError` if a text has no `=`, or if a name occurs twice.
+    """
+    pairs: dict[str, str] = {}
+    for text in texts:
+        name, equals, value = (part.strip() for part in text.partition("="))
+        if not equals or not name:
+            raise ValueError(f"`{flag}` must be of the form NAME=VALUE; got {text!r}.")
+        if name in pairs:
+            raise ValueError(f"`{flag}` gives `{name}` twice; keep one of them.")
+        pairs[name] = value
+    return pairs
+
+
+def as_number(text: str, flag: str) -> float:
+    """`text` as a number, else a `ValueError` that names the flag."""
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"`{flag}` must be a number; got {text!r}.") from None
+
+
+def dtype_of(name: str | None) -> Any:
+    """The dtype of this name, if there is one."""
+    return None if name is None else jnp.dtype(name)

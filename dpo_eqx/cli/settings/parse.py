@@ -1,0 +1,51 @@
+"""Settings from the command line and from YAML: flags override the file, the file the defaults.
+
+`settings.py` defines the settings; `check.py` checks them.
+"""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..._extras import require
+from .settings import Settings
+from .yaml_file import read_settings
+
+PROGRAM = "dpo-eqx train"
+
+
+def parse(arguments: Sequence[str]) -> Settings:
+    """The settings that the arguments of `dpo-eqx train` ask for.
+
+    **Raises:**
+
+    `ValueError` if the file given by `--config` does not hold valid settings. `SystemExit` with
+    status 2, after a message, if the flags are invalid, and with status 0 after `--help`.
+    """
+    tyro = require("tyro", extra="train")
+    config = _config_in(arguments)
+    # The flags come last, since the later of two flags counts.
+    from_file = [] if config is None else flags_of(read_settings(config))
+    return tyro.cli(Settings, args=[*from_file, *arguments], prog=PROGRAM)
+
+
+def flags_of(settings: Mapping[str, Any]) -> list[str]:
+    """The flags that give these settings, which have the names of fields."""
+    return [word for name, value in settings.items() for word in _words(name, value)]
+
+
+def _words(name: str, value: Any) -> list[str]:
+    flag = name.replace("_", "-")
+    if isinstance(value, bool):
+        return [f"--{flag}" if value else f"--no-{flag}"]
+    if isinstance(value, tuple):
+        return [f"--{flag}", *map(str, value)]
+    return [f"--{flag}={value}"]
+
+
+def _config_in(arguments: Sequence[str]) -> Path | None:
+    """The value of `--config`, before the other flags are parsed."""
+    parser = argparse.ArgumentParser(prog=PROGRAM, add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", type=Path)
+    return parser.parse_known_args(list(arguments))[0].config

@@ -1,0 +1,72 @@
+"""Token ids as text for people: whole answers and single tokens, without control characters.
+
+`dpo_eqx.data` makes ids from text; this file only makes text from ids.
+"""
+
+import unicodedata
+from collections.abc import Sequence
+from typing import Any
+
+from ...data._tokens.tokenizers import special_id
+
+_BROKEN = "\ufffd"  # the result of decoding a part of a character
+
+
+def decode(tokenizer: Any, ids: Sequence[int]) -> str:
+    """The text of `ids`, without BOS and EOS; the ids as numbers if there is no tokenizer.
+
+    Characters that would move a terminal's cursor are escaped, except line ends.
+    """
+    if not hasattr(tokenizer, "decode"):
+        return " ".join(map(str, ids))
+    specials = {special_id(tokenizer, kind) for kind in ("bos", "eos")}
+    return escaped(_decode(tokenizer, [i for i in ids if i not in specials]), keep="\n")
+
+
+def pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """The text of each token in its context; `<5>` if token 5 has no text of its own."""
+    if not hasattr(tokenizer, "decode"):
+        return [f"<{i}>" for i in ids]
+    names = special_names(tokenizer)
+    pairs = zip([None, *ids], ids, strict=False)
+    return [_piece(tokenizer, names, before, token) for before, token in pairs]
+
+
+def escaped(text: str, *, keep: str = "") -> str:
+    """`text` with control and formatting characters escaped, except the characters in `keep`."""
+
+    def one(character: str) -> str:
+        is_plain = character in keep or unicodedata.category(character) not in ("Cc", "Cf", "Zl")
+        return character if is_plain else character.encode("unicode_escape").decode()
+
+    return "".join(map(one, text))
+
+
+def special_names(tokenizer: Any) -> dict[int, str]:
+    """The names of special tokens by id, including BOS and EOS."""
+    ids = getattr(tokenizer, "all_special_ids", ())
+    names = {i: str(tokenizer.convert_ids_to_tokens(i)) for i in ids}
+    for kind in ("bos", "eos"):
+        token = special_id(tokenizer, kind)
+        if token is not None:
+            names[token] = str(getattr(tokenizer, f"{kind}_token", None) or f"<{kind}>")
+    return names
+
+
+def counted(tokens: int) -> str:
+    """A number of tokens in words."""
+    return "1 token" if tokens == 1 else f"{tokens} tokens"
+
+
+def _piece(tokenizer: Any, names: dict[int, str], before: int | None, token: int) -> str:
+    if token in names:
+        return names[token]
+    # Decoded together with the previous token: at the start of a text some tokenizers drop a space.
+    pair = [token] if before is None or before in names else [before, token]
+    text, start = _decode(tokenizer, pair), _decode(tokenizer, pair[:-1])
+    text = text.removeprefix(start) if text.startswith(start) else _decode(tokenizer, [token])
+    return escaped(text) if text and _BROKEN not in text else f"<{token}>"
+
+
+def _decode(tokenizer: Any, ids: Sequence[int]) -> str:
+    return tokenizer.decode(list(ids)) if ids else ""

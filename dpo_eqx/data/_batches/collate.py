@@ -1,0 +1,108 @@
+"""From rows to one batch: padded on the right to given widths, masks from lengths.
+
+`batches.py` decides the rows and the widths.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Array, Bool, DTypeLike
+
+from ..._arrays.batches import PreferenceBatch, Tokens, UnpairedBatch
+from ..._arrays.log_probs import PairLogProbs, UnpairedLogProbs
+from ..._arrays.tokens import narrow_on_host
+from .._tokens.rows import Row, start_of
+
+
+def pair_batch(
+    rows: Sequence[Row],
+    fill: Bool[np.ndarray, " pairs"],
+    widths: tuple[int, ...],
+    dtype: DTypeLike = np.float32,
+) -> PreferenceBatch:
+    """A batch of rows with `prompt_ids`, `chosen_ids`, `rejected_ids`, in NumPy.
+
+    **Arguments:**
+
+    - `rows`: the rows, all with the same numbers.
+    - `fill`: false for a row that only fills the batch: its weight is 0.
+    - `widths`: the widths of prompts and of completions, in tokens.
+    - `dtype`: the dtype of the numbers.
+    """
+    parts = [_parts(row, [row["chosen_ids"], row["rejected_ids"]]) for row in rows]
+    prompt, chosen, rejected = _pad_all(parts, (*widths, widths[1]))
+    reference = None
+    if "reference_chosen" in rows[0] and "reference_rejected" in rows[0]:
+        numbers = [_column(rows, f"reference_{which}", dtype) for which in ("chosen", "rejected")]
+        counts = [tokens.mask.sum(axis=1, dtype=np.int32) for tokens in (chosen, rejected)]
+        reference = PairLogProbs(*numbers, *counts)
+    weight, per_pair = _weight(rows, fill, dtype), _per_pair(rows, dtype)
+    return PreferenceBatch(prompt, chosen, rejected, weight, reference, per_pair)
+
+
+def unpaired_batch(
+    rows: Sequence[Row],
+    fill: Bool[np.ndarray, " pairs"],
+    widths: tuple[int, ...],
+    dtype: DTypeLike = np.float32,
+    *,
+    others: Sequence[Sequence[int]] | None = None,
+) -> UnpairedBatch:
+    """A batch of rows with `prompt_ids`, `completion_ids`, `label`, in NumPy.
+
+    **Arguments:**
+
+    - `rows`, `fill`, `dtype`: as for `pair_batch`.
+    - `widths`: the widths of prompts, of completions and, if given, of `others`, in tokens.
+    - `others`: for each row the ids of a completion of another prompt.
+    """
+    mismatched = [[]] * len(rows) if others is None else [[other] for other in others]
+    pairs = zip(rows, mismatched, strict=True)
+    parts = [_parts(row, [row["completion_ids"], *other]) for row, other in pairs]
+    prompt, completion, *kl = _pad_all(parts, widths)
+    reference = None
+    label = _column(rows, "label", bool)
+    if "reference_completion" in rows[0]:
+        reference = UnpairedLogProbs(_column(rows, "reference_completion", dtype), label)
+    return UnpairedBatch(
+        prompt,
+        completion,
+        label,
+        kl[0] if kl else None,
+        _weight(rows, fill, dtype),
+        reference,
+        _per_pair(rows, dtype),
+    )
+
+
+def _parts(row: Row, completions: list[Sequence[int]]) -> list[tuple[Sequence[int], int]]:
+    """The ids of the prompt and of each completion, each with its number of unscored tokens."""
+    prompt, taken, context = start_of(row["prompt_ids"], completions, row.get("start_id"))
+    return [(prompt, 0), *((completion[taken:], context) for completion in completions)]
+
+
+def _pad_all(parts: list[list[tuple[Sequence[int], int]]], widths: tuple[int, ...]) -> list[Tokens]:
+    return [_pad(column, w) for column, w in zip(zip(*parts, strict=True), widths, strict=True)]
+
+
+def _pad(column: Sequence[tuple[Sequence[int], int]], width: int) -> Tokens:
+    # Padding is id 0, which every vocabulary has: the mask alone says which positions count.
+    ids = np.zeros((len(column), width), np.int32)
+    mask = np.zeros((len(column), width), bool)
+    for row, (sequence, context) in enumerate(column):
+        ids[row, : len(sequence)] = narrow_on_host(sequence)
+        mask[row, context : len(sequence)] = True
+    return Tokens(ids, mask)
+
+
+def _column(rows: Sequence[Row], name: str, dtype: Any) -> np.ndarray:
+    return np.array([row[name] for row in rows], dtype)
+
+
+def _weight(rows: Sequence[Row], fill: np.ndarray, dtype: DTypeLike) -> np.ndarray:
+    return np.array([row.get("weight", 1.0) for row in rows], dtype) * fill.astype(dtype)
+
+
+def _per_pair(rows: Sequence[Row], dtype: DTypeLike) -> dict[str, Array | np.ndarray] | None:
+    return {"beta": _column(rows, "beta", dtype)} if "beta" in rows[0] else None

@@ -1,0 +1,195 @@
+"""Packing on the host: several pairs in each row of a batch, to minimise padding.
+
+`batches.py` makes batches with one pair in each row.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Array, DTypeLike, Int
+
+from ..._arrays.packed import PackedBatch
+from .._tokens.rows import Row, Rows, start_of
+
+Numbers = dict[str, Array | np.ndarray]
+
+
+class Pair(NamedTuple):
+    """The token ids of a pair, and the number of unscored tokens in each completion."""
+
+    prompt: Sequence[int]
+    chosen: Sequence[int]
+    rejected: Sequence[int]
+    context: int
+
+    def lengths(self) -> tuple[int, int, int]:
+        """The lengths of prompt, chosen and rejected, in tokens."""
+        return len(self.prompt), len(self.chosen), len(self.rejected)
+
+    def scored(self) -> list[int]:
+        """The positions of the scored tokens, counted from the pair's first token."""
+        prompt, chosen, rejected = self.lengths()
+        ends = prompt + chosen, prompt + chosen + rejected
+        starts = prompt + self.context, ends[0] + self.context
+        return [*range(starts[0], ends[0]), *range(starts[1], ends[1])]
+
+
+def pack(
+    rows: Rows,
+    length: int,
+    *,
+    slots: int | None = None,
+    scored: int | None = None,
+    multiple_of: int = 1,
+    dtype: DTypeLike = np.float32,
+) -> PackedBatch:
+    """All pairs of `rows`, several in each row of `length` tokens, for `score_packed`.
+
+    Each pair is written as prompt, chosen, rejected, with one prompt for both completions, and
+    pairs follow one another. Packing is first-fit decreasing: pairs are placed from the longest to
+    the shortest, each in the first row with room for it. The result holds all pairs in rows of one
+    shape. Take batches from it:
+
+    ```python
+    packed = data.pack(rows, 1024, multiple_of=8)
+    for taken in np.random.default_rng(0).permutation(packed.rows).reshape(-1, 8):
+        policy, opt_state, metrics = step(policy, opt_state, packed.take(taken), reference)
+    ```
+
+    **Arguments:**
+
+    - `rows`: pairs from `tokenize`, or a list of such dictionaries.
+    - `length`: tokens in a row; at least as many as the longest prompt with both its completions.
+    - `slots`: the largest number of pairs in a row, and the number of slots in the batch. By
+        default the largest number that packing gave.
+    - `scored`: the largest number of scored tokens in a row, and the number of their positions in
+        the batch, all of which are unembedded. By default the largest number that packing gave.
+    - `multiple_of`: the number of rows is a multiple of this; empty rows are added at the end.
+    - `dtype`: the dtype of weights and other numbers; float64 if the policy is float64.
+
+    **Returns:**
+
+    A `PackedBatch` of NumPy arrays. `batch.index` holds the pair in each slot.
+
+    **Raises:**
+
+    `ValueError` if a pair does not fit (the error names it), if there are no rows, if the rows are
+    not pairs, or if a size is not positive.
+    """
+    _check_sizes({"length": length, "slots": slots, "scored": scored, "multiple_of": multiple_of})
+    pairs = [_pair(row) for row in _checked(rows)]
+    needs = np.array([[sum(p.lengths()), len(p.scored()), 1] for p in pairs])
+    limits = zip((length, scored, slots), needs.sum(axis=0), strict=True)
+    # A resource without limit gets room for all pairs together, so it never decides.
+    room = np.array([needed if limit is None else limit for limit, needed in limits])
+    _check_fit(needs, room)
+    placed = first_fit(needs, room)
+    placed += [[]] * (-len(placed) % multiple_of)
+    used = np.array([needs[members].sum(axis=0) for members in placed])
+    counts = (slots or int(used[:, 2].max()), max(scored or int(used[:, 1].max()), 1))
+    arrays = _lay(pairs, placed, length, *counts)
+    weights, references, arguments = _numbers(rows, arrays[-1], dtype)
+    longest = max(p + max(c, r) for p, c, r in (pair.lengths() for pair in pairs))
+    extents = {"longest": longest, "longest_pair": int(needs[:, 0].max())}
+    return PackedBatch(*arrays, weights, references, arguments, **extents)
+
+
+def first_fit(
+    needs: Int[np.ndarray, "items resources"], room: Int[np.ndarray, " resources"]
+) -> list[list[int]]:
+    """Bins of items by first-fit decreasing, all bins with the same room.
+
+    The size of an item is its largest share of a resource.
+    """
+    order = np.argsort(-(needs / np.maximum(room, 1)).max(axis=1), kind="stable")
+    left = np.tile(room, (len(needs), 1))
+    bins: list[list[int]] = []
+    for item in order.tolist():
+        fits = (left[: len(bins)] >= needs[item]).all(axis=1)
+        chosen = int(fits.argmax()) if fits.any() else len(bins)
+        if chosen == len(bins):
+            bins.append([])
+        bins[chosen].append(item)
+        left[chosen] -= needs[item]
+    return bins
+
+
+def _pair(row: Row) -> Pair:
+    completions = row["chosen_ids"], row["rejected_ids"]
+    prompt, taken, context = start_of(row["prompt_ids"], completions, row.get("start_id"))
+    chosen, rejected = (completion[taken:] for completion in completions)
+    return Pair(prompt, chosen, rejected, context)
+
+
+def _lay(
+    pairs: Sequence[Pair], placed: list[list[int]], length: int, slots: int, scored: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """The ids, the lengths, the positions of scored tokens and the pair's index in each slot."""
+    ids = np.zeros((len(placed), length), np.int32)
+    lengths = np.zeros((len(placed), slots, 3), np.int32)
+    places = np.full((len(placed), scored), -1, np.int32)
+    indices = np.full((len(placed), slots), -1, np.int32)
+    for row, members in enumerate(placed):
+        start, filled = 0, 0
+        for slot, member in enumerate(members):
+            pair = pairs[member]
+            tokens = [*pair.prompt, *pair.chosen, *pair.rejected]
+            targets = pair.scored()
+            ids[row, start : start + len(tokens)] = tokens
+            places[row, filled : filled + len(targets)] = start + np.array(targets, np.int32)
+            lengths[row, slot], indices[row, slot] = pair.lengths(), member
+            start, filled = start + len(tokens), filled + len(targets)
+    return ids, lengths, places, indices
+
+
+def _numbers(
+    rows: Rows, indices: Int[np.ndarray, "rows slots"], dtype: DTypeLike
+) -> tuple[np.ndarray, Numbers | None, Numbers | None]:
+    """The weights, the reference and the loss's arguments in each slot.
+
+    An empty slot has the numbers of the first pair at weight 0: finite, and without influence.
+    """
+    is_filled, member = indices >= 0, np.maximum(indices, 0)
+
+    def by_slot(name: str, default: float | None = None) -> np.ndarray:
+        return np.array([row.get(name, default) for row in rows], dtype)[member]
+
+    names = [f"reference_{which}" for which in ("chosen", "rejected")]
+    references = {name.removeprefix("reference_"): name for name in names if name in rows[0]}
+    return (
+        by_slot("weight", 1.0) * is_filled.astype(dtype),
+        {name: by_slot(of) for name, of in references.items()} if len(references) == 2 else None,
+        {"beta": by_slot("beta")} if "beta" in rows[0] else None,
+    )
+
+
+def _checked(rows: Rows) -> Rows:
+    if len(rows) == 0:
+        raise ValueError("`rows` must hold a row at least; got none. See the report of `tokenize`.")
+    if "chosen_ids" not in rows[0]:
+        raise ValueError(
+            "`rows` must be pairs, with `prompt_ids`, `chosen_ids` and `rejected_ids`; got "
+            f"{sorted(rows[0])}. Unpaired rows go through `data.batches`."
+        )
+    return rows
+
+
+def _check_sizes(sizes: dict[str, int | None]) -> None:
+    for name, value in sizes.items():
+        if value is not None and value < 1:
+            raise ValueError(f"`{name}` must be a positive integer; got {value}.")
+
+
+def _check_fit(needs: Int[np.ndarray, "pairs 3"], room: Int[np.ndarray, " 3"]) -> None:
+    """Raises `ValueError`, naming the pairs, if some do not fit even in an empty row."""
+    for column, name, what in ((0, "length", "tokens"), (1, "scored", "scored tokens")):
+        over = np.flatnonzero(needs[:, column] > room[column])
+        if over.size:
+            first = ", ".join(f"{i} ({needs[i, column]})" for i in over[:5])
+            more = f" and {over.size - 5} more" if over.size > 5 else ""
+            raise ValueError(
+                f"`{name}` must hold each pair, its prompt once and both completions; "
+                f"{room[column]} {what} do not hold rows {first}{more}. Take "
+                f"{needs[over, column].max()} or more, or cut rows by `max_length` of `tokenize`."
+            )

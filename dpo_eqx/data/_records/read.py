@@ -1,0 +1,161 @@
+"""Reading: from a file, a folder, a name or an iterable to records of a known form.
+
+Reading is lazy, and nothing is tokenised here.
+"""
+
+import itertools
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from pathlib import Path
+from typing import Any
+
+from .._fingerprint import digest_files
+from .records import Form, check_columns, check_record, recognise, rename
+from .sources import Located, files_of, located, open_source
+
+logger = logging.getLogger("dpo_eqx.data")
+
+# Files up to this size are tokenised in memory, larger ones into a cache on disk.
+IN_MEMORY_BYTES = 2**28
+
+
+class Records:
+    """Preference records of one form, read during iteration. `read` makes it.
+
+    Iterating yields dictionaries with the columns of the form, checked and under our names.
+    `str(records)` gives their source and their form.
+
+    **Arguments:**
+
+    - `open_records`: makes an iterator of `(where, record)` from the start.
+    - `source`: the source in words, for messages.
+    - `columns`: maps our names to the names in the source.
+    - `path`: the file or folder, if there is one; its content is the key of caches.
+    - `once`: whether the records can be read only once.
+    - `in_memory`: whether the records are known to fit in memory.
+    """
+
+    def __init__(
+        self,
+        open_records: Callable[[], Iterator[Located]],
+        source: str,
+        columns: Mapping[str, str | None],
+        *,
+        path: Path | None = None,
+        once: bool = False,
+        in_memory: bool = True,
+    ):
+        self._open, self._columns, self._path = open_records, columns, path
+        self._form: Form | None = None
+        self._once, self._spent = once, False
+        self.source, self.in_memory = source, in_memory
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        form = self.form
+        if self._spent:
+            raise ValueError(
+                f"{self.source} can be read only once and has been read. Give a list, or tokenise "
+                "it once and keep the rows."
+            )
+        self._spent = self._once
+        for where, record in self._open():
+            yield check_record(rename(record, self._columns, where), form, where)
+
+    @property
+    def form(self) -> Form:
+        """The form, recognised from the first record.
+
+        **Raises:**
+
+        `ValueError` if there is no record, or its columns match no form.
+        """
+        if self._form is None:
+            where, record = self._first()
+            self._form = recognise(rename(record, self._columns, where), where)
+            logger.info("%s: %s", self.source, self._form)
+        return self._form
+
+    def _first(self) -> Located:
+        records = self._open()
+        first = next(records, None)
+        if first is None:
+            raise ValueError(f"{self.source} holds no records; one is required at least.")
+        if self._once:
+            # The first record is already taken from the only iterator: put it back in front.
+            self._open = lambda: itertools.chain([first], records)
+        return first
+
+    def fingerprint(self) -> str | None:
+        """A digest of the files' content and of the column names; `None` without files."""
+        if self._path is None:
+            return None
+        return digest_files(files_of(self._path), self._columns)
+
+    def __str__(self):
+        return f"{self.source}: {self.form}"
+
+
+def read(
+    path_or_iterable: str | Path | Iterable[Mapping[str, Any]],
+    *,
+    columns: Mapping[str, str | None] | None = None,
+    split: str | None = None,
+) -> Records:
+    """Preference records from a file, a folder, a name of the Hugging Face hub, or an iterable.
+
+    Files are JSON Lines, plain or gzipped, or Parquet; the content decides, not the name. The form
+    is recognised from the columns of the first record; `str(records)` and the log report it:
+
+    | form | columns |
+    |---|---|
+    | explicit prompt | `prompt`, `chosen`, `rejected` |
+    | implicit prompt | `chosen`, `rejected`, both with the prompt, which is their common prefix |
+    | unpaired | `prompt`, `completion`, `label` |
+    | token ids | `prompt_ids`, `chosen_ids`, `rejected_ids` |
+    | unpaired token ids | `prompt_ids`, `completion_ids`, `label` |
+
+    Prompts and completions are text, or conversations: lists of messages with `role` and
+    `content`. A record may also hold the numbers `weight` and `beta`, precomputed log-probabilities
+    of the reference (`reference_chosen` and `reference_rejected`, or `reference_completion`; TRL's
+    names are understood), and, for the chat template, `tools` and `chat_template_kwargs`.
+
+    **Arguments:**
+
+    - `path_or_iterable`: the source. A generator can be read only once.
+    - `columns`: maps our names to the names in the source, as in `{"prompt": "question"}`; the
+        inverse mapping is understood too. `{"weight": None}` leaves a column out.
+    - `split`: the split of a dataset with several, by default `"train"`.
+
+    **Returns:**
+
+    `Records`, to iterate over; nothing is read yet.
+
+    **Raises:**
+
+    `FileNotFoundError` for a source that does not exist; while reading, `ValueError` that names
+    file, line, column and what was found.
+    """
+    columns = check_columns(columns)
+    if isinstance(path_or_iterable, str | Path):
+        return _read_path(path_or_iterable, columns, split)
+    if not isinstance(path_or_iterable, Iterable) or isinstance(path_or_iterable, Mapping | bytes):
+        raise ValueError(
+            "`path_or_iterable` must be a path, a name of the Hugging Face hub or an iterable of "
+            f"mappings; got {type(path_or_iterable).__name__}. If it maps splits, give one."
+        )
+    source = "`path_or_iterable`"
+    return Records(
+        lambda: located(path_or_iterable, source),
+        source,
+        columns,
+        once=iter(path_or_iterable) is path_or_iterable,
+        in_memory=isinstance(path_or_iterable, Sized),
+    )
+
+
+def _read_path(source: str | Path, columns: Mapping[str, str | None], split: str | None) -> Records:
+    opened, path = open_source(source, split), Path(source)
+    if not path.exists():
+        return Records(opened, str(source), columns, in_memory=False)
+    size = sum(file.stat().st_size for file in files_of(path))
+    return Records(opened, str(source), columns, path=path, in_memory=size <= IN_MEMORY_BYTES)

@@ -1,0 +1,182 @@
+"""The sources of records: lines of JSON, Parquet, folders, the Hugging Face hub, iterables.
+
+Each source yields `(where, record)`; `where` names the record's place in words, for errors.
+`records.py` checks the content of a record.
+"""
+
+import gzip
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..._extras import require
+from .records import found
+
+Located = tuple[str, Mapping[str, Any]]
+
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".gz", ".parquet")
+_BOM = b"\xef\xbb\xbf"
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+
+
+def open_source(source: str | Path, split: str | None) -> Callable[[], Iterator[Located]]:
+    """A function that opens an iterator over the records of a file, a folder or a name of the hub.
+
+    **Raises:**
+
+    `FileNotFoundError` if `source` is none of these.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return _open_folder(path, split)
+    if path.is_file():
+        return lambda: _file(path)
+    if isinstance(source, str) and _HUB_NAME.fullmatch(source) and path.suffix not in SUFFIXES:
+        return lambda: _hub(source, split)
+    raise FileNotFoundError(
+        f"`path_or_iterable` must be a file, a folder, a name of the Hugging Face hub "
+        f"(`owner/name`) or an iterable of mappings; there is no `{source}`."
+    )
+
+
+def files_of(path: Path) -> list[Path]:
+    """The data files at `path`: the file itself, or the files in the folder, sorted by name."""
+    if path.is_file():
+        return [path]
+    saved = ("*.arrow", "*.json") if _is_saved(path) else tuple(f"*{s}" for s in SUFFIXES)
+    return sorted({file for pattern in saved for file in path.rglob(pattern)})
+
+
+def _is_saved(path: Path) -> bool:
+    return (path / "state.json").exists() or (path / "dataset_dict.json").exists()
+
+
+def _open_folder(path: Path, split: str | None) -> Callable[[], Iterator[Located]]:
+    if _is_saved(path):
+        return lambda: _saved(path, split)
+    files = files_of(path)
+    if not files:
+        raise FileNotFoundError(
+            f"`path_or_iterable` must be a folder that `datasets` has saved or one that holds "
+            f"files {', '.join(SUFFIXES)}; `{path}` is neither."
+        )
+    return lambda: (located for file in files for located in _file(file))
+
+
+def _file(path: Path) -> Iterator[Located]:
+    with path.open("rb") as file:
+        magic = file.read(4)
+    if magic == b"PAR1":
+        return _parquet(path)
+    return _lines(path, compressed=magic[:2] == b"\x1f\x8b")
+
+
+def _lines(path: Path, *, compressed: bool) -> Iterator[Located]:
+    number = 0
+    try:
+        # Binary, so that lines end only at "\n" and not at the line separators of Unicode.
+        with gzip.open(path, "rb") if compressed else path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    where = f"line {number} of {path}"
+                    yield where, parse_line(line.removeprefix(_BOM).rstrip(b"\r\n"), where)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(
+            f"{path} is broken after line {number}: {error}. Fetch or compress it again."
+        ) from error
+
+
+def parse_line(line: bytes, where: str) -> dict[str, Any]:
+    """The JSON object in a line.
+
+    **Raises:**
+
+    `ValueError` that names the line, the column and the text found there.
+    """
+    try:
+        text = line.decode()
+        record = json.loads(text, object_pairs_hook=_no_duplicates)
+    except UnicodeDecodeError as error:
+        column = len(line[: error.start].decode()) + 1
+        bad = line[error.start : error.start + 1]
+        raise ValueError(f"{where}, column {column}: must be UTF-8; found {bad!r}.") from None
+    except json.JSONDecodeError as error:
+        near = error.doc[error.pos : error.pos + 20]
+        near = repr(near) if near else "the end of the line"
+        raise ValueError(
+            f"{where}, column {error.pos + 1}: {error.msg}; found {near}. Each line must hold one "
+            "JSON object."
+        ) from None
+    except (ValueError, RecursionError) as error:
+        reason = str(error).removesuffix(".")
+        raise ValueError(f"{where}, column 1: cannot be read as JSON: {reason}.") from None
+    if not isinstance(record, dict):
+        raise ValueError(
+            f"{where}, column 1: must be a JSON object with columns by name; found {found(record)}."
+        )
+    return record
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"The name `{twice}` is given twice.")
+    return record
+
+
+def _parquet(path: Path) -> Iterator[Located]:
+    parquet = require("pyarrow.parquet", extra="data")
+    number = 0
+    try:
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1024):
+                for record in batch.to_pylist():
+                    yield f"row {number} of {path}", record
+                    number += 1
+    except (OSError, require("pyarrow", extra="data").ArrowException) as error:
+        raise ValueError(f"{path} cannot be read after row {number}: {error}.") from error
+
+
+def _saved(path: Path, split: str | None) -> Iterator[Located]:
+    datasets = require("datasets", extra="data")
+    return located(_one_split(datasets.load_from_disk(str(path)), split, str(path)), str(path))
+
+
+def _hub(name: str, split: str | None) -> Iterator[Located]:
+    datasets = require("datasets", extra="data")
+    try:
+        dataset = datasets.load_dataset(name, streaming=True)
+    except Exception as error:  # `datasets` raises many kinds: missing, private, no network
+        raise ValueError(
+            f"`path_or_iterable` must be a file or a name of the Hugging Face hub; there is no "
+            f"file `{name}`, and it did not load from the hub: {error}"
+        ) from error
+    return located(_one_split(dataset, split, name), name)
+
+
+def _one_split(dataset: Any, split: str | None, source: str) -> Iterable[Mapping[str, Any]]:
+    if not isinstance(dataset, dict):
+        return dataset
+    chosen = split or ("train" if "train" in dataset or len(dataset) > 1 else next(iter(dataset)))
+    if chosen not in dataset:
+        raise ValueError(f"`split` must be one of {list(dataset)} in {source}; got {chosen!r}.")
+    return dataset[chosen]
+
+
+def located(records: Iterable[Any], source: str) -> Iterator[Located]:
+    """The records of an iterable, each with its place.
+
+    **Raises:**
+
+    `ValueError` if a record is not a mapping.
+    """
+    for number, record in enumerate(records):
+        where = f"record {number} of {source}"
+        if not isinstance(record, Mapping):
+            raise ValueError(f"{where} must be a mapping of columns by name; got {found(record)}.")
+        yield where, record

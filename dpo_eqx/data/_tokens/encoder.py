@@ -1,0 +1,118 @@
+"""A tokenizer with the settings that decide its ids: the EOS, and the chat template.
+
+`tokenize.py` decides where a completion starts in those ids.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from .._records.records import Form
+from .tokenizers import as_ids, encode_all, special_id, start_id_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoder:
+    """A tokenizer with the settings that decide its ids.
+
+    - `eos_text`, `eos_id`: the EOS to add after a completion of text; at most one of them is set.
+    - `start_id`: the token that may replace an empty prompt.
+    - `template`: keyword arguments for `apply_chat_template`.
+    """
+
+    tokenizer: Any
+    eos_text: str = ""
+    eos_id: int | None = None
+    start_id: int | None = None
+    template: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def make_encoder(
+    tokenizer: Any, form: Form, append_eos: bool, eos_id: int | None, template: Mapping[str, Any]
+) -> Encoder:
+    """The encoder for records of `form`. It decides which EOS is added, and how.
+
+    **Raises:**
+
+    `ValueError` if the tokenizer lacks `encode`, the EOS or the chat template that it needs.
+    """
+    if form.tokenized:
+        return Encoder(tokenizer, start_id=start_id_of(tokenizer))
+    if not hasattr(tokenizer, "encode"):
+        raise ValueError(
+            f"`tokenizer` must have `encode(text)`; got {type(tokenizer).__name__}. Take "
+            "`load_tokenizer(path)` or `ByteTokenizer()`."
+        )
+    eos_id = special_id(tokenizer, "eos") if eos_id is None else eos_id
+    start = start_id_of(tokenizer)
+    start = eos_id if start is None else start
+    if form.conversational:
+        _check_template(tokenizer, template)
+        return Encoder(tokenizer, start_id=start, template=template)
+    if not append_eos or _adds(tokenizer, "", eos_id):
+        return Encoder(tokenizer, start_id=start)
+    text = getattr(tokenizer, "eos_token", None)
+    # As text, which is what TRL does: so the tokens before the EOS are those of TRL.
+    if isinstance(text, str) and text and (eos_id is None or _adds(tokenizer, text, eos_id)):
+        return Encoder(tokenizer, eos_text=text, start_id=start)
+    if eos_id is None:
+        raise ValueError(
+            f"`tokenizer` must have an EOS; got {type(tokenizer).__name__}, which names none. Give "
+            "`eos_token_id=`, or `append_eos=False` to end completions without an EOS."
+        )
+    return Encoder(tokenizer, eos_id=eos_id, start_id=start)
+
+
+def _adds(tokenizer: Any, text: str, eos_id: int | None) -> bool:
+    """Whether the ids of a text followed by `text` end with the EOS."""
+    return eos_id is not None and encode_all(tokenizer, ["a" + text])[0][-1:] == [eos_id]
+
+
+def _check_template(tokenizer: Any, template: Mapping[str, Any]) -> None:
+    has = hasattr(tokenizer, "apply_chat_template")
+    if has and (getattr(tokenizer, "chat_template", True) or template.get("chat_template")):
+        return
+    raise ValueError(
+        f"`tokenizer` must have a chat template for conversations; {type(tokenizer).__name__} has "
+        "none. Take a tokenizer with a template, set `tokenizer.chat_template`, or give "
+        '`template_arguments={"chat_template": ...}`.'
+    )
+
+
+def encode_texts(parts: list[tuple[str, ...]], encoder: Encoder) -> list[list[list[int]]]:
+    """For each record the ids of the prompt, and of the prompt with each completion."""
+    texts = [
+        text
+        for prompt, *completions in parts
+        for text in (prompt, *(prompt + _ended(c, encoder.eos_text) for c in completions))
+    ]
+    ids = iter(encode_all(encoder.tokenizer, texts))
+    encoded = [[next(ids) for _ in part] for part in parts]
+    if encoder.eos_id is None:
+        return encoded
+    return [[prompt, *([*c, encoder.eos_id] for c in full)] for prompt, *full in encoded]
+
+
+def _ended(completion: str, eos: str) -> str:
+    return completion if completion.endswith(eos) else completion + eos
+
+
+def render(
+    record: dict[str, Any], part: tuple[list, ...], encoder: Encoder, number: int
+) -> list[list[int]]:
+    """The ids of the prompt with the generation prompt, and of each whole conversation."""
+    prompt, *completions = part
+    record_arguments = record.get("chat_template_kwargs", {})
+    tools = record.get("tools", encoder.template.get("tools"))
+    tools = json.loads(tools) if isinstance(tools, str) else tools
+    arguments = {**encoder.template, **record_arguments, "tools": tools, "tokenize": True}
+    apply = encoder.tokenizer.apply_chat_template
+    try:
+        prompt_ids = apply(prompt, **(arguments | {"add_generation_prompt": True}))
+        full_ids = [apply(prompt + completion, **arguments) for completion in completions]
+    except Exception as error:  # a template can raise anything
+        raise ValueError(
+            f"Record {number} (from 0) does not go through the chat template: {error}"
+        ) from error
+    return [as_ids(prompt_ids), *map(as_ids, full_ids)]

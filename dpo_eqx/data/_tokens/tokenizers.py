@@ -1,0 +1,147 @@
+"""Tokenizers: the built-in `ByteTokenizer`, `transformers` tokenizers, and anything with `encode`.
+
+`tokenize.py` decides which texts are tokenised, and where a completion starts.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from ..._extras import require
+from .._fingerprint import digest
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """A tokenizer must have `encode`, which adds the tokenizer's usual special tokens.
+
+    It may also have `eos_token` and `eos_token_id`, `bos_token` and `bos_token_id`. Conversations
+    need `apply_chat_template(messages, *, tools, add_generation_prompt, ...)`, which returns ids.
+    """
+
+    def encode(self, text: str) -> Any:
+        """The ids of `text`: a list, or an object with `ids`."""
+        ...
+
+
+class ByteTokenizer:
+    """UTF-8 bytes as ids 0 to 255, `eos_token_id` 256, and `bos_token_id` 257 before each text.
+
+    For tests and small policies: it needs no file, and it can encode every text.
+    """
+
+    vocab_size = 258
+    eos_token_id = 256
+    bos_token_id = 257
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text`, after the BOS."""
+        return [self.bos_token_id, *text.encode()]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`, without EOS and BOS."""
+        return bytes(i for i in ids if i < 256).decode(errors="replace")
+
+    def __repr__(self):
+        return "ByteTokenizer()"
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """The tokenizer in a local folder or on the hub, loaded by `transformers.AutoTokenizer`.
+
+    Code that comes with the tokenizer is not run. The notice that PyTorch is missing is not
+    printed, since a tokenizer does not need PyTorch.
+
+    **Arguments:**
+
+    - `path`: a folder with the tokenizer's files, such as `tokenizer.json`, or a hub name
+        `owner/name`.
+
+    **Raises:**
+
+    `ImportError` that names the extra; `ValueError` if no tokenizer can be loaded from `path`.
+    """
+    with _no_notice():
+        transformers = require("transformers", extra="hf")
+    try:
+        return transformers.AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
+    except Exception as error:  # `transformers` raises many types of error
+        raise ValueError(f"`path` must hold a tokenizer; {path} does not load: {error}") from error
+
+
+@contextlib.contextmanager
+def _no_notice() -> Iterator[None]:
+    name = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def encode_all(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    """The ids of each text. A `transformers` tokenizer gets all texts at once, which is faster.
+
+    If a text begins with the BOS, and the tokenizer adds a BOS, only one of the two is kept.
+    """
+    if hasattr(tokenizer, "backend_tokenizer"):
+        # Not verbose: it would warn of lengths beyond the model's, which `truncate.py` handles.
+        encoded = tokenizer(list(texts), verbose=False)["input_ids"]  # pyright: ignore[reportCallIssue]: a tokenizer of `transformers`
+    else:
+        encoded = [tokenizer.encode(text) for text in texts]
+    bos = special_id(tokenizer, "bos")
+    return [_once(as_ids(ids), bos) for ids in encoded]
+
+
+def _once(ids: list[int], bos: int | None) -> list[int]:
+    return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
+
+
+def as_ids(encoded: Any) -> list[int]:
+    """The ids in a tokenizer's result: a list, an array, a mapping or an encoding.
+
+    **Raises:**
+
+    `ValueError` if it does not hold token ids.
+    """
+    if isinstance(encoded, Mapping):
+        encoded = encoded["input_ids"]
+    encoded = getattr(encoded, "ids", encoded)
+    ids = [getattr(i, "item", lambda i=i: i)() for i in encoded]
+    if not all(type(i) is int and i >= 0 for i in ids):
+        raise ValueError(f"`tokenizer.encode` must return token ids; got {ids[:5]}.")
+    return ids
+
+
+def special_id(tokenizer: Any, kind: str) -> int | None:
+    """The id of the `"bos"` or `"eos"`, under any of the names that tokenizers use for it."""
+    for name in (f"{kind}_token_id", f"{kind}_id", "eot_token" if kind == "eos" else ""):
+        value = getattr(tokenizer, name, None)
+        value = value() if callable(value) else value
+        if type(value) is int and value >= 0:
+            return value
+    return None
+
+
+def start_id_of(tokenizer: Any) -> int | None:
+    """The id that may replace an empty prompt: the BOS, else the EOS, else `None`."""
+    bos = special_id(tokenizer, "bos")
+    return special_id(tokenizer, "eos") if bos is None else bos
+
+
+def fingerprint_of(tokenizer: Any) -> str | None:
+    """A digest of all that decides the tokenizer's ids; `None` if it cannot be read."""
+    backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
+    if hasattr(backend, "to_str"):
+        template = getattr(tokenizer, "chat_template", None)
+        specials = getattr(tokenizer, "special_tokens_map", None)
+        return digest(backend.to_str(), template, {k: str(v) for k, v in (specials or {}).items()})
+    if tokenizer is None or type(tokenizer) is ByteTokenizer:  # a subclass may encode differently
+        return digest(repr(tokenizer))
+    return None

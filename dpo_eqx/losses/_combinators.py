@@ -1,0 +1,202 @@
+"""Losses made of losses: a weighted sum, averages over tokens, no reference, WPO's weights.
+
+Each takes and returns functions of the one form, a user's own included.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from .._arrays.log_probs import PairLogProbs, UnpairedLogProbs
+from .._arrays.loss_values import PairLoss, UnpairedLoss
+from ._divergences import reverse_kl
+from ._form import Scalar, lengths, log_ratios, require_reference
+from ._marks import derived, parts, takes
+from ._numerics import times, wide
+
+LogProbs = TypeVar("LogProbs", PairLogProbs, UnpairedLogProbs)
+Result = TypeVar("Result", PairLoss, UnpairedLoss)
+
+
+def combine(*terms: tuple[Scalar, Callable[..., Result]]) -> Callable[..., Result]:
+    r"""A weighted sum of losses, with the rewards of the first.
+
+    MPO and RPO, say: `combine((1, dpo), (alpha, sft))`. Bind hyper-parameters beforehand, by
+    `partial`. A keyword of the result goes to every term that takes it and has not bound it.
+
+    **Arguments:**
+
+    - `terms`: pairs of a weight and a loss. A weight is a number or a scalar.
+
+    **Returns:**
+
+    A loss.
+
+    **Raises:**
+
+    `ValueError` where a term is not such a pair, or where no term takes a keyword.
+    """
+    for term in terms or (None,):
+        if not isinstance(term, tuple) or len(term) != 2 or not callable(term[1]):
+            raise ValueError(
+                f"`combine` takes pairs of a weight and a loss, at least one, got {term!r}. Write "
+                "`combine((1, dpo), (0.5, sft))`."
+            )
+    losses = [loss for _, loss in terms]
+
+    def combined(policy: LogProbs, reference: LogProbs | None, **keywords) -> Result:
+        results = [
+            loss(policy, reference, **own)
+            for loss, own in zip(losses, _routed(losses, keywords), strict=True)
+        ]
+        total = sum(times(weight, r.loss) for (weight, _), r in zip(terms, results, strict=True))
+        return replace(results[0], loss=total)
+
+    return derived(combined, *losses)
+
+
+def length_normalized(loss: Callable[..., PairLoss]) -> Callable[..., PairLoss]:
+    r"""`loss` on scores averaged over tokens: $s(\rho)/\max(n, 1)$ in place of $s(\rho)$.
+
+    The division comes after the divergence, as in TRL. Rewards stay summed.
+
+    **Arguments:**
+
+    - `loss`: one with a keyword `divergence`: `dpo` (then it is Tulu 3's loss), `robust_dpo`,
+        `hinge`, `ipo` (then it is TRL's), `exo`, `discopop`, or a user's own. A divergence bound
+        by `partial` is respected.
+
+    **Returns:**
+
+    A loss of the same form.
+
+    **Raises:**
+
+    `ValueError` where `loss` takes no `divergence`; when called, where the lengths or the
+    reference are missing.
+
+    ??? cite
+
+        Lambert et al., *Tulu 3: Pushing Frontiers in Open Language Model Post-Training*, 2024
+        (arXiv 2411.15124).
+    """
+    parameter = inspect.signature(loss).parameters.get("divergence")
+    if parameter is None:
+        raise ValueError(
+            f"`length_normalized` takes a loss of the difference of scores, one with a keyword "
+            f"`divergence` (`dpo`, `robust_dpo`, `hinge`, `ipo`, `exo`, `discopop`), got "
+            f"`{_name(loss)}`. To combine losses, normalise each term."
+        )
+    bound = reverse_kl if parameter.default is parameter.empty else parameter.default
+    free = any(getattr(part, "reference_free", False) for part, _ in parts(loss))
+
+    @functools.wraps(loss)
+    def normalized(policy: PairLogProbs, reference: PairLogProbs | None, **keywords) -> PairLoss:
+        name = f"length_normalized({_name(loss)})"
+        if free:
+            reference = _uniform(policy)
+        reference = require_reference(reference, needed_by=name)
+        score = keywords.get("divergence", bound)
+        tokens = (jnp.maximum(n, 1) for n in lengths(policy, needed_by=name))
+        rhos = log_ratios(policy, reference, needed_by=name)
+        chosen, rejected = (score(rho) / n for rho, n in zip(rhos, tokens, strict=True))
+        averaged = replace(policy, chosen=chosen, rejected=rejected)
+        plain = loss(policy, reference, **keywords)
+        inner = loss(averaged, _uniform(reference), **{**keywords, "divergence": reverse_kl})
+        return replace(plain, loss=inner.loss)
+
+    return derived(normalized, loss)
+
+
+def reference_free(loss: Callable[..., Result]) -> Callable[..., Result]:
+    r"""`loss` against a reference of log-probability 0, so that its rewards are $\beta\log\pi$.
+
+    **Arguments:**
+
+    - `loss`: any loss, on pairs or on single completions.
+
+    **Returns:**
+
+    A loss of the same form that ignores its reference.
+    """
+
+    @functools.wraps(loss)
+    def free(policy: LogProbs, reference: LogProbs | None, **keywords) -> Result:
+        return loss(policy, _uniform(policy), **keywords)
+
+    free.reference_free = True  # pyright: ignore[reportAttributeAccessIssue]: read above
+    return derived(free, loss)
+
+
+def wpo(loss: Callable[..., PairLoss]) -> Callable[..., PairLoss]:
+    r"""Weighted Preference Optimisation: pairs that the policy itself would write count more.
+
+    The pair's loss times both completions' confidences $\exp(\mathrm{mean}_t[\log p_t -
+    \log\sum_v p_v^2])$, through which no gradient flows. As in TRL they are not clamped at 1, and
+    they do not enter the denominator of the mean.
+
+    **Arguments:**
+
+    - `loss`: any loss on pairs.
+
+    **Returns:**
+
+    A loss of the same form, for `score=partial(dpx.score_pairs, confidence=True)`.
+
+    **Raises:**
+
+    `ValueError`, when called, where the confidences are missing.
+
+    ??? cite
+
+        Zhou et al., *WPO: Enhancing RLHF with Weighted Preference Optimization*, 2024, equation 2
+        (arXiv 2406.11827).
+    """
+
+    @functools.wraps(loss)
+    def weighted(policy: PairLogProbs, reference: PairLogProbs | None, **keywords) -> PairLoss:
+        result = loss(policy, reference, **keywords)
+        return replace(result, loss=times(_confidence(policy), result.loss))
+
+    return derived(weighted, loss)
+
+
+def _confidence(policy: PairLogProbs) -> Float[Array, " pairs"]:
+    chosen, rejected = policy.chosen_confidence, policy.rejected_confidence
+    if chosen is None or rejected is None:
+        raise ValueError(
+            "`wpo` needs `policy.chosen_confidence` and `policy.rejected_confidence` and got none. "
+            "Ask the score for them: `score=partial(dpx.score_pairs, confidence=True)`."
+        )
+    return jax.lax.stop_gradient(wide(chosen) * wide(rejected))
+
+
+def _uniform(log_probs: LogProbs) -> LogProbs:
+    """The same with every log-probability 0."""
+    names = ("chosen", "rejected") if isinstance(log_probs, PairLogProbs) else ("completion", "kl")
+    values = {name: getattr(log_probs, name) for name in names}
+    zeros = {name: jnp.zeros_like(x) for name, x in values.items() if x is not None}
+    return replace(log_probs, **zeros)
+
+
+def _routed(losses: Sequence[Callable[..., Any]], keywords: dict[str, Any]) -> list[dict[str, Any]]:
+    """For each loss, those of `keywords` that it takes and has not bound."""
+    routed = [{k: v for k, v in keywords.items() if takes(loss, k)} for loss in losses]
+    for keyword in keywords:
+        if not any(keyword in own for own in routed):
+            raise ValueError(
+                f"`{keyword}` must be a keyword that a term of `combine` takes and has not bound "
+                f"by `partial`; the terms are {', '.join(f'`{_name(loss)}`' for loss in losses)}."
+            )
+    return routed
+
+
+def _name(loss: Callable[..., Any]) -> str:
+    function = next(parts(loss))[0]
+    return getattr(function, "__name__", repr(function))

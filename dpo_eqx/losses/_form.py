@@ -1,0 +1,93 @@
+"""The form that every loss has: its result, its hyper-parameters, and the mark of coupled pairs.
+
+The losses themselves are in the files beside this one, one algorithm a function.
+"""
+
+from typing import TYPE_CHECKING, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from .._arrays.log_probs import PairLogProbs, UnpairedLogProbs
+from .._jax.scalars import Number, PerPair
+from ._numerics import difference, wide
+
+# A hyper-parameter: a number, a traced scalar, or one value per pair.
+if TYPE_CHECKING:
+    # A NumPy array is welcome too, see `_jax/scalars.py`.
+    Scalar = float | Array
+else:
+    Scalar = Number | PerPair
+
+
+Reference = TypeVar("Reference")
+
+
+def log_ratios(
+    policy: PairLogProbs, reference: PairLogProbs | None, *, needed_by: str
+) -> tuple[Float[Array, " pairs"], Float[Array, " pairs"]]:
+    r"""The log-ratios $\rho = \log\pi - \log\pi^{ref}$ of the chosen and the rejected completions.
+
+    No gradient flows into `reference`; where it is missing, a `ValueError` says how to give one.
+    """
+    reference = require_reference(reference, needed_by=needed_by)
+    chosen = _difference(policy.chosen, reference.chosen)
+    return chosen, _difference(policy.rejected, reference.rejected)
+
+
+def log_ratio(
+    policy: UnpairedLogProbs, reference: UnpairedLogProbs | None, *, needed_by: str
+) -> Float[Array, " pairs"]:
+    r"""`log_ratios` of single completions."""
+    reference = require_reference(reference, needed_by=needed_by)
+    return _difference(policy.completion, reference.completion)
+
+
+def _difference(
+    policy: Float[Array | np.ndarray, " pairs"], reference: Float[Array | np.ndarray, " pairs"]
+) -> Float[Array, " pairs"]:
+    return difference(wide(policy), jax.lax.stop_gradient(wide(reference)))
+
+
+def require_reference(reference: Reference | None, *, needed_by: str) -> Reference:
+    """`reference`, or a `ValueError` that lists the ways to give one."""
+    if reference is None:
+        raise ValueError(
+            f"`{needed_by}` needs a reference and got none. Give one of: a policy as the argument "
+            "`reference` of the step; precomputed log-probabilities as `batch.reference`, from "
+            "`precompute_reference`; a view of the policy by `reference_of=`, such as "
+            "`models.without_lora`. Or do without one by `losses.reference_free(loss)`."
+        )
+    return reference
+
+
+def lengths(
+    policy: PairLogProbs, *, needed_by: str
+) -> tuple[Float[Array, " pairs"], Float[Array, " pairs"]]:
+    """The numbers of scored tokens, in the dtype of the losses.
+
+    Where they are missing, a `ValueError` says where they come from.
+    """
+    for name in ("chosen_length", "rejected_length"):
+        if getattr(policy, name) is None:
+            raise ValueError(
+                f"`{needed_by}` needs `policy.{name}`, the number of scored tokens, and got none. "
+                "`score_pairs` fills it in; to make log-probabilities by hand, pass "
+                f"`PairLogProbs(..., {name}=...)`."
+            )
+    dtype = wide(policy.chosen).dtype
+    chosen, rejected = jnp.asarray(policy.chosen_length), jnp.asarray(policy.rejected_length)
+    return chosen.astype(dtype), rejected.astype(dtype)
+
+
+def averages(
+    policy: PairLogProbs, *, needed_by: str
+) -> tuple[Float[Array, " pairs"], Float[Array, " pairs"]]:
+    """Log-probabilities per scored token; those of an empty completion are its sum, 0."""
+    chosen, rejected = lengths(policy, needed_by=needed_by)
+    return (
+        wide(policy.chosen) / jnp.maximum(chosen, 1),
+        wide(policy.rejected) / jnp.maximum(rejected, 1),
+    )

@@ -1,0 +1,81 @@
+"""Marks on losses: which couple pairs, and which losses a loss is made of.
+
+The step reads them; no arithmetic is here.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar, cast
+
+from .._jax.explicit_meshes import automatic
+
+# Bare, since typeguard cannot check a bound with parameters.
+Loss = TypeVar("Loss", bound=Callable)
+
+
+def couples_pairs(loss: Loss) -> Loss:
+    """Marks a loss whose value for one pair depends on the other pairs: a sort, a batch mean.
+
+    `make_grad` then hands it the log-probabilities of the whole global batch, over microbatches
+    and devices. The price: the forward pass of the policy is run twice where microbatches split
+    the batch. The loss must use `policy.weight` in its statistics, so that rows of weight 0 have
+    no influence.
+
+    ```python
+    @losses.couples_pairs
+    def centred_dpo(policy, reference, *, beta=0.1): ...
+    ```
+
+    **Arguments:**
+
+    - `loss`: any callable of the form of a loss; it is not changed.
+
+    **Returns:**
+
+    The same loss, marked.
+    """
+
+    on_any_mesh = automatic(loss)
+
+    @functools.wraps(loss)
+    def coupled(*args: Any, **keywords: Any) -> Any:
+        return on_any_mesh(*args, **keywords)
+
+    coupled.couples_pairs = True  # pyright: ignore[reportAttributeAccessIssue]: it is the mark
+    return cast("Loss", derived(coupled, loss))
+
+
+def is_coupled(loss: Callable[..., Any]) -> bool:
+    """Whether `loss`, or any loss that it is made of, is marked by `couples_pairs`."""
+    return any(getattr(part, "couples_pairs", False) for part, _ in parts(loss))
+
+
+def derived(loss: Loss, *inner: Callable[..., Any]) -> Loss:
+    """Says that the combinator's result `loss` calls `inner`, so that their marks are seen."""
+    loss.inner = inner  # pyright: ignore[reportFunctionMemberAccess]: read by `parts`
+    return loss
+
+
+def parts(loss: Callable[..., Any]) -> Iterator[tuple[Callable[..., Any], dict[str, Any]]]:
+    """Every function that `loss` is made of, through `partial` and our combinators.
+
+    Each comes with the keywords that `partial` has bound to it.
+    """
+    bound: dict[str, Any] = {}
+    while isinstance(loss, functools.partial):
+        bound = {**loss.keywords, **bound}
+        loss = loss.func
+    yield loss, bound
+    for inner in getattr(loss, "inner", ()):
+        yield from parts(inner)
+
+
+def takes(loss: Callable[..., Any], keyword: str) -> bool:
+    """Whether `loss`, or any loss that it is made of, takes `keyword` and has not bound it."""
+    if isinstance(loss, functools.partial):
+        return keyword not in loss.keywords and takes(loss.func, keyword)
+    parameters = inspect.signature(loss).parameters.values()
+    shown = any(p.kind is p.VAR_KEYWORD or p.name == keyword for p in parameters)
+    inner = getattr(loss, "inner", ())
+    return shown and (not inner or any(takes(part, keyword) for part in inner))

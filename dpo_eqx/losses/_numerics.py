@@ -1,0 +1,133 @@
+"""Functions of arrays that hold at the edges: no overflow, no `0 * inf`, and the mean.
+
+Nothing here knows what a loss is.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Shaped
+
+from .._jax.dtypes import at_least_float32
+
+
+def wide(x: Shaped[Array | np.ndarray, "*shape"]) -> Float[Array, "*shape"]:
+    """`x` as a JAX array in float32 or wider: in float16, `exp(12)` is infinite."""
+    x = jnp.asarray(x)
+    return x.astype(at_least_float32(x.dtype))
+
+
+def difference(x: Float[Array, "*shape"], y: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """`x - y`; if both are finite, so is the result.
+
+    Past the largest number of the dtype the value is that number, and the slopes stay 1 and -1.
+    """
+    plain = x - y
+    overflow = jnp.isinf(plain) & jnp.isfinite(x) & jnp.isfinite(y)
+    slopes = (x - jax.lax.stop_gradient(x)) - (y - jax.lax.stop_gradient(y))
+    return jnp.where(overflow, finite(jax.lax.stop_gradient(plain)) + slopes, plain)
+
+
+def finite(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """`x` with infinities replaced by the largest numbers of the dtype, at a slope of 0."""
+    limits = jnp.finfo(x.dtype)
+    return jnp.clip(x, float(limits.min), float(limits.max))
+
+
+def times(coefficient: ArrayLike, x: Float[Array, "*shape"]) -> Float[Array, "..."]:
+    """`coefficient * x`, where a coefficient of 0 removes an infinity too.
+
+    The product with a finite `x` is finite: the largest number, if it would overflow. The slope
+    with respect to `x` stays the coefficient.
+    """
+    coefficient = jnp.asarray(coefficient)
+    product = coefficient * jnp.where((coefficient == 0) & jnp.isinf(x), 0, x)
+    overflow = jnp.isinf(product) & jnp.isfinite(x)
+    held = jnp.where(overflow, x, 0)
+    slope = coefficient * (held - jax.lax.stop_gradient(held))
+    return jnp.where(overflow, finite(jax.lax.stop_gradient(product)) + slope, product)
+
+
+def exponent_limit(dtype: jnp.dtype) -> float:
+    """The exponent past which our exponentials go on linearly: finite, and so is the square."""
+    return 300.0 if jnp.finfo(dtype).bits >= 64 else 40.0
+
+
+def exponential(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    r"""$e^x$, going on as its tangent past `exponent_limit`.
+
+    Clamping the exponent instead would leave a gradient of zero where a loss is worst.
+    """
+    x = wide(x)
+    limit = exponent_limit(x.dtype)
+    return jnp.exp(jnp.minimum(x, limit)) + _tangent(x - limit, slope=float(np.exp(limit)))
+
+
+def exponential_minus_1(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """`exponential(x) - 1`, precise where `x` is small."""
+    x = wide(x)
+    limit = exponent_limit(x.dtype)
+    return jnp.expm1(jnp.minimum(x, limit)) + _tangent(x - limit, slope=float(np.exp(limit)))
+
+
+def square_limit(dtype: jnp.dtype) -> float:
+    """A number far past every log-ratio, whose square is still far from an overflow."""
+    return 1e150 if jnp.finfo(dtype).bits >= 64 else 1e15
+
+
+def square(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    r"""$x^2$, going on as its tangent past `square_limit`.
+
+    No log-ratio is that large, but the score of an exponential divergence can be: $-10^{21}$ for
+    `forward_kl` of a log-ratio of $-10^4$ in float32, where the square would overflow.
+    """
+    limit = square_limit(x.dtype)
+    near = jnp.clip(x, -limit, limit)
+    return near * near + _tangent(jnp.abs(x) - limit, slope=2 * limit)
+
+
+def log_1_minus_exp(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    r"""$\log(1 - e^x)$ of a negative `x`.
+
+    Not `jax.nn.log1mexp`, whose second derivative is NaN from about 100 on.
+    """
+    # Each form is given a harmless number where the other is taken.
+    near = x > -0.7
+    by_expm1 = jnp.log(-jnp.expm1(jnp.where(near, x, -1)))
+    by_log1p = jnp.log1p(-jnp.exp(jnp.where(near, -1, x)))
+    return jnp.where(near, by_expm1, by_log1p)
+
+
+def _tangent(excess: Float[Array, "*shape"], *, slope: float) -> Float[Array, "*shape"]:
+    """`slope * max(excess, 0)` up to a thousandth of the dtype's largest number, then flatter.
+
+    So it is finite if `excess` is, infinite if `excess` is, and never flat.
+    """
+    steep = float(jnp.finfo(excess.dtype).max) / 1024 / slope
+    return slope * jnp.clip(excess, 0, steep) + jnp.maximum(excess - steep, 0) / 1024
+
+
+def present(
+    values: Float[Array | np.ndarray, "*shape"], weight: Float[Array, "..."]
+) -> Float[Array, "*shape"]:
+    """`values`, with 0 for a NaN or an infinity of weight 0, since `0 * nan` is NaN.
+
+    Finite values stay: the derivative of `weight * value` with respect to a weight of 0 is the
+    value.
+    """
+    return jnp.where((weight != 0) | jnp.isfinite(values), values, 0)
+
+
+def weighted_mean(
+    values: Float[Array, " pairs"], weight: Float[Array | np.ndarray, " pairs"] | None
+) -> Float[Array, ""]:
+    """The mean with weights; a row of weight 0 has no part in it, whatever it holds.
+
+    0 where all weights are 0.
+    """
+    if weight is None:
+        return values.mean()
+    weight = jnp.asarray(weight).astype(values.dtype)
+    total = weight.sum()
+    return (weight * present(values, weight)).sum() / jnp.where(total > 0, total, 1)

@@ -1,0 +1,102 @@
+"""The shift `delta` of BCO: a running mean that the caller carries, or the batch's own mean."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from .._arrays.log_probs import PairLogProbs, UnpairedLogProbs
+from .._arrays.loss_values import PairLoss, UnpairedLoss
+from ._form import Scalar
+from ._marks import couples_pairs, derived, takes
+from ._numerics import weighted_mean
+
+LogProbs = TypeVar("LogProbs", PairLogProbs, UnpairedLogProbs)
+Result = TypeVar("Result", PairLoss, UnpairedLoss)
+
+
+def update_delta(
+    delta: Scalar, batch_delta: Scalar, *, count: int | Int[Array, ""]
+) -> Float[Array, ""]:
+    r"""The running shift of `bco` and `bco_pair` after a batch: the mean over batches so far.
+
+    $\delta + (\delta_b - \delta) / k$. It is a value that the loop carries, like the optimiser's
+    state; pass it as an array, so that no step recompiles:
+
+    ```python
+    grad = dpx.make_grad(partial(losses.bco_pair, delta=delta))
+    gradients, metrics = grad(policy, batch, reference)
+    middle = (metrics["rewards/chosen"] + metrics["rewards/rejected"]) / 2
+    delta = losses.update_delta(delta, middle, count=step + 1)
+    ```
+
+    **Arguments:**
+
+    - `delta`: the mean of the batches before, a reward; anything at the first.
+    - `batch_delta`: this batch's, halfway between the mean chosen and the mean rejected reward.
+    - `count`: $k$, the number of batches so far, this one included. Inside `jit` an array, which
+        recompiles nothing.
+
+    **Returns:**
+
+    The mean of `count` batches, a scalar.
+
+    ??? cite
+
+        Jung et al., *Binary Classifier Optimization for Large Language Model Alignment*, 2024
+        (arXiv 2404.04656).
+    """
+    step = jnp.asarray(batch_delta) - delta
+    return delta + step / jnp.asarray(count).astype(step.dtype)
+
+
+def batch_delta(loss: Callable[..., Result]) -> Callable[..., Result]:
+    r"""`loss` with the batch's own shift in place of its argument `delta`.
+
+    $\delta$ is halfway between the mean chosen (desirable) and the mean rejected (undesirable)
+    reward, with the weights of the global batch, and no gradient flows through it. Couples pairs.
+
+    **Arguments:**
+
+    - `loss`: `losses.bco`, `losses.bco_pair`, or a function of that form with a keyword `delta`.
+
+    **Returns:**
+
+    A loss of the same form without the keyword `delta`.
+
+    **Raises:**
+
+    `ValueError` where `loss` takes no `delta`, or has it bound.
+    """
+    signature = inspect.signature(loss)
+    if not takes(loss, "delta"):
+        raise ValueError(
+            "`batch_delta` takes a loss with a keyword `delta` that is not bound yet, such as "
+            f"`losses.bco` or `losses.bco_pair`, got one with the arguments {signature}."
+        )
+
+    @functools.wraps(loss)
+    def shifted(policy: LogProbs, reference: LogProbs | None, **keywords) -> Result:
+        rewards = loss(policy, reference, delta=0.0, **keywords)
+        return loss(policy, reference, delta=_middle(rewards, policy), **keywords)
+
+    others = [p for p in signature.parameters.values() if p.name != "delta"]
+    # `wraps` would have `combine` believe that it takes a `delta` still.
+    shifted.__signature__ = signature.replace(parameters=others)  # pyright: ignore[reportAttributeAccessIssue]: read by `inspect`
+    return couples_pairs(derived(shifted, loss))
+
+
+def _middle(result: PairLoss | UnpairedLoss, policy: Any) -> Float[Array, ""]:
+    """Halfway between the mean rewards of good and bad; where one is missing, the other's."""
+    if isinstance(result, PairLoss):
+        middle = weighted_mean((result.chosen_reward + result.rejected_reward) / 2, policy.weight)
+        return jax.lax.stop_gradient(middle)
+    weight = jnp.ones_like(result.reward) if policy.weight is None else jnp.asarray(policy.weight)
+    sides = [jnp.where(policy.label == good, weight, 0) for good in (True, False)]
+    means = jnp.stack([weighted_mean(result.reward, side) for side in sides])
+    present = jnp.stack([side.sum() > 0 for side in sides])
+    return jax.lax.stop_gradient(weighted_mean(means, present.astype(means.dtype)))

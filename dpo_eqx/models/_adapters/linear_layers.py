@@ -1,0 +1,86 @@
+"""Linear layers found in any Equinox module by their paths, to be replaced.
+
+What replaces them, adapters or quantised layers, is not known here.
+"""
+
+import re
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import equinox as eqx
+import jax
+from jaxtyping import PyTree
+
+from ..._jax.paths import leaf_name
+from .._decoder.basic_layers import Linear
+
+Policy = TypeVar("Policy")
+
+
+def is_plain_linear(node: Any) -> bool:
+    """Whether `node` is a linear layer that has a matrix as weight."""
+    if isinstance(node, eqx.nn.Linear) and "scalar" in (node.in_features, node.out_features):
+        return False
+    return isinstance(node, eqx.nn.Linear | Linear) and node.weight is not None
+
+
+def linear_paths(policy: PyTree, target: str | None, is_linear: Callable[[Any], bool]) -> set[str]:
+    """The paths of the linear layers whose weight's path `target` is found in.
+
+    **Arguments:**
+
+    - `target`: a regular expression; `None` is every linear layer but the unembedding.
+    - `is_linear`: which nodes are linear layers.
+
+    **Raises:**
+
+    `ValueError` where there are none, listing those that could be.
+    """
+    nodes = jax.tree_util.tree_leaves_with_path(policy, is_leaf=is_linear)
+    layers = {leaf_name(path): node for path, node in nodes if is_linear(node)}
+    if target is None:
+        unembedding = _unembedding(policy)
+        chosen = {name for name, node in layers.items() if node is not unembedding}
+    else:
+        chosen = {name for name in layers if re.search(target, _weight_of(name))}
+    if not chosen:
+        candidates = ", ".join(map(_weight_of, sorted(layers))) or "none"
+        said = "the default, all but the unembedding," if target is None else repr(target)
+        raise ValueError(
+            f"`target` must match the path of a linear layer's weight; {said} matches none. "
+            f"There are: {candidates}."
+        )
+    return chosen
+
+
+def replace_at(
+    policy: Policy,
+    paths: set[str],
+    is_linear: Callable[[Any], bool],
+    function: Callable[[str, Any], Any],
+) -> Policy:
+    """The policy with `function(path, layer)` in the place of each layer at `paths`."""
+
+    def replace(keys, node):
+        path = leaf_name(keys)
+        return function(path, node) if is_linear(node) and path in paths else node
+
+    return jax.tree_util.tree_map_with_path(replace, policy, is_leaf=is_linear)
+
+
+def _unembedding(policy: PyTree) -> Any:
+    """The layer that holds the unembedding of a policy that offers one, if a layer does."""
+    weight = getattr(policy, "unembedding", None)
+    return next(
+        (
+            node
+            for node in jax.tree.leaves(policy, is_leaf=is_plain_linear)
+            if is_plain_linear(node) and node.weight is weight
+        ),
+        None,
+    )
+
+
+def _weight_of(name: str) -> str:
+    # A policy that is itself one linear layer has an empty path.
+    return f"{name}.weight" if name else "weight"

@@ -1,0 +1,92 @@
+"""What must hold before the first tensor of a checkpoint is read.
+
+All problems are found at once, and named with what was expected and what was found.
+"""
+
+import dataclasses
+import json
+import re
+import warnings
+
+import numpy as np
+
+from .._decoder.companion_files import Origin
+from .._decoder.config import Config
+from .families import FAMILIES
+from .folder import CONFIG, DTYPES, Weights
+from .tensor_sources import LeafSource
+
+# Constants that older checkpoints hold beside their parameters.
+_CONSTANTS = re.compile(r"rotary_emb\.inv_freq$|(^|\.)h\.\d+\.attn\.(bias|masked_bias)$")
+
+
+def check_tensors(weights: Weights, sources: dict[str, LeafSource], tied: bool) -> None:
+    """Raises where tensors are missing, extra, of another shape or of a dtype we cannot read."""
+    expected = {
+        name: source.source.stored_shape(source.shape)
+        for source in sources.values()
+        for name in source.tensors
+    }
+    found = weights.shapes
+    extra = {name for name in found.keys() - expected.keys() if not _CONSTANTS.search(name)}
+    if tied:
+        # `with_tying_of` has seen that it is the embedding once more.
+        extra.discard("lm_head.weight")
+    problems = [
+        f"missing: {name}, of shape {expected[name]}" for name in expected.keys() - found.keys()
+    ]
+    problems += [f"extra: {name}, of shape {found[name]}" for name in extra]
+    for name in expected.keys() & found.keys():
+        if found[name] != expected[name]:
+            problems.append(f"mis-shaped: {name} should be {expected[name]}, is {found[name]}")
+        if weights.dtypes[name] not in DTYPES:
+            problems.append(f"{name} is of dtype {weights.dtypes[name]}, not of {list(DTYPES)}")
+    if problems:
+        raise ValueError(
+            f"The tensors in {weights.folder} are not those that its {CONFIG} asks for. "
+            + shorten(sorted(problems))
+        )
+
+
+def with_tying_of(weights: Weights, config: Config) -> Config:
+    """The configuration, not tied if embedding and unembedding are both there and differ.
+
+    `transformers` does the same, with a warning too.
+    """
+    names = FAMILIES[config.family].names
+    unembedding, embedding = (names[name].tensor(0, "weight") for name in ("head", "embedding"))
+    if embedding not in weights.shapes:
+        embedding = embedding.split(".", 1)[1]
+    if not config.tied or not {unembedding, embedding} <= weights.shapes.keys():
+        return config
+    if np.array_equal(weights.read(unembedding), weights.read(embedding)):
+        return config
+    warnings.warn(
+        f"`tie_word_embeddings` is true in {weights.folder / CONFIG}, but {unembedding} differs "
+        f"from {embedding}. Both are used, as in `transformers`; set it to false there to say so.",
+        stacklevel=3,
+    )
+    return dataclasses.replace(config, tied=False)
+
+
+def check_tokenizer(origin: Origin, vocab: int) -> None:
+    """Raises where the tokenizer has ids that the vocabulary has not."""
+    if "tokenizer.json" not in origin.files:
+        return
+    tokenizer = json.loads(origin.files["tokenizer.json"])
+    tokens = {token["content"]: token["id"] for token in tokenizer.get("added_tokens") or []}
+    table = tokenizer.get("model", {}).get("vocab")
+    # A unigram model lists its tokens in the order of their ids.
+    tokens |= table if isinstance(table, dict) else {row[0]: i for i, row in enumerate(table or [])}
+    largest = max(tokens, key=lambda token: tokens[token], default=None)
+    if largest is not None and tokens[largest] >= vocab:
+        raise ValueError(
+            f"`vocab_size` must be above every id of the tokenizer; it is {vocab}, and "
+            f"{largest!r} has the id {tokens[largest]}. Resize the embedding, or remove the token."
+        )
+
+
+def shorten(problems: list[str], limit: int = 12) -> str:
+    """The first of many problems, and how many more there are."""
+    more = f"; and {len(problems) - limit} more" if len(problems) > limit else ""
+    return "; ".join(problems[:limit]) + more + "."

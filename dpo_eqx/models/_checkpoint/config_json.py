@@ -1,0 +1,114 @@
+"""A `config.json` read into a `Config`, and a `Config` written as one, by the families' tables.
+
+Neither touches a file: the one takes, the other returns the parsed contents.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from .._decoder.basic_layers import ACTIVATIONS
+from .._decoder.config import Config
+from .config_keys import check_unread
+from .config_values import KINDS, check_kinds
+from .families import FAMILIES, Family
+
+
+def family_of(values: Mapping[str, Any]) -> Family:
+    """The family of a configuration, by its `model_type`.
+
+    **Raises:**
+
+    `ValueError` that lists the known ones where it is another.
+    """
+    name = values.get("model_type")
+    if name not in FAMILIES:
+        raise ValueError(f"`model_type` must be one of {sorted(FAMILIES)}; got {name!r}.")
+    return FAMILIES[name]
+
+
+def read_config(values: Mapping[str, Any]) -> Config:
+    """The configuration that the contents of a `config.json` stand for.
+
+    Keys that are missing get the defaults of `transformers`.
+
+    ```python
+    config = models.read_config({"model_type": "qwen3", "hidden_size": 1024, ...})
+    ```
+
+    **Arguments:**
+
+    - `values`: the parsed `config.json`, in the older or the newer way of writing it.
+
+    **Raises:**
+
+    `ValueError` on an unknown family (listing the known ones), on a value that is not of its key's
+    kind, on anything not built, and on keys that the family does not read and that may change the
+    logits. Keys that cannot, of training, generation or labels, are passed over.
+    """
+    family = family_of(values)
+    if values.get("quantization_config"):
+        raise ValueError(
+            "`quantization_config`: checkpoints that are stored quantised are not built. Save "
+            "one with its weights in float32, float16 or bfloat16."
+        )
+    read = family.reads()
+    check_kinds({key: values[key] for key in sorted(values.keys() & read)}, KINDS, "config.json")
+    # Where both names are there, `transformers` sets the alias last.
+    aliases = {key: values[a] for a, key in family.aliases().items() if a in values}
+    settings = {**family.defaults, **values, **aliases}
+    fields = {field: settings[key] for key, field in family.keys.items()}
+    if fields["activation"] not in ACTIVATIONS:
+        raise ValueError(
+            f"The activation must be one of {sorted(ACTIVATIONS)}; got {fields['activation']!r}."
+        )
+    fields = {**fields, **family.fixed, **family.read(settings), "family": values["model_type"]}
+    try:
+        config = Config(**{name: _plain(name, value) for name, value in fields.items()})
+    except ValueError as error:
+        raise ValueError(_in_keys(str(error), family)) from None
+    check_unread(values, read, config)
+    return config
+
+
+def write_config(config: Config) -> dict[str, Any]:
+    """The contents of a `config.json` that `read_config` and `transformers` read as `config`.
+
+    **Raises:**
+
+    `ValueError` where the family has no way to say what `config` says.
+    """
+    family = FAMILIES[config.family]
+    values = {
+        "model_type": config.family,
+        "architectures": [family.architecture],
+        **{key: getattr(config, field) for key, field in family.keys.items()},
+        **family.write(config),
+    }
+    again = dataclasses.replace(read_config(values), remat=config.remat, fused=config.fused)
+    lost = [
+        f"`{field.name}` ({getattr(config, field.name)!r})"
+        for field in dataclasses.fields(config)
+        if getattr(again, field.name) != getattr(config, field.name)
+    ]
+    if lost:
+        raise ValueError(f"Checkpoints of {config.family!r} cannot say {', '.join(lost)}.")
+    return values
+
+
+def _in_keys(message: str, family: Family) -> str:
+    """An error about fields of `Config`, in the names of the keys that they were read from."""
+    for key, field in family.keys.items():
+        message = message.replace(f"`{field}`", f"`{key}`")
+    return message
+
+
+_FIELDS = {field.name: field for field in dataclasses.fields(Config)}
+
+
+def _plain(name: str, value: Any) -> Any:
+    """A JSON value as the field wants it: null for its default, whole numbers as floats."""
+    default = _FIELDS[name].default
+    if value is None and _FIELDS[name].type in (int, float):
+        return default
+    return float(value) if isinstance(default, float) and isinstance(value, int) else value

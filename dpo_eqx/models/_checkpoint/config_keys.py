@@ -1,0 +1,139 @@
+"""The keys of a `config.json` that a family does not read: which may be ignored, which may not.
+
+Keys that a family does read are in `families.py`; what values they may have, in `config_values.py`.
+"""
+
+import re
+from collections.abc import Mapping, Set
+from typing import Any
+
+from .._decoder.config import Config
+from .config_values import shown
+
+# They say how a model was trained or is run, what its tokens and labels are called, or how to
+# generate with it.
+_HARMLESS = frozenset(
+    [
+        # All of `transformers`.
+        *("architectures", "dtype", "torch_dtype", "name_or_path", "use_cache", "return_dict"),
+        *("use_return_dict", "torchscript", "gradient_checkpointing", "chunk_size_feed_forward"),
+        *("id2label", "label2id", "num_labels", "problem_type", "finetuning_task", "prefix"),
+        *(
+            "task_specific_params",
+            "tokenizer_class",
+            "is_decoder",
+            "use_bfloat16",
+            "tf_legacy_loss",
+        ),
+        *("attn_implementation", "experts_implementation", "pretraining_tp", "init_std"),
+        *("fp16", "bf16", "fp32", "use_flash_attn", "use_liger_kernel", "transformers.js_config"),
+        # Generation.
+        *("max_length", "min_length", "do_sample", "early_stopping", "num_beams", "temperature"),
+        *("top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty", "bad_words_ids"),
+        *("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "num_return_sequences"),
+        *("return_dict_in_generate", "remove_invalid_values", "exponential_decay_length_penalty"),
+        *("suppress_tokens", "begin_suppress_tokens", "epsilon_cutoff", "eta_cutoff"),
+        *("encoder_repetition_penalty", "num_assistant_tokens", "num_assistant_tokens_schedule"),
+        *("assistant_confidence_threshold", "assistant_lookbehind", "target_lookbehind"),
+        *("num_beam_groups", "diversity_penalty", "max_new_tokens", "cache_implementation"),
+        # Lengths that the tokenizer or the training went by.
+        *("model_max_length", "max_sequence_length", "max_seq_len", "seq_length", "n_ctx"),
+        # Old GPT-2; its `reorder_and_upcast_attn` is how the scores are computed, not which.
+        *("n_special", "predict_special_tokens", "reorder_and_upcast_attn"),
+        # Notes of programs that wrote the file.
+        *("unsloth_fixed", "is_llama_config"),
+    ]
+)
+_HARMLESS_NAMES = re.compile(
+    r"^_|^(summary|output|initializer)_|dropout|pdrop|layerdrop|_tokens?_ids?$|_version$"
+    r"|^(bos|eos|pad|unk|sep|cls|mask)_token$"
+)
+
+# Values by which a key asks for nothing. Of all other keys they are null, false and what is empty.
+_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    # Null is false to `transformers`.
+    "is_causal": (True,),
+    "scale_attn_weights": (True,),
+    **dict.fromkeys(
+        ["logit_scale", "logits_scaling", "residual_multiplier", "embedding_multiplier"], (None, 1)
+    ),
+    **dict.fromkeys(["partial_rotary_factor", "rotary_pct", "rope_ratio"], (None, 1)),
+    **dict.fromkeys(
+        ["num_experts", "num_local_experts", "n_routed_experts", "n_shared_experts"], (None, 0)
+    ),
+}
+
+# Keys of other families, which say nothing new if they agree with this field of the configuration.
+_SAME = {
+    **dict.fromkeys(["hidden_act", "hidden_activation", "activation_function"], "activation"),
+    **dict.fromkeys(["hidden_size", "n_embd", "d_model"], "width"),
+    **dict.fromkeys(["num_hidden_layers", "n_layer", "n_layers", "num_layers"], "layers"),
+    **dict.fromkeys(["num_attention_heads", "n_head", "n_heads", "num_heads"], "heads"),
+    **dict.fromkeys(["num_key_value_heads", "num_kv_heads"], "key_heads"),
+    **dict.fromkeys(["intermediate_size", "n_inner", "ffn_dim"], "feed_forward"),
+    **dict.fromkeys(["max_position_embeddings", "n_positions"], "max_length"),
+    **dict.fromkeys(["rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon"], "norm_eps"),
+    **dict.fromkeys(["head_dim", "kv_channels"], "head_width"),
+    "attention_bias": "query_bias",
+    "mlp_bias": "feed_forward_bias",
+    "attention_multiplier": "attention_scale",
+    "attn_logit_softcapping": "attention_softcap",
+    "final_logit_softcapping": "softcap",
+}
+
+
+def check_unread(values: Mapping[str, Any], read: Set[str], config: Config) -> None:
+    """Raises if keys that are not read may change the logits, and names them.
+
+    **Arguments:**
+
+    - `values`: the parsed `config.json`.
+    - `read`: the keys that the family reads.
+    - `config`: what they were read as.
+    """
+    _check_code(values)
+    unread = {
+        key: value
+        for key, value in values.items()
+        if key not in read and key != "auto_map" and not _is_idle(key, value, values, config)
+    }
+    if unread:
+        said = ", ".join(f"`{key}` ({shown(unread[key])})" for key in sorted(unread))
+        raise ValueError(
+            f"The family {config.family!r} does not read these keys of config.json, which may "
+            f"change what the model computes: {said}. If it computes the same without them, take "
+            "them out of config.json; else it cannot be loaded here."
+        )
+
+
+def _is_idle(key: str, value: Any, values: Mapping[str, Any], config: Config) -> bool:
+    """Whether a key that is not read changes no logits."""
+    if key in _HARMLESS or _HARMLESS_NAMES.search(key):
+        return True
+    if key in _NEUTRAL:
+        return any(value is neutral or _equal(value, neutral) for neutral in _NEUTRAL[key])
+    if value is None or value is False or value in ("", [], {}):
+        return True
+    if key in _SAME:
+        return _equal(value, getattr(config, _SAME[key]))
+    if key in ("sliding_window", "max_window_layers"):
+        # Without windows this is what they would be if they were used.
+        return not values.get("use_sliding_window", key == "sliding_window")
+    return key == "layer_types" and all(kind == "full_attention" for kind in value)
+
+
+def _equal(value: Any, other: Any) -> bool:
+    # 1 == True in Python, and not in a file.
+    return isinstance(value, bool) == isinstance(other, bool) and value == other
+
+
+def _check_code(values: Mapping[str, Any]) -> None:
+    """Raises if the checkpoint brings a model of its own, as code."""
+    code = values.get("auto_map")
+    models = [key for key in code if key.startswith("AutoModel")] if isinstance(code, dict) else []
+    if models:
+        raise ValueError(
+            f"`auto_map` in config.json names code of the checkpoint's own for {', '.join(models)} "
+            f"({shown(code)}), which is never run here. If the model is that of "
+            f"`transformers` for {values.get('model_type')!r}, take `auto_map` out of config.json."
+        )

@@ -1,0 +1,142 @@
+"""A Hugging Face checkpoint read into a `Transformer`, each tensor straight to its place.
+
+Everything is checked before the first tensor is read, so that nothing is ever half loaded.
+"""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax
+
+from ..._jax.paths import leaf_name
+from .._adapters.formats import FORMATS, Int8Weight, NF4Weight
+from .._adapters.linear_layers import is_plain_linear, linear_paths, replace_at
+from .._adapters.quantize import Quantized, check_format
+from .._decoder.config import Config
+from .._decoder.transformer import Transformer
+from .checks import check_tensors, check_tokenizer, with_tying_of
+from .config_json import read_config
+from .fill_shards import fill, fill_encoded, leaf_dtype
+from .folder import CONFIG, Weights, read_origin, resolve
+from .tensor_sources import LeafSource, sources_in
+
+Sharding = jax.sharding.Sharding
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    dtype: Any = None,
+    sharding: Sharding | Callable[[str, jax.ShapeDtypeStruct], Sharding] | None = None,
+    quantize: str | None = None,
+    remat: bool = False,
+    fused: bool = True,
+) -> Transformer:
+    """Reads a Hugging Face checkpoint: llama, mistral, qwen2, qwen3, gpt2, phi or gemma2.
+
+    ```python
+    policy = models.load("Qwen/Qwen3-0.6B", dtype=jnp.bfloat16)
+    ```
+
+    Tensors are read one at a time: peak memory is one copy of the weights, or of what they are
+    quantised to, and one tensor. The tokenizer's files are kept beside the policy, and
+    `models.save` writes them again.
+
+    **Arguments:**
+
+    - `path`: a folder with `config.json` and safetensors, in one file or several with an index; or
+        a name on the Hugging Face hub.
+    - `dtype`: of all parameters; by default each keeps that of the file, mostly bfloat16. To train
+        bfloat16 parameters, load them in float32 and give the step `compute_dtype=jnp.bfloat16`,
+        or wrap the optimiser in `dpx.master_weights`: small updates are rounded away otherwise.
+    - `sharding`: where the parameters go: one sharding for all, or a function of a leaf's path
+        (`"layers.attention.query.weight"`) and of its shape and dtype, such as
+        `lambda path, leaf: NamedSharding(mesh, spec)`. Each device reads its own part only, but of
+        what is quantised, `"layers.attention.query.stored.codes"` and `".stored.scales"`, the
+        whole of one layer.
+    - `quantize`: `"int8"` or `"nf4"`, as `models.quantize` does it, of every linear layer but the
+        unembedding.
+    - `remat`: whether each layer is recomputed in the backward pass rather than stored.
+    - `fused`: whether attention in half precision goes through cuDNN's kernel on a GPU that has it.
+
+    **Returns:**
+
+    The policy.
+
+    **Raises:**
+
+    `ValueError` on an unknown family or format, a missing, extra or mis-shaped tensor, a truncated
+    file, a pickle, a vocabulary smaller than the tokenizer's, a configuration that is not built or
+    has values of the wrong kind, or keys that are not read here and may change the logits.
+    `FileNotFoundError` where there is no checkpoint.
+    """
+    if quantize is not None:
+        check_format("quantize", quantize)
+    folder = resolve(path)
+    origin = read_origin(folder)
+    config = _read_config(origin.config, folder)
+    config = dataclasses.replace(config, remat=remat, fused=fused)
+    check_tokenizer(origin, config.vocab)
+    weights = Weights(folder)
+    config = with_tying_of(weights, config)
+    make = functools.partial(Transformer, config, origin=origin)
+    skeleton = eqx.filter_eval_shape(make, key=jax.random.key(0))
+    sources = sources_in(weights, skeleton)
+    check_tensors(weights, sources, config.tied)
+
+    quantised = set() if quantize is None else linear_paths(skeleton, r"^layers\.", is_plain_linear)
+
+    def read(path, leaf):
+        name = leaf_name(path)
+        source = sources[name]
+        kind = leaf_dtype(dtype, [weights.dtypes[tensor] for tensor in source.tensors])
+        leaf = jax.ShapeDtypeStruct(leaf.shape, kind)
+        if quantize is not None and name.removesuffix(".weight") in quantised:
+            layer = name.removesuffix("weight")
+            return _read_encoded(leaf, sharding, layer, source, weights, FORMATS[quantize])
+        place = _place(sharding, name, leaf)
+        return fill(leaf, place, source.stacked, functools.partial(source.read, weights))
+
+    policy = jax.tree_util.tree_map_with_path(read, skeleton)
+    return replace_at(policy, quantised, is_plain_linear, lambda _, layer: Quantized.of(layer))
+
+
+def _read_config(values: Mapping[str, Any], folder: Path) -> Config:
+    """The configuration of a folder, which errors name."""
+    try:
+        return read_config(values)
+    except ValueError as error:
+        raise ValueError(f"{folder / CONFIG} cannot be read. {error}") from None
+
+
+def _read_encoded(
+    leaf: jax.ShapeDtypeStruct,
+    sharding: Any,
+    layer: str,
+    source: LeafSource,
+    weights: Weights,
+    form: type[Int8Weight] | type[NF4Weight],
+) -> Int8Weight | NF4Weight:
+    """A stack of weights in `form`; `layer` is the path of the layers, with its last dot."""
+    like = eqx.filter_eval_shape(form.encode, leaf)
+    places = [
+        _place(sharding, f"{layer}stored.{leaf_name(path)}", part)
+        for path, part in jax.tree_util.tree_leaves_with_path(like)
+    ]
+    whole = tuple((0, size) for size in source.shape)
+
+    def read(number: int):
+        return source.read(weights, number, whole).astype(leaf.dtype, copy=False)
+
+    return fill_encoded(like, places, read, form.encode)
+
+
+def _place(sharding, path: str, leaf: jax.ShapeDtypeStruct) -> Sharding | None:
+    if sharding is None or isinstance(sharding, Sharding):
+        return sharding
+    return sharding(path, leaf)

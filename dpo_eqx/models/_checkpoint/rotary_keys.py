@@ -1,0 +1,207 @@
+"""The rotary embeddings of a `config.json`, in both of the ways they are written.
+
+Older files have `rope_theta` and `rope_scaling` (its kind under `type` or `rope_type`), newer ones
+`rope_parameters`; where both are there `rope_scaling` goes first, as in `transformers`.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from .._decoder.config import Config, Rotary
+from .._decoder.rotary import KINDS
+from .config_values import (
+    FLAG,
+    KINDS as KINDS_OF_CONFIG,
+    NOT_NEGATIVE,
+    NUMBER,
+    POSITIVE,
+    TEXT,
+    check_kinds,
+    optional,
+    shown,
+)
+
+# The keys outside of the two dictionaries that are read too.
+ROTARY_KEYS = (
+    "rope_theta",
+    "rope_scaling",
+    "rope_parameters",
+    "partial_rotary_factor",
+    "original_max_position_embeddings",
+)
+
+
+def read_rotary(values: Mapping[str, Any]) -> Rotary:
+    """The rotary embeddings that the keys of a `config.json` ask for.
+
+    **Raises:**
+
+    `ValueError` on a kind that is not built, on a setting that is missing or is not of its kind,
+    and on one that the kind does not have.
+    """
+    name = "rope_scaling" if values.get("rope_scaling") else "rope_parameters"
+    scaling = values.get(name) or {}
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    if kind not in KINDS or any(isinstance(value, Mapping) for value in scaling.values()):
+        raise ValueError(
+            f"The rotary embedding must be one for all layers, of a type in {sorted(KINDS)}; got "
+            f"{dict(scaling)}, which is not built."
+        )
+    check_kinds(scaling, _ROPE_KINDS, f"`{name}` of config.json")
+    _check_settings(scaling, kind, name)
+    length = values.get("original_max_position_embeddings") or scaling.get(
+        "original_max_position_embeddings"
+    )
+    longest = values["max_position_embeddings"]
+    return Rotary(
+        theta=float(_either(scaling, values, "rope_theta", 10000.0)),
+        fraction=float(_either(scaling, values, "partial_rotary_factor", 1.0)),
+        kind=kind,
+        **_READ[kind](scaling, length or longest, longest),
+    )
+
+
+def _check_settings(scaling: Mapping[str, Any], kind: str, name: str) -> None:
+    """Raises if the settings of `kind` are not all there, or there are others that ask for more."""
+    needed = set(_NEEDED[kind])
+    missing = {key for key in needed if scaling.get(key) is None}
+    if kind == "yarn" and "factor" in scaling:
+        # Null is the ratio of both lengths.
+        missing -= {"factor"}
+    if missing:
+        raise ValueError(
+            f"The rotary embedding of type {kind!r} needs {', '.join(map(repr, sorted(missing)))} "
+            f"in `{name}` of config.json; got {dict(scaling)}."
+        )
+    known = {*needed, *_OPTIONAL.get(kind, ()), *_COMMON}
+    other = {
+        key: value
+        for key, value in scaling.items()
+        if key not in known and value is not None and not (key == "factor" and value == 1)
+    }
+    if other:
+        said = ", ".join(f"{key!r} ({shown(other[key])})" for key in sorted(other))
+        raise ValueError(
+            f"The rotary embedding of type {kind!r} has no {said}, which `{name}` of config.json "
+            "holds. Name the type that is meant as `rope_type`, or take the others out."
+        )
+
+
+def read_whole_rotary(values: Mapping[str, Any]) -> Rotary:
+    """The same where the family always rotates the whole of each head.
+
+    **Raises:**
+
+    `ValueError` also where only a part is to be rotated.
+    """
+    rotary = read_rotary(values)
+    if rotary.fraction != 1:
+        raise ValueError(
+            f"`partial_rotary_factor` must be 1 in the family {values['model_type']!r}; got "
+            f"{rotary.fraction}, which is not built."
+        )
+    return rotary
+
+
+def write_rotary(config: Config) -> dict[str, Any]:
+    """The same keys from a configuration, in the older way and in the newer one."""
+    rotary = config.rotary
+    if rotary is None:
+        return {}
+    scaling = {"rope_type": rotary.kind, **_WRITE[rotary.kind](rotary)}
+    common: dict[str, Any] = {"rope_theta": rotary.theta}
+    if rotary.fraction != 1:
+        common["partial_rotary_factor"] = rotary.fraction
+    older = {**scaling, **common} if rotary.kind != "default" else None
+    return {**common, "rope_scaling": older, "rope_parameters": {**scaling, **common}}
+
+
+def _either(first: Mapping, second: Mapping, key: str, default: float) -> float:
+    value = first.get(key)
+    value = second.get(key) if value is None else value
+    return default if value is None else value
+
+
+def _read_llama3(scaling: Mapping[str, Any], length: int, longest: int) -> dict[str, Any]:
+    return {
+        "factor": float(scaling["factor"]),
+        "low_frequency": float(scaling["low_freq_factor"]),
+        "high_frequency": float(scaling["high_freq_factor"]),
+        "original_length": length,
+    }
+
+
+def _read_yarn(scaling: Mapping[str, Any], length: int, longest: int) -> dict[str, Any]:
+    given = scaling["factor"]
+    factor = longest / length if given is None else float(given)
+    amplitude = scaling.get("attention_factor")
+    return {
+        "factor": factor,
+        "slow": float(scaling.get("beta_slow") or 1),
+        "fast": float(scaling.get("beta_fast") or 32),
+        # Null is false to `transformers`, and only what is missing is true.
+        "truncate": bool(scaling.get("truncate", True)),
+        "original_length": length,
+        "amplitude": _amplitude(scaling, factor) if amplitude is None else float(amplitude),
+    }
+
+
+def _amplitude(scaling: Mapping[str, Any], factor: float) -> float:
+    def of(scale: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
+
+    over, under = scaling.get("mscale"), scaling.get("mscale_all_dim")
+    return of(over) / of(under) if over and under else of(1.0)
+
+
+_READ = {
+    "default": lambda scaling, length, longest: {},
+    "linear": lambda scaling, length, longest: {"factor": float(scaling["factor"])},
+    "llama3": _read_llama3,
+    "yarn": _read_yarn,
+}
+
+_NEEDED = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor",),
+}
+_OPTIONAL = {
+    "yarn": ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+}
+# `finetuned` says that the model was trained with it, which changes nothing.
+_COMMON = (
+    *("rope_type", "type", "rope_theta", "partial_rotary_factor"),
+    *("original_max_position_embeddings", "finetuned"),
+)
+_ROPE_KINDS = {
+    **dict.fromkeys(["rope_type", "type"], optional(TEXT)),
+    **dict.fromkeys(["factor", "low_freq_factor", "high_freq_factor"], optional(POSITIVE)),
+    **dict.fromkeys(["attention_factor", "beta_fast", "beta_slow"], optional(NOT_NEGATIVE)),
+    **dict.fromkeys(["mscale", "mscale_all_dim"], optional(NUMBER)),
+    "truncate": optional(FLAG),
+    "rope_theta": KINDS_OF_CONFIG["rope_theta"],
+    "partial_rotary_factor": KINDS_OF_CONFIG["partial_rotary_factor"],
+    "original_max_position_embeddings": KINDS_OF_CONFIG["original_max_position_embeddings"],
+}
+
+_WRITE = {
+    "default": lambda rotary: {},
+    "linear": lambda rotary: {"factor": rotary.factor},
+    "llama3": lambda rotary: {
+        "factor": rotary.factor,
+        "low_freq_factor": rotary.low_frequency,
+        "high_freq_factor": rotary.high_frequency,
+        "original_max_position_embeddings": rotary.original_length,
+    },
+    "yarn": lambda rotary: {
+        "factor": rotary.factor,
+        "beta_slow": rotary.slow,
+        "beta_fast": rotary.fast,
+        "truncate": rotary.truncate,
+        "attention_factor": rotary.amplitude,
+        "original_max_position_embeddings": rotary.original_length,
+    },
+}

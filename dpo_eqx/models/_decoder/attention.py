@@ -1,0 +1,179 @@
+"""Attention of a row made as a `Layout` says, block by block: who sees whom, and the products.
+
+A prompt attends to itself, a completion to the prompt and to itself; the mask over the whole row
+is never built.
+"""
+
+import itertools
+from collections.abc import Iterator
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Integer, PRNGKeyArray
+
+from ..._arrays.layout import Layout
+from ..._arrays.packed import PackedLayout
+from ..._arrays.tokens import as_ids
+from .basic_layers import dropout
+from .blockwise import blockwise, scores_of
+from .config import Config
+from .fused import fits, fused
+
+# Blocks of queries in a packed row. More of them leave out more keys that no query sees, and take
+# longer to compile.
+PACKED_BLOCKS = 4
+
+
+class Masks(eqx.Module):
+    """Who sees whom in each block of a layout: true where a query, first, sees a key, second.
+
+    `prompt` is `None` where it is plainly causal, which fused kernels know how to do without a
+    mask. `completions` has one entry for each run of completions of equal width: their mask on
+    the prompt and, after it, on themselves.
+    """
+
+    prompt: Bool[Array, "prompt prompt"] | None
+    # Each has widths of its own.
+    completions: tuple[Bool[Array, "_ _"], ...]
+
+
+def masks(layout: Layout | PackedLayout, window: int | None) -> Masks:
+    """The masks of a layout for layers of one window; a packed row is one block."""
+    if isinstance(layout, PackedLayout):
+        near = visible(layout.positions, layout.positions, window)
+        return Masks(layout.mask() & near, ())
+    width, length = layout.prompt_width, layout.prompt_length
+    prompt = jnp.arange(width).astype(length.dtype)
+    real = prompt < length
+    completions = []
+    for _, _, completion in _runs(layout):
+        own = length + jnp.arange(completion).astype(length.dtype)
+        on_prompt = jnp.broadcast_to(real, (completion, width)) & visible(own, prompt, window)
+        completions.append(jnp.concatenate([on_prompt, visible(own, own, window)], axis=1))
+    on_itself = None if window is None else visible(prompt, prompt, window)
+    return Masks(on_itself, tuple(completions))
+
+
+def visible(
+    query: Integer[Array, " query"], key: Integer[Array, " key"], window: int | None
+) -> Bool[Array, "query key"]:
+    """Whether the token at each query's position sees the one at each key's position."""
+    # In int32: a difference of unsigned positions would never be negative, and nothing masked.
+    distance = as_ids(query)[:, None] - as_ids(key)[None, :]
+    causal = distance >= 0
+    return causal if window is None else causal & (distance < window)
+
+
+def attend_by_layout(
+    layout: Layout | PackedLayout,
+    query: Float[Array, "length heads head_width"],
+    key: Float[Array, "length key_heads head_width"],
+    value: Float[Array, "length key_heads head_width"],
+    masks: Masks,
+    *,
+    config: Config,
+    rng: PRNGKeyArray | None,
+) -> Float[Array, "length heads head_width"]:
+    """Attention over a whole row, block by block."""
+    if isinstance(layout, PackedLayout):
+        return _attend_packed(layout, query, key, value, masks.prompt, config=config, rng=rng)
+    width = layout.prompt_width
+    keys = iter(_split(rng, 1 + len(masks.completions)))
+    prompt_key, prompt_value = key[None, :width], value[None, :width]
+    outputs = [
+        attend(
+            query[None, :width],
+            prompt_key,
+            prompt_value,
+            masks.prompt,
+            config=config,
+            rng=next(keys),
+        )[0]
+    ]
+    for (start, count, completion), mask in zip(_runs(layout), masks.completions, strict=True):
+        own_query, own_key, own_value = (
+            x[start : start + count * completion].reshape(count, completion, *x.shape[1:])
+            for x in (query, key, value)
+        )
+        output = attend(
+            own_query,
+            _behind(prompt_key, own_key),
+            _behind(prompt_value, own_value),
+            mask,
+            config=config,
+            rng=next(keys),
+        )
+        outputs.append(output.reshape(-1, *output.shape[2:]))
+    return jnp.concatenate(outputs)
+
+
+def _attend_packed(layout: PackedLayout, query, key, value, mask, *, config: Config, rng):
+    """Attention over a packed row: blocks of queries, each on the keys that they may reach."""
+    block = -(-layout.length // PACKED_BLOCKS)
+    starts = range(0, layout.length, block)
+    outputs = []
+    for start, own in zip(starts, _split(rng, len(starts)), strict=True):
+        queries = slice(start, min(start + block, layout.length))
+        # From an even one on: of an even number the fused kernel has a gradient.
+        first = max(start + 1 - layout.longest_pair, 0) // 2 * 2
+        keys = slice(first, queries.stop)
+        parts = query[None, queries], key[None, keys], value[None, keys], mask[queries, keys]
+        outputs.append(attend(*parts, config=config, rng=own)[0])
+    return jnp.concatenate(outputs)
+
+
+def attend(
+    query: Float[Array, "batch query heads head_width"],
+    key: Float[Array, "batch key key_heads head_width"],
+    value: Float[Array, "batch key key_heads head_width"],
+    mask: Bool[Array, "query key"] | None,
+    *,
+    config: Config,
+    rng: PRNGKeyArray | None = None,
+) -> Float[Array, "batch query heads head_width"]:
+    """Attention of grouped heads; causal where there is no mask.
+
+    Scores and their softmax are float32 or wider.
+    """
+    scale, softcap = config.attention_scale, config.attention_softcap
+    rng = rng if config.attention_dropout > 0 else None
+    if rng is None and config.fused and fits(query, key, softcap):
+        return fused(scale, query, key, value, mask)
+    if mask is None:
+        mask = jnp.tri(query.shape[1], dtype=bool)
+    groups = query.shape[2] // key.shape[2]
+    grouped = query.reshape(*query.shape[:2], key.shape[2], groups, query.shape[3])
+    output: Array = (
+        blockwise(scale, softcap, grouped, key, value, mask)
+        if rng is None
+        else _dropped(grouped, key, value, mask, config, rng)
+    )
+    return output.reshape(query.shape)
+
+
+def _dropped(query, key, value, mask, config: Config, rng: PRNGKeyArray):
+    """Attention some of whose weights are zero."""
+    scale, softcap = config.attention_scale, config.attention_softcap
+    scores, factor = scores_of(scale, softcap, query, key, mask)
+    weights = dropout(jax.nn.softmax(factor * scores, axis=-1), config.attention_dropout, rng)
+    return jnp.einsum("bkgts,bskh->btkgh", weights.astype(value.dtype), value)
+
+
+def _behind(prompt: Array, own: Array) -> Array:
+    """Each completion's rows behind those of the prompt."""
+    before = jnp.broadcast_to(prompt, (own.shape[0], *prompt.shape[1:]))
+    return jnp.concatenate([before, own], axis=1)
+
+
+def _runs(layout: Layout) -> Iterator[tuple[int, int, int]]:
+    """The start, the count and the width of each run of completions of equal width."""
+    start = layout.prompt_width
+    for width, run in itertools.groupby(layout.completion_widths):
+        count = len(list(run))
+        yield start, count, width
+        start += count * width
+
+
+def _split(key: PRNGKeyArray | None, count: int) -> list[PRNGKeyArray | None]:
+    return [None] * count if key is None else list(jax.random.split(key, count))

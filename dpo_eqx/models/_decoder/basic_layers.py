@@ -1,0 +1,95 @@
+"""The pieces of a decoder that hold parameters: linear layers, norms, the embedding's lookup.
+
+Parameters may be of another dtype than the activations, which decide; nothing here mixes tokens.
+"""
+
+from collections.abc import Callable
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from ..._jax.dtypes import at_least_float32
+from .config import Config
+
+
+class Linear(eqx.Module):
+    """An affine map of the last axis, `x @ weight.T + bias`, in the dtype of `x`."""
+
+    weight: Float[Array, "out in"]
+    bias: Float[Array, " out"] | None
+
+    def __init__(self, out: int, width: int, *, bias: bool, scale: float, key: PRNGKeyArray):
+        self.weight = scale * jax.random.normal(key, (out, width), jnp.float32)
+        self.bias = jnp.zeros(out, jnp.float32) if bias else None
+
+    def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
+        y = x @ self.weight.astype(x.dtype).T
+        return y if self.bias is None else y + jnp.broadcast_to(self.bias.astype(x.dtype), y.shape)
+
+
+class Norm(eqx.Module):
+    """Root-mean-square or layer normalisation of the last axis, in float32 or wider inside."""
+
+    weight: Float[Array, " width"]
+    bias: Float[Array, " width"] | None
+    eps: float = eqx.field(static=True)
+    offset: float = eqx.field(static=True)
+
+    def __init__(self, width: int, config: Config):
+        self.weight = jnp.full(width, 1 - config.norm_offset, jnp.float32)
+        self.bias = jnp.zeros(width, jnp.float32) if config.norm == "layer" else None
+        self.eps = config.norm_eps
+        self.offset = config.norm_offset
+
+    def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
+        wide = x.astype(at_least_float32(x.dtype))
+        if self.bias is not None:
+            wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        wide = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.eps)
+        wide = wide * jnp.broadcast_to(self.weight.astype(wide.dtype) + self.offset, wide.shape)
+        if self.bias is not None:
+            wide = wide + jnp.broadcast_to(self.bias.astype(wide.dtype), wide.shape)
+        return wide.astype(x.dtype)
+
+
+class Embedding(eqx.Module):
+    """A table of vectors by id."""
+
+    weight: Float[Array, "count width"]
+
+    def __init__(self, count: int, width: int, *, key: PRNGKeyArray):
+        self.weight = 0.02 * jax.random.normal(key, (count, width), jnp.float32)
+
+    def __call__(self, ids: Int[Array, " length"]) -> Float[Array, "length width"]:
+        return self.weight[ids]
+
+
+def dropout(
+    x: Float[Array, "*shape"], probability: float, key: PRNGKeyArray | None
+) -> Float[Array, "*shape"]:
+    """Zeros with the probability, and scales what is left; nothing without a key."""
+    if key is None or probability == 0:
+        return x
+    kept = jax.random.bernoulli(key, 1 - probability, x.shape)
+    return jnp.where(kept, x / jnp.asarray(1 - probability, x.dtype), jnp.zeros_like(x))
+
+
+def _gelu_tanh(x: Array) -> Array:
+    return jax.nn.gelu(x, approximate=True)
+
+
+def _gelu(x: Array) -> Array:
+    return jax.nn.gelu(x, approximate=False)
+
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "relu": jax.nn.relu,
+    "gelu": _gelu,
+    "gelu_new": _gelu_tanh,
+    "gelu_fast": _gelu_tanh,
+    "gelu_pytorch_tanh": _gelu_tanh,
+}

@@ -1,0 +1,168 @@
+"""The products of attention and their gradient, a block of queries at a time.
+
+Who sees whom is a mask that `attention.py` makes; dropout of the weights is there too.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Float
+
+from ..._jax.dtypes import at_least_float32
+from ..._jax.mapped_axes import vary_alike
+from ..._jax.microbatches import nearest_divisor
+
+# The name by which a policy of `jax.checkpoint` may keep what attention's backward pass needs.
+ATTENDED = "attended"
+# Scores of one row held at once; there are as many rows as pairs. On a CPU what fits its cache,
+# elsewhere 64 MiB of float32.
+SCORES_AT_ONCE = {"cpu": 2**19}
+SCORES_AT_ONCE_ELSEWHERE = 2**24
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def blockwise(
+    scale: float,
+    softcap: float | None,
+    query: Float[Array, "batch query key_heads groups head_width"],
+    key: Float[Array, "batch key key_heads head_width"],
+    value: Float[Array, "batch key key_heads head_width"],
+    mask: Bool[Array, "query key"],
+) -> Float[Array, "batch query key_heads groups head_width"]:
+    """Attention of heads in groups, each group of which shares a key and a value.
+
+    The backward pass computes the weights again from each query's normaliser: to keep them costs
+    more, in memory and in time.
+
+    **Arguments:**
+
+    - `scale`: of the scores; `softcap`: of the scaled scores, or `None`.
+    - `mask`: true where a query sees a key.
+    """
+    return _forward(scale, softcap, query, key, value, mask)[0]
+
+
+def _forward(scale, softcap, query, key, value, mask):
+    """The output, and as residuals no more than it and the normaliser of each query's scores."""
+    size, length = _block_size(query, key), query.shape[1]
+
+    def block(operands):
+        query, mask = operands
+        scores, factor = scores_of(scale, softcap, query, key, mask)
+        peak = scores.max(axis=-1, keepdims=True)
+        weights = jnp.exp(factor * _at_most_zero(scores - peak))
+        total = jnp.moveaxis(weights.sum(axis=-1, keepdims=True), 3, 1)
+        product = _product("bskh,bkgts->btkgh", value, weights.astype(value.dtype))
+        normaliser = factor * jnp.moveaxis(peak, 3, 1) + jnp.log(total)
+        return (product / total).astype(value.dtype), normaliser
+
+    blocks = jax.lax.map(block, (_blocks(query, size, 1), _blocks(mask, size, 0)))
+    output, normaliser = checkpoint_name([_unblocked(x, length) for x in blocks], ATTENDED)
+    return output, (query, key, value, mask, output, normaliser)
+
+
+def _backward(scale, softcap, residuals, cotangent):
+    r"""With $P$ the weights and $O$ the output, the slope in a score is $P (dO V^T - dO \cdot O)$.
+
+    ??? cite
+
+        Dao, *FlashAttention-2: Faster Attention with Better Parallelism and Work Partitioning*,
+        2023 (arXiv 2307.08691), section 3.1.2.
+    """
+    query, key, value, mask, output, normaliser = residuals
+    wide, narrow = normaliser.dtype, query.dtype
+    mean = (cotangent.astype(wide) * output.astype(wide)).sum(axis=-1, keepdims=True)
+
+    def block(sums, operands):
+        query, cotangent, mean, normaliser, mask = operands
+        mean, normaliser = (jnp.transpose(x, (0, 2, 4, 3, 1)) for x in (mean, normaliser))
+        scores, factor = scores_of(scale, softcap, query, key, mask, keys_first=True)
+        weights = jnp.exp(factor * scores - normaliser)
+        slopes = scale * weights * (_product("btkgh,bskh->bksgt", cotangent, value) - mean)
+        if softcap is not None:
+            # Scores are of a tanh here, but for masked ones.
+            slopes = slopes * (1 - jnp.maximum(scores, -1) ** 2)
+        slopes, weights = slopes.astype(narrow), weights.astype(narrow)
+        in_query = _product("bksgt,bskh->btkgh", slopes, key).astype(narrow)
+        in_key = _product("btkgh,bksgt->bskh", query, slopes)
+        in_value = _product("btkgh,bksgt->bskh", cotangent, weights)
+        return jax.tree.map(jnp.add, sums, (in_key, in_value)), in_query
+
+    size, length = _block_size(query, key), query.shape[1]
+    operands = [_blocks(x, size, 1) for x in (query, cotangent, mean, normaliser)]
+    zeros = jnp.zeros_like(key, wide), jnp.zeros_like(value, wide)
+    sums, in_query = jax.lax.scan(
+        block, vary_alike(zeros, query)[0], (*operands, _blocks(mask, size, 0))
+    )
+    return _unblocked(in_query, length), *(x.astype(narrow) for x in sums), None
+
+
+blockwise.defvjp(_forward, _backward)
+
+
+def scores_of(scale, softcap, query, key, mask, *, keys_first=False) -> tuple[Array, float]:
+    """What the softmax is of, in float32 or wider, but for a factor. Arguments as of `blockwise`.
+
+    The factor is left to be multiplied after the largest is subtracted: a product before it is
+    rounded in one program and not in another, as XLA fuses the two or not.
+
+    **Returns:**
+
+    Scores of shape `(batch, key_heads, groups, query, key)`, or with `keys_first`, which is how the
+    backward pass wants them, `(batch, key_heads, key, groups, query)`; and the factor.
+    """
+    # Here and in `blockwise` the operands of products stand in the order in which no scores are
+    # copied to transpose them.
+    if keys_first:
+        scores, mask = _product("btkgh,bskh->bksgt", query, key), mask.T[:, None]
+    else:
+        scores = _product("bskh,btkgh->bkgts", key, query)
+    factor = scale
+    if softcap is not None:
+        scores, factor = jnp.tanh(scores * (scale / softcap)), softcap
+    mask = jnp.broadcast_to(mask, scores.shape)
+    # Finite, not -inf: a softmax is then finite even where a row is all masked.
+    return jnp.where(mask, scores, jnp.finfo(scores.dtype).min / max(1.0, factor)), factor
+
+
+def _at_most_zero(x: Array) -> Array:
+    """As it came, since none is larger.
+
+    On a CPU, XLA takes a largest score, a difference and an exponential together and has a kernel
+    of its own for them, with another exponential, but not where a gradient needs the largest too.
+    It does not look past this clamp, so that a policy and a reference of the same parameters agree
+    to the last bit.
+    """
+    return jax.lax.clamp(jnp.finfo(x.dtype).min, x, jnp.zeros((), x.dtype))
+
+
+def _product(form: str, one: Array, other: Array) -> Array:
+    """An einsum accumulated and given in float32 or wider."""
+    return jnp.einsum(form, one, other, preferred_element_type=at_least_float32(one.dtype))
+
+
+def _block_size(query: Array, key: Array) -> int:
+    """How many queries are taken at a time, so that not all scores are held at once."""
+    length = query.shape[1]
+    heads = query.shape[0] * query.shape[2] * query.shape[3]
+    at_once = SCORES_AT_ONCE.get(jax.default_backend(), SCORES_AT_ONCE_ELSEWHERE)
+    wanted = max(1.0, heads * length * key.shape[1] / at_once)
+    count = nearest_divisor(length, wanted)
+    # A length with few divisors is padded.
+    return length // count if count / 2 <= wanted <= count * 2 else -(-length // round(wanted))
+
+
+def _blocks(x: Array, size: int, axis: int) -> Array:
+    """Neighbours along `axis` together, zeros behind them, the blocks as a new first axis."""
+    padding = [(0, 0)] * x.ndim
+    padding[axis] = (0, -x.shape[axis] % size)
+    blocked = jnp.pad(x, padding).reshape(*x.shape[:axis], -1, size, *x.shape[axis + 1 :])
+    return jnp.moveaxis(blocked, axis, 0)
+
+
+def _unblocked(blocks: Array, length: int) -> Array:
+    """The inverse of `_blocks` along the axis of queries."""
+    blocks = jnp.moveaxis(blocks, 0, 1)
+    return blocks.reshape(blocks.shape[0], -1, *blocks.shape[3:])[:, :length]

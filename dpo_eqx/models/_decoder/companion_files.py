@@ -1,0 +1,47 @@
+"""The small files of a checkpoint that travel with its policy: tokenizer, generation settings.
+
+They are no part of what a policy computes; `models/_checkpoint/folder.py` reads and writes them.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+
+class Origin:
+    """The files that `models.load` found beside the weights, for `models.save` to write again.
+
+    It is compared by the content of the files: two policies with different tokenizers differ as
+    pytrees, so that a jitted step never hands one the tokenizer of the other. A policy without
+    any files is equal to all. It is no dataclass, since Equinox would print all the fields of one:
+    megabytes of a tokenizer, wherever its policy is printed.
+
+    **Arguments:**
+
+    - `files`: contents by name.
+    - `config`: the parsed `config.json`, of which the keys that we do not read are written again.
+    """
+
+    __slots__ = ("config", "files")
+
+    def __init__(
+        self, files: Mapping[str, bytes] | None = None, config: Mapping[str, Any] | None = None
+    ):
+        self.files: Mapping[str, bytes] = {} if files is None else files
+        self.config: Mapping[str, Any] = {} if config is None else config
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Origin):
+            return NotImplemented
+        return not self.files or not other.files or self.files == other.files
+
+    def __hash__(self) -> int:
+        # One value, since the one without files equals every other.
+        return hash(Origin)
+
+    def __repr__(self) -> str:
+        if not self.files:
+            return "Origin()"
+        digest = hashlib.sha256(b"".join(self.files[name] for name in sorted(self.files)))
+        size = sum(map(len, self.files.values()))
+        return f"Origin({len(self.files)} files, {size:,} bytes, {digest.hexdigest()[:8]})"

@@ -1,0 +1,110 @@
+"""Attention through cuDNN's fused kernel, where there is one: no scores in memory at all.
+
+For every other device, dtype and shape `blockwise.py` has the same function.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.custom_batching import custom_vmap
+from jaxtyping import Array, Bool, Float
+
+from ..._jax.partitioning import mesh_of
+from .blockwise import ATTENDED
+
+KERNEL = "cudnn"
+# The widest head of which cuDNN has a gradient on every GPU since Ampere.
+WIDEST_HEAD = 128
+
+
+def fits(query: Array, key: Array, softcap: float | None) -> bool:
+    """Whether the kernel takes these: half precision, even lengths, no soft cap, a GPU of NVIDIA.
+
+    Not under automatic partitioning over several devices: JAX then wants queries and keys laid out
+    alike, which grouped heads need not be. Shapes as of `fused`.
+    """
+    (length, _, head_width), keys = query.shape[1:], key.shape[1]
+    mesh = mesh_of(query)
+    return (
+        has_kernel()
+        and (mesh is None or mesh.size == 1)
+        and query.dtype in (jnp.bfloat16, jnp.float16)
+        and softcap is None
+        and head_width % 8 == 0
+        and head_width <= WIDEST_HEAD
+        # With a mask the kernel's gradient wants even lengths.
+        and length % 2 == keys % 2 == 0
+    )
+
+
+def has_kernel() -> bool:
+    """Whether JAX computes on a GPU of NVIDIA by default, of the generation of Ampere or later."""
+    device = jax.devices()[0]
+    on_cuda = jax.default_backend() == "gpu" and "cuda" in device.client.platform_version
+    return on_cuda and float(device.compute_capability) >= 8
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def fused(
+    scale: float,
+    query: Float[Array, "batch query heads head_width"],
+    key: Float[Array, "batch key key_heads head_width"],
+    value: Float[Array, "batch key key_heads head_width"],
+    mask: Bool[Array, "query key"] | None,
+) -> Float[Array, "batch query heads head_width"]:
+    """Attention of grouped heads.
+
+    The gradient runs the kernel's forward pass once more, for what the kernel's backward pass
+    needs of it.
+
+    **Arguments:**
+
+    - `scale`: of the scores.
+    - `mask`: true where a query sees a key; `None` for causal.
+    """
+    return _forward(scale, query, key, value, mask)[0]
+
+
+def _forward(scale, query, key, value, mask):
+    batched = None if mask is None else jnp.broadcast_to(mask, (query.shape[0], 1, *mask.shape))
+    output = _merging(partial(_attention, scale))(batched, query, key, value)
+    return checkpoint_name(output, ATTENDED), (batched, query, key, value)
+
+
+def _backward(scale, residuals, cotangent):
+    def pull(cotangent, mask, *operands):
+        return jax.vjp(partial(_attention, scale, mask), *operands)[1](cotangent)
+
+    return *_merging(pull)(cotangent, *residuals), None
+
+
+fused.defvjp(_forward, _backward)
+
+
+def _attention(scale, mask, query, key, value):
+    return jax.nn.dot_product_attention(
+        query, key, value, mask=mask, is_causal=mask is None, scale=scale, implementation=KERNEL
+    )
+
+
+def _merging(function: Callable) -> Callable:
+    """`function` of arrays with a batch axis, to which a `vmap` adds its own.
+
+    JAX's own rule for the kernel fails on a mask.
+    """
+    merging = custom_vmap(function)
+
+    @merging.def_vmap
+    def of_more(count, is_batched, *operands):
+        def merged(x, is_batched):
+            x = x if is_batched else jnp.broadcast_to(x, (count, *x.shape))
+            return x.reshape(-1, *x.shape[2:])
+
+        results = merging(*jax.tree.map(merged, operands, tuple(is_batched)))
+        split = jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), results)
+        return split, jax.tree.map(lambda _: True, results)
+
+    return merging

@@ -1,0 +1,128 @@
+"""One layer of a decoder: attention, feed-forward, and how their norms and residuals are wired.
+
+What a query may see, and whether keys come from a cache, is the caller's: `attend` does it.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from .basic_layers import ACTIVATIONS, Linear, Norm, dropout
+from .config import Config
+from .rotary import rotate
+
+# The cosines and sines of every position of the row; `None` where positions are learned.
+Tables = tuple[Float[Array, "length half"], Float[Array, "length half"]] | None
+# Queries, keys and values of one layer to its output, and whatever it keeps of them.
+Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
+
+
+class Attention(eqx.Module):
+    """The projections around attention, each head normalised and rotated where asked."""
+
+    query: Linear
+    key: Linear
+    value: Linear
+    output: Linear
+    query_norm: Norm | None
+    key_norm: Norm | None
+
+    def __init__(self, config: Config, *, key: PRNGKeyArray):
+        keys = jax.random.split(key, 4)
+        inner, shared = config.heads * config.head_width, config.key_heads * config.head_width
+        into = {"bias": config.query_bias, "scale": config.width**-0.5}
+        self.query = Linear(inner, config.width, key=keys[0], **into)
+        self.key = Linear(shared, config.width, key=keys[1], **into)
+        self.value = Linear(shared, config.width, key=keys[2], **into)
+        scale = (2 * config.layers * inner) ** -0.5
+        self.output = Linear(config.width, inner, bias=config.output_bias, scale=scale, key=keys[3])
+        self.query_norm = Norm(config.head_width, config) if config.query_key_norm else None
+        self.key_norm = Norm(config.head_width, config) if config.query_key_norm else None
+
+    def __call__(
+        self, x: Float[Array, "length width"], tables: Tables, attend: Attend, *, config: Config
+    ) -> tuple[Float[Array, "length width"], Any]:
+        query, key, value = (
+            project(x).reshape(x.shape[0], -1, config.head_width)
+            for project in (self.query, self.key, self.value)
+        )
+        if self.query_norm is not None and self.key_norm is not None:
+            query, key = self.query_norm(query), self.key_norm(key)
+        if tables is not None:
+            query, key = rotate(query, *tables), rotate(key, *tables)
+        output, kept = attend(query, key, value)
+        return self.output(output.reshape(x.shape[0], -1)), kept
+
+
+class FeedForward(eqx.Module):
+    """Up, activation, down; or with a gate beside the way up."""
+
+    gate: Linear | None
+    up: Linear
+    down: Linear
+
+    def __init__(self, config: Config, *, key: PRNGKeyArray):
+        keys = jax.random.split(key, 3)
+        width, inner, bias = config.width, config.feed_forward, config.feed_forward_bias
+        gate = Linear(inner, width, bias=bias, scale=width**-0.5, key=keys[0])
+        self.gate = gate if config.gated else None
+        self.up = Linear(inner, width, bias=bias, scale=width**-0.5, key=keys[1])
+        scale = (2 * config.layers * inner) ** -0.5
+        self.down = Linear(width, inner, bias=bias, scale=scale, key=keys[2])
+
+    def __call__(
+        self, x: Float[Array, "length width"], *, config: Config
+    ) -> Float[Array, "length width"]:
+        activation = ACTIVATIONS[config.activation]
+        if self.gate is None:
+            return self.down(activation(self.up(x)))
+        # The barrier costs the forward pass nothing, and keeps XLA from computing the activation's
+        # gradient several times over, in the layouts of the products that follow.
+        gate, up = jax.lax.optimization_barrier((self.gate(x), self.up(x)))
+        return self.down(activation(gate) * up)
+
+
+class Layer(eqx.Module):
+    """Attention and feed-forward around the residual stream, in sequence or in parallel."""
+
+    attention_norm: Norm
+    attention: Attention
+    attention_post_norm: Norm | None
+    feed_forward_norm: Norm | None
+    feed_forward: FeedForward
+    feed_forward_post_norm: Norm | None
+
+    def __init__(self, config: Config, *, key: PRNGKeyArray):
+        keys = jax.random.split(key)
+        self.attention_norm = Norm(config.width, config)
+        self.attention = Attention(config, key=keys[0])
+        self.attention_post_norm = Norm(config.width, config) if config.post_norms else None
+        self.feed_forward_norm = None if config.parallel else Norm(config.width, config)
+        self.feed_forward = FeedForward(config, key=keys[1])
+        self.feed_forward_post_norm = Norm(config.width, config) if config.post_norms else None
+
+    def __call__(
+        self,
+        x: Float[Array, "length width"],
+        tables: Tables,
+        attend: Attend,
+        *,
+        config: Config,
+        key: PRNGKeyArray | None,
+    ) -> tuple[Float[Array, "length width"], Any]:
+        keys = (None, None) if key is None else jax.random.split(key)
+        rate = config.residual_dropout
+        normed = self.attention_norm(x)
+        mixed, kept = self.attention(normed, tables, attend, config=config)
+        if self.attention_post_norm is not None:
+            mixed = self.attention_post_norm(mixed)
+        x = x + dropout(mixed, rate, keys[0])
+        if self.feed_forward_norm is not None:
+            normed = self.feed_forward_norm(x)
+        fed = self.feed_forward(normed, config=config)
+        if self.feed_forward_post_norm is not None:
+            fed = self.feed_forward_post_norm(fed)
+        return x + dropout(fed, rate, keys[1]), kept

@@ -1,0 +1,45 @@
+"""The choice of the next token from logits: greedy, or drawn with temperature, top-k and top-p.
+
+Where the logits come from is in `generate.py`.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from ..._jax.scalars import Number
+
+
+def choose(
+    logits: Float[Array, " vocab"],
+    key: PRNGKeyArray | None,
+    *,
+    temperature: Number,
+    top_k: int | None,
+    top_p: Number | None,
+) -> Int[Array, ""]:
+    """The id of the next token; the likeliest where there is no key."""
+    if key is None:
+        return jnp.argmax(logits)
+    logits = logits / jnp.asarray(temperature, logits.dtype)
+    if top_k is not None:
+        logits = keep_top_k(logits, top_k)
+    if top_p is not None:
+        logits = keep_top_p(logits, top_p)
+    return jax.random.categorical(key, logits)
+
+
+def keep_top_k(logits: Float[Array, " vocab"], top_k: int) -> Float[Array, " vocab"]:
+    """-inf for all but the `top_k` largest, and those that equal the last of them."""
+    least = jax.lax.top_k(logits, min(top_k, logits.size))[0][-1]
+    return jnp.where(logits >= least, logits, -jnp.inf)
+
+
+def keep_top_p(logits: Float[Array, " vocab"], top_p: Number) -> Float[Array, " vocab"]:
+    """-inf for all but the fewest tokens whose probabilities sum to `top_p` or more."""
+    order = jnp.argsort(logits, descending=True)
+    probabilities = jax.nn.softmax(logits[order])
+    # What stands before a token; the first token has nothing before it, so one always stays.
+    before = jnp.cumsum(probabilities) - probabilities
+    kept = before < jnp.asarray(top_p, logits.dtype)
+    return jnp.full_like(logits, -jnp.inf).at[order].set(jnp.where(kept, logits[order], -jnp.inf))

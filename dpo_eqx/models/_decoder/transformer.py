@@ -1,0 +1,242 @@
+"""The decoder: embedding, a scanned stack of layers, unembedding, for one sequence at a time.
+
+The pieces are in `layer.py`; which family they add up to is data, a `Config`.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Integer, PRNGKeyArray
+
+from ..._arrays.layout import Layout
+from ..._arrays.packed import PackedLayout
+from ..._arrays.tokens import as_ids
+from ..._jax.dtypes import at_least_float32
+from ..._jax.explicit_meshes import automatic
+from ..._jax.partitioning import keep_rows
+from . import rotary
+from .attention import attend_by_layout, masks
+from .basic_layers import Embedding, Linear, Norm, dropout
+from .blockwise import ATTENDED
+from .companion_files import Origin
+from .config import Config
+from .half_precision_scan import as_bits, from_bits
+from .layer import Layer
+
+# What a layer keeps for the backward pass: the outputs of its products with weights, and of its
+# attention. What lies between is computed again where it is used, which costs less than to write
+# and read it.
+KEPT = jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    jax.checkpoint_policies.save_only_these_names(ATTENDED),
+)
+
+
+class Transformer(eqx.Module):
+    """A decoder of one of the families, for one sequence; `jax.vmap` it over a batch.
+
+    It offers `FastPolicy`. Layers are stacked: each leaf of `layers` has a leading axis of
+    `config.layers`, and `lax.scan` runs them, so that compile time does not grow with depth.
+    Dropout applies where a key is given, and nowhere else.
+
+    ```python
+    config = models.Config(vocab=256, width=128, layers=4, heads=4)
+    policy = models.Transformer(config, key=jax.random.key(0))
+    logits = policy(ids)
+    ```
+
+    **Arguments:**
+
+    - `config`: what it is made of.
+    - `key`: for the initial parameters, in float32.
+    - `origin`: the files that travel with a checkpoint; `models.load` fills it.
+    """
+
+    embedding: Embedding
+    positions: Embedding | None
+    layers: Layer
+    norm: Norm
+    head: Linear | None
+    config: Config = eqx.field(static=True)
+    origin: Origin = eqx.field(static=True)
+
+    def __init__(self, config: Config, *, key: PRNGKeyArray, origin: Origin | None = None):
+        keys = jax.random.split(key, 4)
+        self.embedding = Embedding(config.vocab, config.width, key=keys[0])
+        learned = Embedding(config.max_length, config.width, key=keys[1])
+        self.positions = learned if config.rotary is None else None
+        stack = jax.random.split(keys[2], config.layers)
+        self.layers = eqx.filter_vmap(lambda key: Layer(config, key=key))(stack)
+        self.norm = Norm(config.width, config)
+        bias = config.unembedding_bias
+        head = Linear(config.vocab, config.width, bias=bias, scale=0.02, key=keys[3])
+        self.head = None if config.tied else head
+        self.config = config
+        self.origin = Origin() if origin is None else origin
+
+    @partial(automatic, like=1)
+    def __call__(
+        self, ids: Integer[Array | np.ndarray, " length"], *, key: PRNGKeyArray | None = None
+    ) -> Float[Array, "length vocab"]:
+        """The logits of each next token, in float32 or wider.
+
+        **Arguments:**
+
+        - `ids`: token ids, integers of any dtype. Shape `(length,)`.
+        - `key`: for dropout; without one there is none.
+        """
+        layout = Layout(jnp.asarray(ids.size), ids.size, ())
+        return self.unembed(self.hidden(ids, layout, key=key))
+
+    @partial(automatic, like=1)
+    def hidden(
+        self,
+        ids: Integer[Array | np.ndarray, " length"],
+        layout: Layout | PackedLayout,
+        *,
+        key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "length width"]:
+        """The last hidden states of a row made as `layout` says, normalised.
+
+        **Raises:**
+
+        `ValueError` where positions are learned and the row may be longer than they are.
+        """
+        self.check_length(layout.longest)
+
+        def attend(query, key, value, masks, cache, rng):
+            return attend_by_layout(
+                layout, query, key, value, masks, config=self.config, rng=rng
+            ), None
+
+        def masks_of(window):
+            return masks(layout, window)
+
+        return self.run(as_ids(ids), layout.positions, attend, masks_of, key=key)[0]
+
+    def run(
+        self,
+        ids: Int[Array, " length"],
+        positions: Int[Array, " length"],
+        attend: Callable[..., tuple[Array, Any]],
+        masks_of: Callable[[int | None], Any],
+        *,
+        cache: Any = None,
+        key: PRNGKeyArray | None = None,
+    ) -> tuple[Float[Array, "length width"], Any]:
+        """The whole stack, with attention as the caller wants it.
+
+        **Arguments:**
+
+        - `ids`, `positions`: tokens and where they stand. Shape `(length,)`.
+        - `attend`: `(query, key, value, masks, cache, rng) -> (output, cache)` of one layer.
+        - `masks_of`: the masks that `attend` gets, from the window of a layer.
+        - `cache`: a pytree with a leading axis of layers, one slice of which each layer gets.
+        - `key`: for dropout.
+
+        **Returns:**
+
+        The normalised hidden states, and what every `attend` kept, stacked.
+        """
+        config = self.config
+        first, key = (None, None) if key is None else jax.random.split(key)
+        keys = None if key is None else jax.random.split(key, config.layers)
+        x = dropout(self._embed(ids, positions), config.embedding_dropout, first)
+        tables = self._tables(positions, x.dtype)
+        masks_in, which = by_layer(masks_of, config.windows)
+        arrays, static = eqx.partition(self.layers, eqx.is_array)
+        # Without rematerialisation what is read from bits would be stored, as a copy, for each
+        # layer.
+        bits = as_bits(arrays) if config.remat else None
+
+        def body(x, inputs):
+            arrays, bits, which, cache, key = inputs
+            key, rng = (None, None) if key is None else jax.random.split(key)
+
+            def attend_here(query, key, value):
+                return attend(query, key, value, masks_in(which), cache, rng)
+
+            arrays = arrays if bits is None else from_bits(arrays, bits, x)
+            layer = eqx.combine(arrays, static)
+            x, kept = layer(keep_rows(x), tables, attend_here, config=config, key=key)
+            return keep_rows(x), kept
+
+        # Inside a scan common subexpressions are no danger, and to prevent them is slow.
+        body = jax.checkpoint(body, prevent_cse=False, policy=None if config.remat else KEPT)
+        x, kept = jax.lax.scan(body, x, (arrays, bits, which, cache, keys))
+        return self.norm(x), kept
+
+    @partial(automatic, like=1)
+    def unembed(self, hidden: Float[Array, "length width"]) -> Float[Array, "length vocab"]:
+        """Logits from hidden states, in float32 or wider."""
+        dtype = at_least_float32(hidden.dtype)
+        weight = self.unembedding.astype(hidden.dtype)
+        logits = jnp.matmul(hidden, weight.T, preferred_element_type=dtype)
+        if self.unembedding_bias is not None:
+            logits = logits + self.unembedding_bias.astype(dtype)[None, :]
+        if self.softcap is not None:
+            logits = self.softcap * jnp.tanh(logits / self.softcap)
+        return logits
+
+    @property
+    def unembedding(self) -> Float[Array, "vocab width"]:
+        """The output embedding of each token: the embedding itself where they are tied."""
+        return self.embedding.weight if self.head is None else self.head.weight
+
+    @property
+    def unembedding_bias(self) -> Float[Array, " vocab"] | None:
+        """Added to the logits, where the family has it."""
+        return None if self.head is None else self.head.bias
+
+    @property
+    def softcap(self) -> float | None:
+        """The soft cap of the logits, where the family has it."""
+        return self.config.softcap
+
+    def check_length(self, length: int) -> None:
+        """Raises where positions are learned and there are fewer than `length`."""
+        if self.positions is not None and length > self.config.max_length:
+            raise ValueError(
+                f"This policy has learned positions for rows of at most {self.config.max_length} "
+                f"tokens; got a row of up to {length}. Shorten prompts and completions so that "
+                "their widths together stay within it."
+            )
+
+    def _embed(self, ids, positions):
+        x = self.embedding(ids)
+        if self.config.embedding_scale != 1:
+            x = x * jnp.asarray(self.config.embedding_scale, x.dtype)
+        return x if self.positions is None else x + self.positions(positions).astype(x.dtype)
+
+    def _tables(self, positions, dtype):
+        config = self.config
+        if config.rotary is None:
+            return None
+        wide = at_least_float32(dtype)
+        return rotary.tables(config.rotary, config.head_width, positions, wide)
+
+
+def by_layer(
+    masks_of: Callable[[int | None], Any], windows: tuple[int | None, ...]
+) -> tuple[Callable[[Any], Any], Int[Array, " layers"] | None]:
+    """The masks of each layer: a function of what the scan over layers hands out, and that.
+
+    One window for all layers is known while tracing. Where windows differ, each distinct mask is
+    built once and a layer picks its own.
+    """
+    kinds = tuple(dict.fromkeys(windows))
+    if len(kinds) == 1:
+        only = masks_of(kinds[0])
+        return lambda which: only, None
+    # A window that nothing exceeds, since masks that are to be stacked must all be there.
+    endless = jnp.iinfo(jnp.int32).max
+    stacked = jax.tree.map(
+        lambda *masks: jnp.stack(masks), *(masks_of(w or int(endless)) for w in kinds)
+    )
+    which = jnp.asarray([kinds.index(window) for window in windows], jnp.int32)
+    return lambda which: jax.tree.map(lambda masks: masks[which], stacked), which

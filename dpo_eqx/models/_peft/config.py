@@ -1,0 +1,220 @@
+"""PEFT's `adapter_config.json`: which linear layers have an adapter, of which rank and scale.
+
+The tensors are in `files.py`. What has no exact counterpart here is refused, by its key.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+# They say how an adapter came about or how it is run, and nothing of what it computes.
+_WITHOUT_EFFECT = frozenset(
+    [
+        "auto_mapping",
+        "base_model_name_or_path",
+        "corda_config",
+        "ensure_weight_tying",
+        "eva_config",
+        "fan_in_fan_out",
+        "inference_mode",
+        "loftq_config",
+        "lora_dropout",
+        "lora_ga_config",
+        "megatron_core",
+        "peft_version",
+        "qalora_group_size",
+        "revision",
+        "runtime_config",
+        "task_type",
+    ]
+)
+_READ = frozenset(
+    [
+        "alpha_pattern",
+        "bias",
+        "exclude_modules",
+        "init_lora_weights",
+        "layers_pattern",
+        "layers_to_transform",
+        "lora_alpha",
+        "peft_type",
+        "r",
+        "rank_pattern",
+        "target_modules",
+        "use_rslora",
+    ]
+)
+# Others begin by changing the weights of the base, by which such an adapter is meant.
+_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PeftConfig:
+    """What an `adapter_config.json` says, and which modules it means.
+
+    **Arguments:**
+
+    - `rank`, `alpha`: where no pattern says otherwise.
+    - `stabilised`: whether the scale is `alpha / sqrt(rank)` rather than `alpha / rank`.
+    - `targets`: the ends of names of modules, or a regular expression for whole ones.
+    - `excluded`: the same, for those left out.
+    - `layers`: numbers of layers, `None` for all; `layer_names`: of the list that they are of.
+    - `ranks`, `alphas`: by regular expressions for the ends of names.
+    """
+
+    rank: int
+    alpha: float | int
+    targets: tuple[str, ...] | str
+    stabilised: bool = False
+    excluded: tuple[str, ...] | str = ()
+    layers: tuple[int, ...] | None = None
+    layer_names: tuple[str, ...] = ()
+    ranks: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    alphas: Mapping[str, float | int] = dataclasses.field(default_factory=dict)
+
+    def has(self, module: str) -> bool:
+        """Whether the module of this name has an adapter."""
+        if _named(self.excluded, module):
+            return False
+        if self.targets == "all-linear":
+            return module.rsplit(".", 1)[-1] != "lm_head"
+        if isinstance(self.targets, str) or self.layers is None:
+            return _named(self.targets, module)
+        return _named(self.targets, module) and self._layer(module) in self.layers
+
+    def rank_of(self, module: str) -> int:
+        """The rank of the module's adapter."""
+        return _by_pattern(self.ranks, module, self.rank)
+
+    def scale_of(self, module: str) -> float:
+        """What the adapter's term is multiplied by."""
+        rank = self.rank_of(module)
+        alpha = _by_pattern(self.alphas, module, self.alpha)
+        return alpha / (math.sqrt(rank) if self.stabilised else rank)
+
+    def _layer(self, module: str) -> int | None:
+        patterns = [rf"(?:^|.*?\.){name}\.(\d+)\." for name in self.layer_names]
+        for pattern in patterns or [r".*?\.[^.]*\.(\d+)\."]:
+            found = re.match(pattern, module)
+            if found:
+                return int(found[1])
+        return None
+
+
+def read_peft(values: Mapping[str, Any]) -> PeftConfig:
+    """The configuration that the contents of an `adapter_config.json` stand for.
+
+    **Raises:**
+
+    `ValueError` where the adapter is of another kind than LoRA, or asks for what is not built.
+    """
+    _check_kind(values)
+    _check_built(values)
+    rank, alpha = values.get("r", 8), values.get("lora_alpha", 8)
+    _check_numbers("r", [rank, *(values.get("rank_pattern") or {}).values()], int)
+    _check_numbers(
+        "lora_alpha", [alpha, *(values.get("alpha_pattern") or {}).values()], int | float
+    )
+    targets = values.get("target_modules")
+    if not targets:
+        raise ValueError(
+            "`target_modules` of the adapter's configuration must name the modules that have an "
+            f"adapter; got {targets!r}."
+        )
+    layers = values.get("layers_to_transform")
+    return PeftConfig(
+        rank=rank,
+        alpha=alpha,
+        targets=_names(targets),
+        stabilised=bool(values.get("use_rslora")),
+        excluded=_names(values.get("exclude_modules") or ()),
+        layers=(layers,) if isinstance(layers, int) else tuple(layers or ()) or None,
+        layer_names=_listed(values.get("layers_pattern") or ()),
+        ranks=values.get("rank_pattern") or {},
+        alphas=values.get("alpha_pattern") or {},
+    )
+
+
+def write_peft(
+    ranks: Mapping[str, int], scales: Mapping[str, float], *, transposed: bool, base: str | None
+) -> dict[str, Any]:
+    """The contents of an `adapter_config.json` for adapters by the names, or ends, of modules."""
+    names = sorted(ranks)
+    alphas = {name: _plain(scales[name] * ranks[name]) for name in names}
+    rank, alpha = ranks[names[0]], alphas[names[0]]
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {n: ranks[n] for n in names if ranks[n] != rank},
+        "alpha_pattern": {n: alphas[n] for n in names if alphas[n] != alpha},
+        "target_modules": names,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": transposed,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+        "use_rslora": False,
+        "use_dora": False,
+    }
+
+
+def _check_kind(values: Mapping[str, Any]) -> None:
+    kind = values.get("peft_type")
+    if kind != "LORA":
+        raise ValueError(
+            f"The adapter must be of the kind LORA; its `peft_type` is {kind!r}, which is not "
+            "built. Where PEFT can merge it into its base (`merge_and_unload`), load the result."
+        )
+
+
+def _check_built(values: Mapping[str, Any]) -> None:
+    unknown = {key: values[key] for key in values.keys() - _READ - _WITHOUT_EFFECT if values[key]}
+    if values.get("bias", "none") != "none":
+        unknown["bias"] = values["bias"]
+    if values.get("init_lora_weights") not in _STARTS:
+        unknown["init_lora_weights"] = values["init_lora_weights"]
+    if unknown:
+        said = ", ".join(f"`{key}` ({unknown[key]!r})" for key in sorted(unknown))
+        raise ValueError(
+            f"The adapter's configuration asks for what is not built: {said}. Merge it into its "
+            "base with PEFT, and load that."
+        )
+
+
+def _check_numbers(key: str, numbers: list[Any], kind: Any) -> None:
+    wrong = [x for x in numbers if isinstance(x, bool) or not isinstance(x, kind) or not x > 0]
+    if wrong:
+        raise ValueError(
+            f"`{key}` of the adapter's configuration, and its pattern, must be positive numbers; "
+            f"got {wrong[0]!r}."
+        )
+
+
+def _named(names: tuple[str, ...] | str, module: str) -> bool:
+    if isinstance(names, str):
+        return re.fullmatch(names, module) is not None
+    return any(module == name or module.endswith(f".{name}") for name in names)
+
+
+def _by_pattern(values: Mapping[str, Any], module: str, default: Any) -> Any:
+    patterns = (name for name in values if re.match(rf"(.*\.)?({name})$", module))
+    return values.get(next(patterns, ""), default)
+
+
+def _names(names: str | Iterable[str]) -> tuple[str, ...] | str:
+    return names if isinstance(names, str) else tuple(names)
+
+
+def _listed(names: str | Iterable[str]) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def _plain(number: float) -> float | int:
+    # `lora_alpha` is declared an integer, and mostly is one.
+    return round(number) if abs(number - round(number)) < 1e-9 else number

@@ -1,0 +1,147 @@
+"""The contracts between the parts, as types: what a policy, a score, a loss and a step are.
+
+Nothing here computes anything, and nothing has to inherit from these: a function or a module of the
+right form is one.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+
+from ._arrays.layout import Layout
+from ._arrays.metrics import Metrics, PerPair
+from ._jax.keys import Keys
+
+Policy = TypeVar("Policy", bound=PyTree)
+OptState = TypeVar("OptState", bound=PyTree)
+LogProbs = TypeVar("LogProbs", contravariant=True)
+Scored = TypeVar("Scored", covariant=True)
+PairValues = TypeVar("PairValues", covariant=True)
+
+
+@runtime_checkable
+class Loss(Protocol[LogProbs, PairValues]):
+    """A loss: the log-probabilities of some pairs in, one value for each pair out.
+
+    `LogProbs` is `PairLogProbs` and `PairValues` is `PairLoss`, or `UnpairedLogProbs` and
+    `UnpairedLoss` for single completions. All of `dpo_eqx.losses` have this form, and any function
+    of your own that has it takes their place.
+    """
+
+    def __call__(
+        self, policy: LogProbs, reference: LogProbs | None, /, *args: Any, **hyper_parameters: Any
+    ) -> PairValues:
+        """The unreduced losses and rewards, in the order of the pairs.
+
+        `reference` is `None` if there is no reference. Hyper-parameters are keyword-only; those of
+        `batch.per_pair` come as arrays of shape `(pairs,)`.
+        """
+        ...
+
+
+@runtime_checkable
+class Score(Protocol[Scored]):
+    """A score: a policy run on a batch, giving the log-probability of each completion."""
+
+    def __call__(self, policy: Any, batch: Any, /, *, key: Keys | None) -> Scored:
+        """`PairLogProbs` or `UnpairedLogProbs`, in nats, summed over the scored tokens.
+
+        `key` is `None` for a reference and in an evaluation.
+        """
+        ...
+
+
+@runtime_checkable
+class MetricsFunction(Protocol):
+    """The metrics of each pair, before the step averages them; see `default_metrics`."""
+
+    def __call__(self, policy: Any, reference: Any, loss: Any, /) -> Mapping[str, PerPair]:
+        """By name one value for each pair, shape `(pairs,)`, or such values and a mask beside them.
+
+        The arguments are the log-probabilities of the policy and of the reference (or `None`), and
+        what the loss returned.
+        """
+        ...
+
+
+@runtime_checkable
+class Gradient(Protocol):
+    """What `make_grad` returns: the gradient of the weighted mean loss, and the metrics."""
+
+    def __call__(
+        self,
+        policy: PyTree,
+        batch: Any,
+        reference: PyTree | None = None,
+        *,
+        key: Keys | None = None,
+    ) -> tuple[PyTree, dict[str, Float[Array, ""]]]:
+        """A pytree like `policy` with `None` for what is not trained, and a dict of scalars."""
+        ...
+
+
+@runtime_checkable
+class Step(Protocol):
+    """What `make_step` returns: one update of the policy and of the optimiser's state."""
+
+    def __call__(
+        self,
+        policy: Policy,
+        opt_state: OptState,
+        batch: Any,
+        reference: PyTree | None = None,
+        *,
+        key: Keys | None = None,
+    ) -> tuple[Policy, OptState, dict[str, Float[Array, ""]]]:
+        """The new policy, the new optimiser state, and a dict of scalar metrics."""
+        ...
+
+
+@runtime_checkable
+class Evaluate(Protocol):
+    """What `make_eval` returns: the metrics of a policy on a batch, as sums that can be added."""
+
+    def __call__(self, policy: PyTree, batch: Any, reference: PyTree | None = None) -> Metrics:
+        """`Metrics`, whose `+` joins batches exactly and whose `mean()` is a dict of scalars."""
+        ...
+
+
+@runtime_checkable
+class FastPolicy(Protocol):
+    """What a policy may offer beside `policy(ids)`, to be run faster with the same result.
+
+    `score_pairs` then encodes each prompt once for both completions, applies the unembedding to
+    completion positions only, and never builds the logits. The logits that this implies,
+    `hidden @ unembedding.T + unembedding_bias`, soft-capped as `softcap * tanh(logits / softcap)`,
+    must be those that `policy(ids)` returns.
+
+    Two more attributes are optional: `unembedding_bias`, of shape `(vocab,)`, and `softcap`, a
+    number; `None` has the same effect as a missing attribute.
+
+    The shortest way to write one is to attend through `layout.mask()` and to take positions from
+    `layout.positions`; it then runs on packed rows too, whose `layout` is a `PackedLayout`:
+
+    ```python
+    class Policy(eqx.Module):
+        ...
+        def __call__(self, ids, *, key=None):
+            layout = dpx.Layout(jnp.asarray(ids.size), ids.size, ())
+            return self.hidden(ids, layout) @ self.unembedding.T
+
+        def hidden(self, ids, layout, *, key=None):
+            x = self.tokens[ids] + self.positions[layout.positions]
+            return self.attend(x, mask=layout.mask())
+    ```
+    """
+
+    @property
+    def unembedding(self) -> Float[Array, "vocab width"]:
+        """The output embedding of each token."""
+        ...
+
+    def hidden(
+        self, ids: Int[Array, " length"], layout: Layout, *, key: PRNGKeyArray | None = None
+    ) -> Float[Array, "length width"]:
+        """The last hidden states of a row made as `layout` says, normalised and all."""
+        ...

@@ -1,0 +1,112 @@
+"""Batches put on a mesh from the rows that each process has, and which rows those are.
+
+Parameters are in `_policy.py`.
+"""
+
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+
+from .._jax.partitioning import ROWS
+from ._mesh import size_of
+
+Batch = TypeVar("Batch")
+
+
+def shard_batch(batch: Batch, mesh: Mesh) -> Batch:
+    """The global batch on the mesh, from the rows that this process has.
+
+    ```python
+    index, count = sharding.batch_share(mesh)
+    batches = data.batches(rows, batch_size=64, process_index=index, process_count=count)
+    batch = sharding.shard_batch(next(batches), mesh)
+    ```
+
+    **Arguments:**
+
+    - `batch`: a pytree of arrays whose first axis is that of the pairs, such as a
+        `PreferenceBatch` in NumPy, or of the rows of a `PackedBatch`. In one process that is the
+        whole batch.
+    - `mesh`: from `make_mesh`, or any other with an axis `data` or `fsdp`.
+
+    **Returns:**
+
+    The same pytree of global arrays, their first axis over `data` and `fsdp` together.
+
+    **Raises:**
+
+    `ValueError` if the rows cannot be split equally over the devices of this process, or the mesh
+    has neither of these axes.
+    """
+    _, count = batch_share(mesh)
+    total = size_of(mesh, ROWS)
+    here = NamedSharding(mesh, P(_rows_in(mesh)))
+    for leaf in jax.tree.leaves(batch):
+        _check_rows(leaf, total, count)
+
+    def put(leaf: Any) -> jax.Array:
+        local = np.asarray(leaf)
+        kind = jax.dtypes.canonicalize_dtype(local.dtype)
+        return jax.make_array_from_process_local_data(here, local.astype(kind, copy=False))
+
+    # What is on the devices already need not go by way of the host.
+    on_devices = here.is_fully_addressable
+    return jax.device_put(batch, here) if on_devices else jax.tree.map(put, batch)
+
+
+def batch_share(mesh: Mesh) -> tuple[int, int]:
+    """Which part of each global batch this process has to make, and of how many: `(1, 4)`.
+
+    It is not the number of the process where an axis other than `data` and `fsdp` lies across
+    processes: several of them then need the same rows.
+
+    **Raises:**
+
+    `ValueError` where the rows of two processes overlap in part.
+    """
+    if not _rows_in(mesh):
+        raise ValueError(
+            f"`mesh` must have an axis {' or '.join(ROWS)} for the rows of a batch; got "
+            f"{', '.join(mesh.axis_names)}. Make it by `sharding.make_mesh('data=8')`, or put the "
+            "batch on this one by `jax.device_put(batch, NamedSharding(mesh, PartitionSpec("
+            f"{mesh.axis_names[0]!r})))`."
+        )
+    # Along the other axes, rows are repeated.
+    leading = [mesh.axis_names.index(name) for name in _rows_in(mesh)]
+    devices = np.moveaxis(mesh.devices, leading, range(len(leading)))
+    blocks = devices.reshape(size_of(mesh, ROWS), -1)
+    held: dict[int, tuple[int, ...]] = {}
+    for block, row in enumerate(blocks):
+        for process in {device.process_index for device in row}:
+            held[process] = (*held.get(process, ()), block)
+    shares = sorted(set(held.values()))
+    if sum(map(len, shares)) != len(blocks) or len({len(share) for share in shares}) != 1:
+        raise ValueError(
+            "`mesh` must give each process either the same rows of a batch as another or none of "
+            f"them, and all equally many; got {shares} as the parts of {len(blocks)}. Let `tensor` "
+            "be a divisor or a multiple of the devices of a process."
+        )
+    return shares.index(held[jax.process_index()]), len(shares)
+
+
+def _rows_in(mesh: Mesh) -> tuple[str, ...]:
+    return tuple(name for name in ROWS if name in mesh.axis_names)
+
+
+def _check_rows(leaf: Any, total: int, count: int) -> None:
+    if not np.ndim(leaf):
+        raise ValueError(
+            "`batch` must be of arrays with the rows as their first axis; one of them is a scalar, "
+            f"{leaf}. Make it one number for each row, or hand it to the step beside the batch."
+        )
+    rows = np.shape(leaf)[0]
+    if rows == 0 or rows % (total // count):
+        whole = f"{rows * count}" if count == 1 else f"{rows} in each of {count} parts"
+        raise ValueError(
+            "`batch` must split equally over the devices, its pairs, or packed rows, a positive "
+            f"multiple of data * fsdp = {total}; got {whole}. Take another batch size (for packed "
+            "rows also `multiple_of`), fill the batch up with pairs of weight 0, or make these "
+            "axes smaller."
+        )

@@ -1,0 +1,168 @@
+"""Which axis of a parameter lies on which axis of the mesh: rules by path, and what to do without.
+
+Arrays are put there in `_policy.py`.
+"""
+
+import math
+import re
+from collections.abc import Callable, Mapping
+
+from jax.sharding import Mesh, PartitionSpec as P
+
+from .._jax.partitioning import AXES
+from ._mesh import size_of
+
+Shape = tuple[int, ...]
+# A specification of the trailing axes of a leaf, or what makes one of the whole leaf.
+Rule = P | Callable[[Shape, Mesh], P]
+Rules = Mapping[str, Rule]
+
+# Less than this many numbers are not worth a collective each time they are used.
+SMALL = 2**12
+# `layers.attention.query.weight` is stacked, `layers.0.weight` is one of a tuple.
+_STACK = re.compile(r"(^|\.)layers\.(?!\d)")
+
+
+def either(*specs: P) -> Rule:
+    """A rule: the first of several specifications whose axes all divide.
+
+    ```python
+    rules = {r"head\\.weight$": sharding.either(P("tensor", "fsdp"), P(None, "fsdp"), P())}
+    ```
+
+    **Arguments:**
+
+    - `specs`: of the trailing axes of a leaf.
+    """
+
+    def choose(shape: Shape, mesh: Mesh) -> P:
+        aligned = [align(spec, shape) for spec in specs if len(spec) <= len(shape)]
+        fitting = (spec for spec in aligned if not misfits(spec, shape, mesh))
+        # Where none does, the last is there to be complained of.
+        return next(fitting, aligned[-1] if aligned else P())
+
+    return choose
+
+
+def largest(shape: Shape, mesh: Mesh) -> P:
+    """The rule for what has none: the largest axis that divides lies on `fsdp`."""
+    return _largest(shape, mesh, first=0)
+
+
+def stacked(shape: Shape, mesh: Mesh) -> P:
+    """A rule for leaves that are stacked along their first axis, which is never split.
+
+    The largest of the other axes that divides lies on `fsdp`, and small leaves are replicated.
+
+    ```python
+    rules = {r"(^|\\.)blocks\\.": sharding.stacked}
+    ```
+    """
+    return _largest(shape, mesh, first=1)
+
+
+def _largest(shape: Shape, mesh: Mesh, *, first: int) -> P:
+    count = size_of(mesh, "fsdp")
+    axes = [axis for axis in range(first, len(shape)) if shape[axis] % count == 0]
+    if not axes or math.prod(shape[first:]) < SMALL:
+        return P()
+    chosen = max(axes, key=lambda axis: shape[axis])
+    return P(*("fsdp" if axis == chosen else None for axis in range(chosen + 1)))
+
+
+# Over the vocabulary, not over the width: the loop over chunks of tokens in `_head/linear.py` then
+# keeps to the shards. Over the width it would sum its gradient once for each chunk.
+_VOCABULARY = either(P(("tensor", "fsdp"), None), P(None, ("fsdp", "tensor")), P(None, "fsdp"), P())
+
+
+def _scales(*axes: str) -> Rule:
+    """Scales of quantised weights lie as the weights where that divides, as blocks may not."""
+
+    def choose(shape: Shape, mesh: Mesh) -> P:
+        # One scale for each output, in the format that has no blocks.
+        pairs = zip(axes, shape[1:], strict=False)
+        return P(None, *(axis if size % size_of(mesh, axis) == 0 else None for axis, size in pairs))
+
+    return choose
+
+
+# In Megatron's way: what comes out of the first matrix of a block is split, what goes into the
+# second one is, and one sum over `tensor` ends the block. Adapters go with the axes they share with
+# their layer, and quantised layers are split as others.
+_INTO = r"(attention\.(query|key|value)|feed_forward\.(gate|up))"
+_OUT = r"(attention\.output|feed_forward\.down)"
+TRANSFORMER: Rules = {
+    r"(^|\.)(embedding|head)(\.base)?\.weight$": _VOCABULARY,
+    r"(^|\.)head\.bias$": either(P("tensor"), P()),
+    _INTO + r"(\.base)?\.weight$": P("tensor", "fsdp"),
+    _INTO + r"(\.base)?\.stored\.codes$": P("tensor", "fsdp"),
+    _INTO + r"(\.base)?\.stored\.scales$": _scales("tensor", "fsdp"),
+    _INTO + r"(\.base)?(\.layer)?\.bias$": P("tensor"),
+    _INTO + r"\.(up|pinned\.1)$": P("tensor", None),
+    _OUT + r"(\.base)?\.weight$": P("fsdp", "tensor"),
+    _OUT + r"(\.base)?\.stored\.codes$": P("fsdp", "tensor"),
+    _OUT + r"(\.base)?\.stored\.scales$": _scales("fsdp", "tensor"),
+    _OUT + r"\.(down|pinned\.0)$": P(None, "tensor"),
+}
+"""The rules for `models.Transformer`, its adapters included, which apply where no rules are given.
+
+Other models have none of these paths, and get the default.
+"""
+
+
+def spec_of(path: str, shape: Shape, mesh: Mesh, rules: Rules) -> P:
+    """Where a leaf lies: by the first rule whose pattern is found in its path, else by default.
+
+    **Raises:**
+
+    `ValueError` where a rule names an axis that the mesh has not, or one that does not divide.
+    """
+    rule = next((rule for pattern, rule in rules.items() if re.search(pattern, path)), None)
+    # Adafactor keeps, under the path of a matrix, vectors for its rows and columns.
+    own = len(shape) - bool(_STACK.search(path))
+    if rule is None or (isinstance(rule, P) and len(rule) > own):
+        rule = stacked if _STACK.search(path) else largest
+    spec = align(rule, shape) if isinstance(rule, P) else rule(shape, mesh)
+    _check(spec, path, shape, mesh)
+    return _within(spec, mesh)
+
+
+def align(spec: P, shape: Shape) -> P:
+    """A specification of the trailing axes as one of all; an axis of size 1 is never split."""
+    entries = [None] * (len(shape) - len(spec)) + list(spec)
+    return P(*(None if size == 1 else e for e, size in zip(entries, shape, strict=True)))
+
+
+def misfits(spec: P, shape: Shape, mesh: Mesh) -> list[int]:
+    """The axes that do not divide."""
+    pairs = enumerate(zip(spec, shape, strict=False))
+    return [axis for axis, (entry, size) in pairs if size % size_of(mesh, entry)]
+
+
+def _within(spec: P, mesh: Mesh) -> P:
+    """The specification without the axes that the mesh lacks, which count as 1."""
+
+    def kept(entry):
+        names = (entry,) if isinstance(entry, str) else entry or ()
+        names = tuple(name for name in names if name in mesh.axis_names)
+        return names[0] if len(names) == 1 else names or None
+
+    return spec if set(AXES) <= set(mesh.axis_names) else P(*map(kept, spec))
+
+
+def _check(spec: P, path: str, shape: Shape, mesh: Mesh) -> None:
+    names = [n for e in spec for n in ((e,) if isinstance(e, str) else e or ())]
+    unknown = [name for name in names if name not in (*AXES, *mesh.axis_names)]
+    if unknown:
+        raise ValueError(
+            f"`rules` must name axes of the mesh, {', '.join(mesh.axis_names)}; for `{path}` they "
+            f"name {unknown[0]!r}."
+        )
+    for axis in misfits(spec, shape, mesh):
+        count = size_of(mesh, spec[axis])
+        raise ValueError(
+            f"the mesh must divide the axes that it splits: axis {axis} of `{path}`, of shape "
+            f"{shape}, has {shape[axis]} entries for {spec[axis]}={count}. Choose a size that "
+            f"divides {shape[axis]}, or leave that axis whole by a rule of your own, "
+            f"`rules={{{path!r}: PartitionSpec()}}`."
+        )
