@@ -17,7 +17,7 @@ from .._arrays.log_probs import PairLogProbs, UnpairedLogProbs
 from .._arrays.loss_values import PairLoss, UnpairedLoss
 from ._divergences import reverse_kl
 from ._form import Scalar, lengths, log_ratios, require_reference
-from ._marks import derived, parts, takes
+from ._marks import Marks, marked, marks_of, parts, takes
 from ._numerics import times, wide
 
 LogProbs = TypeVar("LogProbs", PairLogProbs, UnpairedLogProbs)
@@ -58,7 +58,7 @@ def combine(*terms: tuple[Scalar, Callable[..., Result]]) -> Callable[..., Resul
         total = sum(times(weight, r.loss) for (weight, _), r in zip(terms, results, strict=True))
         return replace(results[0], loss=total)
 
-    return derived(combined, *losses)
+    return marked(combined, Marks(inner=tuple(losses)))
 
 
 def length_normalized(loss: Callable[..., PairLoss]) -> Callable[..., PairLoss]:
@@ -94,7 +94,7 @@ def length_normalized(loss: Callable[..., PairLoss]) -> Callable[..., PairLoss]:
             f"`{_name(loss)}`. To combine losses, normalise each term."
         )
     bound = reverse_kl if parameter.default is parameter.empty else parameter.default
-    free = any(getattr(part, "reference_free", False) for part, _ in parts(loss))
+    free = any(marks_of(part).reference_free for part, _ in parts(loss))
 
     @functools.wraps(loss)
     def normalized(policy: PairLogProbs, reference: PairLogProbs | None, **keywords) -> PairLoss:
@@ -111,7 +111,7 @@ def length_normalized(loss: Callable[..., PairLoss]) -> Callable[..., PairLoss]:
         inner = loss(averaged, _uniform(reference), **{**keywords, "divergence": reverse_kl})
         return replace(plain, loss=inner.loss)
 
-    return derived(normalized, loss)
+    return marked(normalized, Marks(inner=(loss,)))
 
 
 def reference_free(loss: Callable[..., Result]) -> Callable[..., Result]:
@@ -130,8 +130,7 @@ def reference_free(loss: Callable[..., Result]) -> Callable[..., Result]:
     def free(policy: LogProbs, reference: LogProbs | None, **keywords) -> Result:
         return loss(policy, _uniform(policy), **keywords)
 
-    free.reference_free = True  # pyright: ignore[reportAttributeAccessIssue]: read above
-    return derived(free, loss)
+    return marked(free, Marks(reference_free=True, inner=(loss,)))
 
 
 def wpo(loss: Callable[..., PairLoss]) -> Callable[..., PairLoss]:
@@ -164,7 +163,7 @@ def wpo(loss: Callable[..., PairLoss]) -> Callable[..., PairLoss]:
         result = loss(policy, reference, **keywords)
         return replace(result, loss=times(_confidence(policy), result.loss))
 
-    return derived(weighted, loss)
+    return marked(weighted, Marks(inner=(loss,)))
 
 
 def _confidence(policy: PairLogProbs) -> Float[Array, " pairs"]:

@@ -1,8 +1,9 @@
 """Marks on losses: which couple pairs, and which losses a loss is made of.
 
-The step reads them; no arithmetic is here.
+The step and the combinators read them; no arithmetic is here.
 """
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Iterator
@@ -12,6 +13,35 @@ from .._jax.explicit_meshes import automatic
 
 # Bare, since typeguard cannot check a bound with parameters.
 Loss = TypeVar("Loss", bound=Callable)
+
+_ATTRIBUTE = "_dpo_eqx_marks"
+
+
+@dataclasses.dataclass(frozen=True)
+class Marks:
+    """What the library must know of a loss and cannot see from its signature.
+
+    **Arguments:**
+
+    - `couples_pairs`: whether the value of one pair depends on the other pairs.
+    - `reference_free`: whether the loss replaces the reference by log-probabilities of 0.
+    - `inner`: the losses that this one calls.
+    """
+
+    couples_pairs: bool = False
+    reference_free: bool = False
+    inner: tuple[Callable[..., Any], ...] = ()
+
+
+def marked(loss: Loss, marks: Marks) -> Loss:
+    """`loss` with `marks` in place of any that it had (`functools.wraps` copies those)."""
+    setattr(loss, _ATTRIBUTE, marks)
+    return loss
+
+
+def marks_of(loss: Callable[..., Any]) -> Marks:
+    """The marks of `loss` itself, not of the losses that it calls."""
+    return getattr(loss, _ATTRIBUTE, Marks())
 
 
 def couples_pairs(loss: Loss) -> Loss:
@@ -42,19 +72,12 @@ def couples_pairs(loss: Loss) -> Loss:
     def coupled(*args: Any, **keywords: Any) -> Any:
         return on_any_mesh(*args, **keywords)
 
-    coupled.couples_pairs = True  # pyright: ignore[reportAttributeAccessIssue]: it is the mark
-    return cast("Loss", derived(coupled, loss))
+    return cast("Loss", marked(coupled, Marks(couples_pairs=True, inner=(loss,))))
 
 
 def is_coupled(loss: Callable[..., Any]) -> bool:
     """Whether `loss`, or any loss that it is made of, is marked by `couples_pairs`."""
-    return any(getattr(part, "couples_pairs", False) for part, _ in parts(loss))
-
-
-def derived(loss: Loss, *inner: Callable[..., Any]) -> Loss:
-    """Says that the combinator's result `loss` calls `inner`, so that their marks are seen."""
-    loss.inner = inner  # pyright: ignore[reportFunctionMemberAccess]: read by `parts`
-    return loss
+    return any(marks_of(part).couples_pairs for part, _ in parts(loss))
 
 
 def parts(loss: Callable[..., Any]) -> Iterator[tuple[Callable[..., Any], dict[str, Any]]]:
@@ -67,7 +90,7 @@ def parts(loss: Callable[..., Any]) -> Iterator[tuple[Callable[..., Any], dict[s
         bound = {**loss.keywords, **bound}
         loss = loss.func
     yield loss, bound
-    for inner in getattr(loss, "inner", ()):
+    for inner in marks_of(loss).inner:
         yield from parts(inner)
 
 
@@ -77,5 +100,5 @@ def takes(loss: Callable[..., Any], keyword: str) -> bool:
         return keyword not in loss.keywords and takes(loss.func, keyword)
     parameters = inspect.signature(loss).parameters.values()
     shown = any(p.kind is p.VAR_KEYWORD or p.name == keyword for p in parameters)
-    inner = getattr(loss, "inner", ())
+    inner = marks_of(loss).inner
     return shown and (not inner or any(takes(part, keyword) for part in inner))

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from .._arrays.log_probs import PairLogProbs, UnpairedLogProbs
 from .._arrays.loss_values import PairLoss, UnpairedLoss
 from ._form import Scalar
-from ._marks import couples_pairs, derived, takes
+from ._marks import Marks, couples_pairs, marked, takes
 from ._numerics import weighted_mean
 
 LogProbs = TypeVar("LogProbs", PairLogProbs, UnpairedLogProbs)
@@ -84,10 +84,10 @@ def batch_delta(loss: Callable[..., Result]) -> Callable[..., Result]:
         rewards = loss(policy, reference, delta=0.0, **keywords)
         return loss(policy, reference, delta=_middle(rewards, policy), **keywords)
 
+    # `wraps` shows the signature of `loss`, but the caller cannot give a `delta` here.
     others = [p for p in signature.parameters.values() if p.name != "delta"]
-    # `wraps` would have `combine` believe that it takes a `delta` still.
-    shifted.__signature__ = signature.replace(parameters=others)  # pyright: ignore[reportAttributeAccessIssue]: read by `inspect`
-    return couples_pairs(derived(shifted, loss))
+    vars(shifted)["__signature__"] = signature.replace(parameters=others)
+    return couples_pairs(marked(shifted, Marks(inner=(loss,))))
 
 
 def _middle(result: PairLoss | UnpairedLoss, policy: Any) -> Float[Array, ""]:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from ... import losses
 from ..._arrays.log_probs import PairLogProbs, UnpairedLogProbs
-from ...losses._marks import parts
+from ...losses._marks import marks_of, parts
 from ..settings.check import flag
 from ..settings.options import as_number, split_pairs
 from ..settings.settings import Settings
@@ -113,7 +113,7 @@ def _known(terms: list[Loss]) -> str:
 
 def _functions(loss: Loss) -> list[Loss]:
     """The functions with a signature of their own that `loss` is made of."""
-    return [part for part, _ in parts(loss) if not getattr(part, "inner", ())]
+    return [part for part, _ in parts(loss) if not marks_of(part).inner]
 
 
 def _is_unpaired(function: Loss) -> bool:
