@@ -9,7 +9,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
-from ._arrays.layout import Layout
+from ._arrays.layout import AbstractLayout
 from ._arrays.metrics import Metrics, PerPair
 from ._jax.keys import Keys
 
@@ -141,7 +141,7 @@ class FastPolicy(Protocol):
         ...
 
     def hidden(
-        self, ids: Int[Array, " length"], layout: Layout, *, key: PRNGKeyArray | None = None
+        self, ids: Int[Array, " length"], layout: AbstractLayout, *, key: PRNGKeyArray | None = None
     ) -> Float[Array, "length width"]:
         """The last hidden states of a row made as `layout` says, normalised and all."""
         ...

@@ -1,8 +1,9 @@
-"""How one row of tokens is made, and the protocol by which a policy attends to it at once.
+"""How one row of tokens is made: which tokens are whose, and what each of them sees.
 
-A row holds a prompt once and all its completions after it, so that a policy that offers
-`FastPolicy` encodes the prompt once for all of them.
+The row of one prompt with its completions is here; rows of several pairs are in `packed.py`.
 """
+
+import abc
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -17,7 +18,43 @@ def _length(length: int | Integer[Array | np.ndarray, ""]) -> Int[Array, ""]:
     return as_ids(jnp.asarray(length))
 
 
-class Layout(eqx.Module):
+class AbstractLayout(eqx.Module):
+    """What every layout offers to a policy that attends through `mask()` and `positions`.
+
+    `Layout` and `PackedLayout` also have `length`, the width of the whole row, and `longest`, the
+    largest number of tokens that a prompt and one of its completions have together.
+    """
+
+    @property
+    @abc.abstractmethod
+    def positions(self) -> Int[Array, " length"]:
+        """Each token's position in its own sequence, from 0, for rotary or learned positions."""
+
+    @property
+    @abc.abstractmethod
+    def segments(self) -> Int[Array, " length"]:
+        """0 in a prompt, `k + 1` in its completion `k`, -1 in padding before or between them."""
+
+    @property
+    @abc.abstractmethod
+    def predicts(self) -> Int[Array, " length"]:
+        """For every token of a completion, the place of the token whose hidden state predicts it.
+
+        This is the token before it; for the first token of a completion, it is the last real token
+        of the prompt. The values at tokens of a prompt have no meaning.
+        """
+
+    @abc.abstractmethod
+    def mask(self) -> Bool[Array, "length length"]:
+        """True at `[j, i]` if token `j` sees token `i`.
+
+        It does if `i <= j`, both belong to one pair, and `i` is a real token of the prompt or in
+        `j`'s own completion. Every token sees itself, so no row is empty and a softmax over it is
+        always finite.
+        """
+
+
+class Layout(AbstractLayout):
     """A row of `prompt_width` prompt tokens and, after them, each completion in its own width.
 
     The prompt is padded on the right to `prompt_width`, each completion to its width; the
@@ -73,3 +110,14 @@ class Layout(eqx.Module):
         causal = index[None, :] <= index[:, None]
         same = segment[None, :] == segment[:, None]
         return causal & (same | (segment[None, :] == 0))
+
+    @property
+    def predicts(self) -> Int[Array, " length"]:
+        """The place that predicts each token of a completion, see `AbstractLayout`."""
+        before = jnp.arange(self.length, dtype=jnp.int32) - 1
+        starts, start = [], self.prompt_width
+        for width in self.completion_widths:
+            starts.append(start)
+            start += width
+        last_of_prompt = (self.prompt_length - 1).astype(before.dtype)
+        return before.at[jnp.array(starts, jnp.int32)].set(last_of_prompt)

@@ -13,11 +13,12 @@ import numpy as np
 from jaxtyping import Array, Bool, Int, Integer, Real
 
 from .._jax.scalars import Weights
+from .layout import AbstractLayout
 from .log_probs import PairLogProbs
 from .tokens import as_ids, narrow_on_host
 
 
-class PackedLayout(eqx.Module):
+class PackedLayout(AbstractLayout):
     """A row of whole pairs one after the other: prompt, chosen, rejected; prompt, chosen, ...
 
     It offers what `Layout` offers to whoever attends through `layout.mask()` and takes positions
@@ -82,17 +83,6 @@ class PackedLayout(eqx.Module):
         is_first = self._places == starts[pair, self.segments]
         last_of_prompt = starts[pair, 0] + self.lengths[pair, 0] - 1
         return jnp.where(is_first & (self.segments > 0), last_of_prompt, self._places - 1)
-
-    @property
-    def prompt_width(self) -> int:
-        """Not there: the error says what is."""
-        raise AttributeError(
-            "a packed row has no `prompt_width` or `completion_widths`: its parts have other "
-            "widths in each row. Attend through `layout.mask()` and `layout.positions` where "
-            "`layout` is a `PackedLayout`, or run the policy by `score_pairs`."
-        )
-
-    completion_widths = prompt_width
 
     @property
     def _places(self) -> Int[Array, " length"]:

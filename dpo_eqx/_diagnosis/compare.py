@@ -11,11 +11,10 @@ from jaxtyping import Array, Float, PyTree
 
 from .._arrays.batches import PreferenceBatch
 from .._arrays.log_probs import PairLogProbs
-from .._head.kl import linear_kl, token_kl
-from .._head.tiles import Unembedding
+from .._head.predictions import kl_between
 from .._head.token_log_probs import sequence_log_probs
 from .._jax.explicit_meshes import automatic
-from .._scoring.predict import Hidden, Logits, offers_fast_path, predict
+from .._scoring.predict import offers_fast_path, predict
 from .._scoring.score import pair_log_probs, token_scores
 
 
@@ -84,7 +83,7 @@ def _compare(
         jnp.where(tokens.mask, a.log_probs - b.log_probs, 0)
         for tokens, a, b in zip(pair, ours, theirs, strict=True)
     )
-    kl = _kl_of(predictions[0], predictions[1], chunk_size)
+    kl = kl_between(*predictions)
     halves = jnp.split(kl, [batch.chosen.ids.shape[1]], axis=1)
     chosen_kl, rejected_kl = (
         sequence_log_probs(half, tokens.mask) for half, tokens in zip(halves, pair, strict=True)
@@ -97,32 +96,3 @@ def _compare(
         chosen_kl=chosen_kl,
         rejected_kl=rejected_kl,
     )
-
-
-def _kl_of(
-    ours: Logits | Hidden, theirs: Logits | Hidden, chunk_size: int | None
-) -> Float[Array, "pairs length"]:
-    if isinstance(ours, Hidden) and isinstance(theirs, Hidden):
-        options = {name: ours.options[name] for name in ("bias", "softcap")}
-        options |= {f"reference_{name}": theirs.options[name] for name in ("bias", "softcap")}
-        heads = (ours.hidden, ours.unembedding, theirs.hidden, theirs.unembedding)
-        return linear_kl(*heads, **options, chunk_size=chunk_size)
-    logits = [_logits(prediction) for prediction in (ours, theirs)]
-    if logits[0].shape != logits[1].shape:
-        raise ValueError(
-            "`policy` and `reference` must have one vocabulary; got logits of "
-            f"{logits[0].shape[-1]} and {logits[1].shape[-1]} tokens. Compare models that share a "
-            "tokenizer."
-        )
-    return token_kl(*logits)
-
-
-def _logits(prediction: Logits | Hidden) -> Float[Array, "pairs length vocab"]:
-    """All logits at once, where the other policy builds them anyway."""
-    if isinstance(prediction, Logits):
-        return prediction.logits
-    head = Unembedding(
-        prediction.unembedding, prediction.options["bias"], prediction.options["softcap"]
-    )
-    rows = prediction.hidden.reshape(-1, prediction.hidden.shape[-1])
-    return head.logits(rows).reshape(*prediction.hidden.shape[:-1], -1)

@@ -12,12 +12,14 @@ from jaxtyping import Array, Bool, PyTree
 from .._arrays.log_probs import PairLogProbs
 from .._arrays.packed import PackedBatch, PackedLayout, by_pair
 from .._arrays.tokens import as_ids
+from .._head.predictions import Hidden
 from .._head.token_log_probs import sequence_log_probs
 from .._jax.explicit_meshes import automatic
 from .._jax.keys import Keys, keys_per_pair
 from .._jax.partitioning import keep_rows, row_axes
+from ..protocols import FastPolicy
 from .policy_checks import check_is_policy, checked_hidden
-from .predict import Hidden, head_options, offers_fast_path
+from .predict import offers_fast_path, unembedding_of
 
 
 @partial(automatic, like=1)
@@ -61,7 +63,7 @@ def score_packed(
 
     def one_row(ids, lengths, scored, key):
         layout = PackedLayout(lengths, ids.size, batch.longest, batch.longest_pair)
-        returned = policy.hidden(keep_rows(ids), layout, key=key)
+        returned = _run(policy, keep_rows(ids), layout, key)
         hidden = checked_hidden(policy, returned, ids, policy.unembedding)
         # The fill of -1 reads the row's last token: whatever it gives is in no sum.
         return keep_rows(hidden[layout.predicts[scored]]), ids[scored], _parts_of(layout, scored)
@@ -69,8 +71,7 @@ def score_packed(
     ids, lengths, scored = map(as_ids, (batch.ids, batch.lengths, batch.scored))
     over_rows = jax.vmap(one_row, spmd_axis_name=row_axes(ids, policy, keys))
     hidden, targets, parts = over_rows(ids, lengths, scored, keys)
-    options = head_options(policy, chunk_size)
-    log_probs = Hidden(hidden, policy.unembedding, options).log_probs(targets)
+    log_probs = Hidden(hidden, unembedding_of(policy), chunk_size).log_probs(targets)
     of_each = jnp.broadcast_to(log_probs[:, None, None], parts.shape)
     totals = sequence_log_probs(of_each, parts)
     counts = parts.sum(axis=-1, dtype=jnp.int32)
@@ -81,6 +82,20 @@ def score_packed(
         rejected_length=by_pair(counts[:, :, 1]),
         weight=jnp.asarray(batch.weight, log_probs.dtype),
     )
+
+
+def _run(policy: FastPolicy, ids: Array, layout: PackedLayout, key: Keys | None) -> Array:
+    """The policy's hidden states; says what to use if it asks for the widths of a `Layout`."""
+    try:
+        return policy.hidden(ids, layout, key=key)
+    except AttributeError as error:
+        if error.obj is not layout:
+            raise
+        raise AttributeError(
+            "A packed row has no `prompt_width` or `completion_widths`: its parts have other "
+            "widths in each row. Attend through `layout.mask()` and `layout.positions` if `layout` is a "
+            "`PackedLayout`, or run the policy by `score_pairs`."
+        ) from error
 
 
 def _parts_of(layout: PackedLayout, scored: Array) -> Bool[Array, "slots 2 scored"]:

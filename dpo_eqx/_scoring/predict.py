@@ -6,9 +6,7 @@ completions for a `FastPolicy`. Sums over tokens and everything after them are i
 
 import inspect
 from collections.abc import Sequence
-from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,50 +14,13 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from .._arrays.layout import Layout
 from .._arrays.tokens import Tokens, as_ids
-from .._head.linear import collisions_of, linear_collisions, linear_token_log_probs
-from .._head.token_log_probs import token_log_probs
+from .._head.predictions import AbstractPrediction, Hidden, Logits
+from .._head.tiles import Unembedding
 from .._jax.explicit_meshes import split_like
 from .._jax.keys import Keys
-from .._jax.partitioning import keep_rows, over_data, row_axes
+from .._jax.partitioning import keep_rows, row_axes
 from ..protocols import FastPolicy
 from .policy_checks import check_is_policy, checked_hidden, checked_logits
-
-
-class Logits(eqx.Module):
-    """Predictions of completion tokens as logits."""
-
-    logits: Float[Array, "pairs length vocab"]
-
-    def log_probs(self, targets: Int[Array, "pairs length"]) -> Float[Array, "pairs length"]:
-        """The log-probability of each target, in nats."""
-        return token_log_probs(self.logits, targets)
-
-    def collisions(self) -> Float[Array, "pairs length"]:
-        r"""$\log\sum_v p_v^2$ of each prediction; no gradient."""
-        return collisions_of(jax.lax.stop_gradient(self.logits))
-
-
-class Hidden(eqx.Module):
-    """Predictions of completion tokens as hidden states, from which logits are made in chunks."""
-
-    hidden: Float[Array, "pairs length width"]
-    unembedding: Float[Array, "vocab width"]
-    options: dict[str, Any]
-
-    def log_probs(self, targets: Int[Array, "pairs length"]) -> Float[Array, "pairs length"]:
-        """The log-probability of each target, in nats."""
-        options = dict(self.options)
-        bias = options.pop("bias")
-
-        def of_rows(rows, unembedding, bias):
-            hidden, targets = rows
-            return linear_token_log_probs(hidden, unembedding, targets, bias=bias, **options)
-
-        return over_data(of_rows, (self.hidden, targets), self.unembedding, bias)
-
-    def collisions(self) -> Float[Array, "pairs length"]:
-        r"""$\log\sum_v p_v^2$ of each prediction; no gradient."""
-        return linear_collisions(self.hidden, self.unembedding, **self.options)
 
 
 def predict(
@@ -69,14 +30,14 @@ def predict(
     *,
     keys: Keys | None,
     chunk_size: int | None,
-) -> Logits | Hidden:
+) -> AbstractPrediction:
     """The prediction of every token of all completions, side by side in their order."""
     check_is_policy(policy)
     prompt, *completions = map(_without_padding, (prompt, *completions))
     lengths = prompt.mask.sum(axis=1, dtype=jnp.int32)
     if offers_fast_path(policy):
         hidden = _fast_hidden(policy, prompt.ids, lengths, completions, keys)
-        return Hidden(hidden, policy.unembedding, head_options(policy, chunk_size))
+        return Hidden(hidden, unembedding_of(policy), chunk_size)
     return Logits(_plain_logits(policy, prompt.ids, lengths, completions, keys))
 
 
@@ -92,13 +53,10 @@ def offers_fast_path(policy: PyTree) -> bool:
     )
 
 
-def head_options(policy: FastPolicy, chunk_size: int | None) -> dict[str, Any]:
-    """What `linear_token_log_probs` takes beside the hidden states and the unembedding."""
-    return {
-        "bias": getattr(policy, "unembedding_bias", None),
-        "softcap": getattr(policy, "softcap", None),
-        "chunk_size": chunk_size,
-    }
+def unembedding_of(policy: FastPolicy) -> Unembedding:
+    """The unembedding of `policy`, with its optional bias and soft cap."""
+    bias, softcap = getattr(policy, "unembedding_bias", None), getattr(policy, "softcap", None)
+    return Unembedding(policy.unembedding, bias, softcap)
 
 
 def _without_padding(tokens: Tokens) -> Tokens:
@@ -151,20 +109,6 @@ def _fast_hidden(
         layout = Layout(length, prompts.shape[1], widths)
         returned = policy.hidden(keep_rows(row), layout, key=key)
         hidden = checked_hidden(policy, returned, row, policy.unembedding)
-        return keep_rows(hidden[_predicts(layout)])
+        return keep_rows(hidden[layout.predicts[layout.prompt_width :]])
 
     return jax.vmap(one_row, spmd_axis_name=row_axes(rows, policy, keys))(rows, lengths, keys)
-
-
-def _predicts(layout: Layout) -> Int[Array, " length"]:
-    """For every completion token, the row's token whose hidden state predicts it.
-
-    The one before it; for the first of a completion, the last real token of the prompt.
-    """
-    before = jnp.arange(layout.prompt_width, layout.length) - 1
-    firsts, begin = [], 0
-    for width in layout.completion_widths:
-        firsts.append(begin)
-        begin += width
-    last_of_prompt = (layout.prompt_length - 1).astype(before.dtype)
-    return before.at[jnp.array(firsts)].set(last_of_prompt)

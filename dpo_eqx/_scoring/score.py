@@ -17,11 +17,12 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from .._arrays.batches import PreferenceBatch, UnpairedBatch
 from .._arrays.log_probs import PairLogProbs, UnpairedLogProbs
 from .._arrays.tokens import Tokens, as_ids
+from .._head.predictions import AbstractPrediction
 from .._head.token_log_probs import sequence_log_probs
 from .._jax.explicit_meshes import automatic
 from .._jax.keys import Keys, keys_per_pair
 from .._jax.scalars import Number
-from .predict import Hidden, Logits, offers_fast_path, predict
+from .predict import offers_fast_path, predict
 
 
 def score_pairs(
@@ -206,7 +207,7 @@ def _token_scores(
 
 
 def token_scores(
-    predictions: Logits | Hidden, completions: Sequence[Tokens], confidence: bool = False
+    predictions: AbstractPrediction, completions: Sequence[Tokens], confidence: bool = False
 ) -> list[TokenScores]:
     """The scores of each of the completions, from the predictions of all of them side by side."""
     mask = jnp.concatenate([completion.mask for completion in completions], axis=1)

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int, Integer, PRNGKeyArray
 from ..._arrays.layout import Layout
 from ..._arrays.packed import PackedLayout
 from ..._arrays.tokens import as_ids
+from ..._head.tiles import Unembedding
 from ..._jax.dtypes import at_least_float32
 from ..._jax.explicit_meshes import automatic
 from ..._jax.partitioning import keep_rows
@@ -174,14 +175,8 @@ class Transformer(eqx.Module):
     @partial(automatic, like=1)
     def unembed(self, hidden: Float[Array, "length width"]) -> Float[Array, "length vocab"]:
         """Logits from hidden states, in float32 or wider."""
-        dtype = at_least_float32(hidden.dtype)
-        weight = self.unembedding.astype(hidden.dtype)
-        logits = jnp.matmul(hidden, weight.T, preferred_element_type=dtype)
-        if self.unembedding_bias is not None:
-            logits = logits + self.unembedding_bias.astype(dtype)[None, :]
-        if self.softcap is not None:
-            logits = self.softcap * jnp.tanh(logits / self.softcap)
-        return logits
+        head = Unembedding(self.unembedding, self.unembedding_bias, self.softcap)
+        return head.logits(hidden)
 
     @property
     def unembedding(self) -> Float[Array, "vocab width"]:

@@ -1,0 +1,111 @@
+"""Predictions of completion tokens: logits, or hidden states from which logits are made in tiles.
+
+A policy's run gives one of the two; both answer the same questions.
+"""
+
+import abc
+
+import equinox as eqx
+import jax
+from jaxtyping import Array, Float, Int
+
+from .._jax.partitioning import over_data
+from .kl import linear_kl, token_kl
+from .linear import collisions_of, linear_collisions, linear_token_log_probs
+from .tiles import Unembedding
+from .token_log_probs import token_log_probs
+
+
+class AbstractPrediction(eqx.Module):
+    """The next-token distribution at some places of each pair."""
+
+    @abc.abstractmethod
+    def log_probs(self, targets: Int[Array, "pairs length"]) -> Float[Array, "pairs length"]:
+        """The log-probability of each target, in nats."""
+
+    @abc.abstractmethod
+    def collisions(self) -> Float[Array, "pairs length"]:
+        r"""$\log\sum_v p_v^2$ of each prediction; no gradient flows through it."""
+
+    @abc.abstractmethod
+    def all_logits(self) -> Float[Array, "pairs length vocab"]:
+        """All logits at once."""
+
+
+class Logits(AbstractPrediction):
+    """Predictions as logits."""
+
+    logits: Float[Array, "pairs length vocab"]
+
+    def log_probs(self, targets: Int[Array, "pairs length"]) -> Float[Array, "pairs length"]:
+        return token_log_probs(self.logits, targets)
+
+    def collisions(self) -> Float[Array, "pairs length"]:
+        return collisions_of(jax.lax.stop_gradient(self.logits))
+
+    def all_logits(self) -> Float[Array, "pairs length vocab"]:
+        return self.logits
+
+
+class Hidden(AbstractPrediction):
+    """Predictions as last hidden states and the unembedding: the logits are never held at once."""
+
+    hidden: Float[Array, "pairs length width"]
+    head: Unembedding
+    chunk_size: int | None = eqx.field(static=True)
+
+    def log_probs(self, targets: Int[Array, "pairs length"]) -> Float[Array, "pairs length"]:
+        def of_rows(rows, head):
+            hidden, targets = rows
+            return linear_token_log_probs(
+                hidden,
+                head.weight,
+                targets,
+                bias=head.bias,
+                softcap=head.softcap,
+                chunk_size=self.chunk_size,
+            )
+
+        return over_data(of_rows, (self.hidden, targets), self.head)
+
+    def collisions(self) -> Float[Array, "pairs length"]:
+        return linear_collisions(
+            self.hidden,
+            self.head.weight,
+            bias=self.head.bias,
+            softcap=self.head.softcap,
+            chunk_size=self.chunk_size,
+        )
+
+    def all_logits(self) -> Float[Array, "pairs length vocab"]:
+        rows = self.hidden.reshape(-1, self.hidden.shape[-1])
+        return self.head.logits(rows).reshape(*self.hidden.shape[:-1], -1)
+
+
+def kl_between(
+    policy: AbstractPrediction, reference: AbstractPrediction
+) -> Float[Array, "pairs length"]:
+    """The KL divergence of the policy's predictions from the reference's, in nats, at each place.
+
+    If both are hidden states, no logits are held at once.
+    """
+    if isinstance(policy, Hidden) and isinstance(reference, Hidden):
+        return linear_kl(
+            policy.hidden,
+            policy.head.weight,
+            reference.hidden,
+            reference.head.weight,
+            bias=policy.head.bias,
+            softcap=policy.head.softcap,
+            reference_bias=reference.head.bias,
+            reference_softcap=reference.head.softcap,
+            chunk_size=policy.chunk_size,
+        )
+    logits, reference_logits = policy.all_logits(), reference.all_logits()
+    if logits.shape != reference_logits.shape:
+        raise ValueError(
+            "`policy` and `reference` must have one vocabulary; got logits of "
+            f"{logits.shape[-1]} and {reference_logits.shape[-1]} tokens. Compare models that "
+            "share a tokenizer."
+        )
+    return token_kl(logits, reference_logits)
