@@ -41,6 +41,14 @@ from ._training.reference import (
     sync_reference as sync_reference,
 )
 from ._training.step import make_grad as make_grad, make_step as make_step
-from .protocols import FastPolicy as FastPolicy
+from .protocols import (
+    Evaluate as Evaluate,
+    FastPolicy as FastPolicy,
+    Gradient as Gradient,
+    Loss as Loss,
+    MetricsFunction as MetricsFunction,
+    Score as Score,
+    Step as Step,
+)
 
 __version__ = "0.1.0"

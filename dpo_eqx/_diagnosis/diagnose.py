@@ -16,7 +16,8 @@ from .._arrays.batches import PreferenceBatch
 from .._arrays.log_probs import PairLogProbs
 from .._scoring.score import score_pairs
 from .._training.objective import checked_loss
-from .._training.reference import Score, choose_reference, run_inference, run_reference
+from .._training.reference import choose_reference, run_inference, run_reference
+from ..protocols import Loss, Score
 
 PerPair = Mapping[str, Float[Array | np.ndarray, " pairs"]]
 
@@ -52,7 +53,7 @@ class Diagnosis(eqx.Module):
 
 
 def diagnose(
-    loss: Callable[..., Any],
+    loss: Loss,
     policy: PairLogProbs,
     reference: PairLogProbs | None = None,
     *,
@@ -96,7 +97,7 @@ def diagnose(
 
 
 def make_diagnose(
-    loss: Callable[..., Any],
+    loss: Loss,
     *,
     score: Score = score_pairs,
     compute_dtype: DTypeLike | None = None,

@@ -135,7 +135,7 @@ def chunk_count(shape: tuple[int, ...], most: int) -> tuple[int, int]:
     """
     fixed = math.prod(n for n in shape if not is_symbolic_dim(n))
     tokens = math.prod(shape)
-    if is_symbolic_dim(tokens):
+    if any(is_symbolic_dim(n) for n in shape):
         chunk = max(n for n in range(1, min(fixed, most) + 1) if fixed % n == 0)
         return tokens // chunk, chunk
     count = max(1, -(-tokens // most))

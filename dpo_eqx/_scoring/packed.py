@@ -93,8 +93,8 @@ def _run(policy: FastPolicy, ids: Array, layout: PackedLayout, key: Keys | None)
             raise
         raise AttributeError(
             "A packed row has no `prompt_width` or `completion_widths`: its parts have other "
-            "widths in each row. Attend through `layout.mask()` and `layout.positions` if `layout` is a "
-            "`PackedLayout`, or run the policy by `score_pairs`."
+            "widths in each row. Attend through `layout.mask()` and `layout.positions` if `layout` "
+            "is a `PackedLayout`, or run the policy by `score_pairs`."
         ) from error
 
 

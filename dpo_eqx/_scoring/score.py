@@ -4,7 +4,7 @@ A score is any function of the form `(policy, batch, *, key) -> log-probabilitie
 with them, losses and gradients, is not here.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 from numbers import Real
 
@@ -22,6 +22,7 @@ from .._head.token_log_probs import sequence_log_probs
 from .._jax.explicit_meshes import automatic
 from .._jax.keys import Keys, keys_per_pair
 from .._jax.scalars import Number
+from ..protocols import Score
 from .predict import offers_fast_path, predict
 
 
@@ -91,7 +92,7 @@ def score_unpaired(
     )
 
 
-def ld_score(alpha: Number) -> Callable[..., PairLogProbs]:
+def ld_score(alpha: Number) -> Score[PairLogProbs]:
     r"""Length-desensitised scores: `score_pairs` with less weight on what only one answer has.
 
     The tokens of a completion past the length of the shorter of the two are multiplied by

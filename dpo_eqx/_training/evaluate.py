@@ -8,20 +8,21 @@ from jaxtyping import DTypeLike, PyTree
 from .._arrays.metrics import Metrics
 from .._jax.mapped_axes import AxisName, total, vary
 from .._scoring.score import score_pairs
-from .metrics import MetricsFunction, default_metrics, weighted_sums
-from .objective import LossFunction, Scored, loss_of, pair_weights
-from .reference import Score, choose_reference, run_inference, run_reference
+from ..protocols import Evaluate, Loss, MetricsFunction, Score
+from .metrics import default_metrics, weighted_sums
+from .objective import Scored, loss_of, pair_weights
+from .reference import choose_reference, run_inference, run_reference
 
 
 def make_eval(
-    loss: LossFunction,
+    loss: Loss,
     *,
     score: Score = score_pairs,
     axis_name: AxisName | None = None,
     compute_dtype: DTypeLike | None = None,
     reference_of: Callable[[Any], Any] | None = None,
     metrics: MetricsFunction = default_metrics,
-) -> Callable[..., Metrics]:
+) -> Evaluate:
     """The metrics of a policy on a batch, as sums that add up over batches.
 
     ```python

@@ -1,8 +1,9 @@
-"""What Optax transformations that take extra arguments are given: who takes what, and `value_fn`.
+"""The arguments that some optimisers ask for beside the gradient: the loss, and how to compute it.
 
-The objective itself is made in `step.py`.
+The objective itself is in `passes.py`.
 """
 
+import dataclasses
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -10,33 +11,56 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import PyTree
+
+from .objective import Scored, mean_loss
+from .passes import Problem, gradient, objective_at
 
 
-def differentiable(value: Callable, value_and_gradient: Callable) -> Callable:
-    """`value`, whose derivative is the exact gradient over microbatches and devices.
+def extra_args(
+    optimizer: optax.GradientTransformation,
+    problem: Problem,
+    gradients: PyTree,
+    pairs: Scored,
+    losses: Any,
+) -> dict[str, Any]:
+    """Of `value`, `grad`, `value_fn` and `obj_fn`, those that the optimiser's update takes.
 
-    JAX's own would hold the residuals of all microbatches at once, and where `shard_map` does not
-    track what varies it would not sum over devices.
+    Nothing is computed for an optimiser that takes none. `value_fn` is traced only if it is called.
+
+    **Arguments:**
+
+    - `problem`, and the results of `gradient` at the present parameters.
     """
-    function = jax.custom_jvp(value)
+    if not isinstance(optimizer, optax.GradientTransformationExtraArgs):
+        return {}
+    # The reference's log-probabilities do not depend on the parameters.
+    rows = problem.rows._replace(reference=pairs.reference)
+    value_fn = _differentiable(dataclasses.replace(problem, rows=rows))
+    value = mean_loss(pairs, losses, problem.setup.axis_name)
+    offered = {"value": value, "grad": gradients, "value_fn": value_fn, "obj_fn": value_fn}
+    parameters = inspect.signature(optimizer.update).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return offered
+    # For example that of SAM, which takes arguments of its own and no others.
+    return {name: argument for name, argument in offered.items() if name in parameters}
+
+
+def _differentiable(problem: Problem) -> Callable:
+    """The mean loss as a function of the parameters, whose derivative is the exact gradient.
+
+    The derivative that JAX would find holds the residuals of all microbatches at once. Under a
+    `shard_map` that does not track what varies, it would also miss the sum over devices.
+    """
+    function = jax.custom_jvp(lambda params: objective_at(problem, params))
 
     @function.defjvp
     def derivative(params, tangents):
-        mean, gradients = value_and_gradient(*params)
-        # `vdot` conjugates its first argument: the change of a real value, d/dx and d/dy together.
+        gradients, pairs, losses = gradient(problem, *params)
+        mean = mean_loss(pairs, losses, problem.setup.axis_name)
+        # `vdot` conjugates its first argument, so real and imaginary parts both count.
         slope = optax.tree.vdot(gradients, *tangents)
         return mean, jnp.real(slope).astype(mean.dtype)
 
-    # Sophia calls it `obj_fn`. Optax's line searches refuse what `value_fn` does not take.
+    # Sophia gives `obj_fn` to it. Optax's line searches refuse arguments that it does not take.
     return lambda params, obj_fn=None: function(params)
-
-
-def taken_by(optimizer: optax.GradientTransformation, make: Callable[[], dict]) -> dict[str, Any]:
-    """Of the extra arguments that `make` makes those that the optimiser's update takes."""
-    if not isinstance(optimizer, optax.GradientTransformationExtraArgs):
-        return {}
-    names = inspect.signature(optimizer.update).parameters
-    if any(taken.kind is inspect.Parameter.VAR_KEYWORD for taken in names.values()):
-        return make()
-    # SAM's takes arguments of its own, and no others.
-    return {name: value for name, value in make().items() if name in names}

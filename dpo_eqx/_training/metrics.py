@@ -3,7 +3,7 @@
 A metric is averaged as a sum and a count, both carried, so that ragged batches count right.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -122,6 +122,3 @@ def _check_metric(name: str, value: Any, shape: tuple[int, ...]) -> None:
 
 def _is_array(value: Any) -> bool:
     return isinstance(value, jax.Array | np.ndarray)
-
-
-MetricsFunction = Callable[[Any, Any, Any], Mapping[str, PerPair]]

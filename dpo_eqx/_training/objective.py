@@ -20,9 +20,8 @@ from .._jax.mapped_axes import AxisName, gather, own_rows, total
 from .._jax.scalars import PerPair
 from ..losses._marks import is_coupled, parts
 from ..losses._numerics import present, wide
+from ..protocols import Loss
 from .metrics import weighted_sums
-
-LossFunction = Callable[..., Any]
 
 
 class Scored(eqx.Module):
@@ -42,13 +41,13 @@ def pair_weights(batch: Any) -> Float[Array, " pairs"]:
     return jnp.asarray(batch.weight).astype(dtype)
 
 
-def loss_of(loss: LossFunction, scored: Scored, axis_name: AxisName | None) -> Any:
+def loss_of(loss: Loss, scored: Scored, axis_name: AxisName | None) -> Any:
     """The loss of each pair; one that couples pairs sees those of all devices."""
     return _on_all_pairs(lambda all_pairs: _call(loss, all_pairs), loss, scored, axis_name)
 
 
 def loss_and_slopes(
-    loss: LossFunction, scored: Scored, whole: Float[Array, ""], axis_name: AxisName | None
+    loss: Loss, scored: Scored, whole: Float[Array, ""], axis_name: AxisName | None
 ) -> tuple[Any, PyTree]:
     """The loss of each pair, and the objective's slopes with respect to `scored.policy`.
 
@@ -84,7 +83,7 @@ def mean_loss(pairs: Scored, losses: Any, axis_name: AxisName | None) -> Float[A
     return total(weighted_sums({"loss": losses.loss}, pairs.weight), axis_name).mean()["loss"]
 
 
-def check_no_bound_axis(loss: LossFunction) -> None:
+def check_no_bound_axis(loss: Loss) -> None:
     """Raises where `partial` has bound an array with an axis, which would not be split."""
     for part, bound in parts(loss):
         for name, value in bound.items():
@@ -96,20 +95,20 @@ def check_no_bound_axis(loss: LossFunction) -> None:
                 )
 
 
-def _on_all_pairs(function: Callable, loss: LossFunction, scored: Scored, axis_name):
+def _on_all_pairs(function: Callable, loss: Loss, scored: Scored, axis_name):
     """`function` on these pairs alone, or where the loss couples pairs on those of all devices."""
     axis_name = axis_name if is_coupled(loss) else None
     return own_rows(function(gather(scored, axis_name)), axis_name, scored.weight.size)
 
 
-def _call(loss: LossFunction, scored: Scored) -> Any:
+def _call(loss: Loss, scored: Scored) -> Any:
     """The loss; not even a NaN of a pair of weight 0 has influence."""
     policy, reference = _present_rows((scored.policy, scored.reference), scored.weight)
     per_pair = {name: _as_floats(x, scored.weight) for name, x in (scored.per_pair or {}).items()}
     return checked_loss(loss, loss(policy, reference, **per_pair), scored.weight.shape)
 
 
-def checked_loss(loss: LossFunction, returned: Any, shape: tuple[int, ...]) -> Any:
+def checked_loss(loss: Loss, returned: Any, shape: tuple[int, ...]) -> Any:
     """What `loss` returned, if it is a `PairLoss` or its like with a loss for each pair."""
     losses = getattr(returned, "loss", None)
     if not isinstance(losses, jax.Array | np.ndarray):
@@ -135,7 +134,7 @@ def _as_floats(x: Array | np.ndarray, like: Array) -> Array | np.ndarray:
     return x if jnp.issubdtype(x.dtype, jnp.inexact) else jnp.asarray(x).astype(like.dtype)
 
 
-def _name_of(loss: LossFunction) -> str:
+def _name_of(loss: Loss) -> str:
     while isinstance(loss, functools.partial):
         loss = loss.func
     return f"`{getattr(loss, '__name__', type(loss).__name__)}`"

@@ -21,10 +21,10 @@ from .._jax.microbatches import check_divides, merge, split
 from .._jax.partitioning import beside_sweeps
 from .._jax.scalars import Number
 from .._scoring.score import score_pairs
+from ..protocols import Score
 from .dependence import dependent_paths
 
 Policy = TypeVar("Policy")
-Score = Callable[..., Any]
 
 
 def snapshot(policy: Policy) -> Policy:

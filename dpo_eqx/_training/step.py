@@ -1,6 +1,7 @@
 """Gradients and training steps: a score, a loss and an Optax optimiser composed into one function.
 
-Nothing is jitted and nothing is kept: what comes in and goes out are pytrees.
+Nothing is jitted and nothing is kept: what comes in and goes out are pytrees. How the gradient is
+computed, in one pass over the microbatches or in two, is in `passes.py`.
 """
 
 from collections.abc import Callable
@@ -12,34 +13,19 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, DTypeLike, Float, PyTree
 
-from .._arrays.packed import rows_of
-from .._jax.dtypes import in_dtype, in_dtypes_of, in_float32_at_least, is_narrow
-from .._jax.keys import Keys, own_keys
-from .._jax.mapped_axes import AxisName, total, vary
-from .._jax.microbatches import accumulate, check_divides
+from .._jax.dtypes import in_dtypes_of, in_float32_at_least
+from .._jax.keys import Keys
+from .._jax.mapped_axes import AxisName
 from .._jax.partitioning import beside_sweeps
-from .._scoring.policy_checks import where_arrays_are
 from .._scoring.score import score_pairs
-from ..losses._marks import is_coupled
-from .extra_args import differentiable, taken_by
-from .metrics import MetricsFunction, default_metrics, weighted_sums
-from .objective import (
-    LossFunction,
-    Scored,
-    check_no_bound_axis,
-    loss_and_slopes,
-    loss_of,
-    mean_loss,
-    pair_weights,
-)
-from .reference import Score, choose_reference, run_reference
-
-Gradient = Callable[..., tuple[PyTree, dict[str, Float[Array, ""]]]]
-Step = Callable[..., tuple[PyTree, PyTree, dict[str, Float[Array, ""]]]]
+from ..protocols import Gradient, Loss, MetricsFunction, Score, Step
+from .extra_args import extra_args
+from .metrics import default_metrics
+from .passes import Setup, averaged_metrics, check_setup, gradient, pose
 
 
 def make_grad(
-    loss: LossFunction,
+    loss: Loss,
     *,
     score: Score = score_pairs,
     trainable: PyTree = eqx.is_inexact_array,
@@ -106,16 +92,10 @@ def make_grad(
         intermediate results in excess precision than the reference's plain one does, and
         log-ratios that should be 0 were seen 0.06 nats apart.
     """
-    evaluate = _make_evaluate(
-        loss,
-        score=score,
-        trainable=trainable,
-        microbatches=microbatches,
-        axis_name=axis_name,
-        compute_dtype=compute_dtype,
-        reference_of=reference_of,
-        metrics=metrics,
+    setup = Setup(
+        loss, score, trainable, microbatches, axis_name, compute_dtype, reference_of, metrics
     )
+    check_setup(setup)
 
     def grad(
         policy: PyTree,
@@ -124,102 +104,15 @@ def make_grad(
         *,
         key: Keys | None = None,
     ) -> tuple[PyTree, dict[str, Float[Array, ""]]]:
-        gradients, means, _ = evaluate(policy, batch, reference, key)
-        return gradients, means
+        problem = pose(setup, policy, batch, reference, key)
+        gradients, pairs, losses = gradient(problem, problem.stored)
+        return gradients, averaged_metrics(problem, gradients, pairs, losses)
 
-    return grad
-
-
-def _make_evaluate(
-    loss, *, score, trainable, microbatches, axis_name, compute_dtype, reference_of, metrics
-) -> Callable:
-    """`make_grad`, with a third result: a function that makes `make_step`'s extra arguments."""
-    if microbatches != 1 or axis_name is not None:
-        check_no_bound_axis(loss)
-
-    def evaluate(policy, batch, reference, key):
-        check_divides(microbatches, rows_of(batch))
-        own, frozen = split_trainable(policy, trainable)
-        reference = choose_reference(policy, batch, reference, reference_of, (own, frozen))
-        keys = own_keys(key, rows_of(batch), axis_name)
-        rows = vary((batch, keys, batch.reference), axis_name)
-        weight = pair_weights(rows[0])
-        whole = total(weight.sum(), axis_name)
-
-        def forward(params, batch, keys):
-            policy = in_dtype(eqx.combine(in_dtypes_of(params, own), frozen), compute_dtype)
-            run = eqx.filter_checkpoint(score) if is_narrow(policy) else score
-            return run(policy, batch, key=keys)
-
-        def scored(log_probs, batch, given):
-            if given is None and reference is not None:
-                given = run_reference(reference, batch, score=score, compute_dtype=compute_dtype)
-            return Scored(log_probs, given, batch.per_pair, pair_weights(batch))
-
-        def first_pass(params, rows):
-            batch, keys, given = rows
-            return scored(forward(params, batch, keys), batch, given)
-
-        def gradient(params, rows):
-            params = vary(in_float32_at_least(params), axis_name)
-            zeros = jax.tree.map(jnp.zeros_like, params)
-
-            def log_probs_and_pullback(batch, keys):
-                return _vjp(lambda params: forward(params, batch, keys), params)
-
-            def in_one_pass(rows):
-                batch, keys, given = rows
-                log_probs, pull = log_probs_and_pullback(batch, keys)
-                pairs = scored(log_probs, batch, given)
-                losses, slopes = loss_and_slopes(loss, pairs, whole, axis_name)
-                return pull(slopes), (pairs, losses)
-
-            def second_pass(rows):
-                (batch, keys, _), slopes = rows
-                _, pull = log_probs_and_pullback(batch, keys)
-                return pull(slopes), None
-
-            if is_coupled(loss) and microbatches > 1:
-                _, pairs = accumulate(
-                    lambda rows: (None, first_pass(params, rows)), rows, microbatches, None
-                )
-                losses, slopes = loss_and_slopes(loss, pairs, whole, axis_name)
-                gradients, _ = accumulate(second_pass, (rows, slopes), microbatches, zeros)
-            else:
-                gradients, (pairs, losses) = accumulate(in_one_pass, rows, microbatches, zeros)
-            # JAX's gradient with respect to a complex number points uphill in its conjugate.
-            return total(jax.tree.map(jnp.conj, gradients), axis_name), pairs, losses
-
-        def value(params, rows):
-            params = vary(params, axis_name)
-            _, pairs = accumulate(
-                lambda rows: (None, first_pass(params, rows)), rows, microbatches, None
-            )
-            return mean_loss(pairs, loss_of(loss, pairs, axis_name), axis_name)
-
-        gradients, pairs, losses = gradient(own, rows)
-        values = metrics(pairs.policy, pairs.reference, losses)
-        means = total(weighted_sums(values, pairs.weight), axis_name).mean()
-
-        def extra_args():
-            # The reference's log-probabilities are known by now.
-            known = (*rows[:2], pairs.reference)
-
-            def value_and_gradient(params):
-                gradients, pairs, losses = gradient(params, known)
-                return mean_loss(pairs, losses, axis_name), gradients
-
-            value_fn = differentiable(lambda params: value(params, known), value_and_gradient)
-            mean = mean_loss(pairs, losses, axis_name)
-            return {"value": mean, "grad": gradients, "value_fn": value_fn, "obj_fn": value_fn}
-
-        return gradients, {**means, "grad_norm": optax.tree.norm(gradients)}, extra_args
-
-    return beside_sweeps(evaluate)
+    return beside_sweeps(grad)
 
 
 def make_step(
-    loss: LossFunction,
+    loss: Loss,
     optimizer: optax.GradientTransformation,
     *,
     score: Score = score_pairs,
@@ -268,16 +161,10 @@ def make_step(
     `ValueError` at trace time, as `make_grad`, and where `opt_state` was made for other leaves
     than `trainable` selects.
     """
-    evaluate = _make_evaluate(
-        loss,
-        score=score,
-        trainable=trainable,
-        microbatches=microbatches,
-        axis_name=axis_name,
-        compute_dtype=compute_dtype,
-        reference_of=reference_of,
-        metrics=metrics,
+    setup = Setup(
+        loss, score, trainable, microbatches, axis_name, compute_dtype, reference_of, metrics
     )
+    check_setup(setup)
 
     def step(
         policy: PyTree,
@@ -287,48 +174,22 @@ def make_step(
         *,
         key: Keys | None = None,
     ) -> tuple[PyTree, PyTree, dict[str, Float[Array, ""]]]:
-        params, frozen = split_trainable(policy, trainable)
+        problem = pose(setup, policy, batch, reference, key)
+        params = problem.stored
         _check_opt_state(optimizer, opt_state, params)
-        gradients, means, extra_args = evaluate(policy, batch, reference, key)
+        gradients, pairs, losses = gradient(problem, params)
+        means = averaged_metrics(problem, gradients, pairs, losses)
+        extra = extra_args(optimizer, problem, gradients, pairs, losses)
+        # Optax computes in the parameters' dtype, and half precision would lose small updates.
         wide_params, wide_state = in_float32_at_least((params, opt_state))
-        extra = taken_by(optimizer, extra_args)
         updates, new_state = optimizer.update(gradients, wide_state, wide_params, **extra)
         new_params = optax.apply_updates(wide_params, updates)
         new_params, new_state = in_dtypes_of((new_params, new_state), (params, opt_state))
         if update_fraction:
             means = {**means, "update_fraction": _changed_fraction(new_params, params)}
-        return eqx.combine(new_params, frozen), new_state, means
+        return eqx.combine(new_params, problem.frozen), new_state, means
 
     return beside_sweeps(step)
-
-
-def split_trainable(policy: PyTree, trainable: PyTree) -> tuple[PyTree, PyTree]:
-    """The arrays of `policy` that `trainable` selects, and all the rest."""
-    params, frozen = eqx.partition(policy, trainable)
-    selected = jax.tree_util.tree_leaves_with_path(params)
-    if not selected:
-        raise ValueError(
-            "`trainable` must select at least one array of the policy; got a filter that selects "
-            f"none. {where_arrays_are(policy)}"
-        )
-    for path, leaf in selected:
-        if not eqx.is_inexact_array(leaf):
-            name = jax.tree_util.keystr(path, simple=True, separator=".")
-            raise ValueError(
-                "`trainable` must select floating-point arrays only, which can be differentiated; "
-                f"it selects `{name}`, {leaf!r}."
-            )
-    return params, frozen
-
-
-def _vjp(function: Callable, params: PyTree) -> tuple[PyTree, Callable[[PyTree], PyTree]]:
-    """`function(params)`, and the pullback of slopes of its floating-point arrays."""
-
-    def floats_and_rest(params):
-        return eqx.partition(function(params), eqx.is_inexact_array)
-
-    floats, pull, rest = jax.vjp(floats_and_rest, params, has_aux=True)
-    return eqx.combine(floats, rest), lambda slopes: pull(slopes)[0]
 
 
 def _changed_fraction(new: PyTree, old: PyTree) -> Float[Array, ""]:

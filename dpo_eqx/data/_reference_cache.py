@@ -17,6 +17,7 @@ from jaxtyping import DTypeLike, Float, Int, PyTree
 
 from .._scoring.score import score_pairs
 from .._training.reference import precompute_reference
+from ..protocols import Score
 from ..sharding import batch_share, gather, shard_batch
 from ._batches.batches import batches
 from ._fingerprint import digest
@@ -57,7 +58,7 @@ def cache_reference(
     rows: Rows,
     *,
     batch_size: int = 8,
-    score: Callable[..., Any] = score_pairs,
+    score: Score = score_pairs,
     compute_dtype: DTypeLike | None = None,
     microbatches: int = 1,
     folder: str | Path | None = None,

@@ -14,11 +14,10 @@ import jax.numpy as jnp
 from ... import losses
 from ..._arrays.log_probs import PairLogProbs, UnpairedLogProbs
 from ...losses._marks import marks_of, parts
+from ...protocols import Loss
 from ..settings.check import flag
 from ..settings.options import as_number, split_pairs
 from ..settings.settings import Settings
-
-Loss = Callable[..., Any]
 
 DIVERGENCES = {
     "reverse_kl": losses.reverse_kl,
