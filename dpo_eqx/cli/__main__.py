@@ -1,4 +1,4 @@
-"""`python -m dpo_eqx.cli`, the same as the command `dpo-eqx`."""
+"""`python -m dpo_eqx.cli` runs the command `dpo-eqx`."""
 
 import sys
 

@@ -94,7 +94,7 @@ def test_going_on_from_an_adapter(first, tmp_path, which, capsys):
             {"lora": "x", "lora_reference": "base", "reference": "r"},
             "`--lora-reference` and `--reference` contradict",
         ),
-        ({"lora_reference": "base"}, "`--lora-reference` is for adapters .* give `--lora` too"),
+        ({"lora_reference": "base"}, "`--lora-reference` only applies if .* give `--lora` too"),
         ({"quantize": "int8"}, "`--quantize` is for a frozen model, .* `--lora-rank` or `--lora`"),
         ({"lora": "nowhere"}, "there is no folder 'nowhere'"),
     ],
@@ -108,7 +108,7 @@ def test_what_does_not_go_together(tmp_path, capsys, given, message):
 def test_which_reference_must_be_said(first, tmp_path, capsys):
     adapter = first / "run" / "adapter"
     assert small(tmp_path, lora=adapter, **QUICK) == 2
-    assert "`--lora` leaves open what the reference is" in capsys.readouterr().err
+    assert "`--lora-reference` must be given with `--lora`" in capsys.readouterr().err
     assert small(tmp_path, lora=adapter, lora_reference="base", loss="simpo", **QUICK) == 2
     assert "`--lora-reference` is given, but `--loss simpo` uses no" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

@@ -177,7 +177,7 @@ def test_a_folder_that_holds_a_run(name, tmp_path, capsys):
     (tmp_path / "run" / name).write_text("mine")
     assert small(tmp_path) == 2
     error = capsys.readouterr().err
-    assert f"holds a run already ({name}). Continue it by `--resume`" in error
+    assert f"holds a run already ({name}). Continue it with `--resume`" in error
     assert [path.name for path in (tmp_path / "run").iterdir()] == [name]
     assert (tmp_path / "run" / name).read_text() == "mine"
 
@@ -193,7 +193,7 @@ def test_an_extra_that_is_missing(tmp_path, capsys, monkeypatch):
 
 def test_commands(capsys):
     assert main(["trian"]) == 2
-    assert "there is no command 'trian'" in capsys.readouterr().err
+    assert "There is no command 'trian'" in capsys.readouterr().err
     assert main([]) == main(["--help"]) == 0
     assert "train a policy on preferences" in capsys.readouterr().out
 

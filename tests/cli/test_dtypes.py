@@ -139,7 +139,7 @@ def test_half_precision_on_request_is_warned_of(narrow, tmp_path, capsys):
     assert first.startswith("dpo-eqx train: warning: `--dtype bfloat16` keeps the trained param")
     assert "every update below 1/512 of its weight" in first
     assert "of the trained numbers changed in any of the first 2 steps" in second
-    assert "rounded away. Leave `--dtype` out to keep what is trained in float32" in second
+    assert "rounded away. Leave out `--dtype` to train the parameters in float32" in second
     held = checkpoint_of(tmp_path / "run", 2)
     assert {str(x.dtype) for name, x in held.items() if "policy." in name} == {"bfloat16"}
     assert max(line["update_fraction"] for line in lines_of(tmp_path / "run")) < 0.2

@@ -202,8 +202,8 @@ BAD = {
     "no model": (["--model", "nowhere"], "there is no folder 'nowhere'"),
     "no folder": (["--output", "no/where.json"], "`--output` must be a file in a folder"),
     "a folder": (["--per-pair", "."], "`--per-pair` must be a file to write"),
-    "beta": (["--beta", "0"], "`--beta` must be positive, got 0.0"),
-    "batch": (["--batch-size", "-1"], "`--batch-size` must be positive, got -1"),
+    "beta": (["--beta", "0"], "`--beta` must be positive; got 0.0"),
+    "batch": (["--batch-size", "-1"], "`--batch-size` must be positive; got -1"),
 }
 
 

@@ -22,7 +22,7 @@ def test_ten_steps_that_change_little():
     assert len(during) == len(said) == 1, "it is said once, and at once"
     assert said[0].startswith(
         "At most 0.6% of the trained numbers changed in any of the first 10 steps: the other "
-        "updates are smaller than bfloat16 can hold, and are rounded away. Leave `--dtype` out"
+        "updates are smaller than bfloat16 can hold, and are rounded away. Leave out `--dtype`"
     )
 
 

@@ -1,12 +1,11 @@
 """`dpo-eqx evaluate`: how a policy ranks preferences, and how far it is from its reference.
 
-What is computed is in the library's `_diagnosis/`.
+The library's `_diagnosis/` defines what is computed.
 """
 
 import dataclasses
 import functools
 import json
-import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -24,7 +23,7 @@ from ..._jax.dtypes import in_dtype
 from ..compose.data import Prepared, make_batches, prepare, vocab_size
 from ..compose.vocabulary import check_one_vocabulary
 from ..run.folder import finite, replace_text
-from ..settings.check import flag
+from ..settings.check import check_positive
 from ..settings.options import dtype_of
 from ..settings.settings import Dtype
 from ..settings.shared_flags import Loading, Source, check_writable, parse_flags
@@ -38,26 +37,27 @@ class Evaluate(Loading, Source):
     """Measures how a policy ranks preferences, against a reference, and writes it as JSON."""
 
     reference: str | None = None
-    """What the policy is compared with, most often the model that its training began from; with
-    `--lora` by default the model without the adapters. Otherwise required."""
+    """The reference model, usually the one that training started from. It is required without
+    `--lora` (default with `--lora`: the model without the adapters)."""
     output: Path
-    """The file of JSON to write."""
+    """The JSON file to write."""
     per_pair: Path | None = None
-    """A file of JSON Lines for the numbers of each pair, by the number of its record, from 0."""
+    """A JSON Lines file for the numbers of each pair; `record` is the number of its record, from
+    0."""
     beta: float | None = None
-    """Of the implicit rewards; by default 0.1, or the column `beta` of the data."""
+    """Scale of the implicit rewards (default: the column `beta` of the data, or 0.1)."""
     batch_size: int = 8
-    """Pairs at once; the result does not depend on it."""
+    """Number of pairs evaluated at once; the result does not depend on it."""
     compute_dtype: Dtype | None = None
-    """Of the forward pass; by default that of the parameters."""
+    """Dtype of the forward pass (default: the dtype of the parameters)."""
 
 
 def evaluate(arguments: Sequence[str]) -> None:
-    """The command, from its flags.
+    """Runs the command with its flags in `arguments`.
 
     **Raises:**
 
-    `ValueError`, `OSError` or `ImportError` with a message for whoever gave them.
+    `ValueError`, `OSError` or `ImportError` with a message for the user.
     """
     flags = parse_flags(Evaluate, "evaluate", arguments)
     _check(flags)
@@ -69,7 +69,10 @@ def evaluate(arguments: Sequence[str]) -> None:
     )
     prepared = prepare(flags.data, settings, vocab)
     if prepared.form.unpaired:
-        raise ValueError(f"`--data` must hold pairs; {flags.data} holds {prepared.form}.")
+        raise ValueError(
+            f"`--data` must hold pairs; {flags.data} holds {prepared.form}. Give a file with "
+            "columns for chosen and rejected completions."
+        )
     say(str(prepared.report))
     policy = flags.load(flags.model, lora=flags.lora)
     reference = _reference(flags, policy)
@@ -91,7 +94,10 @@ def evaluate(arguments: Sequence[str]) -> None:
 def make_measure(
     beta: float | None, compute_dtype: str | None
 ) -> Callable[[PyTree, PyTree, PreferenceBatch], tuple[Preferences, dict[str, Any]]]:
-    """A jitted function of policy, reference and batch: the sums, and the numbers of each pair."""
+    """A jitted function of policy, reference and batch.
+
+    It returns the sums over the batch, and the numbers of each pair by name.
+    """
     loss = losses.dpo if beta is None else functools.partial(losses.dpo, beta=beta)
     dtype = dtype_of(compute_dtype)
 
@@ -127,14 +133,14 @@ def _reference(flags: Evaluate, policy: models.Transformer) -> models.Transforme
 
 def _over_batches(measure: Any, batches: Any, prepared: Prepared) -> tuple[Preferences, Rows]:
     """The sums over all batches, and the numbers of each pair in the order of the rows."""
-    counted, parts, left = None, [], len(prepared.rows)
+    counted, parts, pairs_left = None, [], len(prepared.rows)
     with display(0, len(batches), what="batch") as show:
         for number, batch in enumerate(batches, 1):
-            more, numbers = measure(batch)
-            counted = more if counted is None else counted + more
-            # The last batch is filled up; what fills it is no pair.
-            parts.append({name: np.asarray(x)[:left] for name, x in numbers.items()})
-            left -= batch.pairs
+            batch_sums, numbers = measure(batch)
+            counted = batch_sums if counted is None else counted + batch_sums
+            # The last batch is filled up with pairs of weight 0, which have no row of their own.
+            parts.append({name: np.asarray(x)[:pairs_left] for name, x in numbers.items()})
+            pairs_left -= batch.pairs
             show(number, {"win_rate": float(counted.mean()["win_rate"])})
     rows = {"record": prepared.report.numbers_of_rows()}
     rows |= {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
@@ -142,7 +148,7 @@ def _over_batches(measure: Any, batches: Any, prepared: Prepared) -> tuple[Prefe
 
 
 def summary(counted: Preferences) -> dict[str, Any]:
-    """The quantities by name, as plain numbers; calibration as a list of rows."""
+    """The quantities by name, as plain numbers; calibration is a list with one entry for a bin."""
     bins = counted.calibration
     predicted, frequency = bins.mean()
     edges = np.linspace(0.5, 1, bins.count.size + 1).tolist()
@@ -161,23 +167,23 @@ def summary(counted: Preferences) -> dict[str, Any]:
 
 
 def in_words(result: dict[str, Any]) -> str:
-    """The quantities as a few lines."""
+    """The quantities as a few lines of text."""
     names = {
-        "preference_accuracy": "preference accuracy (likelier: chosen)",
+        "preference_accuracy": "preference accuracy (chosen is likelier)",
         "win_rate": "win rate (implicit reward)",
         "reward_margin_mean": "reward margin, mean (nats)",
         "reward_margin_std": "reward margin, standard deviation",
-        "kl": "KL to the reference (nats a completion)",
+        "kl": "KL to the reference (nats per completion)",
     }
     lines = [f"{words:<40} {result[name]:8.4f}" for name, words in names.items()]
     lines += [f"{'pairs':<40} {result['pairs']:8}", "", "predicted  frequency  pairs"]
-    full = [row for row in result["calibration"] if row["predicted"] is not None]
-    lines += [f"{r['predicted']:9.3f}  {r['frequency']:9.3f}  {r['count']:5}" for r in full]
+    bins = [row for row in result["calibration"] if row["predicted"] is not None]
+    lines += [f"{r['predicted']:9.3f}  {r['frequency']:9.3f}  {r['count']:5}" for r in bins]
     return "\n".join(lines)
 
 
 def as_records(rows: Rows) -> Iterator[dict[str, Any]]:
-    """A dictionary for each pair."""
+    """A dictionary of the numbers of each pair."""
     columns = {name: values.tolist() for name, values in rows.items()}
     for values in zip(*columns.values(), strict=True):
         yield dict(zip(columns, values, strict=True))
@@ -189,13 +195,12 @@ def _default_beta(prepared: Prepared) -> float | str:
 
 def _check(flags: Evaluate) -> None:
     for name in ("beta", "batch_size"):
-        value = getattr(flags, name)
-        if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"{flag(name)} must be positive, got {value}.")
+        check_positive(name, getattr(flags, name))
     if flags.reference is None and flags.lora is None:
         raise ValueError(
-            "`--reference` must be the model to compare with, most often the one that training "
-            "began from. Only `--lora` has one of its own, the model without the adapters."
+            "`--reference` must be the model to compare with; got none. Give the model that "
+            "training started from. Only with `--lora` there is a default: the model without the "
+            "adapters."
         )
     check_writable("--output", flags.output)
     check_writable("--per-pair", flags.per_pair)

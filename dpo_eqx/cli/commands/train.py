@@ -1,6 +1,6 @@
-"""`dpo-eqx train`, from the settings to the model on disk, in the order in which it happens.
+"""`dpo-eqx train`, from the settings to the model on disk, in the order of execution.
 
-Everything that can be wrong with the input is found before anything is written.
+It checks all of its input before it writes anything.
 """
 
 import functools
@@ -36,7 +36,7 @@ from ..run.checkpoints import Checkpoints
 from ..run.folder import Folder, facts_of
 from ..run.hosts import say
 from ..run.loop import Run, loop, make_advance
-from ..run.sinks import no_sinks, open_sinks
+from ..run.sinks import Numbers, no_sinks, open_sinks
 from ..run.state import State, restored, to_save
 from ..run.updates import UpdateWatch
 from ..settings.check import check, check_hosts
@@ -50,7 +50,7 @@ def train(settings: Settings) -> None:
 
     **Raises:**
 
-    `ValueError`, `OSError` or `ImportError` with a message for whoever gave the settings.
+    `ValueError`, `OSError` or `ImportError` with a message for the user.
     """
     check_hosts(settings)
     with hosts.connected(settings):
@@ -66,9 +66,10 @@ def _train(settings: Settings) -> None:
         loss = compose_loss(settings)
         return loss, _prepare_all(settings, loss), devices.mesh_of(settings)
 
+    # Loading a model takes long. Errors in settings and data are found before, on every process.
     loss, prepared, mesh = hosts.together(prepare)
     hosts.compare(settings, {"jax": jax.__version__} | data_facts(prepared))
-    say("\n".join(str(each.report) for each in prepared))
+    say("\n".join(str(source.report) for source in prepared))
 
     policy, reference, trainable, dtypes, finish = hosts.together(
         functools.partial(_load, settings, prepared[0], needs_reference(loss), mesh)
@@ -82,6 +83,7 @@ def _train(settings: Settings) -> None:
     steps = total_steps(settings, batches.steps_per_epoch)
     schedule = compose_schedule(settings, steps)
     optimizer = compose_optimizer(settings, schedule)
+    # Evaluations and the report must compute what the step computes, so all of them share these.
     options = {
         "score": score_unpaired if is_unpaired(loss) else score_pairs,
         "compute_dtype": dtypes.compute,
@@ -100,6 +102,8 @@ def _train(settings: Settings) -> None:
 
     opt_state = optimizer.init(eqx.filter(policy, trainable))
     state = State(policy, opt_state, reference.policy, jax.random.key(settings.seed))
+    # New arrays are placed like restored ones, so that a run that starts and a run that continues
+    # execute the same program and have the same bits.
     state = devices.put(state, mesh)
     run = Run(
         settings=settings,
@@ -114,12 +118,13 @@ def _train(settings: Settings) -> None:
     )
     say(_summary(run, state, reference.words, dtypes))
     probe = make_probe(settings, prepared, loss, options, mesh)
+    # A thread prepares the batches; leaving the context ends it, also after an error.
     with batches:
         _carry_out(run, state, folder, prepared[0], probe)
 
 
 def total_steps(settings: Settings, steps_per_epoch: int) -> int:
-    """The number of steps: what `--steps` and `--epochs` allow, or else one epoch."""
+    """The number of steps that `--steps` and `--epochs` allow, or that one epoch takes."""
     limits = [settings.steps] if settings.steps is not None else []
     epochs = 1 if settings.epochs is None and not limits else settings.epochs
     limits += [] if epochs is None else [epochs * steps_per_epoch]
@@ -129,7 +134,7 @@ def total_steps(settings: Settings, steps_per_epoch: int) -> int:
 def evaluate_all(
     evaluate: Any, held_out: Prepared, settings: Settings, mesh: Mesh | None, state: State
 ) -> dict[str, float]:
-    """The metrics on the held-out data, exact means over all of it."""
+    """The metrics on the held-out data, as exact means over all of its rows."""
     with make_batches(held_out, settings, training=False, share=devices.share(mesh)) as batches:
         placed = (devices.put_batch(batch, mesh) for batch in batches)
         parts = (evaluate(state.policy, batch, state.reference) for batch in placed)
@@ -140,16 +145,17 @@ def evaluate_all(
 def _load(
     settings: Settings, prepared: Prepared, needs_reference: bool, mesh: Mesh | None
 ) -> tuple[PyTree, policies.Reference, PyTree, Dtypes, Callable[[PyTree], PyTree]]:
-    """The policy in the dtypes of training, and what it is trained against.
+    """Loads the policy and its reference, in the dtypes of training.
 
     **Returns:**
 
-    The policy, its reference, the filter of what is trained, the run's dtypes, and a function that
-    makes the policy to be written of the one that was trained.
+    The policy, its reference, the filter of the trained parameters, the dtypes of the run, and a
+    function from the trained policy to the policy that is saved.
     """
     policy = policies.load_policy(settings, mesh)
     dtypes = choose_dtypes(settings)
-    # Of the policy as it is stored: in half precision it takes half the memory.
+    # The reference is copied before the policy is widened: in half precision it takes half the
+    # memory.
     reference = policies.choose_reference(
         policy, settings, prepared, needed=needs_reference, mesh=mesh
     )
@@ -166,42 +172,39 @@ def _prepare_all(settings: Settings, loss: Loss) -> list[Prepared]:
     paths = [settings.data, *([settings.eval_data] if settings.eval_data else [])]
     prepared = []
     for path in paths:
-        each = prepare(path, settings, vocab)
-        if each.form.unpaired != is_unpaired(loss):
+        source = prepare(path, settings, vocab)
+        if source.form.unpaired != is_unpaired(loss):
             kind = "single completions" if is_unpaired(loss) else "pairs"
             raise ValueError(
                 f"`--loss {' '.join(settings.loss)}` needs {kind}, and {path} holds "
-                f"{each.form}. Take kto, bco or apo_zero_unpaired for single completions, any "
+                f"{source.form}. Give kto, bco or apo_zero_unpaired for single completions, any "
                 "other loss for pairs."
             )
-        prepared.append(each)
+        prepared.append(source)
     return prepared
 
 
 def _carry_out(run: Run, state: State, folder: Folder, prepared: Prepared, probe: Probe) -> None:
-    """Goes on where the last complete checkpoint is, and writes the model at the end."""
+    """Trains from the last complete checkpoint to the end, and writes the model."""
     settings = run.settings
     start = run.checkpoints.latest() or 0
     facts = facts_of(prepared, run.batches.shapes())
     if start:
+        # `begin` replaces the facts of the earlier start, so the data are compared before.
         _check_data(folder, prepared)
-        like = to_save(state, run.trainable, moving_reference=settings.sync_reference_every > 0)
-        saved, position = run.checkpoints.restore(start, like)
-        state = restored(state, saved)
-        run.batches.set_state(position)
+        state = _restore(run, state, start)
         say(f"continued after step {start}")
-    writes = hosts.is_first()
-    hosts.together(lambda: folder.begin(settings, facts, start) if writes else None)
+    hosts.on_first(folder.begin, settings, facts, start)
     if not start:
         probe(state, start, folder.before)
-    with (
-        hosts.stop_signals() as stop,
-        open_sinks(settings, folder, start) if writes else no_sinks() as (write, write_evaluation),
-    ):
+    # All processes take every step, but only the first writes and shows something.
+    is_writer = hosts.is_first()
+    sinks = open_sinks(settings, folder, start) if is_writer else no_sinks()
+    with hosts.stop_signals() as stop, sinks as (write, write_evaluation):
         watch = _watch(run, state)
-        with display(start, run.steps) if writes else no_display() as show:
+        with display(start, run.steps) if is_writer else no_display() as show:
 
-            def write_and_show(step, numbers):
+            def write_and_show(step: int, numbers: Numbers) -> None:
                 write(step, numbers)
                 show(step, numbers)
                 watch.add(numbers)
@@ -219,31 +222,37 @@ def _carry_out(run: Run, state: State, folder: Folder, prepared: Prepared, probe
         if step < run.steps:
             say(f"stopped by {stop.signal} after step {step}; continue with --resume")
             return
+        # Signals are still caught: the first one from here on does not interrupt the writing.
         _write_model(run, state, folder)
         say(f"done: {folder.model}")
         probe(state, step, folder.after)
-        if settings.report and writes:
+        if settings.report and is_writer:
             try_report(folder)
 
 
+def _restore(run: Run, state: State, step: int) -> State:
+    """`state` with the arrays of the checkpoint of `step`; sets the position in the data."""
+    is_moving = run.settings.sync_reference_every > 0
+    like = to_save(state, run.trainable, moving_reference=is_moving)
+    saved, position = run.checkpoints.restore(step, like)
+    run.batches.set_state(position)
+    return restored(state, saved)
+
+
 def _write_model(run: Run, state: State, folder: Folder) -> None:
-    """Writes the adapters if there are any, and the model."""
+    """Writes the model, and the adapters if they were trained."""
     settings = run.settings
+    # Every process must gather, since that is an all-gather of shards; the first one writes.
     if policies.has_adapters(settings):
         adapters = sharding.gather(eqx.filter(state.policy, run.trainable))
-        _by_the_first(models.save_lora, adapters, folder.adapter, base=settings.model)
+        hosts.on_first(models.save_lora, adapters, folder.adapter, base=settings.model)
     trained = sharding.gather(run.finish(state.policy))
-    _by_the_first(check_saved, trained, settings)
-    _by_the_first(models.save, trained, folder.model, tokenizer_from=_tokenizer(settings))
-
-
-def _by_the_first(write: Callable[..., None], *args: Any, **options: Any) -> None:
-    """Lets the first process write; an error there is one on every process."""
-    hosts.together(lambda: write(*args, **options) if hosts.is_first() else None)
+    hosts.on_first(check_saved, trained, settings)
+    hosts.on_first(models.save, trained, folder.model, tokenizer_from=_tokenizer(settings))
 
 
 def _watch(run: Run, state: State) -> UpdateWatch:
-    """What warns if training moves too little; parameters in half precision it warns of at once."""
+    """A watch over the size of updates; it warns at once if parameters have half precision."""
     params = eqx.filter(state.policy, run.trainable)
     warning = narrow_warning(params, run.settings)
     if warning is not None:
@@ -255,20 +264,22 @@ def _watch(run: Run, state: State) -> UpdateWatch:
 
 
 def _tokenizer(settings: Settings) -> str | None:
-    """The folder whose tokenizer belongs to the model, where it is not the model's own."""
+    """The source of the tokenizer to save with the model; `None` for the model's own."""
     return None if settings.tokenizer == "bytes" else settings.tokenizer
 
 
 def _check_data(folder: Folder, prepared: Prepared) -> None:
-    then = folder.fingerprint()
-    if then is not None and then != prepared.fingerprint:
+    """Raises `ValueError` if the data are not those with which the run started."""
+    fingerprint = folder.fingerprint()
+    if fingerprint is not None and fingerprint != prepared.fingerprint:
         raise ValueError(
-            f"`--data` must hold what it held when the run in {folder.path} began; its content has "
-            "changed since. Give the same file, or another `--output`."
+            f"`--data` must have the same content as when the run in {folder.path} started; it has "
+            "changed. Give the same file, or another `--output`."
         )
 
 
 def _summary(run: Run, state: State, reference: str, dtypes: Dtypes) -> str:
+    """The lines that describe the run before its first step."""
     params = eqx.filter(state.policy, run.trainable)
     kinds = " and ".join(sorted({str(leaf.dtype) for leaf in jax.tree.leaves(params)}))
     return (

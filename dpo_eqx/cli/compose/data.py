@@ -1,10 +1,10 @@
 """From settings to rows of token ids: the tokenizer, the training data, the held-out data.
 
-Everything here is said before a model is loaded, so that a bad line is found early.
+All of this runs before a model is loaded, so that a bad line is found early.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from ... import data, models
@@ -16,10 +16,12 @@ from ..settings.settings import Settings
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """Rows of one source, and what is known of where they came from.
+    """The rows of one source of preferences, and facts about the source.
 
-    - `rows`: as from `data.tokenize`; `report`: what became of the records.
-    - `form`: of the records; `fingerprint`: of the files, `None` where there are none.
+    - `rows`: rows as `data.tokenize` returns them.
+    - `report`: counts of the records that were kept, cut and dropped.
+    - `form`: the form of the records.
+    - `fingerprint`: the fingerprint of the files; `None` if the source has no files.
     """
 
     rows: Any
@@ -29,12 +31,12 @@ class Prepared:
 
 
 def vocab_size(model: str) -> int:
-    """The vocabulary of the model in a folder, whose weights are not read."""
+    """The vocabulary size of the model in a folder; its weights are not read."""
     folder = resolve(model)
     if (folder / ADAPTER_CONFIG).is_file() and not (folder / CONFIG).is_file():
         raise ValueError(
-            f"{model} holds adapters and no model. Give the model that they are for by `--model`, "
-            "and this folder by `--lora`."
+            f"`--model` must be a model; {model} holds adapters and no model. Give the model that "
+            "they were trained on as `--model`, and this folder as `--lora`."
         )
     return models.read_config(read_json(folder / CONFIG)).vocab
 
@@ -44,7 +46,8 @@ def prepare(path: str, settings: Settings, vocab: int) -> Prepared:
 
     **Raises:**
 
-    `ValueError` or `FileNotFoundError` where there are none, or they are not what they must be.
+    `ValueError` or `FileNotFoundError` if there are no preferences at `path`, if a record is
+    invalid, or if no row is left to learn from.
     """
     columns = split_pairs(settings.columns, "--columns")
     records = data.read(path, columns={ours: theirs or None for ours, theirs in columns.items()})
@@ -61,26 +64,26 @@ def prepare(path: str, settings: Settings, vocab: int) -> Prepared:
         cache=settings.cache,
     )
     if not len(rows):
-        raise ValueError(f"No row is left of {report}")
+        raise ValueError(f"No row is left of {report}\nRaise the limits, or give other data.")
     if "weight" in form.numbers and not any(row["weight"] > 0 for row in rows):
         raise ValueError(
-            f"`weight` is 0 in each row of {path}, so that there is nothing to learn from; leave "
-            "the column out by `--columns weight=`, or give some rows a weight."
+            f"`weight` is 0 in each row of {path}, so there is nothing to learn from; ignore the "
+            "column with `--columns weight=`, or give some rows a positive weight."
         )
     return Prepared(rows, report, form, records.fingerprint())
 
 
 def data_facts(prepared: Sequence[Prepared]) -> dict[str, object]:
-    """What processes that train together must have found alike."""
-    reports = [each.report for each in prepared]
+    """Facts about the data on which processes that train together must agree."""
+    reports = [source.report for source in prepared]
     return {
-        "the data": [each.fingerprint for each in prepared],
+        "the data": [source.fingerprint for source in prepared],
         "the records read, rows and tokens": [(r.read, r.kept, r.tokens) for r in reports],
     }
 
 
 def load_tokenizer(model: str, named: str | None) -> Any:
-    """The tokenizer of the model, or the one that `--tokenizer` names."""
+    """The tokenizer that `--tokenizer` names, or the tokenizer of the model."""
     return (
         data.ByteTokenizer() if named == "bytes" else data.load_tokenizer(named or resolve(model))
     )
@@ -93,8 +96,11 @@ def make_batches(
 
     **Arguments:**
 
-    - `share`: which part of each batch this process makes, and of how many.
+    - `training`: whether the batches are for training.
+    - `share`: the number of the part of each batch that this process makes, and the number of
+        parts.
     """
+    # Evaluation runs a batch at once, so its batches are as small as a microbatch of training.
     parts = 1 if training else settings.microbatches
     return data.batches(
         prepared.rows,
@@ -109,29 +115,22 @@ def make_batches(
     )
 
 
-def with_reference(
-    prepared: Prepared, cache: Callable[[Any], data._reference_cache.ReferenceRows]
-) -> Prepared:
-    """The same, its rows with the reference's log-probabilities from `cache`."""
-    return dataclasses.replace(prepared, rows=cache(prepared.rows))
-
-
 def _check_numbers(form: Form, settings: Settings) -> None:
-    """Raises where a column of the data and a flag give the same."""
+    """Raises `ValueError` if a column of the data and a flag give the same quantity."""
     if "beta" in form.numbers and settings.beta is not None:
         raise ValueError(
             "`--beta` and the column `beta` of the data contradict each other; leave out the flag, "
-            "or the column by `--columns beta=`."
+            "or ignore the column with `--columns beta=`."
         )
-    given = [name for name in form.numbers if name.startswith("reference_")]
-    wanted = {
+    columns = [name for name in form.numbers if name.startswith("reference_")]
+    flags = {
         "--reference": settings.reference is not None,
         "--precompute-reference": settings.precompute_reference,
         "--sync-reference-every": settings.sync_reference_every > 0,
     }
-    for name, is_given in wanted.items():
-        if given and is_given:
+    for name, is_given in flags.items():
+        if columns and is_given:
             raise ValueError(
-                f"`{name}` and the column `{given[0]}` of the data contradict each other; leave "
-                f"out the flag, or the columns by `--columns {'= '.join(given)}=`."
+                f"`{name}` and the column `{columns[0]}` of the data contradict each other; leave "
+                f"out the flag, or ignore the columns with `--columns {'= '.join(columns)}=`."
             )

@@ -1,6 +1,6 @@
-"""From settings to the loss: names, weights and hyper-parameters put together.
+"""From settings to the loss: its names, weights and hyper-parameters.
 
-The optimiser is in `optimizer.py`; the policy and its reference in `policy.py`.
+`optimizer.py` makes the optimiser, and `policy.py` the policy and its reference.
 """
 
 import functools
@@ -27,37 +27,39 @@ DIVERGENCES = {
 
 
 def compose_loss(settings: Settings) -> Loss:
-    """The loss that the settings ask for, its hyper-parameters bound.
+    """The loss that the settings ask for, with its hyper-parameters bound.
 
     **Raises:**
 
-    `ValueError` for an unknown name, for a hyper-parameter that none of the losses has or that is
-    out of its range, and for losses of pairs beside losses of single completions.
+    `ValueError` if a name is unknown, if no loss has a given hyper-parameter or its value is out of
+    range, or if losses of pairs are combined with losses of single completions.
     """
     terms = [losses.BY_NAME[name] for name in settings.loss]
-    given = _hyper_parameters(settings)
-    for name, (value, where) in given.items():
+    hyper_parameters = _hyper_parameters(settings)
+    for name, (value, source) in hyper_parameters.items():
         if not any(_takes(term, name) for term in terms):
             raise ValueError(
-                f"{where} is {value!r}, but none of the losses {', '.join(settings.loss)} has "
-                f"`{name}`; they have {_known(terms)}."
+                f"{source} is {value!r}, but none of the losses {', '.join(settings.loss)} has "
+                f"`{name}`; they have {_known(terms)}. Leave out {source}."
             )
-    bound = [_bind(term, {name: value for name, (value, _) in given.items()}) for term in terms]
+    values = {name: value for name, (value, _) in hyper_parameters.items()}
+    bound = [_bind(term, values) for term in terms]
     weights = settings.loss_weights or (1.0,) * len(bound)
-    plain = len(bound) == 1 and weights[0] == 1
-    loss = bound[0] if plain else losses.combine(*zip(weights, bound, strict=True))
+    is_single = len(bound) == 1 and weights[0] == 1
+    loss = bound[0] if is_single else losses.combine(*zip(weights, bound, strict=True))
     loss = losses.reference_free(loss) if settings.reference_free else loss
+    # A value out of range is only found by calling the loss. Do so before any file is read.
     _try(loss, with_reference=True)
     return loss
 
 
 def is_unpaired(loss: Loss) -> bool:
-    """Whether `loss` is one of single completions with a label."""
+    """Whether `loss` is a loss of single completions with a label."""
     return all(_is_unpaired(part) for part in _functions(loss))
 
 
 def needs_reference(loss: Loss) -> bool:
-    """Whether `loss` looks at the reference that it is given."""
+    """Whether `loss` raises an error if it gets no reference."""
     try:
         _try(loss, with_reference=False)
     except ValueError:
@@ -66,19 +68,21 @@ def needs_reference(loss: Loss) -> bool:
 
 
 def _hyper_parameters(settings: Settings) -> dict[str, tuple[Any, str]]:
-    """By name the value, and the flag that gave it."""
-    found: dict[str, tuple[Any, str]] = {}
+    """The value of each given hyper-parameter, and the flag that gave it, by name."""
+    values: dict[str, tuple[Any, str]] = {}
     for name in ("beta", "label_smoothing"):
         value = getattr(settings, name)
         if value is not None:
-            found[name] = value, flag(name)
+            values[name] = value, flag(name)
     if settings.divergence is not None:
-        found["divergence"] = _divergence(settings.divergence), flag("divergence")
+        values["divergence"] = _divergence(settings.divergence), flag("divergence")
     for name, text in split_pairs(settings.loss_options, "--loss-options").items():
-        if name in found:
-            raise ValueError(f"`--loss-options` and {found[name][1]} both give `{name}`.")
-        found[name] = as_number(text, f"--loss-options {name}="), f"`--loss-options {name}`"
-    return found
+        if name in values:
+            raise ValueError(
+                f"`--loss-options` and {values[name][1]} both give `{name}`; leave out one of them."
+            )
+        values[name] = as_number(text, f"--loss-options {name}="), f"`--loss-options {name}`"
+    return values
 
 
 def _divergence(text: str) -> Callable[..., Any]:
@@ -92,8 +96,8 @@ def _divergence(text: str) -> Callable[..., Any]:
 
 
 def _bind(loss: Loss, values: dict[str, Any]) -> Loss:
-    own = {name: value for name, value in values.items() if _takes(loss, name)}
-    return functools.partial(loss, **own) if own else loss
+    options = {name: value for name, value in values.items() if _takes(loss, name)}
+    return functools.partial(loss, **options) if options else loss
 
 
 def _takes(loss: Loss, name: str) -> bool:
@@ -111,7 +115,7 @@ def _known(terms: list[Loss]) -> str:
 
 
 def _functions(loss: Loss) -> list[Loss]:
-    """The functions with a signature of their own that `loss` is made of."""
+    """The functions that `loss` is made of, without those that only combine other losses."""
     return [part for part, _ in parts(loss) if not marks_of(part).inner]
 
 
@@ -121,10 +125,13 @@ def _is_unpaired(function: Loss) -> bool:
 
 
 def _try(loss: Loss, *, with_reference: bool) -> None:
-    """Traces `loss` on two pairs, so that what is wrong with it is said before anything is read."""
+    """Traces `loss` on two pairs, so that its errors are raised before any file is read."""
     kinds = {_is_unpaired(part) for part in _functions(loss)}
     if len(kinds) == 2:
-        raise ValueError("`--loss` must be losses of pairs only, or of single completions only.")
+        raise ValueError(
+            "`--loss` must be losses of pairs only, or of single completions only; got both. Leave "
+            "out the losses of one kind."
+        )
     numbers = jnp.zeros(2, jnp.float32)
     counts = jnp.ones(2, jnp.int32)
     if kinds == {True}:

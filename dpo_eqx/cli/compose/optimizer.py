@@ -1,7 +1,9 @@
 """From settings to the optimiser and its learning rate, by the conventions of TRL's trainers.
 
-The warm-up rises from 0, linear and cosine end at 0, and biases and norms do not decay.
+The warm-up starts at 0, linear and cosine schedules end at 0, and biases and norms do not decay.
 """
+
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,37 +15,37 @@ from ..settings.settings import Settings
 
 
 def compose_schedule(settings: Settings, steps: int) -> optax.Schedule:
-    """The learning rate of each step, from 0, of `steps` in all."""
+    """The learning rate as a function of the number of steps taken, for a run of `steps` steps."""
     rate, warmup = settings.learning_rate, settings.warmup_steps
-    # At least 1, where all is warm-up: there is nothing after it to be divided.
-    rest = max(steps - warmup, 1)
-    after = {
+    # At least 1, since Optax divides by it even if all steps are warm-up.
+    decay_steps = max(steps - warmup, 1)
+    decay = {
         "constant": optax.constant_schedule(rate),
-        "linear": optax.linear_schedule(rate, 0.0, rest),
-        "cosine": optax.cosine_decay_schedule(rate, rest),
+        "linear": optax.linear_schedule(rate, 0.0, decay_steps),
+        "cosine": optax.cosine_decay_schedule(rate, decay_steps),
     }[settings.schedule]
     if not warmup:
-        return after
-    return optax.join_schedules([optax.linear_schedule(0.0, rate, warmup), after], [warmup])
+        return decay
+    return optax.join_schedules([optax.linear_schedule(0.0, rate, warmup), decay], [warmup])
 
 
 def learning_rates(schedule: optax.Schedule, steps: int) -> Float[np.ndarray, " steps"]:
-    """The learning rates of all steps, to be logged: in float64, so that 0.001 is 0.001."""
+    """The learning rates of all steps for the log, in float64, so that 0.001 is logged as 0.001."""
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
         rates = jax.vmap(schedule)(np.arange(steps, dtype=np.int64))
-    # A constant one is a Python number to Optax, whatever the count.
+    # A constant schedule returns a Python number, not one rate for each step.
     return np.broadcast_to(np.asarray(rates, np.float64), (steps,))
 
 
 def compose_optimizer(settings: Settings, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """The optimiser, behind the clipping of gradients."""
+    """The optimiser, which gets gradients after clipping."""
     decay = optax.add_decayed_weights(settings.weight_decay, mask=decays)
     rule = {
-        # Not momentum, nor Nesterov's: `torch.optim.SGD` as TRL makes it, whose decay comes first.
+        # Without momentum, as TRL makes `torch.optim.SGD`: the decay is added to the gradient.
         "sgd": (decay,),
         "adamw": (optax.scale_by_adam(), decay),
         "lion": (optax.scale_by_lion(), decay),
-        # `optax.adafactor` does not scale the decay by the learning rate, that of TRL does.
+        # `optax.adafactor` does not scale the decay by the learning rate; TRL's Adafactor does.
         "adafactor": (optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), decay),
     }[settings.optimizer]
     clip = (optax.clip_by_global_norm(settings.max_grad_norm),) if settings.max_grad_norm else ()
@@ -51,9 +53,9 @@ def compose_optimizer(settings: Settings, schedule: optax.Schedule) -> optax.Gra
 
 
 def decays(params: PyTree) -> PyTree:
-    """True where weights decay: not in biases, nor in norms."""
+    """A pytree of booleans: true for arrays that decay, which biases and norms do not."""
 
-    def is_decayed(path, _):
+    def is_decayed(path: tuple[Any, ...], _: Any) -> bool:
         name = leaf_name(path)
         return "norm" not in name and not name.endswith("bias")
 

@@ -1,9 +1,10 @@
-"""From settings to the policy, what of it is trained, and its reference.
+"""From settings to the policy, the filter of its trained parameters, and its reference.
 
-Loss and optimiser are in `loss.py` and `optimizer.py`.
+`loss.py` makes the loss, and `optimizer.py` the optimiser.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,17 +17,17 @@ from ... import data, models, sharding
 from ..._training.reference import snapshot
 from ..settings.options import dtype_of
 from ..settings.settings import Settings
-from .data import Prepared, with_reference
+from .data import Prepared
 from .dtypes import keep_wide
 
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """Where a step finds the reference: at most one of the two.
+    """The reference of a step: a policy, a view of the trained policy, or neither.
 
-    - `policy`: one that does not learn.
-    - `view`: what makes it from the policy, for `reference_of=`.
-    - `words`: which it is, for people.
+    - `words`: a description of the reference, for the user.
+    - `policy`: a policy that is not trained.
+    - `view`: a function from the trained policy to the reference, for `reference_of=`.
     """
 
     words: str
@@ -35,13 +36,14 @@ class Reference:
 
 
 def load_policy(settings: Settings, mesh: Mesh | None = None) -> models.Transformer:
-    """The model to start from, with the adapters that are asked for, new ones or others.
+    """The model to train, with the adapters that the settings ask for, new or from `--lora`.
 
     Its parameters are in `--dtype`, or as stored in the checkpoint.
     """
     policy = _load(settings.model, settings, mesh, remat=settings.remat)
     if settings.lora is not None:
         policy = models.load_lora(policy, settings.lora)
+        # The reference needs the adapters as they are now, and training changes them.
         return models.pin_lora(policy) if settings.lora_reference == "adapter" else policy
     if not settings.lora_rank:
         return policy
@@ -60,7 +62,7 @@ def trainable_of(policy: PyTree, settings: Settings) -> PyTree:
 
 
 def has_adapters(settings: Settings) -> bool:
-    """Whether adapters are trained, and not the model."""
+    """Whether adapters are trained, rather than the model."""
     return settings.lora_rank > 0 or settings.lora is not None
 
 
@@ -74,30 +76,38 @@ def choose_reference(
 ) -> Reference:
     """The reference that the settings ask for.
 
+    **Arguments:**
+
+    - `policy`: the policy before training.
+    - `prepared`: the training data.
+    - `needed`: whether the loss uses a reference.
+    - `mesh`: the mesh of the run, if any.
+
     **Raises:**
 
-    `ValueError` where the loss does not need the one that was asked for, and where it could be
-    either of two and it was not said which.
+    `ValueError` if the settings ask for a reference that the loss does not use, or if `--lora` is
+    given without `--lora-reference`.
     """
     if not needed:
         _check_not_asked_for(settings)
-        return Reference("none, for the loss does not use one")
+        return Reference("none, since the loss does not use a reference")
     if any(name.startswith("reference_") for name in prepared.form.numbers):
         return Reference("the log-probabilities in the data")
     if settings.reference is not None:
         other = _load(settings.reference, settings, mesh)
-        return Reference(settings.reference, _to_be_kept(other, settings))
+        return Reference(settings.reference, _with_wide_dtype(other, settings))
     if settings.lora is not None and settings.lora_reference is None:
         raise ValueError(
-            "`--lora` leaves open what the reference is; say it by `--lora-reference base`, the "
-            "model without adapters, or `--lora-reference adapter`, the one that the run begins "
-            "with."
+            "`--lora-reference` must be given with `--lora`; got none. Give `base` for the model "
+            "without adapters, or `adapter` for the model with the adapters that the run starts "
+            "from."
         )
     if settings.lora_reference == "adapter":
         return Reference("the model with its adapters as they are now", view=models.pinned_lora)
+    # The base is frozen, so the policy without its adapters is the reference, at no memory.
     if has_adapters(settings):
         return Reference("the model without its adapters", view=models.without_lora)
-    return Reference("the model as it is now", _to_be_kept(snapshot(policy), settings))
+    return Reference("the model as it is now", _with_wide_dtype(snapshot(policy), settings))
 
 
 def precompute(
@@ -108,65 +118,70 @@ def precompute(
     compute_dtype: DTypeLike,
     mesh: Mesh | None = None,
 ) -> tuple[Reference, list[Prepared]]:
-    """The rows with the reference's log-probabilities, and no reference to run any more."""
+    """Replaces the reference by its log-probabilities of all rows, computed once.
+
+    **Returns:**
+
+    A `Reference` without a policy, and `prepared` with the log-probabilities in its rows.
+    """
     source = reference.policy if reference.view is None else reference.view(policy)
-
-    def cache(rows):
-        return data.cache_reference(
-            source,
-            rows,
-            batch_size=settings.batch_size,
-            microbatches=settings.microbatches,
-            compute_dtype=compute_dtype,
-            folder=settings.cache,
-            mesh=mesh,
-        )
-
-    rows = [with_reference(each, cache) for each in prepared]
-    return Reference(f"{reference.words}, computed once"), rows
+    cache = functools.partial(
+        data.cache_reference,
+        source,
+        batch_size=settings.batch_size,
+        microbatches=settings.microbatches,
+        compute_dtype=compute_dtype,
+        folder=settings.cache,
+        mesh=mesh,
+    )
+    prepared = [dataclasses.replace(p, rows=cache(p.rows)) for p in prepared]
+    return Reference(f"{reference.words}, computed once"), prepared
 
 
 def count(tree: PyTree) -> int:
-    """How many numbers the arrays of a pytree hold."""
+    """The number of elements in all arrays of a pytree."""
     return sum(leaf.size for leaf in jax.tree.leaves(eqx.filter(tree, eqx.is_array)))
 
 
 def parameters(policy: PyTree) -> int:
-    """How many numbers a policy is made of: quantised weights decoded, pinned adapters left out."""
-    whole = jax.eval_shape(models.dequantize, eqx.filter(policy, eqx.is_array))
-    leaves = jax.tree_util.tree_leaves_with_path(whole)
+    """The number of parameters of a policy, without pinned adapters.
+
+    Quantised weights count as the weights that they stand for.
+    """
+    decoded = jax.eval_shape(models.dequantize, eqx.filter(policy, eqx.is_array))
+    leaves = jax.tree_util.tree_leaves_with_path(decoded)
     return sum(leaf.size for path, leaf in leaves if ".pinned" not in jax.tree_util.keystr(path))
 
 
 def _load(
     path: str, settings: Settings, mesh: Mesh | None, *, remat: bool = False
 ) -> models.Transformer:
-    place = None if mesh is None else sharding.placement(mesh)
+    placement = None if mesh is None else sharding.placement(mesh)
     return models.load(
         path,
         dtype=dtype_of(settings.dtype),
-        sharding=place,
+        sharding=placement,
         quantize=settings.quantize,
         remat=remat,
         fused=settings.fused,
     )
 
 
-def _to_be_kept(reference: PyTree, settings: Settings) -> PyTree:
-    """The reference as it is loaded; one that moves towards the policy in float32, as that is."""
+def _with_wide_dtype(reference: PyTree, settings: Settings) -> PyTree:
+    """The reference as loaded, or in float32, like the policy, if it moves towards the policy."""
     return keep_wide(reference, settings) if settings.sync_reference_every else reference
 
 
 def _check_not_asked_for(settings: Settings) -> None:
-    asked = {
+    flags = {
         "--reference": settings.reference is not None,
         "--precompute-reference": settings.precompute_reference,
         "--sync-reference-every": settings.sync_reference_every > 0,
         "--lora-reference": settings.lora_reference is not None,
     }
-    for name, is_asked in asked.items():
-        if is_asked:
+    for name, is_given in flags.items():
+        if is_given:
             raise ValueError(
                 f"`{name}` is given, but `--loss {' '.join(settings.loss)}` uses no reference; "
-                "leave it out."
+                f"leave out `{name}`."
             )

@@ -1,4 +1,4 @@
-"""Whether two models have one vocabulary, found before their weights are read."""
+"""Checks that two models have one vocabulary, before their weights are read."""
 
 import json
 from pathlib import Path
@@ -9,28 +9,28 @@ from .data import vocab_size
 
 
 def check_one_vocabulary(model: str, other: str, flag: str) -> None:
-    """Raises `ValueError` where `model` and `other`, given by `flag`, have not one vocabulary.
+    """Raises `ValueError` if `model` and `other`, which `flag` gave, differ in their vocabulary.
 
-    Its size differs then, or a token has another id in the other's tokenizer.
+    Vocabularies differ if their sizes differ, or if a token has another id in the other tokenizer.
     """
     sizes = [vocab_size(path) for path in (model, other)]
     if sizes[0] != sizes[1]:
         raise ValueError(
             f"`{flag}` must have the vocabulary of `--model`: {model} has {sizes[0]} tokens, "
-            f"{other} has {sizes[1]}. Their distributions cannot be compared; take the model that "
-            "training began from."
+            f"{other} has {sizes[1]}. Their distributions cannot be compared; give the model that "
+            "training started from."
         )
     tables = [_table(resolve(path)) for path in (model, other)]
     if None not in tables and tables[0] != tables[1]:
-        odd = sorted(set(tables[0].items()) ^ set(tables[1].items()))[0]
+        token = sorted(set(tables[0].items()) ^ set(tables[1].items()))[0][0]
         raise ValueError(
             f"`{flag}` must have the vocabulary of `--model`: their tokenizers differ, for "
-            f"instance in {odd[0]!r}. Take the model that training began from."
+            f"instance in {token!r}. Give the model that training started from."
         )
 
 
 def has_tokenizer(model: str) -> bool:
-    """Whether there are files of a tokenizer beside the model."""
+    """Whether the folder of the model has the files of a tokenizer."""
     names = (
         "tokenizer.json",
         "tokenizer.model",
@@ -42,7 +42,7 @@ def has_tokenizer(model: str) -> bool:
 
 
 def _table(folder: Path) -> Any:
-    """The ids of all tokens in `tokenizer.json`; `None` where there is none."""
+    """The ids of all tokens in `tokenizer.json`; `None` if the folder has no such file."""
     path = folder / "tokenizer.json"
     if not path.is_file():
         return None

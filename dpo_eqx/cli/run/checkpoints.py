@@ -1,6 +1,6 @@
-"""Checkpoints of a run, by Orbax: whole or not there, the last few kept.
+"""Checkpoints of a run, written by Orbax: complete or absent, and only the last few are kept.
 
-What is in them is a flat dictionary of arrays by name, and a small one that fits in JSON.
+A checkpoint holds a flat dictionary of arrays by name, and a small dictionary as JSON.
 """
 
 import contextlib
@@ -27,27 +27,27 @@ class Checkpoints:
 
     **Arguments:**
 
-    - `folder`: where they are; made when the first is saved.
-    - `keep`: how many of the last are kept.
+    - `folder`: the folder of the checkpoints; the first `save` creates it.
+    - `keep`: the number of latest checkpoints to keep.
     """
 
     def __init__(self, folder: Path, keep: int):
-        # What matters of its messages is in what it raises.
+        # Orbax logs through absl. Its exceptions hold all that the user needs of these messages.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         self._orbax = require("orbax.checkpoint", extra="train")
         self._folder, self._keep = folder.absolute(), keep
         self._manager: Any = None
 
     def latest(self) -> int | None:
-        """The step of the last complete checkpoint."""
+        """The step of the last complete checkpoint; `None` if there is none."""
         return self._open().latest_step() if self._folder.exists() else None
 
     def save(self, step: int, state: PyTree, position: dict[str, Any]) -> None:
-        """Writes the arrays of `state`, and `position`, unless they are there already.
+        """Writes the arrays of `state`, and `position`, unless that checkpoint exists already.
 
         **Raises:**
 
-        `OSError` where they cannot be written; earlier checkpoints are as they were.
+        `OSError` if they cannot be written; earlier checkpoints stay as they were.
         """
         if self.latest() == step:
             return
@@ -59,41 +59,42 @@ class Checkpoints:
         with _silence():
             try:
                 self._open().save(step, args=items)
-            except Exception as error:  # Orbax lets through what its backends raise
+            except Exception as error:  # Orbax passes on every exception of its backends
                 reason = _shorten(str(error)) or type(error).__name__
-                self._manager = None  # what it believes to have written is not to be relied on
+                self._manager = None  # it may list a checkpoint that was not written
             if reason is not None:
-                gc.collect()
+                gc.collect()  # unfinished coroutines complain now, while they are silenced
         if reason is not None:
-            _hush_what_it_left()
+            _silence_leftovers()
             raise OSError(self._words(step, reason))
 
     def restore(self, step: int, like: Tree) -> tuple[Tree, dict[str, Any]]:
-        """The arrays of a checkpoint in the places of those of `like`, and the position.
+        """The arrays of a checkpoint in the structure of `like`, and the position in the data.
 
         **Raises:**
 
-        `ValueError` where it holds others.
+        `ValueError` if the checkpoint does not hold the arrays of `like`, or is damaged.
         """
         args = self._orbax.args
-        wanted = {name: _abstract(leaf) for name, leaf in named(like).items()}
+        templates = {name: _abstract(leaf) for name, leaf in named(like).items()}
         try:
             items = self._open().restore(
                 step,
                 args=args.Composite(
-                    state=args.StandardRestore(wanted), position=args.JsonRestore()
+                    state=args.StandardRestore(templates), position=args.JsonRestore()
                 ),
             )
         except (ValueError, KeyError, OSError) as error:
             raise ValueError(
                 f"The checkpoint of step {step} in {self._folder} does not hold this policy and "
-                f"optimiser, or is damaged: {_shorten(str(error))}"
+                f"optimiser, or is damaged ({_shorten(str(error))}). Give the settings of that "
+                "run, or remove this checkpoint to continue from an earlier one."
             ) from error
-        arrays = iter(items["state"][name] for name in wanted)
+        arrays = iter(items["state"][name] for name in templates)
         return jax.tree.map(lambda _: next(arrays), like), items["position"]
 
     def close(self) -> None:
-        """Ends what Orbax keeps open."""
+        """Closes Orbax's manager, if it was opened."""
         if self._manager is not None:
             self._manager.close()
 
@@ -101,9 +102,9 @@ class Checkpoints:
         if self._manager is None:
             options = self._orbax.CheckpointManagerOptions(
                 max_to_keep=self._keep,
-                # So that an error is raised where it can be told, and `save` means saved.
+                # `save` then returns once the checkpoint is on disk, or raises the error itself.
                 enable_async_checkpointing=False,
-                # Left by a run that was killed while it wrote.
+                # A run that was killed while it wrote leaves such directories.
                 cleanup_tmp_directories=True,
             )
             self._manager = self._orbax.CheckpointManager(self._folder, options=options)
@@ -111,9 +112,15 @@ class Checkpoints:
 
     def _words(self, step: int, reason: str) -> str:
         last = self.latest()
-        kept = "there is no earlier one" if last is None else f"that of step {last} is whole"
-        where = f"The checkpoint of step {step} could not be written to {self._folder}"
-        return f"{where} ({reason}); {kept}."
+        earlier = (
+            "There is no earlier checkpoint."
+            if last is None
+            else f"The checkpoint of step {last} is complete."
+        )
+        return (
+            f"The checkpoint of step {step} could not be written to {self._folder} ({reason}). "
+            f"{earlier} Remove the cause, and continue with `--resume`."
+        )
 
 
 def named(tree: PyTree) -> dict[str, Array]:
@@ -123,7 +130,7 @@ def named(tree: PyTree) -> dict[str, Array]:
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    """Keeps Orbax's threads and coroutines from telling of one failure some sixty times."""
+    """Keeps Orbax's threads and coroutines from reporting one failure about 60 times."""
     before = sys.unraisablehook, threading.excepthook
     tasks = logging.getLogger("asyncio")
     level = tasks.level
@@ -136,25 +143,31 @@ def _silence() -> Iterator[None]:
         tasks.setLevel(level)
 
 
-def _hush_what_it_left() -> None:
-    """What is half done complains when it is collected, at the end of the process at the latest."""
+def _silence_leftovers() -> None:
+    """Silences the unfinished coroutines of a failed save until the process ends.
+
+    They complain when they are garbage-collected, which may be at the end of the process.
+    """
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     sys.unraisablehook = _but_for_closed_loops(sys.unraisablehook)
 
 
-def _but_for_closed_loops(tell: Callable[[Any], object]) -> Callable[[Any], None]:
-    """TensorStore's threads may call back only when the event loop of the failure is closed."""
+def _but_for_closed_loops(report: Callable[[Any], object]) -> Callable[[Any], None]:
+    """A hook that passes all exceptions to `report`, except those about a closed event loop.
+
+    TensorStore's threads may call back after the failed save has closed its event loop.
+    """
 
     def hook(unraisable: Any) -> None:
         if "Event loop is closed" not in str(unraisable.exc_value):
-            tell(unraisable)
+            report(unraisable)
 
     return hook
 
 
 def _shorten(message: str, room: int = 160) -> str:
-    """The beginning and the end of a message: in between are paths, several times."""
+    """The start and the end of a message. The middle of Orbax's messages repeats paths."""
     words = " ".join(message.split())
     return words if len(words) <= 2 * room else f"{words[:room]} ... {words[-room:]}"
 

@@ -1,6 +1,6 @@
-"""Where the arrays of a run lie: on one device, or on the mesh that `--mesh` asks for.
+"""Places the arrays of a run on one device, or on the mesh that `--mesh` asks for.
 
-Processes and what they have to agree on are in `hosts.py`.
+`hosts.py` connects processes and compares their settings.
 """
 
 from typing import Any, TypeVar
@@ -18,11 +18,11 @@ Tree = TypeVar("Tree", bound=PyTree)
 
 
 def mesh_of(settings: Settings) -> Mesh | None:
-    """The mesh of the run; `None` where it is one process that asks for none.
+    """The mesh of the run; `None` for a single process without `--mesh`.
 
     **Raises:**
 
-    `ValueError` where it does not fit the devices, or the batch does not fit it.
+    `ValueError` if the mesh does not fit the devices, or the batch does not fit the mesh.
     """
     if settings.mesh is None and jax.process_count() == 1:
         return None
@@ -32,21 +32,23 @@ def mesh_of(settings: Settings) -> Mesh | None:
     if pairs % count:
         raise ValueError(
             f"`--batch-size` over `--microbatches` must be a multiple of data * fsdp = {count}, so "
-            f"that each device has as many pairs; got {settings.batch_size} over "
-            f"{settings.microbatches}, {pairs} pairs. Choose another size of either."
+            f"that each device gets the same number of pairs; got {settings.batch_size} over "
+            f"{settings.microbatches}, which is {pairs} pairs. Change the batch size, the "
+            "microbatches or the mesh."
         )
     return mesh
 
 
 def share(mesh: Mesh | None) -> tuple[int, int]:
-    """Which part of each batch this process makes, and of how many."""
+    """The number of the part of each batch that this process makes, and the number of parts."""
     return (0, 1) if mesh is None else sharding.batch_share(mesh)
 
 
 def put(tree: Tree, mesh: Mesh | None) -> Tree:
-    """`tree` with its arrays committed to where they are to be, as those of a checkpoint are.
+    """`tree` with its arrays sharded over `mesh`, or committed to their devices without a mesh.
 
-    So a run that goes on has the very program of one that begins.
+    Arrays from a checkpoint are committed. If new arrays are, too, then a run that starts and a run
+    that continues execute the same program.
     """
     if mesh is not None:
         return sharding.shard_policy(tree, mesh)
@@ -58,5 +60,5 @@ def put(tree: Tree, mesh: Mesh | None) -> Tree:
 
 
 def put_batch(batch: Any, mesh: Mesh | None) -> Any:
-    """The global batch, of which this process has made its part."""
+    """The global batch; `batch` is the part of it that this process made."""
     return batch if mesh is None else sharding.shard_batch(batch, mesh)

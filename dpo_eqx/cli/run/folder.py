@@ -1,6 +1,6 @@
-"""The output folder: what lies where in it, whose run it holds, and what is written down about it.
+"""The output folder: the paths in it, the run that it holds, and the facts in its `run.json`.
 
-Checkpoints are in `checkpoints.py`, lines of metrics in `sinks.py`.
+`checkpoints.py` writes checkpoints, and `sinks.py` lines of metrics.
 """
 
 import datetime
@@ -21,7 +21,7 @@ from ..compose.data import Prepared
 from ..settings.settings import Settings
 from ..settings.yaml_file import differences, read_settings, write_settings
 
-# What may differ when a run goes on: how long it is, and what is written on the way.
+# A continued run may change these: they set its length and what it writes, not what it learns.
 FREE = (
     *("output", "steps", "epochs", "eval_every", "save_every", "keep", "log", "cache", "mesh"),
     *("save_dtype", "report"),
@@ -30,7 +30,7 @@ PACKAGES = ("dpo-eqx", "jax", "jaxlib", "equinox", "optax", "orbax-checkpoint", 
 
 
 class Folder:
-    """The paths in an output folder; nothing is made before `begin`.
+    """The paths in an output folder; `begin` creates it.
 
     **Arguments:**
 
@@ -54,21 +54,22 @@ class Folder:
         self.picture = path / "report.png"
 
     def check(self, settings: Settings) -> None:
-        """Raises `ValueError` or `OSError` where this run must not, or cannot, write here."""
+        """Raises `ValueError` or `OSError` if this run must not, or cannot, write to the folder."""
         _check_writable(self.path)
-        found = [path.name for path in vars(self).values() if path != self.path and path.exists()]
-        if not found:
+        names = [path.name for path in vars(self).values() if path != self.path and path.exists()]
+        if not names:
             return
         if not settings.resume:
             raise ValueError(
-                f"`--output` {self.path} holds a run already ({', '.join(sorted(found))}). "
-                "Continue it by `--resume`, or give another folder."
+                f"`--output` must be a new folder; {self.path} holds a run already "
+                f"({', '.join(sorted(names))}). Continue it with `--resume`, or give another "
+                "folder."
             )
         if self.config.exists():
             _check_same(settings, self.config)
 
     def begin(self, settings: Settings, facts: Mapping[str, Any], step: int) -> None:
-        """Makes the folder, and writes down settings and facts of a run that begins at `step`."""
+        """Makes the folder, and writes the settings and facts of a run that starts at `step`."""
         self.path.mkdir(parents=True, exist_ok=True)
         if not step:
             self._clear()
@@ -78,23 +79,23 @@ class Folder:
         replace_text(self.run, json.dumps({**facts, "starts": starts}, indent=1) + "\n")
 
     def _clear(self) -> None:
-        """Removes what a run has left that never came to a complete checkpoint."""
+        """Removes the files of an earlier run that never reached a complete checkpoint."""
         for path in (self.run, self.metrics, self.evaluations, self.before, self.after):
             path.unlink(missing_ok=True)
         shutil.rmtree(self.tensorboard, ignore_errors=True)
 
     def starts(self) -> list[dict[str, Any]]:
-        """When the run was begun and continued, and at which step."""
+        """The time and step of each start of the run, the first and every continuation."""
         return json.loads(self.run.read_text())["starts"] if self.run.exists() else []
 
     def fingerprint(self) -> str | None:
-        """That of the data which the run in this folder has, if there is one."""
+        """The fingerprint of the data of the run in this folder; `None` if it is unknown."""
         facts = json.loads(self.run.read_text()) if self.run.exists() else {"data": {}}
         return facts["data"].get("fingerprint")
 
 
 def facts_of(prepared: Prepared, shapes: object) -> dict[str, Any]:
-    """What `run.json` holds beside the settings: versions, data, hardware."""
+    """The facts in `run.json`: versions, data, hardware."""
     report = prepared.report
     devices = jax.devices()
     return {
@@ -119,12 +120,12 @@ def facts_of(prepared: Prepared, shapes: object) -> dict[str, Any]:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Puts a file in the place of another at once: after a crash it is the one or the other."""
+    """Replaces a file atomically: after a crash it has either the old or the new content."""
     replace_bytes(path, text.encode())
 
 
 def replace_bytes(path: Path, content: bytes) -> None:
-    """As `replace_text`, for what is no text."""
+    """Replaces a binary file atomically, as `replace_text` replaces a text file."""
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
         file.write(content)
     os.chmod(file.name, 0o644)
@@ -139,12 +140,17 @@ def _version(name: str) -> str | None:
 
 
 def _check_writable(path: Path) -> None:
-    """Raises where the folder could not be made or written to."""
-    there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
-    if not there.is_dir():
-        raise NotADirectoryError(f"`--output` must be a folder; {there} is a file.")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise PermissionError(f"`--output` must be a folder to write to; {there} is not.")
+    """Raises `OSError` if the folder cannot be made or written to."""
+    nearest = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    if not nearest.is_dir():
+        raise NotADirectoryError(
+            f"`--output` must be a folder; {nearest} is a file. Give another path."
+        )
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise PermissionError(
+            f"`--output` must be a folder to write to; {nearest} is not writable. Give another "
+            "folder, or change its permissions."
+        )
 
 
 def _check_same(settings: Settings, config: Path) -> None:
@@ -152,8 +158,8 @@ def _check_same(settings: Settings, config: Path) -> None:
     words = [f"`{n}` was {then}, is {now}" for n, (then, now) in changed.items() if n not in FREE]
     if words:
         raise ValueError(
-            f"`--resume` continues the run in {config.parent} with its own settings, and these "
-            f"differ: {'; '.join(words)}. Give the same, or another `--output`."
+            f"`--resume` must continue the run in {config.parent} with its own settings; got other "
+            f"values: {'; '.join(words)}. Give the same settings, or another `--output`."
         )
 
 

@@ -1,6 +1,6 @@
-"""Several processes as one run: they connect, compare what they were given, and end together.
+"""Several processes as one run: they connect, compare their settings, and end together.
 
-Where arrays lie is in `devices.py`. Of one process alone nothing here asks anything.
+`devices.py` places arrays. With a single process these functions communicate nothing.
 """
 
 import contextlib
@@ -9,7 +9,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -21,12 +21,12 @@ from .signals import Stop, catch_signals
 
 Result = TypeVar("Result")
 
-# Without a sign of life for so long, in seconds, a process is taken for dead.
+# A process that sends no heartbeat for this many seconds counts as dead.
 HEARTBEAT = 20
-# For all to be there at the beginning, and for a connection to be ended, in seconds.
+# Time for all processes to connect at the start, and to disconnect at the end, in seconds.
 ARRIVAL, FAREWELL = 120, 10
 AUTO = "auto"
-# Each process may have its own.
+# These settings may differ between processes.
 _OWN = {"config", "coordinator", "process_id", "cache"}
 
 
@@ -36,10 +36,10 @@ class CommonError(ValueError):
 
 @contextlib.contextmanager
 def connected(settings: Settings) -> Iterator[None]:
-    """The processes of a run connected, where the settings say that there are several.
+    """Connects the processes of a run, if the settings say that there are several.
 
-    A process that fails alone ends at once, without the ceremony in which it would wait for the
-    others; they hear of it from the runtime.
+    A process that fails alone ends at once. A regular end would wait for all processes, which may
+    themselves wait for this one; the runtime notifies them of the loss instead.
     """
     if settings.coordinator is None:
         yield
@@ -56,29 +56,40 @@ def connected(settings: Settings) -> Iterator[None]:
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes and shows; one alone is."""
+    """Whether this is the process that writes and prints. A single process is the first."""
     return jax.process_index() == 0
 
 
 def say(text: str) -> None:
-    """A line, from the first process."""
+    """Prints a line, on the first process only."""
     if is_first():
         display.say(text)
 
 
 def warn(text: str) -> None:
-    """A warning on stderr, from the first process."""
+    """Prints a warning on stderr, on the first process only."""
     if is_first():
         print(f"dpo-eqx train: warning: {text}", file=sys.stderr, flush=True)
 
 
-def together(function: Callable[[], Result]) -> Result:
-    """What `function` returns, or an error on every process where it raises one on any.
+def on_first(function: Callable[..., object], *args: Any, **options: Any) -> None:
+    """Calls `function` on the first process only; an error there is raised on every process.
 
     **Raises:**
 
-    `ValueError`, `OSError` or `ImportError` from `function` as it is where there is one process;
-    else `CommonError` with the same words, and with the processes where not all of them raised it.
+    The errors of `together`.
+    """
+    together(lambda: function(*args, **options) if is_first() else None)
+
+
+def together(function: Callable[[], Result]) -> Result:
+    """The result of `function`, or an error on every process if it raises one on any of them.
+
+    **Raises:**
+
+    `ValueError`, `OSError` or `ImportError` unchanged from `function` if there is one process.
+    Otherwise `CommonError` with the same message; it names the processes that raised it unless all
+    of them did.
     """
     if jax.process_count() == 1:
         return function()
@@ -94,7 +105,7 @@ def together(function: Callable[[], Result]) -> Result:
 
 
 def compare(settings: Settings, facts: Mapping[str, object]) -> None:
-    """Raises where processes have been given other settings, or have found other facts.
+    """Raises an error if processes differ in their settings or in `facts`.
 
     **Raises:**
 
@@ -102,37 +113,38 @@ def compare(settings: Settings, facts: Mapping[str, object]) -> None:
     """
     if jax.process_count() == 1:
         return
-    given = {n: str(value) for n, value in vars(settings).items() if n not in _OWN}
-    given |= {name: str(value) for name, value in facts.items()}
-    all_given = [json.loads(text) for text in exchange(json.dumps(given))]
-    differing = [name for name in given if len({each.get(name) for each in all_given}) > 1]
+    local = {n: str(value) for n, value in vars(settings).items() if n not in _OWN}
+    local |= {name: str(value) for name, value in facts.items()}
+    by_process = [json.loads(text) for text in exchange(json.dumps(local))]
+    differing = [name for name in local if len({values.get(name) for values in by_process}) > 1]
     if differing:
-        lines = [_values(name, [each.get(name) for each in all_given]) for name in differing]
+        lines = [_values(name, [values.get(name) for values in by_process]) for name in differing]
         raise CommonError(
-            f"All processes must be given the same; they disagree on {'; '.join(lines)}. Start "
-            "all of them with the same settings, versions and data."
+            "All processes must have the same settings, versions and data; they disagree on "
+            f"{'; '.join(lines)}. Give the same to all of them, and start all again."
         )
 
 
 def exchange(text: str) -> list[str]:
-    """The texts of all processes, in their order."""
-    mine = np.frombuffer(text.encode(), np.uint8)
-    sizes = multihost_utils.process_allgather(np.array([mine.size], np.int32)).ravel()
+    """The texts of all processes, in the order of their numbers."""
+    content = np.frombuffer(text.encode(), np.uint8)
+    # An all-gather needs one shape on all processes, so texts are padded to the longest.
+    sizes = multihost_utils.process_allgather(np.array([content.size], np.int32)).ravel()
     padded = np.zeros(max(int(sizes.max()), 1), np.uint8)
-    padded[: mine.size] = mine
+    padded[: content.size] = content
     rows = multihost_utils.process_allgather(padded).reshape(len(sizes), -1)
     return [bytes(row[:size]).decode() for row, size in zip(rows, sizes, strict=True)]
 
 
 def wait(what: str) -> None:
-    """Waits until all processes are here."""
+    """Waits until all processes have called this function; `what` names the place."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(what)
 
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[Stop]:
-    """A `Stop` for all processes: SIGTERM to any of them stops all, after the same step."""
+    """A `Stop` for all processes: SIGTERM to one process stops all of them after the same step."""
     if jax.process_count() == 1:
         with catch_signals() as stop:
             yield stop
@@ -141,7 +153,7 @@ def stop_signals() -> Iterator[Stop]:
 
 
 class SharedStop(Stop):
-    """One that asks the runtime, which has its own handler of SIGTERM."""
+    """A `Stop` that asks the runtime, which has its own handler of SIGTERM."""
 
     def before(self, step: int) -> bool:
         """Whether to stop before the step; the answer is the same on all processes."""
@@ -151,16 +163,17 @@ class SharedStop(Stop):
 
 
 def _connect(settings: Settings, coordinator: str) -> None:
-    # The collectives of CPUs; of no effect on others.
+    # Collectives between CPUs need an implementation. On GPUs and TPUs the option has no effect.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     address = None if coordinator == AUTO else coordinator
-    count = settings.num_processes or ""
+    count = settings.num_processes
+    everyone = "all processes" if count is None else f"all {count} processes"
     print(
-        f"All {count} processes train together, and have {ARRIVAL} s to meet at {coordinator}. "
-        "Where one of them does not come, or later ends or is lost, the others cannot go on: "
-        f"within {HEARTBEAT} s or so the runtime ends them too, with a message of its own about a "
-        "fatal error of the distributed service (SIGABRT), or with one about a connection. Nothing "
-        "is lost but the steps since the last checkpoint; start all of them again with --resume.",
+        f"{everyone.capitalize()} train together, and have {ARRIVAL} s to connect to "
+        f"{coordinator}. If a process does not connect, ends early or is lost, the others cannot "
+        f"continue: within about {HEARTBEAT} s the runtime ends them too. It then prints a message "
+        "about a fatal error of the distributed service (SIGABRT), or about a connection. Only the "
+        "steps since the last checkpoint are lost; start all processes again with --resume.",
         file=sys.stderr,
         flush=True,
     )
@@ -178,10 +191,10 @@ def _connect(settings: Settings, coordinator: str) -> None:
             "Give the address of process 0 in place of `auto`, with `--num-processes` and "
             "`--process-id`."
             if coordinator == AUTO
-            else f"All {count} must be started, with the address of process 0."
+            else f"Start {everyone}, and give the address of process 0."
         )
         raise ValueError(
-            f"`--coordinator {coordinator}` could not bring the processes together: "
+            f"`--coordinator {coordinator}` could not connect the processes: "
             f"{str(error).splitlines()[0]} {remedy}"
         ) from error
 
@@ -191,8 +204,9 @@ def _leave(error: BaseException) -> None:
         traceback.print_exception(error)
     if isinstance(error, jax.errors.JaxRuntimeError):
         print(
-            "dpo-eqx train: what was computed together failed, most likely because another process "
-            f"was lost: {str(error).splitlines()[0]} Start all of them again with --resume.",
+            "dpo-eqx train: A computation across processes failed, most likely because another "
+            f"process was lost: {str(error).splitlines()[0]} Start all processes again with "
+            "--resume.",
             file=sys.stderr,
         )
     elif isinstance(error, ValueError | OSError | ImportError):
@@ -201,7 +215,7 @@ def _leave(error: BaseException) -> None:
         traceback.print_exception(error)
     sys.stdout.flush()
     sys.stderr.flush()
-    # Not `sys.exit`: on the way out the runtime would wait for the others, and they for this one.
+    # Not `sys.exit`: the runtime would wait for the other processes, and they for this process.
     os._exit(130 if isinstance(error, KeyboardInterrupt) else 2)
 
 

@@ -1,6 +1,6 @@
-"""The loop: steps, evaluations, checkpoints, until the end or a signal.
+"""The loop: steps, evaluations and checkpoints, until the end or a signal.
 
-What it calls is composed in `cli/commands/train.py`; it decides only when.
+`commands/train.py` composes the functions that the loop calls; the loop only decides when.
 """
 
 import dataclasses
@@ -29,15 +29,18 @@ Advance = Callable[[State, Any, int], tuple[State, dict[str, Any]]]
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What a loop needs, and does not change.
+    """The constants of a run, which the loop needs and does not replace.
 
-    - `settings`; `steps`: the number of the last step.
-    - `advance`: one step; see `make_advance`.
-    - `evaluate`: the metrics of a state on the held-out data, `None` where there is none.
-    - `batches`: to train on, at the first of them.
-    - `checkpoints`; `trainable`: the filter of what they hold of the policy.
+    - `settings`: the settings of the run.
+    - `steps`: the number of the last step.
+    - `advance`: a function that takes one step; see `make_advance`.
+    - `evaluate`: a function from a state to its metrics on the held-out data; `None` without
+        held-out data.
+    - `batches`: the batches to train on, at the first batch.
+    - `checkpoints`: the checkpoints of the run.
+    - `trainable`: the filter of the policy's trained parameters, which checkpoints hold.
     - `rates`: the learning rate of each step.
-    - `finish`: makes the policy to be written of the one that was trained.
+    - `finish`: a function from the trained policy to the policy that is saved.
     """
 
     settings: Settings
@@ -52,9 +55,9 @@ class Run:
 
 
 def make_advance(step: Step, *, dropout: bool, mesh: Mesh | None = None) -> Advance:
-    """A jitted step on a `State`, which is used up, and on this process's part of a batch."""
+    """A jitted step on a `State` and on this process's part of a batch; the state is donated."""
 
-    # Policy and optimiser are updated in place; what is `frozen` is kept.
+    # Policy and optimiser are updated in place. The batch, reference and key are used again.
     @eqx.filter_jit(donate="all-except-first")
     def train(frozen, policy, opt_state):
         batch, reference, key, number = frozen
@@ -73,10 +76,19 @@ def make_advance(step: Step, *, dropout: bool, mesh: Mesh | None = None) -> Adva
 def loop(
     run: Run, state: State, start: int, *, write: Write, write_evaluation: Write, stop: Stop
 ) -> tuple[State, int]:
-    """Goes from the step after `start` to the last one, or to the one that a signal made the last.
+    """Takes the steps after `start`, up to the last step of the run or a signal to stop.
 
-    The state at the end is in a checkpoint. A line of metrics is written before the checkpoint
+    The final state is saved in a checkpoint. A line of metrics is written before the checkpoint
     that holds its step.
+
+    **Arguments:**
+
+    - `run`: the constants of the run.
+    - `state`: the state after step `start`.
+    - `start`: the number of steps that the state has taken.
+    - `write`: a function of a step and its metrics.
+    - `write_evaluation`: a function of a step and its metrics on the held-out data.
+    - `stop`: whether a signal asked to stop.
 
     **Returns:**
 
@@ -97,9 +109,12 @@ def loop(
         began = time.perf_counter()
         batch = next(run.batches)
         state, metrics = run.advance(state, batch, step)
+        # The metrics may not be computed yet. `lines` reads them one step late, so that the host
+        # prepares the next batch while the device works.
         lines.add(step, metrics, began)
         if is_due(settings.sync_reference_every, step):
             state = synchronised(state, settings.sync_reference_alpha)
+        # `flush` raises if the step's metrics are not finite, so it precedes every checkpoint.
         if is_due(settings.eval_every, step) or step == run.steps:
             lines.flush()
             evaluate()
@@ -114,9 +129,9 @@ def loop(
 
 def save(run: Run, state: State, step: int) -> None:
     """Writes a checkpoint of the state after `step`, and of the position in the data."""
-    moving = run.settings.sync_reference_every > 0
-    kept = to_save(state, run.trainable, moving_reference=moving)
-    run.checkpoints.save(step, kept, run.batches.get_state())
+    is_moving = run.settings.sync_reference_every > 0
+    arrays = to_save(state, run.trainable, moving_reference=is_moving)
+    run.checkpoints.save(step, arrays, run.batches.get_state())
 
 
 @eqx.filter_jit
@@ -127,5 +142,5 @@ def synchronised(state: State, alpha: float) -> State:
 
 
 def is_due(every: int, step: int) -> bool:
-    """Whether something that happens every so many steps happens at this one; 0 is never."""
+    """Whether an action with the period `every`, in steps, is due at this step; 0 is never."""
     return every > 0 and step % every == 0

@@ -1,6 +1,6 @@
-"""What changes while a run goes on, and which part of it a checkpoint holds.
+"""The state of a run, and the part of it that a checkpoint holds.
 
-How it changes is in `loop.py`; how it is written is in `checkpoints.py`.
+`loop.py` changes the state, and `checkpoints.py` writes it.
 """
 
 import equinox as eqx
@@ -9,11 +9,14 @@ from jaxtyping import PRNGKeyArray, PyTree
 
 
 class State(eqx.Module):
-    """The policy, the optimiser's state, the reference if there is one to run, and the key.
+    """Everything that changes during a run, except the position in the data.
 
     **Arguments:**
 
-    - `key`: from which each step has its own, for dropout.
+    - `policy`: the policy in training.
+    - `opt_state`: the state of the optimiser.
+    - `reference`: the reference if it is a policy of its own, else `None`.
+    - `key`: the random key; each step derives its own key for dropout.
     """
 
     policy: PyTree
@@ -23,7 +26,7 @@ class State(eqx.Module):
 
 
 def to_save(state: State, trainable: PyTree, *, moving_reference: bool) -> dict[str, PyTree]:
-    """The arrays that a run changes: what is frozen comes from the model again."""
+    """The arrays that a run changes. A continued run loads frozen arrays from the model again."""
     return {
         "policy": eqx.filter(state.policy, trainable),
         "optimizer": eqx.filter(state.opt_state, eqx.is_array),
@@ -33,7 +36,7 @@ def to_save(state: State, trainable: PyTree, *, moving_reference: bool) -> dict[
 
 
 def restored(state: State, saved: dict[str, PyTree]) -> State:
-    """`state` with the arrays of `saved`, which `to_save` gave, in their places."""
+    """`state` with the arrays of `saved`, which `to_save` returned, in place of its own."""
     return State(
         eqx.combine(saved["policy"], state.policy),
         eqx.combine(saved["optimizer"], state.opt_state),

@@ -1,6 +1,6 @@
-"""A warning if the first steps leave most of what is trained as it was.
+"""A warning if the first steps leave most of the trained numbers unchanged.
 
-The fraction that changed is computed by the step; here it is only judged.
+The step computes the fraction that changed; this file only judges it.
 """
 
 from collections.abc import Callable
@@ -8,22 +8,23 @@ from collections.abc import Callable
 from .sinks import Numbers
 
 FRACTION = "update_fraction"
-# So many steps are judged, and at least this fraction must change in one of them.
+# The number of steps that are judged, and the fraction that must change in one of them.
 STEPS, ENOUGH = 10, 0.5
 
 
 class UpdateWatch:
     """Warns once if no step among the first ten changes half of the trained numbers.
 
-    Steps with less than half of the highest learning rate, as in a warm-up, are not judged: they
-    change little, and rightly. One step that changes enough is enough, since adapters begin with
-    zeros that have no gradient in the first step.
+    Steps with less than half of the highest learning rate, as in a warm-up, are not judged, since
+    they should change little. A single step that changes half is enough: in the first step of new
+    adapters, A has no gradient, since B is 0.
 
     **Arguments:**
 
     - `highest_rate`: the highest learning rate of the run.
-    - `dtype`: the name of the dtype of what is trained; `narrow`: whether it is below float32.
-    - `warn`: takes the warning.
+    - `dtype`: the name of the dtype of the trained parameters.
+    - `warn`: a function that shows the warning.
+    - `narrow`: whether `dtype` is narrower than float32.
     """
 
     def __init__(
@@ -35,7 +36,7 @@ class UpdateWatch:
         self._is_done = False
 
     def add(self, numbers: Numbers) -> None:
-        """The metrics of the next step."""
+        """Judges the metrics of the next step."""
         if self._is_done or numbers["learning_rate"] < self._least_rate:
             return
         self._fractions.append(numbers[FRACTION])
@@ -45,7 +46,7 @@ class UpdateWatch:
             self.close()
 
     def close(self) -> None:
-        """Judges the steps so far, of a run that ends before the tenth."""
+        """Judges the steps so far, if the run ends before the tenth step."""
         if self._fractions and not self._is_done:
             self._warn(self._words())
         self._is_done = True
@@ -57,11 +58,11 @@ class UpdateWatch:
         if self._narrow:
             return (
                 f"{found}: the other updates are smaller than {self._dtype} can hold, and are "
-                "rounded away. Leave `--dtype` out to keep what is trained in float32, or give a "
+                "rounded away. Leave out `--dtype` to train the parameters in float32, or give a "
                 "larger `--learning-rate`."
             )
         return (
             f"{found}: the other updates are smaller than {self._dtype} can hold, or are 0, as for "
-            "the embeddings of tokens that the data does not have. Unless most parameters are such "
+            "the embeddings of tokens that are not in the data. Unless most parameters are such "
             "embeddings, give a larger `--learning-rate`."
         )

@@ -1,6 +1,6 @@
-"""Settings that cannot be, found before anything is read: out of range, or against each other.
+"""Checks of settings before anything is read: those out of range, and those that contradict others.
 
-What depends on the data or the model is checked where it is known.
+The code that reads the data or the model checks the settings that depend on it.
 """
 
 import math
@@ -25,7 +25,7 @@ _NOT_NEGATIVE = (
 
 
 def check(settings: Settings) -> None:
-    """Raises `ValueError` with what is wrong in `settings`, and the remedy."""
+    """Raises `ValueError` with the fault and the remedy if `settings` are wrong."""
     _check_ranges(settings)
     if settings.mesh is not None:
         parse_sizes(settings.mesh)
@@ -35,27 +35,35 @@ def check(settings: Settings) -> None:
 
 
 def check_hosts(settings: Settings) -> None:
-    """Raises `ValueError` where a process cannot find the others by what it was told."""
+    """Raises `ValueError` if the settings do not let a process find the other processes."""
     _raise_first(_hosts(settings))
 
 
 def flag(name: str) -> str:
-    """The flag of a field, as in `--batch-size`."""
+    """The flag of a field, such as `--batch-size`, in backticks."""
     return f"`--{name.replace('_', '-')}`"
+
+
+def check_positive(name: str, value: float | int | None) -> None:
+    """Raises `ValueError` if the value of the flag of the field `name` is not positive and finite.
+
+    `None`, the value of a flag that was not given, passes.
+    """
+    # Written so that NaN fails, which is neither above nor below a number.
+    if value is not None and not 0 < value < math.inf:
+        raise ValueError(f"{flag(name)} must be positive; got {value}.")
 
 
 def _check_ranges(settings: Settings) -> None:
     for name in (*_POSITIVE, *_POSITIVE_IF_GIVEN, "lora_alpha"):
-        value = getattr(settings, name)
-        if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"{flag(name)} must be positive, got {value}.")
+        check_positive(name, getattr(settings, name))
     for name in _NOT_NEGATIVE:
         value = getattr(settings, name)
         if not 0 <= value < math.inf:
-            raise ValueError(f"{flag(name)} must not be negative, got {value}.")
+            raise ValueError(f"{flag(name)} must not be negative; got {value}.")
     if not 0 <= settings.sync_reference_alpha <= 1:
         raise ValueError(
-            f"{flag('sync_reference_alpha')} must be in [0, 1], got "
+            f"{flag('sync_reference_alpha')} must be in [0, 1]; got "
             f"{settings.sync_reference_alpha}."
         )
 
@@ -65,15 +73,17 @@ def _check_pattern(target: str) -> None:
         re.compile(target)
     except re.error as error:
         raise ValueError(
-            f"`--lora-target` must be a regular expression; {target!r} is none: {error}."
+            f"`--lora-target` must be a regular expression; got {target!r} ({error})."
         ) from None
 
 
 def _contradictions(settings: Settings) -> Iterator[str]:
-    """A sentence for each pair of settings that exclude each other."""
+    """An error message for each pair of settings that exclude each other."""
     s = settings
     lora = s.lora_rank > 0
     moves = s.sync_reference_every > 0
+    # A reference that moves is a copy of the trained parameters: it cannot be computed in advance,
+    # and with adapters the reference is a view of the policy, not a copy.
     exclusive = [
         ("reference_free", s.reference_free, "reference", s.reference is not None),
         ("reference_free", s.reference_free, "precompute_reference", s.precompute_reference),
@@ -92,25 +102,26 @@ def _contradictions(settings: Settings) -> Iterator[str]:
             yield f"{flag(one)} and {flag(other)} contradict each other; leave out one of them."
     for name in ("lora_alpha", "lora_target"):
         if getattr(s, name) is not None and not lora:
-            yield f"{flag(name)} is for adapters, of which there are none; give `--lora-rank` too."
+            yield f"{flag(name)} is for adapters, and this run has none; give `--lora-rank` too."
     if s.lora_reference is not None and s.lora is None:
-        yield "`--lora-reference` is for adapters that are gone on from; give `--lora` too."
+        yield "`--lora-reference` only applies if a run continues from adapters; give `--lora` too."
     if s.quantize is not None and not lora and s.lora is None:
         yield (
-            "`--quantize` is for a frozen model, of which only adapters are trained; give "
+            "`--quantize` is for a frozen model, so that only adapters are trained; give "
             "`--lora-rank` or `--lora` too."
         )
     if s.eval_every and s.eval_data is None:
         yield "`--eval-every` needs preferences to evaluate on; give `--eval-data` too."
     if s.loss_weights and len(s.loss_weights) != len(s.loss):
         yield (
-            f"`--loss-weights` must be as many as losses, {len(s.loss)}; got {len(s.loss_weights)}."
+            f"`--loss-weights` must have one weight for each loss, {len(s.loss)}; got "
+            f"{len(s.loss_weights)}."
         )
     if not s.loss:
-        yield "`--loss` must name a loss at least."
+        yield "`--loss` must name at least one loss; got none."
     if s.batch_size % s.microbatches:
         yield (
-            "`--microbatches` must divide `--batch-size`, which counts the pairs of all of them; "
+            "`--microbatches` must divide `--batch-size`, the number of pairs in all microbatches; "
             f"got {s.microbatches} and {s.batch_size}."
         )
 
@@ -122,21 +133,21 @@ def _raise_first(problems: Iterator[str]) -> None:
 
 
 def _hosts(settings: Settings) -> Iterator[str]:
-    """A sentence for each way in which processes are told wrongly of each other."""
+    """An error message for each fault in the settings that connect processes."""
     s = settings
     numbers = {"num_processes": s.num_processes, "process_id": s.process_id}
-    given = [flag(name) for name, value in numbers.items() if value is not None]
+    given_flags = [flag(name) for name, value in numbers.items() if value is not None]
     if s.coordinator is None or s.coordinator == "auto":
-        if given:
+        if given_flags:
             yield (
-                f"{given[0]} belongs to `--coordinator HOST:PORT`; give the address of process 0 "
-                "too, or leave it out."
+                f"{given_flags[0]} needs `--coordinator HOST:PORT`; give the address of process 0 "
+                f"there, or leave out {given_flags[0]}."
             )
         return
     if not re.fullmatch(r".+:\d+", s.coordinator):
         yield f"`--coordinator` must be HOST:PORT of process 0, or `auto`; got {s.coordinator!r}."
     if s.num_processes is None or s.process_id is None:
-        yield "`--coordinator HOST:PORT` needs `--num-processes` and `--process-id` beside it."
+        yield "`--coordinator HOST:PORT` needs `--num-processes` and `--process-id`; give both."
     elif not 0 <= s.process_id < s.num_processes:
         yield (
             "`--process-id` must be at least 0 and below `--num-processes`; got "

@@ -1,6 +1,6 @@
-"""Every setting of `dpo-eqx train`, with its default and its help.
+"""Every setting of `dpo-eqx train`, with its default and its help text.
 
-How they are read from flags and files is in `parse.py`; which contradict each other in `check.py`.
+`parse.py` reads settings from flags and files; `check.py` finds those that contradict each other.
 """
 
 import dataclasses
@@ -15,145 +15,150 @@ class Settings:
     """Trains a policy on preferences, from text files to a checkpoint that `transformers` loads."""
 
     config: Path | None = None
-    """A YAML file of settings, keys as the flags; flags override it. A run's own `config.yaml` is
-    one."""
+    """A YAML file of settings, with the names of the flags as keys. Flags override it. The
+    `config.yaml` of an earlier run is such a file."""
 
     model: str
-    """The policy to start from: a folder with `config.json`, safetensors and a tokenizer, or a
-    name of the Hugging Face hub."""
+    """The model to train: a folder with `config.json`, safetensors and a tokenizer, or a hub
+    name."""
     data: str
-    """Preferences: JSON Lines (plain or gzip), Parquet, a folder, or a name of the hub."""
+    """Preferences: JSON Lines (plain or gzip), Parquet, a folder, or a hub name."""
     output: Path
-    """The folder of the run: settings, metrics, checkpoints, and at the end the model."""
+    """The folder of the run, for settings, metrics, checkpoints and the finished model."""
     reference: str | None = None
-    """The reference, where it is another model than the one to start from."""
+    """The reference model (default: `--model` before training)."""
     eval_data: str | None = None
     """Held-out preferences, evaluated before the first step, every `--eval-every` steps, and at
     the end."""
     tokenizer: str | None = None
-    """Where it is not in the folder of the model; `bytes` is the built-in one of bytes."""
+    """A folder or hub name of the tokenizer (default: the model's); `bytes` is the built-in one."""
     columns: tuple[str, ...] = ()
-    """Names of columns, ours first: `prompt=question`. `weight=` leaves that column out."""
+    """Names of columns in the data, as `prompt=question` for a column `question` that holds the
+    prompts. `weight=` ignores the column `weight`."""
 
     loss: tuple[str, ...] = ("sigmoid",)
     """One loss, or several that are added up: sigmoid, ipo, robust, hinge, simpo, kto, ..."""
     loss_weights: tuple[float, ...] = ()
-    """As many weights as losses; by default 1 each."""
+    """Weights of the losses, one for each loss (default: 1)."""
     loss_options: tuple[str, ...] = ()
     """Further hyper-parameters of the losses, by name: `gamma=0.5`."""
     beta: float | None = None
-    """Strength of the pull towards the reference; by default that of the loss, mostly 0.1."""
+    """Strength of the pull towards the reference (default: the loss's default, mostly 0.1)."""
     label_smoothing: float | None = None
-    """The share of labels taken to be flipped."""
+    """Assumed fraction of flipped labels (default: the loss's default)."""
     reference_free: bool = False
-    """Do without a reference: its log-probabilities count as 0."""
+    """Train without a reference: its log-probabilities count as 0."""
     divergence: str | None = None
-    """reverse_kl, forward_kl, jensen_shannon, or alpha_divergence=A."""
+    """The divergence from the reference: reverse_kl, forward_kl, jensen_shannon, or
+    alpha_divergence=A (default: reverse_kl)."""
 
     steps: int | None = None
-    """How many optimiser steps at most."""
+    """Largest number of optimiser steps (default: set by `--epochs`)."""
     epochs: int | None = None
-    """How many times through the data at most; 1 where `--steps` is not given either."""
+    """Largest number of passes through the data (default: 1, or no limit if `--steps` is given)."""
     batch_size: int = 8
     """Pairs per optimiser step, over all microbatches."""
     microbatches: int = 1
-    """Into how many parts a batch is split to save memory; the result is the same."""
+    """Number of parts that a batch is split into to save memory. The result stays the same."""
     learning_rate: float = 1e-6
-    """At its peak. Some 1e-6 for a whole model, 1e-5 to 1e-4 for LoRA."""
+    """Peak learning rate. About 1e-6 suits a whole model, 1e-5 to 1e-4 suits LoRA."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """What becomes of the learning rate after the warm-up; the last two end at 0."""
+    """Learning rate after the warm-up; linear and cosine end at 0."""
     warmup_steps: int = 0
-    """Over how many steps the learning rate rises from 0."""
+    """Number of steps in which the learning rate rises from 0 to its peak."""
     optimizer: Literal["adamw", "sgd", "adafactor", "lion"] = "adamw"
     """The Optax optimiser; sgd has no momentum."""
     weight_decay: float = 0.0
-    """Of all parameters but biases and norms."""
+    """Weight decay of all parameters except biases and norms."""
     max_grad_norm: float = 1.0
-    """Gradients are clipped to this global norm; 0 is off."""
+    """Gradients are clipped to this global norm; 0 switches clipping off."""
     dropout: bool = False
-    """Whether the model's own dropout applies in training. TRL switches it off, too."""
+    """Apply the model's own dropout in training. TRL switches it off, too."""
 
     shuffle: bool = True
-    """Whether each epoch has a new random order; else that of the file."""
+    """Give each epoch a new random order; otherwise keep the order of the file."""
     seed: int = 0
-    """Of the order, of adapters and of dropout."""
+    """Random seed of the data order, of new adapters and of dropout."""
     max_length: int | None = None
-    """Tokens of prompt and completion; the start is kept. A prompt as long drops its row."""
+    """Largest number of tokens of prompt plus completion; a longer completion loses its end. A row
+    is dropped if its prompt alone fills the limit."""
     max_prompt_length: int | None = None
-    """Tokens of a prompt, applied first; the end is kept."""
+    """Largest number of tokens of a prompt, applied before `--max-length`; a longer prompt loses
+    its start."""
     max_completion_length: int | None = None
-    """Tokens of a completion; the start is kept."""
+    """Largest number of tokens of a completion; a longer completion loses its end."""
     strict: bool = False
-    """Whether a row that is dropped or cut, or whose completions are the same, is an error."""
+    """Raise an error for a row that would be dropped or cut, or has two equal completions."""
     buckets: int = 4
-    """How many widths prompts are padded to, and how many completions: fewer compile less, more
-    pad less."""
+    """Number of widths that prompts are padded to, and completions likewise. Fewer widths compile
+    less and pad more."""
 
     lora_rank: int = 0
-    """Train low-rank adapters of this rank in place of the model; 0 is off."""
+    """Train low-rank adapters of this rank in place of the model; 0 trains the model."""
     lora_alpha: float | None = None
-    """The adapters are scaled by alpha / rank; by default twice the rank."""
+    """The adapters are scaled by alpha / rank (default: twice the rank)."""
     lora_target: str | None = None
-    """A regular expression for the layers that get one, such as `attention`; by default all but
-    the unembedding."""
+    """A regular expression for the layers that get adapters, such as `attention` (default: all
+    linear layers but the unembedding)."""
     lora: str | None = None
-    """Go on from the adapters in this folder, as PEFT or an earlier run's `adapter/` holds them, in
-    place of new ones."""
+    """Continue from the adapters in this folder, which PEFT or an earlier run wrote, in place of
+    new adapters. An earlier run wrote them to `adapter/`."""
     lora_reference: Literal["base", "adapter"] | None = None
-    """The reference where `--lora` is given: the model without adapters, or with those that the
-    run begins with. There is no default."""
+    """The reference of a run with `--lora`: the model without adapters (base), or with the adapters
+    that the run starts from (adapter). It has no default."""
     quantize: Literal["int8", "nf4"] | None = None
-    """Hold the linear layers of the frozen model in 8 or 4 bits; for adapters. The model of
-    `--reference` too."""
+    """Hold the linear layers of the frozen model, and of `--reference`, in 8 or 4 bits. Only
+    adapters can be trained then."""
 
     dtype: Dtype | None = None
-    """Dtype of the parameters in training (default: float32 for those that are trained, as stored
-    in the checkpoint for those that are frozen). Adapters are always in float32."""
+    """Dtype of the parameters in training (default: float32 for trained parameters, as stored in
+    the checkpoint for frozen parameters). Adapters are always in float32."""
     compute_dtype: Dtype | None = None
-    """Dtype of the forward pass (default: that of the checkpoint, or `--dtype` if it is
+    """Dtype of the forward pass (default: the checkpoint's dtype, or `--dtype` if it is
     narrower)."""
     save_dtype: Dtype | None = None
-    """Dtype of the finished model in `model/` (default: that of the checkpoint, or `--dtype` if it
+    """Dtype of the finished model in `model/` (default: the checkpoint's dtype, or `--dtype` if it
     is narrower)."""
     remat: bool = False
-    """Whether each layer is computed again in the backward pass, which saves memory."""
+    """Recompute each layer in the backward pass, which saves memory."""
     fused: bool = True
-    """Whether attention in half precision goes through cuDNN's kernel on a GPU that has it."""
+    """Use cuDNN's attention kernel in half precision on a GPU that has it."""
     precompute_reference: bool = False
-    """Compute the reference's log-probabilities once, before training, and keep them on disk."""
+    """Compute the reference's log-probabilities once, before training, and cache them on disk."""
     sync_reference_every: int = 0
-    """Every so many steps the reference moves towards the policy (TR-DPO); 0 is off."""
+    """Number of steps between moves of the reference towards the policy (TR-DPO); 0 switches the
+    moves off."""
     sync_reference_alpha: float = 0.6
-    """How far: 1 is all the way."""
+    """Mixing weight of the policy in such a move, in [0, 1]; 1 copies the policy."""
 
     eval_every: int = 0
-    """Evaluate every so many steps; 0 is at the start and the end only."""
+    """Number of steps between evaluations; 0 evaluates only at the start and the end."""
     save_every: int = 500
-    """Write a checkpoint every so many steps; 0 is at the end only."""
+    """Number of steps between checkpoints; 0 writes one only at the end."""
     keep: int = 2
-    """How many checkpoints are kept."""
+    """Number of checkpoints to keep."""
     resume: bool = False
-    """Continue the run in `--output`; start afresh where it has no complete checkpoint."""
+    """Continue the run in `--output`, or start it if it has no complete checkpoint."""
     cache: Path | None = None
-    """A folder for tokens and reference log-probabilities; by default the user's cache folder,
-    for what does not fit in memory."""
+    """A folder for tokens and reference log-probabilities (default: the user's cache folder, for
+    data that does not fit in memory)."""
     log: tuple[Literal["tensorboard", "wandb"], ...] = ()
-    """Where metrics go beside `metrics.jsonl`."""
+    """Further places to log metrics to; `metrics.jsonl` is always written."""
     report: bool = True
-    """Whether some pairs and answers are kept at the start and the end, and `report.html` is
-    written."""
+    """Keep some pairs and answers from the start and the end, and write `report.html`."""
 
     mesh: str | None = None
-    """How devices are used, `data=4,fsdp=2,tensor=1`: pairs are split over the first two,
-    parameters over the last two. By default one device, or `data` over those of all processes."""
+    """The mesh of devices, `data=4,fsdp=2,tensor=1`. Pairs are split over data and fsdp, parameters
+    over fsdp and tensor (default: one device, or the devices of all processes along data if there
+    are several processes)."""
     coordinator: str | None = None
-    """HOST:PORT of process 0, where several processes train together; `auto` where the cluster
-    tells (Slurm, Open MPI, Kubernetes, TPU pods)."""
+    """The address HOST:PORT of process 0 if several processes train together. `auto` asks the
+    cluster (Slurm, Open MPI, Kubernetes, TPU pods)."""
     num_processes: int | None = None
-    """How many processes there are."""
+    """Number of processes that train together."""
     process_id: int | None = None
-    """Which of them this one is, from 0."""
+    """The number of this process, from 0."""
 
 
-# About one invocation and not about the run: they are not kept in `config.yaml`.
+# These belong to one invocation, not to the run, so `config.yaml` does not keep them.
 INVOCATION = ("config", "resume", "coordinator", "num_processes", "process_id")

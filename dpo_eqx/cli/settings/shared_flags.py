@@ -1,12 +1,12 @@
-"""The flags that commands beside `train` share: which preferences, and how models are loaded.
+"""The flags that all commands except `train` share: which preferences, and how models are loaded.
 
-They mean what they mean to `train`, by the same functions.
+The flags mean what they mean to `train`, since the same functions read them.
 """
 
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from ... import models
 from ..._extras import require
@@ -21,41 +21,44 @@ class Source:
     """Preferences and the model whose tokenizer reads them."""
 
     model: str
-    """A folder with `config.json`, safetensors and a tokenizer, or a name of the hub."""
+    """A folder with `config.json`, safetensors and a tokenizer, or a hub name."""
     data: str
-    """Preferences: JSON Lines (plain or gzip), Parquet, a folder, or a name of the hub."""
+    """Preferences: JSON Lines (plain or gzip), Parquet, a folder, or a hub name."""
     tokenizer: str | None = None
-    """Where it is not in the folder of the model; `bytes` is the built-in one of bytes."""
+    """A folder or hub name of the tokenizer (default: the model's); `bytes` is the built-in one."""
     columns: tuple[str, ...] = ()
-    """Names of columns, ours first: `prompt=question`. `weight=` leaves that column out."""
+    """Names of columns in the data, as `prompt=question` for a column `question` that holds the
+    prompts. `weight=` ignores the column `weight`."""
     max_length: int | None = None
-    """Tokens of prompt and completion; the start is kept. A prompt as long drops its row."""
+    """Largest number of tokens of prompt plus completion; a longer completion loses its end. A row
+    is dropped if its prompt alone fills the limit."""
     max_prompt_length: int | None = None
-    """Tokens of a prompt, applied first; the end is kept."""
+    """Largest number of tokens of a prompt, applied before `--max-length`; a longer prompt loses
+    its start."""
     max_completion_length: int | None = None
-    """Tokens of a completion; the start is kept."""
+    """Largest number of tokens of a completion; a longer completion loses its end."""
 
-    def as_training(self, **more) -> Settings:
-        """The settings of a run that reads the same data; `more` are further ones of these."""
+    def as_training(self, **other_settings: Any) -> Settings:
+        """The settings of a run that reads the same data, with `other_settings` set as given."""
         shared = {field.name: getattr(self, field.name) for field in dataclasses.fields(Source)}
-        return Settings(**shared, output=Path(), **more)
+        return Settings(**shared, output=Path(), **other_settings)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Loading:
-    """How models are loaded, and what is put on the first of them."""
+    """How models are loaded, and which adapters the model of `--model` gets."""
 
     lora: str | None = None
-    """Adapters to put on `--model`: a folder as PEFT or a run's `adapter/` holds them."""
+    """Adapters to put on `--model`: a folder from PEFT, or the `adapter/` of a run."""
     quantize: Literal["int8", "nf4"] | None = None
     """Hold the linear layers of every model in 8 or 4 bits."""
     dtype: Dtype | None = None
-    """Of the parameters; by default that of the file."""
+    """Parameter dtype (default: as stored in the checkpoint)."""
     fused: bool = True
-    """Whether attention in half precision goes through cuDNN's kernel on a GPU that has it."""
+    """Use cuDNN's attention kernel in half precision on a GPU that has it."""
 
     def load(self, path: str, *, lora: str | None = None) -> models.Transformer:
-        """The model in a folder, with the adapters in another if there are any."""
+        """The model in the folder `path`, with the adapters in the folder `lora`, if given."""
         dtype = dtype_of(self.dtype)
         policy = models.load(path, dtype=dtype, quantize=self.quantize, fused=self.fused)
         return policy if lora is None else models.load_lora(policy, lora)
@@ -64,11 +67,18 @@ class Loading:
 def parse_flags(
     kind: type[Flags], command: str, arguments: Sequence[str], *, positional: bool = False
 ) -> Flags:
-    """The flags of a command as its dataclass; those that must be given as words if `positional`.
+    """The flags of a command as an instance of its dataclass.
+
+    **Arguments:**
+
+    - `kind`: the dataclass.
+    - `command`: the name of the command.
+    - `arguments`: the words after the command's name.
+    - `positional`: whether required arguments are given by position, without a flag.
 
     **Raises:**
 
-    `SystemExit` with status 2, after a message, where they are wrong, and 0 after `--help`.
+    `SystemExit`: with status 2, after a message, if the flags are wrong; with 0 after `--help`.
     """
     tyro = require("tyro", extra="train")
     config = (tyro.conf.PositionalRequiredArgs,) if positional else ()
@@ -76,12 +86,15 @@ def parse_flags(
 
 
 def check_writable(flag: str, path: Path | None) -> None:
-    """Raises where a file could not be written, before the work rather than after it."""
+    """Raises `OSError` if the file cannot be written, before the work rather than after it."""
     if path is None:
         return
     if path.is_dir():
-        raise IsADirectoryError(f"`{flag}` must be a file to write; {path} is a folder.")
+        raise IsADirectoryError(
+            f"`{flag}` must be a file to write; {path} is a folder. Give a file in it."
+        )
     if not path.absolute().parent.is_dir():
         raise FileNotFoundError(
-            f"`{flag}` must be a file in a folder that exists; there is no {path.parent}."
+            f"`{flag}` must be a file in a folder that exists; got {path}. Make the folder "
+            f"{path.parent} first."
         )
