@@ -1,44 +1,49 @@
-"""DPO of a Hugging Face checkpoint on a file of preferences: the loop of `dpo-eqx train`, to own.
+"""DPO of a Hugging Face checkpoint on a file of preferences: the loop of `dpo-eqx train`, to edit.
 
-It is read from top to bottom, and is there to be edited. Checkpoints, evaluation and the like are
-in the command.
+Read it from top to bottom. The command adds checkpoints, evaluation, adapters and reports.
 """
 
 import argparse
 from functools import partial
 
 import equinox as eqx
+import jax
+import jax.numpy as jnp
 import optax
 
 import dpo_eqx as dpx
 from dpo_eqx import data, losses, models
 
 # Data
-BATCH_SIZE = 8  # pairs per step; 32 to 128 is usual where they fit
-MICROBATCHES = 1  # parts of a batch, one after the other, where they do not
+BATCH_SIZE = 8  # pairs per step; 32 to 128 is usual if they fit in memory
+MICROBATCHES = 1  # parts of a batch, computed one after another if it does not fit
 MAX_LENGTH = 1024  # tokens of prompt and completion; memory grows with it
-EPOCHS = 1  # more than 3 learn the pairs by heart
-SEED = 0  # of the order
+EPOCHS = 1  # after more than 3 the policy knows the pairs by heart
+SEED = 0  # of the data order
 
-# The loss: `losses` has some thirty, and your own function of the same form drops in
-LOSS = partial(losses.dpo, beta=0.1)  # 0.01 lets go of the reference, 0.5 holds on to it
+# The loss: `losses` has about thirty, and your own function of the same form works, too
+LOSS = partial(losses.dpo, beta=0.1)  # 0.01 pulls weakly towards the reference, 0.5 strongly
 
 # The optimiser
-LEARNING_RATE = 1e-6  # for a whole model; a small one takes more
-WARMUP = 0.1  # of all steps, rising from 0
+LEARNING_RATE = 1e-6  # peak, for a whole model; a small model takes more
+WARMUP = 0.1  # fraction of the steps in which the learning rate rises from 0
 MAX_GRAD_NORM = 1.0
-COMPUTE_DTYPE = None  # jax.numpy.bfloat16 on an accelerator; parameters keep their own
+COMPUTE_DTYPE = None  # of the forward pass; None is the checkpoint's, jnp.bfloat16 is often faster
 
 parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("--model", required=True, help="a folder, or a name of the hub")
-parser.add_argument("--data", required=True, help="JSON Lines or Parquet with preferences")
-parser.add_argument("--output", required=True, help="the folder for the trained model")
-parser.add_argument("--learning-rate", type=float, default=LEARNING_RATE)
+parser.add_argument("--model", required=True, help="A folder, or a hub name.")
+parser.add_argument("--data", required=True, help="Preferences in JSON Lines or Parquet.")
+parser.add_argument("--output", required=True, help="The folder for the trained model.")
+parser.add_argument(
+    "--learning-rate", type=float, default=LEARNING_RATE, help="Peak learning rate (%(default)s)."
+)
 options = parser.parse_args()
 
-# The policy, and what it must not move too far from: itself, before the first step.
-policy = models.load(options.model)
-reference = dpx.snapshot(policy)
+# The reference is the model before training. The policy is a copy of it in float32, since updates
+# at DPO's learning rates are too small for bfloat16 weights and would be rounded away.
+reference = models.load(options.model)
+policy = jax.tree.map(lambda x: jnp.array(x, jnp.float32), reference)
+compute_dtype = COMPUTE_DTYPE or reference.embedding.weight.dtype
 
 # From text to batches. The report accounts for every record.
 tokenizer = data.load_tokenizer(options.model)
@@ -55,13 +60,13 @@ optimizer = optax.chain(
     optax.clip_by_global_norm(MAX_GRAD_NORM),
     optax.adamw(optax.warmup_cosine_decay_schedule(0.0, options.learning_rate, warmup, steps)),
 )
-step = dpx.make_step(LOSS, optimizer, microbatches=MICROBATCHES, compute_dtype=COMPUTE_DTYPE)
+step = dpx.make_step(LOSS, optimizer, microbatches=MICROBATCHES, compute_dtype=compute_dtype)
 
 
-# Policy and optimiser are updated in place; what is `frozen` is kept.
+# The policy and the optimiser's state are updated in place; `frozen` is used again.
 @eqx.filter_jit(donate="all-except-first")
 def train(frozen, policy, opt_state):
-    """One step."""
+    """Takes one step."""
     batch, reference = frozen
     return step(policy, opt_state, batch, reference)
 
@@ -78,5 +83,5 @@ with batches:
             flush=True,
         )
 
-# A folder that `transformers` loads.
-models.save(policy, options.output)
+# A folder that `transformers` loads, in the dtypes of the checkpoint.
+models.save(jax.tree.map(lambda x, y: x.astype(y.dtype), policy, reference), options.output)
