@@ -70,6 +70,10 @@ def _add(update: Callable[[bytes], None], value: Any, seen: set[int]) -> None:
         update(f"type {_name(value)};".encode())
     elif callable(value):
         _add_function(update, value, seen)
+    elif slots := getattr(type(value), "__slots__", ()):
+        # A plain class whose content lies in slots, as a checkpoint's companion files do.
+        _add_class(update, type(value))
+        _add_all(update, _name(type(value)), [getattr(value, name) for name in slots], seen)
     else:
         raise ValueError(
             f"A cache is keyed by content, and {type(value).__name__} has none that can be read; "

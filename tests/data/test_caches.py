@@ -207,8 +207,8 @@ def test_digests_are_those_of_another_process():
     command = """
 from functools import partial
 import numpy as np
-from dpo_eqx.data.fingerprint import digest
-from dpo_eqx.score import score_pairs
+from dpo_eqx.data._fingerprint import digest
+from dpo_eqx import score_pairs
 score = partial(score_pairs, chunk_size=2)
 known = lambda x: x in {"p", "q", "r", "s"}
 print(digest({"a": [1, 2.5, None, {"x", "y", "z"}]}, np.arange(3), score, known))

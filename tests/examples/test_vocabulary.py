@@ -4,6 +4,7 @@ import random
 
 import numpy as np
 import pytest
+import quickstart
 from support import grammar
 from support.tasks import WORDS
 from support.vocabulary import BYTES, Pair, Vocabulary, Widths, in_chunks
