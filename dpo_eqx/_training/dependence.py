@@ -81,14 +81,18 @@ def _results(equation: JaxprEqn, operands: list[bool]) -> list[bool]:
     ]
     if len(inner) != 1 or len(inner[0].invars) != len(operands):
         return everything
-    if "num_carry" in params:
-        return _scanned(inner[0], operands, params["num_consts"], params["num_carry"])
+    if equation.primitive.name == "scan":
+        return _scanned(equation, inner[0], operands)
     results = _outputs(inner[0], operands)
     return results if len(results) == len(everything) else everything
 
 
-def _scanned(body: Jaxpr, operands: list[bool], consts: int, carried: int) -> list[bool]:
+def _scanned(equation: JaxprEqn, body: Jaxpr, operands: list[bool]) -> list[bool]:
     """The results of a scan, whose carry may come to depend on more in each round."""
+    # What is scanned over or stacked has an axis more outside. So carries and constants are told by
+    # their shapes: the names of the parameters that count them differ between versions of JAX.
+    carried = _same_shapes(equation.outvars, body.outvars)
+    consts = _same_shapes(equation.invars, body.invars) - carried
     while True:
         results = _outputs(body, operands)
         carry = operands[consts : consts + carried]
@@ -96,3 +100,7 @@ def _scanned(body: Jaxpr, operands: list[bool], consts: int, carried: int) -> li
         if grown == carry:
             return results
         operands = [*operands[:consts], *grown, *operands[consts + carried :]]
+
+
+def _same_shapes(outside: Sequence[Any], inside: Sequence[Any]) -> int:
+    return sum(x.aval.shape == y.aval.shape for x, y in zip(outside, inside, strict=True))
