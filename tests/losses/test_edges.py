@@ -26,7 +26,7 @@ import numpy as np
 import pytest
 
 from dpo_eqx import PairLogProbs, UnpairedLogProbs, losses
-from dpo_eqx.losses import _form as form
+from dpo_eqx.losses import _checks as checks, _marks as marks
 
 from .cases import join, split
 
@@ -68,7 +68,7 @@ WITHOUT_REFERENCE = {"sft", "simpo", "cpo", "cpo without sft", "orpo", "alphapo"
 }
 SEPARABLE = {"nca_pair", "bco_pair", "sppo_hard", "apo_zero", "sft"}
 OF_THE_BATCH = {"bco_pair of the batch", "bco of the batch"}  # an infinite shift separates nothing
-COUPLED = {name for name, loss in {**PAIRED, **UNPAIRED}.items() if form.is_coupled(loss)}
+COUPLED = {name for name, loss in {**PAIRED, **UNPAIRED}.items() if marks.is_coupled(loss)}
 # Past their exponent's limit, or the square's, these are other functions in another dtype.
 CONTINUED = {"ipo", "sppo_hard", "cal_dpo", "chi_po", "chi_po clipped", "discopop"} | {
     name for name in PAIRED if "forward_kl" in name or "alpha" in name or "discopop" in name
@@ -266,8 +266,8 @@ def test_narrow_is_float32(name, grid_of, narrow):
 
 @pytest.mark.parametrize("number", [np.float16, np.float32, np.float64, np.int64])
 def test_numpy_scalars_out_of_range_are_refused(unchecked, number):
-    for check in (form.check_positive, form.check_nonnegative):
+    for check in (checks.check_positive, checks.check_nonnegative):
         with pytest.raises(ValueError, match="`beta` must"):
             check(beta=number(-1))
     with pytest.raises(ValueError, match=r"`beta` must be in \[0, 1\)"):
-        form.check_range(low=0, below=1, beta=number(1))
+        checks.check_range(low=0, below=1, beta=number(1))
