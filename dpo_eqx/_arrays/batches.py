@@ -149,7 +149,7 @@ def is_concrete(x: object) -> bool:
 
 
 def check_prompt(prompt: Tokens) -> None:
-    """Raises where prompts are not `(pairs, prompt)` with prefix masks of at least one token."""
+    """Raises if prompts are not `(pairs, prompt)` with prefix masks of at least one token."""
     if prompt.ids.ndim != 2:
         raise ValueError(f"`prompt` must have shape `(pairs, prompt)`, got {prompt.ids.shape}.")
     if not is_concrete(prompt.mask):
@@ -167,7 +167,7 @@ def check_prompt(prompt: Tokens) -> None:
 
 
 def check_completion(name: str, completion: Tokens, prompt: Tokens) -> None:
-    """Raises where completions are not `(pairs, completion)` with the prompt's pairs."""
+    """Raises if completions are not `(pairs, completion)` with the prompt's pairs."""
     if completion.ids.ndim != 2 or completion.ids.shape[0] != prompt.ids.shape[0]:
         raise ValueError(
             f"`{name}` must have shape `(pairs, completion)` with the pairs of `prompt`, "
@@ -178,7 +178,7 @@ def check_completion(name: str, completion: Tokens, prompt: Tokens) -> None:
 
 
 def check_per_pair(batch: PreferenceBatch | UnpairedBatch) -> None:
-    """Raises where `weight`, `reference` or `per_pair` do not have one value for each pair."""
+    """Raises if `weight`, `reference` or `per_pair` do not have one value for each pair."""
     if batch.weight is not None:
         _check_per_pair_shape("weight", batch.weight, batch.pairs)
         if is_concrete(batch.weight):

@@ -67,7 +67,7 @@ class UnpairedLogProbs(eqx.Module):
 
 
 def check_one_shape(record: eqx.Module, first: str) -> None:
-    """Raises where the arrays of `record` do not all have the shape of its field `first`."""
+    """Raises if the arrays of `record` do not all have the shape of its field `first`."""
     want = getattr(getattr(record, first), "shape", None)
     for name, value in vars(record).items():
         shape = getattr(value, "shape", want)

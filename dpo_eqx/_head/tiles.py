@@ -70,7 +70,7 @@ class Unembedding(eqx.Module):
 
 
 def check_head(hidden, unembedding, softcap, side: str = "") -> None:
-    """Raises where these do not fit each other; the names of the arguments begin with `side`."""
+    """Raises if these do not fit each other; the names of the arguments begin with `side`."""
     if unembedding.ndim != 2 or unembedding.shape[1] != hidden.shape[-1]:
         raise ValueError(
             f"`{side}unembedding` must have shape `(vocab, width)` with the width of "
@@ -81,7 +81,7 @@ def check_head(hidden, unembedding, softcap, side: str = "") -> None:
 
 
 def check_chunk_size(chunk_size: int | None) -> None:
-    """Raises where it is no number of tokens."""
+    """Raises if it is no number of tokens."""
     if chunk_size is not None and not chunk_size > 0:
         raise ValueError(f"`chunk_size` must be positive or None, got {chunk_size}.")
 

@@ -57,7 +57,7 @@ def nearest_divisor(number: int, wanted: float) -> int:
 
 
 def check_divides(microbatches: int, pairs: int) -> None:
-    """Raises where `pairs` rows cannot be split into `microbatches` equal parts."""
+    """Raises if `pairs` rows cannot be split into `microbatches` equal parts."""
     if microbatches < 1 or pairs % microbatches:
         raise ValueError(
             f"`microbatches` must be positive and divide the pairs of the batch (of this device's "

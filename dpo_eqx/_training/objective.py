@@ -84,7 +84,7 @@ def mean_loss(pairs: Scored, losses: Any, axis_name: AxisName | None) -> Float[A
 
 
 def check_no_bound_axis(loss: Loss) -> None:
-    """Raises where `partial` has bound an array with an axis, which would not be split."""
+    """Raises if `partial` has bound an array with an axis, which would not be split."""
     for part, bound in parts(loss):
         for name, value in bound.items():
             if getattr(value, "ndim", 0) > 0:

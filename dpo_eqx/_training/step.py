@@ -204,7 +204,7 @@ def _changed_fraction(new: PyTree, old: PyTree) -> Float[Array, ""]:
 
 
 def _check_opt_state(optimizer: optax.GradientTransformation, opt_state, params) -> None:
-    """Raises where `optimizer.init(params)` has other arrays than `opt_state`."""
+    """Raises if `optimizer.init(params)` has other arrays than `opt_state`."""
     want, got = map(_shapes, (eqx.filter_eval_shape(optimizer.init, params), opt_state))
     if want != got:
         odd = next(path for path in {**want, **got} if want.get(path) != got.get(path))

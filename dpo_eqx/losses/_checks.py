@@ -9,7 +9,7 @@ from ._form import Scalar
 
 
 def check_positive(**values: Scalar) -> None:
-    """Raises where a Python number is not positive; arrays, traced or not, pass."""
+    """Raises if a Python number is not positive; arrays, traced or not, pass."""
     for name, value in values.items():
         # `not value > 0`, since NaN compares false.
         if isinstance(value, Real) and not value > 0:
@@ -17,21 +17,21 @@ def check_positive(**values: Scalar) -> None:
 
 
 def check_nonnegative(**values: Scalar) -> None:
-    """Raises where a Python number is negative or NaN; arrays, traced or not, pass."""
+    """Raises if a Python number is negative or NaN; arrays, traced or not, pass."""
     for name, value in values.items():
         if isinstance(value, Real) and not value >= 0:
             raise ValueError(f"`{name}` must not be negative, got {value}.")
 
 
 def check_range(*, low: float | int, below: float | int, **values: Scalar) -> None:
-    """Raises where a Python number is outside `[low, below)`; arrays, traced or not, pass."""
+    """Raises if a Python number is outside `[low, below)`; arrays, traced or not, pass."""
     for name, value in values.items():
         if isinstance(value, Real) and not low <= value < below:
             raise ValueError(f"`{name}` must be in [{low}, {below}), got {value}.")
 
 
 def check_between(*, above: float | int, below: float | int, **values: Scalar) -> None:
-    """Raises where a Python number is outside `(above, below)`; arrays, traced or not, pass."""
+    """Raises if a Python number is outside `(above, below)`; arrays, traced or not, pass."""
     for name, value in values.items():
         if isinstance(value, Real) and not above < value < below:
             raise ValueError(f"`{name}` must be in ({above}, {below}), got {value}.")

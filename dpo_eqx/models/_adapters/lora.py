@@ -219,7 +219,7 @@ def adapters(policy: PyTree) -> dict[str, LoRA]:
 
 
 def check_no_adapters(policy: PyTree) -> None:
-    """Raises where there are adapters already."""
+    """Raises if there are adapters already."""
     if adapters(policy):
         raise ValueError("`policy` has adapters already; merge them first, with `merge_lora`.")
 

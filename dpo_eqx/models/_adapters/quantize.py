@@ -125,7 +125,7 @@ def holds_quantized(policy: PyTree) -> bool:
 
 
 def check_format(name: str, format: str) -> None:
-    """Raises where there is no such format; `name` is the argument's."""
+    """Raises if there is no such format; `name` is the argument's."""
     if format not in FORMATS:
         raise ValueError(f"`{name}` must be one of {', '.join(FORMATS)}; got {format!r}.")
 

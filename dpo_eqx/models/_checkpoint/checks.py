@@ -21,7 +21,7 @@ _CONSTANTS = re.compile(r"rotary_emb\.inv_freq$|(^|\.)h\.\d+\.attn\.(bias|masked
 
 
 def check_tensors(weights: Weights, sources: dict[str, LeafSource], tied: bool) -> None:
-    """Raises where tensors are missing, extra, of another shape or of a dtype we cannot read."""
+    """Raises if tensors are missing, extra, of another shape or of a dtype we cannot read."""
     expected = {
         name: source.source.stored_shape(source.shape)
         for source in sources.values()
@@ -70,7 +70,7 @@ def with_tying_of(weights: Weights, config: Config) -> Config:
 
 
 def check_tokenizer(origin: Origin, vocab: int) -> None:
-    """Raises where the tokenizer has ids that the vocabulary has not."""
+    """Raises if the tokenizer has ids that the vocabulary has not."""
     if "tokenizer.json" not in origin.files:
         return
     tokenizer = json.loads(origin.files["tokenizer.json"])

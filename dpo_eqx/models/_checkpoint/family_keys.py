@@ -172,6 +172,6 @@ def write_windows(config: Config) -> dict[str, Any]:
 
 
 def refuse(values: Values, key: str) -> None:
-    """Raises where `key` asks for what is not built."""
+    """Raises if `key` asks for what is not built."""
     if values[key]:
         raise ValueError(f"`{key}` of the configuration is {values[key]!r}; that is not built.")

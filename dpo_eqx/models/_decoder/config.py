@@ -127,7 +127,7 @@ class Config:
 
 
 def check_sizes(config: Config) -> None:
-    """Raises where a size is not positive, or one that has a default is negative."""
+    """Raises if a size is not positive, or one that has a default is negative."""
     for name in ("vocab", "width", "layers", "heads", "max_length"):
         if not getattr(config, name) > 0:
             raise ValueError(f"`{name}` must be positive, got {getattr(config, name)}.")
@@ -139,7 +139,7 @@ def check_sizes(config: Config) -> None:
 
 
 def check_fit(config: Config) -> None:
-    """Raises where heads, windows or rotated widths do not fit each other."""
+    """Raises if heads, windows or rotated widths do not fit each other."""
     if config.heads % config.key_heads:
         raise ValueError(
             f"`heads` must be a multiple of `key_heads`; got {config.heads} and {config.key_heads}."

@@ -194,7 +194,7 @@ class Transformer(eqx.Module):
         return self.config.softcap
 
     def check_length(self, length: int) -> None:
-        """Raises where positions are learned and there are fewer than `length`."""
+        """Raises if positions are learned and there are fewer than `length`."""
         if self.positions is not None and length > self.config.max_length:
             raise ValueError(
                 f"This policy has learned positions for rows of at most {self.config.max_length} "

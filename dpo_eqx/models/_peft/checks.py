@@ -25,7 +25,7 @@ def tensor_name(module: str, letter: str) -> str:
 
 
 def check_sites(config: PeftConfig, known: list[Site], sites: list[Site]) -> None:
-    """Raises where no layer has an adapter, or those of one stack are not of one rank and scale."""
+    """Raises if no layer has an adapter, or those of one stack are not of one rank and scale."""
     if not sites:
         names = ", ".join(site.module.format("*") for site in known)
         raise ValueError(
@@ -49,7 +49,7 @@ def check_tensors(
     shapes: Mapping[str, jax.ShapeDtypeStruct],
     policy: Transformer,
 ) -> None:
-    """Raises where tensors are missing, extra, of other shapes or ranks, or of another dtype."""
+    """Raises if tensors are missing, extra, of other shapes or ranks, or of another dtype."""
     copies = _copies(weights, policy)
     expected: dict[str, tuple[int, ...]] = {}
     for site in sites:
