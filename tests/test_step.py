@@ -183,9 +183,6 @@ def test_a_gradient_flows_through_a_step(batch):
     np.testing.assert_allclose(jax.grad(after)(0.3), want, rtol=1e-6)
 
 
-@pytest.mark.xfail(
-    raises=TypeError, reason="JAX cannot transpose a linear solve twice with a symbolic zero"
-)
 def test_a_gradient_flows_through_a_step_of_the_fast_path(batch):
     policy, reference = Attention(jax.random.key(0)), Attention(jax.random.key(1))
 

@@ -14,9 +14,10 @@ from jaxtyping import Array, Float
 
 from .._jax.dtypes import at_least_float32
 from .._jax.explicit_meshes import automatic
-from .._jax.mapped_axes import total_of_parts, vary_alike
-from .._jax.microbatches import merge, split
-from .tiles import Unembedding, check_chunk_size, check_head
+from .._jax.linear_map import per_tile, share, sum_parts, with_transpose
+from .._jax.mapped_axes import vary_alike
+from .._jax.microbatches import merge
+from .tiles import Unembedding, check_chunk_size, check_head, chunked
 
 # Logits of each side held at once where the caller does not choose: 32 MiB in float32.
 _LOGITS_AT_ONCE = 2**23
@@ -96,67 +97,84 @@ def linear_kl(
     both = finite[0] & finite[1]
     rows = [jnp.where(both[..., None], x, 0) for x in rows]
     chunk_size = chunk_size or max(1, _LOGITS_AT_ONCE // len(unembedding))
-    count = max(1, -(-both.size // chunk_size))
-    chunks = tuple(_chunks(x.reshape(both.size, x.shape[-1]), count) for x in rows)
-    kl = merge(_kl(axis_name, *vary_alike(heads, chunks)))
+    chunks = tuple(chunked(x, both.ndim, chunk_size) for x in rows)
+    kl = merge(_kl(axis_name, *vary_alike(heads, chunks))[0])
     return jnp.where(both, kl[: both.size].reshape(both.shape), jnp.nan)
 
 
-def _chunks(x: Float[Array, "tokens width"], count: int) -> Float[Array, "count chunk width"]:
-    return split(jnp.pad(x, ((0, -len(x) % count), (0, 0))), count)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _kl(axis_name, heads, hiddens):
-    return _kl_forward(axis_name, heads, hiddens)[0]
-
-
-def _kl_forward(axis_name, heads, hiddens):
-    """The divergences; of each token only these and the two normalisers are kept."""
+    """The divergences and, of each token, the two normalisers: all that the derivatives need."""
 
     def chunk(hiddens):
-        logits = [head.logits(hidden) for head, hidden in zip(heads, hiddens, strict=True)]
+        logits = _both(heads, hiddens)
         normalisers = tuple(_normaliser(x, axis_name) for x in logits)
         p, difference = _compared(logits, normalisers)
         return _over(jax.lax.psum, (p * difference).sum(axis=-1), axis_name), normalisers
 
-    kl, normalisers = jax.lax.map(chunk, hiddens)
-    return kl, (heads, hiddens, normalisers, kl)
+    return jax.lax.map(chunk, hiddens)
 
 
-def _kl_backward(axis_name, residuals, cotangents):
-    r"""Each chunk's logits once more.
+@_kl.defjvp
+def _kl_jvp(axis_name, primals, tangents):
+    heads, hiddens = primals
+    kl, normalisers = results = _kl(axis_name, heads, hiddens)
+    # Where the divergence is not finite its gradient is 0, whatever the logits.
+    live = jnp.isfinite(kl)
+    kept = [jnp.where(live, x, 0) for x in (kl, *normalisers)]
+    rows = hiddens, live, *kept
+    in_heads, in_hiddens = tangents
+    operands = vary_alike((in_heads, share(in_hiddens, axis_name, hiddens[0])), primals)[0]
+    pushed = with_transpose(
+        partial(_push, heads, rows), partial(_pull, heads, rows), operands, results
+    )
+    return results, sum_parts(pushed, axis_name, hiddens[0])
 
-    The slope in a logit of $p$ is $p_v (\log p_v - \log q_v - \mathrm{KL})$, in one of $q$ it is
-    $q_v - p_v$.
-    """
-    heads, hiddens, normalisers, kl = residuals
+
+def _push(heads, rows, tangents):
+    """What tangents of the heads and the hidden states are in the divergences and normalisers."""
+    in_heads, in_hiddens = tangents
+
+    @per_tile
+    def chunk(operands):
+        in_hiddens, hiddens, live, kl, *normalisers = operands
+        logits, in_logits = jax.jvp(_both, (heads, hiddens), (in_heads, in_hiddens))
+        p, q, slope = _slopes(logits, live, kl, normalisers)
+        of_p, of_q = (jnp.where(live[:, None], x, 0) for x in in_logits)
+        in_kl = (slope * of_p + (q - p) * of_q).sum(axis=-1)
+        return in_kl, ((p * of_p).sum(axis=-1), (q * of_q).sum(axis=-1))
+
+    return jax.lax.map(chunk, (in_hiddens, *rows))
+
+
+def _pull(heads, rows, cotangents):
+    """The transpose of `_push`."""
 
     def chunk(in_heads, operands):
-        hiddens, normalisers, kl, cotangent = operands
-        logits, pull = jax.vjp(
-            lambda heads, hiddens: [h.logits(x) for h, x in zip(heads, hiddens, strict=True)],
-            heads,
-            hiddens,
-        )
-        p, difference = _compared(logits, normalisers)
-        q = jnp.exp(logits[1] - normalisers[1][:, None])
-        # A cotangent of 0 means 0 whatever the logits: padding and masked tokens end here.
-        live = (cotangent != 0) & jnp.isfinite(kl)
-        slopes = [
-            jnp.where(live[:, None], slope * cotangent[:, None], 0)
-            for slope in (p * (difference - kl[:, None]), q - p)
-        ]
-        more, in_hiddens = pull(slopes)
+        (cotangent, of_normalisers), hiddens, live, kl, *normalisers = operands
+        logits, pull = jax.vjp(_both, heads, hiddens)
+        p, q, slope = _slopes(logits, live, kl, normalisers)
+        # Both are 0 where not live, but a cotangent may be NaN there.
+        of_kl, of_p, of_q = (jnp.where(live, x, 0)[:, None] for x in (cotangent, *of_normalisers))
+        more, in_hiddens = pull([slope * of_kl + p * of_p, (q - p) * of_kl + q * of_q])
         return jax.tree.map(jnp.add, in_heads, more), in_hiddens
 
-    in_heads, in_hiddens = jax.lax.scan(
-        chunk, jax.tree.map(jnp.zeros_like, heads), (hiddens, normalisers, kl, cotangents)
-    )
-    return in_heads, total_of_parts(in_hiddens, hiddens[0], axis_name)
+    zeros = vary_alike(jax.tree.map(jnp.zeros_like, heads), rows[0])[0]
+    return jax.lax.scan(chunk, zeros, (cotangents, *rows))
 
 
-_kl.defvjp(_kl_forward, _kl_backward)
+def _both(heads, hiddens):
+    return [head.logits(hidden) for head, hidden in zip(heads, hiddens, strict=True)]
+
+
+def _slopes(logits, live, kl, normalisers):
+    r"""$p$, $q$, and the slope of KL in a logit of $p$, $p_v (\log p_v - \log q_v - KL)$.
+
+    In a logit of $q$ it is $q_v - p_v$.
+    """
+    logits = [jnp.where(live[:, None], x, 0) for x in logits]
+    p, difference = _compared(logits, normalisers)
+    return p, jnp.exp(logits[1] - normalisers[1][:, None]), p * (difference - kl[:, None])
 
 
 def _normaliser(

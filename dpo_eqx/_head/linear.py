@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int, Integer
 from .._arrays.tokens import as_ids
 from .._jax.dtypes import at_least_float32
 from .._jax.explicit_meshes import automatic
-from .._jax.linear_map import moving, share, sum_parts, with_transpose
+from .._jax.linear_map import moving, per_tile, share, sum_parts, with_transpose
 from .._jax.mapped_axes import vary_alike
 from .._jax.microbatches import merge
 from .tiles import (
@@ -190,10 +190,12 @@ def _push(axis_name, parts, head, rows, tangents):
     zeros = jnp.zeros_like(normalisers)
     start = vary_alike((zeros, zeros), hidden)[0]
 
+    @per_tile
     def one_part(state, index):
         tile = tile_at(head, index, parts, targets.dtype, axis_name)
         in_tile = part_at(in_head, index, parts)
 
+        @per_tile
         def chunk(operands):
             (picked, means), in_hidden, hidden, targets, normaliser, live = operands
             logits, slopes = eqx.filter_jvp(

@@ -15,7 +15,7 @@ from jax.export import is_symbolic_dim
 from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
 from .._jax.dtypes import at_least_float32
-from .._jax.microbatches import nearest_divisor, split
+from .._jax.microbatches import Size, nearest_divisor, split
 
 # Logits held at once. A CPU is fastest where they stay in its cache, in 8 MiB of float32; an
 # accelerator where a product is large enough to fill it, here 256 MiB.
@@ -127,7 +127,7 @@ def chunked(x: Array, axes: int, most: int) -> Array:
     return split(jnp.pad(flat, [(0, missing)] + [(0, 0)] * (flat.ndim - 1)), count)
 
 
-def chunk_count(shape: tuple[int, ...], most: int) -> tuple[int, int]:
+def chunk_count(shape: tuple[Size, ...], most: int) -> tuple[Size, int]:
     """How many equal chunks of at most `most` tokens hold tokens of this shape, and their size.
 
     If a size is symbolic, as in `jax.export`, a chunk divides what the other sizes make: no

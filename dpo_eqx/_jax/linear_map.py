@@ -5,6 +5,7 @@ that transpose is given here instead of derived.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -29,7 +30,7 @@ def with_transpose(
 
     **Arguments:**
 
-    - `push`: linear in its argument, a pytree of arrays.
+    - `push`: linear in its argument, a pytree of arrays. Bodies of loops are `per_tile`.
     - `pull`: its transpose. From the cotangents of the result it gives one array for each of
         `operands`, of the same shape and dtype.
     - `operands`: a pytree of arrays, which vary over the same mapped axes.
@@ -52,7 +53,14 @@ def with_transpose(
 
     zeros = jax.tree.map(jnp.zeros_like, like)
     sides = _tied((operands, zeros), operands)
-    return jax.lax.custom_linear_solve(system, sides, solve, solve_transposed)[1]
+    given, result = jax.lax.custom_linear_solve(system, sides, solve, solve_transposed)
+    # Tied for the transposed solve, whose right-hand side is the cotangents of both.
+    return _tied(result, (given, result))
+
+
+# For the bodies of loops in `push`. The transpose that JAX derives would otherwise compute all that
+# does not depend on the operands first, for all tiles together: all logits, all scores.
+per_tile = partial(jax.checkpoint, prevent_cse=False)
 
 
 def moving(tangents: Any) -> Any:
@@ -92,7 +100,7 @@ def _tied(tree: Any, to: Any) -> Any:
     JAX transposes a linear solve only if all of its right-hand side depends on what is
     differentiated. The sum of no entries is 0, and XLA leaves nothing of it.
     """
-    nothing = [jax.lax.slice_in_dim(x, 0, 0).sum() for x in jax.tree.leaves(to)]
+    nothing = [jax.lax.slice_in_dim(jnp.atleast_1d(x), 0, 0).sum() for x in jax.tree.leaves(to)]
 
     def tie(x):
         for zero in nothing:

@@ -59,15 +59,6 @@ def total(tree: Tree, axis_name: AxisName | None) -> Tree:
     return tree if axis_name is None else jax.lax.psum(tree, axis_name)
 
 
-def total_of_parts(tree: Tree, like: Array, axis_name: str | None) -> Tree:
-    """The sum of gradients, to each of which a device has added from its own part of a vocabulary.
-
-    Where `shard_map` tracks what varies, the transpose of the cast in `vary_alike` has this sum;
-    `like`, which was cast, tells.
-    """
-    return tree if axis_name in varying_axes(like) else total(tree, axis_name)
-
-
 def gather(tree: Tree, axis_name: AxisName | None) -> Tree:
     """The rows of all devices in the order of the axis, on every device."""
     if axis_name is None:

@@ -13,8 +13,11 @@ import jax.numpy as jnp
 
 from .explicit_meshes import whole_unless_split
 
+# A number, or in `jax.export` a symbolic one.
+Size = Any
 
-def split(tree: Any, parts: int) -> Any:
+
+def split(tree: Any, parts: Size) -> Any:
     """Every array `(rows, ...)` as `(parts, rows // parts, ...)`: part `i` has rows `i::parts`."""
 
     def split_one(x):

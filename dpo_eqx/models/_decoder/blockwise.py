@@ -11,6 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
 from ..._jax.dtypes import at_least_float32
+from ..._jax.linear_map import per_tile, with_transpose
 from ..._jax.mapped_axes import vary_alike
 from ..._jax.microbatches import nearest_divisor
 
@@ -22,7 +23,6 @@ SCORES_AT_ONCE = {"cpu": 2**19}
 SCORES_AT_ONCE_ELSEWHERE = 2**24
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def blockwise(
     scale: float,
     softcap: float | None,
@@ -41,11 +41,12 @@ def blockwise(
     - `scale`: of the scores; `softcap`: of the scaled scores, or `None`.
     - `mask`: true where a query sees a key.
     """
-    return _forward(scale, softcap, query, key, value, mask)[0]
+    return _attended(scale, softcap, query, key, value, mask)[0]
 
 
-def _forward(scale, softcap, query, key, value, mask):
-    """The output, and as residuals no more than it and the normaliser of each query's scores."""
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _attended(scale, softcap, query, key, value, mask):
+    """The output and the normaliser of each query's scores: all that the derivatives need."""
     size, length = _block_size(query, key), query.shape[1]
 
     def block(operands):
@@ -59,21 +60,69 @@ def _forward(scale, softcap, query, key, value, mask):
         return (product / total).astype(value.dtype), normaliser
 
     blocks = jax.lax.map(block, (_blocks(query, size, 1), _blocks(mask, size, 0)))
-    output, normaliser = checkpoint_name([_unblocked(x, length) for x in blocks], ATTENDED)
-    return output, (query, key, value, mask, output, normaliser)
+    return tuple(_unblocked(x, length) for x in blocks)
 
 
-def _backward(scale, softcap, residuals, cotangent):
-    r"""With $P$ the weights and $O$ the output, the slope in a score is $P (dO V^T - dO \cdot O)$.
+@_attended.defjvp
+def _attended_jvp(scale, softcap, primals, tangents):
+    # Named here: a policy of `jax.checkpoint` does not look into a `custom_jvp`.
+    results = checkpoint_name(_attended(scale, softcap, *primals), ATTENDED)
+    operands = vary_alike(tuple(tangents[:3]), primals)[0]
+    return results, with_transpose(
+        partial(_push, scale, softcap, primals, results),
+        partial(_pull, scale, softcap, primals, results),
+        operands,
+        results,
+    )
+
+
+def _push(scale, softcap, primals, results, tangents):
+    r"""What tangents of query, key and value are in the output and the normalisers.
+
+    With $P$ the weights and $dS$ the tangents of the scores, a normaliser moves by their mean
+    under $P$, and the output $O$ by $(P \circ dS) V + P\,dV$ less that mean times $O$.
+    """
+    query, key, value, mask = primals
+    (output, normaliser), (in_query, in_key, in_value) = results, tangents
+    wide, narrow = normaliser.dtype, query.dtype
+
+    @per_tile
+    def block(operands):
+        in_query, query, output, normaliser, mask = operands
+        scores, factor = scores_of(scale, softcap, query, key, mask)
+        weights = jnp.exp(factor * scores - jnp.transpose(normaliser, (0, 2, 3, 1, 4)))
+        slopes = _product("bskh,btkgh->bkgts", key, in_query)
+        slopes = scale * (slopes + _product("bskh,btkgh->bkgts", in_key, query))
+        if softcap is not None:
+            slopes = slopes * (1 - jnp.maximum(scores, -1) ** 2)
+        slopes = weights * slopes
+        mean = jnp.moveaxis(slopes.sum(axis=-1, keepdims=True), 3, 1)
+        moved = _product("bskh,bkgts->btkgh", value, slopes.astype(narrow))
+        moved = moved + _product("bskh,bkgts->btkgh", in_value, weights.astype(narrow))
+        return (moved - mean * output.astype(wide)).astype(output.dtype), mean
+
+    size, length = _block_size(query, key), query.shape[1]
+    operands = [_blocks(x, size, 1) for x in (in_query, query, output, normaliser)]
+    blocks = jax.lax.map(block, (*operands, _blocks(mask, size, 0)))
+    return tuple(_unblocked(x, length) for x in blocks)
+
+
+def _pull(scale, softcap, primals, results, cotangents):
+    r"""The transpose of `_push`.
+
+    With $P$ the weights, $O$ the output and $dN$ the normaliser's cotangent, the slope in a score
+    is $P (dO V^T - dO \cdot O + dN)$.
 
     ??? cite
 
         Dao, *FlashAttention-2: Faster Attention with Better Parallelism and Work Partitioning*,
         2023 (arXiv 2307.08691), section 3.1.2.
     """
-    query, key, value, mask, output, normaliser = residuals
+    query, key, value, mask = primals
+    (output, normaliser), (cotangent, of_normaliser) = results, cotangents
     wide, narrow = normaliser.dtype, query.dtype
     mean = (cotangent.astype(wide) * output.astype(wide)).sum(axis=-1, keepdims=True)
+    mean = mean - of_normaliser
 
     def block(sums, operands):
         query, cotangent, mean, normaliser, mask = operands
@@ -96,10 +145,7 @@ def _backward(scale, softcap, residuals, cotangent):
     sums, in_query = jax.lax.scan(
         block, vary_alike(zeros, query)[0], (*operands, _blocks(mask, size, 0))
     )
-    return _unblocked(in_query, length), *(x.astype(narrow) for x in sums), None
-
-
-blockwise.defvjp(_forward, _backward)
+    return _unblocked(in_query, length), *(x.astype(narrow) for x in sums)
 
 
 def scores_of(scale, softcap, query, key, mask, *, keys_first=False) -> tuple[Array, float]:

@@ -12,8 +12,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Bool, Float
 
+from ..._jax.linear_map import with_transpose
 from ..._jax.partitioning import mesh_of
-from .blockwise import ATTENDED
+from .blockwise import ATTENDED, blockwise
 
 KERNEL = "cudnn"
 # The widest head of which cuDNN has a gradient on every GPU since Ampere.
@@ -47,7 +48,7 @@ def has_kernel() -> bool:
     return on_cuda and float(device.compute_capability) >= 8
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
 def fused(
     scale: float,
     query: Float[Array, "batch query heads head_width"],
@@ -58,30 +59,42 @@ def fused(
     """Attention of grouped heads.
 
     The gradient runs the kernel's forward pass once more, for what the kernel's backward pass
-    needs of it.
+    needs of it. The kernel has no forward mode and no second derivative: those are of `blockwise`.
 
     **Arguments:**
 
     - `scale`: of the scores.
     - `mask`: true where a query sees a key; `None` for causal.
     """
-    return _forward(scale, query, key, value, mask)[0]
+    return _merging(partial(_attention, scale))(_batched(mask, query), query, key, value)
 
 
-def _forward(scale, query, key, value, mask):
-    batched = None if mask is None else jnp.broadcast_to(mask, (query.shape[0], 1, *mask.shape))
-    output = _merging(partial(_attention, scale))(batched, query, key, value)
-    return checkpoint_name(output, ATTENDED), (batched, query, key, value)
+@fused.defjvp
+def _fused_jvp(scale, primals, tangents):
+    operands, mask = primals[:3], primals[3]
+    output = checkpoint_name(fused(scale, *primals), ATTENDED)
+
+    def push(tangents):
+        return jax.jvp(partial(_unfused, scale, mask), operands, tangents)[1]
+
+    def pull(cotangent):
+        def of_kernel(cotangent, mask, *operands):
+            return jax.vjp(partial(_attention, scale, mask), *operands)[1](cotangent)
+
+        return tuple(_merging(of_kernel)(cotangent, _batched(mask, operands[0]), *operands))
+
+    return output, with_transpose(push, pull, tuple(tangents[:3]), output)
 
 
-def _backward(scale, residuals, cotangent):
-    def pull(cotangent, mask, *operands):
-        return jax.vjp(partial(_attention, scale, mask), *operands)[1](cotangent)
+def _unfused(scale, mask, query, key, value):
+    if mask is None:
+        mask = jnp.tri(query.shape[1], dtype=bool)
+    grouped = query.reshape(*query.shape[:2], key.shape[2], -1, query.shape[3])
+    return blockwise(scale, None, grouped, key, value, mask).reshape(query.shape)
 
-    return *_merging(pull)(cotangent, *residuals), None
 
-
-fused.defvjp(_forward, _backward)
+def _batched(mask, query):
+    return None if mask is None else jnp.broadcast_to(mask, (query.shape[0], 1, *mask.shape))
 
 
 def _attention(scale, mask, query, key, value):

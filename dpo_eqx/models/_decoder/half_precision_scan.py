@@ -35,17 +35,11 @@ def from_bits(layer: PyTree, bits: PyTree, x: Array) -> PyTree:
     return jax.tree.map(read, layer, bits, is_leaf=lambda leaf: leaf is None)
 
 
-@jax.custom_vjp
+@jax.custom_jvp
 def _read(array: Float[Array, "*shape"], bits: UInt16[Array, "*shape"]) -> Array:
     return jax.lax.bitcast_convert_type(bits, array.dtype)
 
 
-def _read_forward(array, bits):
-    return _read(array, bits), None
-
-
-def _read_backward(_, gradient):
-    return gradient, None
-
-
-_read.defvjp(_read_forward, _read_backward)
+@_read.defjvp
+def _read_jvp(primals, tangents):
+    return _read(*primals), tangents[0]
