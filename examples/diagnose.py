@@ -1,6 +1,6 @@
-"""Mislabelled preferences found by what DPO makes of each pair: planted, so that one can count.
+"""Finds mislabelled preferences by DPO's margins; the wrong labels are planted, so one can count.
 
-On the task of the quickstart, whose reader errs too; what is planted comes on top of that.
+The task is the quickstart's. Its simulated reader makes mistakes too, in addition to the planted.
 """
 
 import argparse
@@ -24,15 +24,15 @@ import dpo_eqx as dpx
 from dpo_eqx import models
 
 PAIRS = 2048
-PLANTED = 0.1  # the share of labels that are turned round
-BETA = 0.1  # a loose hold on the reference: the policy is to learn, not to be used
-STEPS = 320  # ten epochs: enough to learn what most labels say, not each of them by heart
-RATE = 1e-3  # higher than one would train with, for the same reason
-CHUNK = 64  # pairs at once
+PLANTED = 0.1  # fraction of labels that are flipped
+BETA = 0.1  # a weak pull towards the reference: the policy should learn, nobody will use it
+STEPS = 320  # ten epochs: enough to learn the majority of labels, too few to learn each by heart
+RATE = 1e-3  # higher than in normal training, for the same reason
+CHUNK = 64  # pairs evaluated at once
 
 
 class Found(NamedTuple):
-    """How many pairs were suspected, and how right that was."""
+    """The number of suspected pairs, and the precision and recall of the suspicion."""
 
     suspects: int
     precision: float
@@ -40,18 +40,18 @@ class Found(NamedTuple):
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Fits a reference, plants wrong labels, runs DPO on all of it, and looks at the margins."""
+    """Fits a reference, plants wrong labels, runs DPO on all pairs, and examines the margins."""
     options = parse(arguments)
     pairs, reference = judged_pairs(options.seed, options.fit_steps)
     labelled, is_planted = plant(pairs, PLANTED, seed=options.seed)
-    show.say(f"{is_planted.sum()} of {len(pairs)} labels are turned round.")
+    show.say(f"{is_planted.sum()} of {len(pairs)} labels are flipped.")
     batch = WORDS.pairs(labelled, REVIEWS.widths)
     policy = learn(reference, batch, steps=options.steps, seed=options.seed)
     diagnosis, sides = examine(policy, reference, batch)
     margin = np.asarray(diagnosis.margin)
     report(margin, is_planted, against_gold(labelled))
     show.say(
-        "\nThe three most suspect pairs, and what each word of theirs adds to the log-ratio:\n"
+        "\nThe three most suspect pairs, and what each of their words adds to the log-ratio:\n"
     )
     for place in np.argsort(margin)[:3]:
         show.say(in_words(labelled[place], batch, sides, int(place), float(margin[place])))
@@ -72,21 +72,21 @@ def judged_pairs(seed: int, fit_steps: int) -> tuple[list[Pair], models.Transfor
 
 
 def plant(pairs: Sequence[Pair], share: float, *, seed: int) -> tuple[list[Pair], np.ndarray]:
-    """The pairs with chosen and rejected exchanged in a share of them, and in which."""
+    """The pairs, with chosen and rejected swapped in a share of them, and a mask of that share."""
     count = round(share * len(pairs))
     is_planted = np.arange(len(pairs)) < count
     np.random.default_rng(seed).shuffle(is_planted)
-    turned = [
+    labelled = [
         Pair(pair.prompt, pair.rejected, pair.chosen) if wrong else pair
         for pair, wrong in zip(pairs, is_planted, strict=True)
     ]
-    return turned, is_planted
+    return labelled, is_planted
 
 
 def learn(
     reference: models.Transformer, batch: dpx.PreferenceBatch, *, steps: int, seed: int
 ) -> models.Transformer:
-    """DPO on all pairs, the wrong ones among them."""
+    """The policy after DPO on all pairs, which include the wrong ones."""
     optimizer = quickstart.schedule(RATE, steps)
     step = dpx.make_step(partial(dpx.losses.dpo, beta=BETA), optimizer)
     batches = random_batches(batch.pairs, REVIEWS.batch, steps, seed)
@@ -99,21 +99,21 @@ def learn(
 def examine(
     policy: models.Transformer, reference: models.Transformer, batch: dpx.PreferenceBatch
 ) -> tuple[dpx.Diagnosis, dpx.Comparison]:
-    """Margins and the like of every pair, and what each token adds."""
+    """The diagnosis of every pair, with its margin, and the contribution of each token."""
 
     @eqx.filter_jit
-    def on(policy, reference, batch):
+    def examine_chunk(policy, reference, batch):
         sides = dpx.compare(policy, reference, batch)
         loss = partial(dpx.losses.dpo, beta=BETA)
         return dpx.diagnose(loss, sides.policy, sides.reference), sides
 
-    parts = [on(policy, reference, chunk) for chunk in in_chunks(batch, CHUNK)]
+    parts = [examine_chunk(policy, reference, chunk) for chunk in in_chunks(batch, CHUNK)]
     joined = jax.tree.map(lambda *x: np.concatenate(x), *parts)
     return jax.tree.map(lambda x: x[: batch.pairs], joined)
 
 
 def find(suspected: np.ndarray, is_wrong: np.ndarray) -> Found:
-    """Precision and recall of a suspicion."""
+    """The precision and recall of a suspicion."""
     right = (suspected & is_wrong).sum()
     suspects = int(suspected.sum())
     return Found(suspects, right / max(suspects, 1), right / max(is_wrong.sum(), 1))
@@ -125,7 +125,7 @@ def lowest(values: np.ndarray, count: int) -> np.ndarray:
 
 
 def against_gold(pairs: Sequence[Pair]) -> np.ndarray:
-    """Whether the gold reward prefers what was rejected: planted, or the reader's own error."""
+    """Whether the gold reward prefers the rejected completion: planted, or the reader's mistake."""
     return np.array(
         [
             gold(pair.prompt.decode(), pair.chosen) < gold(pair.prompt.decode(), pair.rejected)
@@ -135,7 +135,7 @@ def against_gold(pairs: Sequence[Pair]) -> np.ndarray:
 
 
 def report(margin: np.ndarray, is_planted: np.ndarray, is_wrong: np.ndarray) -> None:
-    """A table of precision and recall, for planted labels and for all that gold disagrees with."""
+    """Prints precision and recall, for planted labels and for all that the gold reward rejects."""
     planted = int(is_planted.sum())
     rows = []
     for words, suspected in {
@@ -148,13 +148,13 @@ def report(margin: np.ndarray, is_planted: np.ndarray, is_wrong: np.ndarray) -> 
         rows.append([words, str(of_planted.suspects), *(f"{x:.2f}" for x in numbers)])
     header = ["suspects", "pairs", "precision", "recall", "precision*", "recall*"]
     show.say("\n" + show.table(header, rows))
-    show.say("\n* of all labels that the gold reward disagrees with, the reader's own errors too")
+    show.say("\n* for all labels that the gold reward rejects, with the reader's own mistakes")
 
 
 def in_words(
     pair: Pair, batch: dpx.PreferenceBatch, sides: dpx.Comparison, place: int, margin: float
 ) -> str:
-    """A pair with its margin, gold rewards, and the log-ratio of each word."""
+    """A pair as text, with its margin, its gold rewards, and the log-ratio of each word."""
     prompt = pair.prompt.decode()
     lines = [f"margin {margin:+.2f}  {prompt}"]
     for name, text in (("chosen", pair.chosen), ("rejected", pair.rejected)):
@@ -170,13 +170,15 @@ def in_words(
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seed", type=int, default=0, help="of everything random")
-    parser.add_argument("--steps", type=positive, default=STEPS, help="of DPO (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="Random seed (%(default)s).")
+    parser.add_argument(
+        "--steps", type=positive, default=STEPS, help="Number of DPO steps (%(default)s)."
+    )
     parser.add_argument(
         "--fit-steps",
         type=positive,
         default=REVIEWS.fit_steps,
-        help="of the reference (%(default)s)",
+        help="Number of steps to fit the reference (%(default)s).",
     )
     return parser.parse_args(arguments)
 

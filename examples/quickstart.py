@@ -27,7 +27,7 @@ from dpo_eqx import models
 # The policy
 SIZES = {
     "width": 128,
-    "layers": 2,  # the least that can look up a word and use it
+    "layers": 2,  # the fewest that can look up a word and use it
     "heads": 4,  # of 32 each
     "feed_forward": 384,  # three times the width
     "tied": True,  # embedding and unembedding are one table
@@ -37,7 +37,7 @@ FIT_RATE = 3e-3  # of Adam, at the peak; high, since the model is small and new
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What depends on the data."""
+    """The settings that depend on the data; `REVIEWS` and `FILE` explain each."""
 
     widths: Widths
     fit_steps: int
@@ -53,24 +53,24 @@ class Settings:
 
 REVIEWS = Settings(
     widths=Widths(prompt=4, completion=8),  # the longest of the grammar, end token included
-    fit_steps=300,  # until the loss is flat, at what the grammar leaves to chance
+    fit_steps=300,  # until the loss is flat, at the entropy of the grammar
     fit_batch=64,
-    beta=0.3,  # how hard to hold on to the reference: 0.1 to 0.5 is usual, more is nearer
-    steps=160,  # some epochs; watch the KL
+    beta=0.3,  # pull towards the reference: 0.1 to 0.5 is usual, more stays nearer
+    steps=160,  # five epochs; watch the KL
     batch=64,  # pairs
-    rate=3e-4,  # of Adam; a tenth of what fitted the reference: at 1e-3 sentences break
-    looks=8,  # evaluations on the way
+    rate=3e-4,  # of Adam; a tenth of the rate of the fit: at 1e-3 sentences break
+    looks=8,  # evaluations during DPO
     held_out=512,  # pairs: accuracy to within 0.04
-    samples=512,  # written at each look, for gold reward and KL
+    samples=512,  # written at each evaluation, for gold reward and KL
 )
 FILE = Settings(
     widths=Widths(prompt=96, completion=96),  # bytes; the cost grows with them
-    fit_steps=120,  # a short while: enough for spelling, not for sense
-    fit_batch=16,  # long rows, so fewer of them
+    fit_steps=120,  # enough for spelling, too few for sense
+    fit_batch=16,  # rows are long, so a batch has fewer of them
     beta=0.1,
     steps=120,  # about one epoch of 2000 pairs
     batch=16,
-    rate=1e-4,  # lower than above: few pairs, which are soon learned by heart
+    rate=1e-4,  # lower than above, since few pairs are soon learned by heart
     looks=4,
     held_out=256,  # pairs, or a fifth if there are few: accuracy to within 0.06
     samples=64,
@@ -78,7 +78,7 @@ FILE = Settings(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the job. The exit status is 2 if `--data` gives nothing to train on."""
+    """Runs the quickstart. The exit status is 2 if `--data` gives nothing to train on."""
     options = parse(__doc__, arguments)
     show.say_what_is_missing()
     changed = {"steps": options.steps, "fit_steps": options.fit_steps}
@@ -124,7 +124,7 @@ def fit(
 
 
 def likelihood(policy: dpx.UnpairedLogProbs, reference: None) -> dpx.UnpairedLoss:
-    """The negative log-probability of a completion: a loss of your own drops in like any other."""
+    """The negative log-probability of a completion. Your own loss can have the same form."""
     log_prob = jnp.asarray(policy.completion)
     return dpx.UnpairedLoss(-log_prob, log_prob)
 
@@ -137,7 +137,10 @@ def improve(
     *,
     seed: int,
 ) -> tuple[models.Transformer, list[Metrics], list[Metrics]]:
-    """DPO, beginning at the reference: the policy, metrics of each step, and of each look."""
+    """DPO from the reference.
+
+    Returns the policy, the metrics of each step, and the metrics of each evaluation.
+    """
     steps, beta, size = settings.steps, settings.beta, min(settings.batch, pairs.pairs)
     show.say(f"DPO on {pairs.pairs} pairs, beta {beta}: {steps} steps of {size}.")
     looks = [{"step": 0, **exam.look(reference)}]
@@ -167,12 +170,12 @@ def optimise(
     title: str,
     watch: Callable[[int, models.Transformer], None] = lambda number, policy: None,
 ) -> tuple[models.Transformer, list[Metrics]]:
-    """A step on each batch of rows of `data`: the loop that you would write.
+    """Takes a step on each batch of rows of `data`: the loop that you would write.
 
-    Returns the policy and the metrics of every step. The policy that came in is used up.
+    Returns the policy and the metrics of every step. The argument `policy` is donated.
     """
 
-    # The policy and the optimiser's state are updated in place; what is `frozen` is kept.
+    # The policy and the optimiser's state are updated in place; `frozen` is used again.
     @eqx.filter_jit(donate="all-except-first")
     def train(frozen, policy, opt_state):
         batch, reference = frozen

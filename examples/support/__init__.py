@@ -1,4 +1,4 @@
-"""What the examples need besides the library: a toy task, its vocabulary, files, tables, pictures.
+"""Helpers of the examples: a toy task, its vocabulary, files, tables, pictures.
 
-Training itself is in the scripts.
+The scripts contain the training itself.
 """

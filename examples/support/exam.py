@@ -1,6 +1,6 @@
-"""What a policy can do: how it ranks held-out pairs, what it writes, and how far it went for that.
+"""Evaluation of a policy: its ranking of held-out pairs, its samples, and its KL to the reference.
 
-Training is not here; a look changes nothing.
+This file does not train; an evaluation does not change the policy.
 """
 
 import dataclasses
@@ -21,20 +21,20 @@ from .vocabulary import in_chunks
 if TYPE_CHECKING:
     from .tasks import Task
 
-CHUNK = 64  # pairs that are evaluated at once: it changes memory, and nothing else
+CHUNK = 64  # pairs that are evaluated at once: it changes only the memory
 
 Metrics = dict[str, float]
 
 
 class Exam:
-    """What a policy is asked again and again: to rank held-out pairs, and to write.
+    """The same questions for every policy: held-out pairs to rank, and prompts to complete.
 
     **Arguments:**
 
-    - `reference`: its log-probabilities of the pairs are computed once, here.
-    - `pairs`: pairs to rank.
+    - `reference`: the reference; its log-probabilities of the pairs are computed once, here.
+    - `pairs`: the pairs to rank.
     - `task`: prompts to complete (`asked`), the vocabulary, widths, key and gold reward.
-    - `beta`: of the loss and the rewards.
+    - `beta`: the `beta` of the loss and the rewards.
     """
 
     def __init__(
@@ -55,11 +55,11 @@ class Exam:
         self.prompts = task.vocabulary.prompts(task.asked, task.widths.prompt)
 
     def write(self, policy: models.Transformer) -> list[bytes]:
-        """A completion of each prompt, with the same random numbers every time."""
+        """A completion of each prompt, sampled with the same random numbers every time."""
         return self.task.vocabulary.decode(self._draw(policy))
 
     def look(self, policy: models.Transformer) -> Metrics:
-        """The metrics of the pairs; KL and gold reward of what is written, with standard errors."""
+        """The metrics of the pairs, and the KL and gold reward of samples with standard errors."""
         metrics = reduce(add, (self.evaluate(policy, chunk) for chunk in self.chunks)).mean()
         written = self._draw(policy)
         samples = {"kl": np.asarray(kl(policy, self.reference, self.prompts, written))}
@@ -78,7 +78,7 @@ class Exam:
 def draw(
     policy: models.Transformer, prompts: dpx.Tokens, *, width: int, key: jax.Array, end: int
 ) -> dpx.Tokens:
-    """A completion of each prompt, drawn from the policy."""
+    """A completion of each prompt, sampled from the policy."""
     return models.generate(policy, prompts, max_new_tokens=width, key=key, eos=end)
 
 
@@ -105,8 +105,8 @@ def kl(policy, reference, prompt: dpx.Tokens, completion: dpx.Tokens) -> jax.Arr
 def best_possible(rewards: np.ndarray) -> tuple[list[float], list[float]]:
     """KLs, and the highest mean gold reward that each allows, from rewards of the reference.
 
-    The best policies are the reference's distribution tilted by `exp(strength * reward)`. Beyond
-    some strength few samples bear the estimate, and it ends.
+    The best policies are the reference's distribution tilted by `exp(strength * reward)`. The list
+    ends at the strength beyond which fewer than 30 samples effectively carry the estimate.
     """
     kls, means = [], []
     for strength in np.linspace(0, 8, 81):

@@ -11,22 +11,29 @@ def parse(description: str | None, arguments: Sequence[str] | None) -> argparse.
     parser.add_argument(
         "--data",
         type=Path,
-        help="JSON Lines, plain or gzip, with prompt, chosen and rejected (or only the last two)",
+        help="JSON Lines, plain or gzip, with prompt, chosen and rejected, or without prompt.",
     )
-    parser.add_argument("--seed", type=int, default=0, help="random seed (%(default)s)")
-    parser.add_argument("--steps", type=positive, help="steps of DPO")
-    parser.add_argument("--fit-steps", type=positive, help="steps that fit the reference")
+    parser.add_argument("--seed", type=int, default=0, help="Random seed (%(default)s).")
+    parser.add_argument("--steps", type=positive, help="Number of DPO steps.")
+    parser.add_argument("--fit-steps", type=positive, help="Number of steps to fit the reference.")
     parser.add_argument(
-        "--output", type=Path, default=Path("quickstart.png"), help="picture (%(default)s)"
+        "--output",
+        type=Path,
+        default=Path("quickstart.png"),
+        help="File for the picture (%(default)s).",
     )
     options = parser.parse_args(arguments)
-    if not options.output.parent.is_dir():  # now, not after the work
-        parser.error(f"--output: there is no folder {options.output.parent} to put it in")
+    # Checked now, since the picture is drawn after all the work.
+    if not options.output.parent.is_dir():
+        parser.error(
+            f"`--output` must be in a folder that exists; there is no folder "
+            f"{options.output.parent}. Make it first."
+        )
     return options
 
 
 def positive(text: str) -> int:
-    """A positive whole number."""
+    """The positive whole number that `text` holds."""
     if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"must be a positive whole number, got {text!r}")
+        raise argparse.ArgumentTypeError(f"It must be a positive whole number; got {text!r}.")
     return int(text)

@@ -34,14 +34,14 @@ class Reading:
 
 
 def read_pairs(path: str | Path) -> Reading:
-    """All the pairs of a file. What is wrong with a line is kept as a fault, never raised.
+    """All pairs of a file. A wrong line becomes a fault, not an error.
 
     A line is an object with the texts `prompt`, `chosen` and `rejected`, or with `chosen` and
-    `rejected` alone: the prompt is then what the two begin with.
+    `rejected` alone; then the prompt is the start that the two share.
 
     **Raises:**
 
-    `OSError` where the file cannot be opened.
+    `OSError` if the file cannot be opened.
     """
     reading = Reading()
     with open(path, "rb") as file:
@@ -59,25 +59,30 @@ def read_pairs(path: str | Path) -> Reading:
 
 
 def parse_pair(line: bytes | Exception) -> Pair:
-    """The pair on a line; `ValueError` with the reason where there is none."""
+    """The pair on a line.
+
+    **Raises:**
+
+    `ValueError` with the reason if the line holds no pair.
+    """
     if isinstance(line, Exception):
-        raise ValueError(f"the rest of the file cannot be read: {line}")
+        raise ValueError(f"The rest of the file cannot be read: {line}.")
     record = _json(line.decode("utf-8-sig").strip())
     if not isinstance(record, dict):
-        raise ValueError(f"must be an object, got {json.dumps(record)[:40]}")
+        raise ValueError(f"The line must be an object; got {json.dumps(record)[:40]}.")
     names = ("prompt", "chosen", "rejected") if "prompt" in record else ("chosen", "rejected")
     texts = [_text(record, name) for name in names]
     pair = Pair(*texts) if "prompt" in record else split_shared_prompt(*texts)
     if pair.chosen == pair.rejected:
-        raise ValueError("`chosen` and `rejected` are the same, so none is preferred")
+        raise ValueError("`chosen` and `rejected` are the same, so neither is preferred.")
     return pair
 
 
 def split_shared_prompt(chosen: bytes, rejected: bytes) -> Pair:
-    """The pair whose prompt is what both answers begin with.
+    """The pair whose prompt is the start that both answers share.
 
-    Where one answer is a beginning of the other, nothing is left of it, which is right here: its
-    completion is the end of the text, a token of its own.
+    If one answer is a prefix of the second, its completion is empty. This is right here, since the
+    end of the text is a token of its own.
     """
     both = zip(chosen, rejected, strict=False)
     end = next((i for i, (a, b) in enumerate(both) if a != b), min(len(chosen), len(rejected)))
@@ -88,18 +93,18 @@ def _json(text: str) -> object:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"is not JSON: {error.msg} at column {error.colno}") from None
+        raise ValueError(f"The line is not JSON: {error.msg} at column {error.colno}.") from None
 
 
 def faults(path: str | Path, reading: Reading, limit: int = 20) -> list[str]:
-    """A line of text for each fault, up to `limit`, and one that counts the rest."""
+    """A line of text for each fault, up to `limit`, and a last line that counts the others."""
     lines = [f"{path}:{fault.line}: {fault.reason}" for fault in reading.faults[:limit]]
-    rest = len(reading.faults) - limit
-    return lines + ([f"{path}: {rest} more faulty lines"] if rest > 0 else [])
+    omitted = len(reading.faults) - limit
+    return lines + ([f"{path}: {omitted} more faulty lines"] if omitted > 0 else [])
 
 
 def usable(reading: Reading, widths: Widths) -> tuple[list[Pair], str]:
-    """The pairs that still differ where they are cut, and an account of every line in words."""
+    """The pairs that still differ after they are cut, and a text that accounts for every line."""
     room = widths.completion
     pairs = [pair for pair in reading.pairs if pair.chosen[:room] != pair.rejected[:room]]
     # The end token has to fit too.
@@ -117,14 +122,15 @@ def usable(reading: Reading, widths: Widths) -> tuple[list[Pair], str]:
 
 def _text(record: dict, name: str) -> bytes:
     if name not in record:
-        raise ValueError(f"`{name}` is missing; there is {', '.join(sorted(record)) or 'nothing'}")
+        found = ", ".join(sorted(record)) or "nothing"
+        raise ValueError(f"`{name}` is missing; the line has {found}.")
     if not isinstance(record[name], str):
-        raise ValueError(f"`{name}` must be text, got {json.dumps(record[name])[:40]}")
+        raise ValueError(f"`{name}` must be text; got {json.dumps(record[name])[:40]}.")
     return record[name].encode()
 
 
 def _lines(file: Iterable[bytes]) -> Iterator[bytes | Exception]:
-    """Lines, and in the end the exception where a gzip stream is damaged."""
+    """The lines of a file, and at the end the exception if its gzip stream is damaged."""
     try:
         yield from file
     except (EOFError, OSError, zlib.error) as error:

@@ -1,6 +1,6 @@
-"""What a run shows: progress while it works, at the end a table and a picture.
+"""The output of a run: progress while it works, and at the end a table and a picture.
 
-Numbers come in as plain lists; nothing here knows of models or data.
+Numbers come in as plain lists; this file uses no models and no data.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ TRAINING, HELD_OUT = "tab:gray", "tab:blue"
 
 @contextlib.contextmanager
 def progress(title: str, steps: int) -> Iterator[Tell]:
-    """A function `tell(step, text)`: a bar on a terminal, elsewhere some ten lines in all."""
+    """A function `tell(step, text)`: a bar on a terminal, elsewhere about ten lines in all."""
     if HAS_RICH and sys.stdout.isatty():
         with _bar(title, steps) as tell:
             yield tell
@@ -45,26 +45,26 @@ def _bar(title: str, steps: int) -> Iterator[Tell]:
 
 
 def say(text: str) -> None:
-    """A line, at once: the output may be a pipe."""
+    """Prints a line at once, since a pipe would otherwise buffer it."""
     print(text, flush=True)
 
 
 def say_what_is_missing() -> None:
-    """Names what is not installed, what is left out without it, and the remedy."""
-    lost = {"bars and colours (rich)": HAS_RICH, "the picture (matplotlib)": HAS_MATPLOTLIB}
-    missing = [name for name, there in lost.items() if not there]
+    """Names packages that are not installed, what the run omits without them, and the remedy."""
+    features = {"bars and colours (rich)": HAS_RICH, "the picture (matplotlib)": HAS_MATPLOTLIB}
+    missing = [name for name, is_installed in features.items() if not is_installed]
     if missing:
         say(f'Left out: {", ".join(missing)}. For all of it: pip install "dpo-eqx[examples]"')
 
 
 def summary(metrics: Mapping[str, float]) -> str:
-    """The metrics of a step that its line has room for."""
+    """The metrics of a step that its line shows."""
     names = {"loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin"}
     return "  ".join(f"{names[key]} {metrics[key]:.3f}" for key in names if key in metrics)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Rows under a header as lines of text: the first column to the left, the others right."""
+    """Rows under a header as lines of text, with the first column aligned left, the rest right."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     rule = ["-" * width for width in widths]
 
@@ -79,7 +79,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def report(looks: Sequence[Mapping[str, float]], pairs: int) -> str:
-    """The table of the first look and the last, with 95% intervals where they say something."""
+    """The table of the first and the last evaluation, with 95% intervals for estimates."""
     before, after = looks[0], looks[-1]
     low, high = wilson(after["rewards/accuracies"], pairs)
     accuracy = f"{after['rewards/accuracies']:.3f} ({low:.2f} to {high:.2f})"
@@ -98,7 +98,7 @@ def _mean(look: Mapping[str, float], name: str) -> str:
 
 
 def wilson(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
-    """The interval of Wilson around a share of `count` independent trials."""
+    """Wilson's confidence interval for a share of `count` independent trials."""
     middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
     spread = (share * (1 - share) / count + (z / (2 * count)) ** 2) ** 0.5
     half = z * spread / (1 + z**2 / count)
@@ -111,7 +111,7 @@ def picture(
     looks: Sequence[Mapping[str, float]],
     frontier: Sequence[Numbers] = (),
 ) -> None:
-    """Draws a run, where matplotlib is there; see `draw`."""
+    """Draws a run, if matplotlib is installed; see `draw`."""
     if HAS_MATPLOTLIB:
         draw(path, _columns(history), _columns(looks), frontier)
         say(f"\nPicture: {path}")
@@ -122,14 +122,14 @@ def _columns(rows: Sequence[Mapping[str, float]]) -> Columns:
 
 
 def draw(path: Path, training: Columns, held_out: Columns, frontier: Sequence[Numbers]) -> None:
-    """Four panels in one file.
+    """Draws four panels in one file.
 
     **Arguments:**
 
-    - `path`: where to; the ending says the format.
-    - `training`: metrics of every step.
-    - `held_out`: metrics of some, at `step`; with `kl`, and `gold` where there is a gold reward.
-    - `frontier`: KLs and the best gold rewards that they allow; empty where unknown.
+    - `path`: the file; its suffix sets the format.
+    - `training`: the metrics of every step.
+    - `held_out`: the metrics of every evaluation, with `step`, `kl`, and `gold` if it is known.
+    - `frontier`: KLs and the best gold rewards that they allow; empty if unknown.
     """
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""What the quickstart learns from: texts to fit a reference to, and pairs to train and test on.
+"""The data of the quickstart: texts to fit a reference to, and pairs to train and test on.
 
 A task is either the grammar of reviews, judged by a known gold reward, or a file of pairs.
 """
@@ -20,18 +20,18 @@ from . import grammar, preference_file, show
 from .exam import Exam, best_possible, draw
 from .vocabulary import BYTES, Pair, Vocabulary, Widths
 
-PAIRS = 2048  # to train on: labels are noisy, and fewer are learned by heart
+PAIRS = 2048  # for training: labels are noisy, and fewer would be learned by heart
 HELD_OUT_PROMPTS = 24  # of 96; nothing is trained on them
 WORDS = Vocabulary([word.encode() for word in grammar.words()], rb" [a-z]+|The|\.")
 
 
 class Task(abc.ABC):
-    """Data for one run of the quickstart.
+    """The data of one run of the quickstart.
 
-    - `vocabulary`, `widths`: of all its rows of tokens.
+    - `vocabulary`, `widths`: the vocabulary and the widths of all rows of tokens.
     - `texts`: completions that the reference is fitted to.
-    - `asked`: prompts to complete, to see what the policy writes.
-    - `key`: random numbers of what the policy writes.
+    - `asked`: prompts that the policy completes in an evaluation.
+    - `key`: the random key of these completions.
     """
 
     vocabulary: Vocabulary
@@ -45,7 +45,7 @@ class Task(abc.ABC):
         """The pairs to train on and the pairs held out."""
 
     def gold(self, texts: Sequence[bytes]) -> Sequence[float] | None:
-        """The gold rewards of answers to `asked`, or `None` if nobody knows them."""
+        """The gold rewards of answers to `asked`, or `None` if they are unknown."""
         return None
 
     def frontier(self) -> Sequence[Sequence[float]]:
@@ -62,7 +62,7 @@ class Task(abc.ABC):
 
 
 class Reviews(Task):
-    """Reviews of one sentence from a grammar; a simulated reader prefers by a known gold reward."""
+    """One-sentence reviews from a grammar; a simulated reader judges by a known gold reward."""
 
     vocabulary = WORDS
 
@@ -79,7 +79,7 @@ class Reviews(Task):
         self.asked = encoded([self.new[i % len(self.new)] for i in range(samples)])
 
     def pairs(self, reference: models.Transformer) -> tuple[list[Pair], list[Pair]]:
-        """Two samples of the reference for each prompt, and which of them the reader prefers."""
+        """Two samples of the reference for each prompt, the one that the reader prefers first."""
         train, rewards = self._judged(reference, self.known, PAIRS, self.judging[0])
         test, self.test_rewards = self._judged(reference, self.new, self.held_out, self.judging[1])
         self.rewards = np.concatenate([rewards, self.test_rewards])
@@ -141,7 +141,7 @@ class File(Task):
 
 
 def make_task(path: Path | None, settings: Any, *, seed: int) -> Task:
-    """The pairs of a file, or without one the reviews.
+    """The task of a file of pairs, or of the reviews if there is no file.
 
     **Arguments:**
 
@@ -164,7 +164,7 @@ def judged_samples(
     rng: random.Random,
     key: jax.Array,
 ) -> tuple[list[Pair], np.ndarray]:
-    """Two samples of the reference for each prompt, and which of them a simulated reader prefers.
+    """Two samples of the reference for each prompt, as pairs labelled by a simulated reader.
 
     Returns the pairs, and the gold rewards of chosen and rejected, of shape `(pairs, 2)`.
     """
@@ -183,7 +183,7 @@ def judged_samples(
 
 
 def gold(prompt: str, completion: bytes) -> float:
-    """The gold reward of what a policy wrote."""
+    """The gold reward of a policy's completion."""
     return grammar.gold_reward(prompt, completion.decode(errors="replace"))
 
 
@@ -198,7 +198,7 @@ def plain(text: bytes) -> str:
 
 
 def usable_pairs(path: Path, widths: Widths) -> list[Pair]:
-    """The pairs of a file. Prints what became of each of its lines.
+    """The usable pairs of a file. Prints an account of all its lines.
 
     **Raises:**
 

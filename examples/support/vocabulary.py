@@ -1,6 +1,6 @@
 """Text to tokens and back, over a vocabulary of pieces of text: words, or single bytes.
 
-Widths are the caller's; what is too long is cut here, prompts at the start, completions at the end.
+The caller sets the widths. Longer prompts lose their start, and longer completions their end.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ import dpo_eqx as dpx
 
 
 class Pair(NamedTuple):
-    """One prompt and two answers to it."""
+    """A prompt and two answers to it."""
 
     prompt: bytes
     chosen: bytes
@@ -23,21 +23,21 @@ class Pair(NamedTuple):
 
 
 class Widths(NamedTuple):
-    """Tokens that a row has room for."""
+    """The numbers of tokens that fit in a row of a prompt and of a completion."""
 
     prompt: int
     completion: int
 
 
 class Vocabulary:
-    """Pieces of text by id, and one token after them, `end`, that is no text.
+    """Pieces of text by id, and a last token `end`, which stands for no text.
 
-    `end` ends a completion, and begins a prompt, so that none is empty.
+    `end` ends every completion and starts every prompt, so that none of them is empty.
 
     **Arguments:**
 
-    - `pieces`: all different.
-    - `pattern`: what it finds in a text, one after the other, are pieces.
+    - `pieces`: the pieces, all different.
+    - `pattern`: a regular expression whose successive matches in a text are pieces.
     """
 
     def __init__(self, pieces: Sequence[bytes], pattern: bytes):
@@ -52,17 +52,17 @@ class Vocabulary:
         return [self.ids[piece] for piece in self.pattern.findall(text)]
 
     def decode(self, tokens: dpx.Tokens) -> list[bytes]:
-        """What rows of tokens say, without `end`."""
+        """The texts of rows of tokens, without `end`."""
         pieces = [*self.pieces, b""]
         rows = zip(np.asarray(tokens.ids), np.asarray(tokens.mask), strict=True)
         return [b"".join(pieces[token] for token in ids[mask]) for ids, mask in rows]
 
     def prompts(self, texts: Sequence[bytes], width: int) -> dpx.Tokens:
-        """Prompts; too long ones keep their end."""
+        """Prompts as rows of tokens; longer prompts keep their end."""
         return padded([[self.end, *self.encode(text)][-width:] for text in texts], width)
 
     def completions(self, texts: Sequence[bytes], width: int) -> dpx.Tokens:
-        """Completions; too long ones keep their start, without an `end`."""
+        """Completions as rows of tokens; longer ones keep their start, and lose `end`."""
         return padded([[*self.encode(text), self.end][:width] for text in texts], width)
 
     def pairs(self, pairs: Sequence[Pair], widths: Widths) -> dpx.PreferenceBatch:
@@ -77,7 +77,7 @@ class Vocabulary:
     def texts(
         self, prompts: Sequence[bytes], completions: Sequence[bytes], widths: Widths
     ) -> dpx.UnpairedBatch:
-        """Single completions as a batch, to be fitted to."""
+        """Single completions as a batch, for maximum likelihood."""
         return dpx.UnpairedBatch(
             self.prompts(prompts, widths.prompt),
             self.completions(completions, widths.completion),
@@ -85,12 +85,12 @@ class Vocabulary:
         )
 
 
-# Every text there is; and with DOTALL a byte is whatever there is.
+# The vocabulary of all bytes. Because of `re.DOTALL`, the pattern also matches a line break.
 BYTES = Vocabulary([bytes([byte]) for byte in range(256)], rb".")
 
 
 def padded(rows: Sequence[Sequence[int]], width: int) -> dpx.Tokens:
-    """Rows of ids, on the left of arrays of shape `(len(rows), width)`."""
+    """Rows of ids, padded on the right to arrays of shape `(len(rows), width)`."""
     lengths = np.array([len(row) for row in rows])
     mask = np.arange(width) < lengths[:, None]
     ids = np.zeros(mask.shape, np.int32)
@@ -99,12 +99,15 @@ def padded(rows: Sequence[Sequence[int]], width: int) -> dpx.Tokens:
 
 
 def take(batch: Any, rows: np.ndarray) -> Any:
-    """Some rows of a batch, of either kind."""
+    """The given rows of a batch of either kind."""
     return jax.tree.map(lambda x: x[rows], batch)
 
 
 def in_chunks(batch: dpx.PreferenceBatch, size: int) -> list[dpx.PreferenceBatch]:
-    """A batch in equal parts, so that one compilation does; the last is filled with weight 0."""
+    """A batch in parts of equal size, so that one compilation is enough.
+
+    Rows of weight 0 fill up the last part.
+    """
     rows = np.arange(-(-batch.pairs // size) * size)
     weight = (rows < batch.pairs).astype(np.float32)
     filled = dataclasses.replace(take(batch, rows % batch.pairs), weight=weight)
@@ -112,7 +115,7 @@ def in_chunks(batch: dpx.PreferenceBatch, size: int) -> list[dpx.PreferenceBatch
 
 
 def random_batches(count: int, size: int, steps: int, seed: int) -> list[np.ndarray]:
-    """Row numbers of each batch, one epoch after the other, each in a new order."""
+    """The row numbers of each batch; every epoch has a new random order."""
     rng = np.random.default_rng(seed)
     size = min(size, count)
     epochs = -(-steps * size // count)

@@ -68,7 +68,7 @@ def test_words_spell_every_prompt_and_review():
 
 
 def test_an_unknown_prompt_is_refused():
-    with pytest.raises(ValueError, match=r"`prompt` must be one of `all_prompts\(\)`, got 'A'"):
+    with pytest.raises(ValueError, match=r"`prompt` must be one of `all_prompts\(\)`; got 'A'"):
         grammar.gold_reward("A", " was tasty.")
 
 

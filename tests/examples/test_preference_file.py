@@ -34,13 +34,13 @@ def test_both_forms_in_one_file(tmp_path, compress):
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        (b'{"chosen": "a"', r"is not JSON: .* at column"),
-        (b"[1, 2]", r"must be an object, got \[1, 2\]"),
-        (b'{"chosen": "a"}', r"`rejected` is missing; there is chosen"),
-        (b"{}", r"`chosen` is missing; there is nothing"),
-        (b'{"chosen": "a", "rejected": 3}', r"`rejected` must be text, got 3"),
-        (b'{"prompt": null, "chosen": "a", "rejected": "b"}', r"`prompt` must be text, got null"),
-        (b'{"chosen": "a", "rejected": "a"}', r"are the same, so none is preferred"),
+        (b'{"chosen": "a"', r"The line is not JSON: .* at column"),
+        (b"[1, 2]", r"must be an object; got \[1, 2\]"),
+        (b'{"chosen": "a"}', r"`rejected` is missing; the line has chosen"),
+        (b"{}", r"`chosen` is missing; the line has nothing"),
+        (b'{"chosen": "a", "rejected": 3}', r"`rejected` must be text; got 3"),
+        (b'{"prompt": null, "chosen": "a", "rejected": "b"}', r"`prompt` must be text; got null"),
+        (b'{"chosen": "a", "rejected": "a"}', r"are the same, so neither is preferred"),
         (b'{"chosen": "\xff", "rejected": "a"}', r"utf-8.* can't decode"),
         (b'{"chosen": "\\ud800", "rejected": "a"}', r"surrogates not allowed"),
         (b"[" * 100_000, r"recursion"),
@@ -65,7 +65,7 @@ def test_a_damaged_gzip_keeps_what_came_before(tmp_path):
     reading = preference_file.read_pairs(path)
     assert len(reading.pairs) > 0
     assert len(reading.faults) == 1
-    assert "the rest of the file cannot be read" in reading.faults[0].reason
+    assert "The rest of the file cannot be read" in reading.faults[0].reason
     assert reading.lines == len(reading.pairs) + 1
 
 

@@ -123,13 +123,13 @@ def test_a_file_without_pairs_gives_one_message_and_status_2(tmp_path, capsys, t
 def test_steps_must_be_positive(capsys, steps):
     with pytest.raises(SystemExit, match="2"):
         quickstart.main([f"--steps={steps}"])
-    assert f"must be a positive whole number, got '{steps}'" in capsys.readouterr().err
+    assert f"must be a positive whole number; got '{steps}'" in capsys.readouterr().err
 
 
 def test_a_picture_needs_a_folder(capsys, tmp_path):
     with pytest.raises(SystemExit, match="2"):
         quickstart.main([f"--output={tmp_path / 'none' / 'x.png'}"])
-    assert "--output: there is no folder" in capsys.readouterr().err
+    assert "`--output` must be in a folder that exists" in capsys.readouterr().err
 
 
 def run(*arguments, without=()):
@@ -171,7 +171,7 @@ def test_a_short_run_on_a_file_without_the_extras(tmp_path):
     steps = ("--steps", 2, "--fit-steps", 2)
     done = run("--data", path, *steps, "--output", picture, without=["rich", "matplotlib"])
     assert done.returncode == 0, done.stderr
-    assert done.stderr.startswith(f"{path}:4: is not JSON")
+    assert done.stderr.startswith(f"{path}:4: The line is not JSON")
     assert len(done.stderr.splitlines()) == 1
     assert "12 lines read: 11 pairs, 0 blank, 1 faulty." in done.stdout
     assert "9 pairs are trained on, 2 held out." in done.stdout
