@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec as P
 
 import dpo_eqx as dpx
+from dpo_eqx._head import tiles
 
 from .policies import Attention, Perceptron, Plain, assert_close, random_batch
 
@@ -100,6 +101,34 @@ def test_every_chunk_size_gives_the_same_value_and_gradient(softcaps):
     want, results = jax.jit(values_and_gradients)(*sides)
     for got in results:
         assert_close(got, want, 1e-12)
+
+
+def test_parts_of_the_vocabulary(monkeypatch):
+    """Eleven tokens in parts of three: the last part overlaps the one before."""
+    monkeypatch.setitem(tiles.LOGITS_AT_ONCE, "cpu", 6)
+    sides, slopes = example((3,), vocab=11)
+
+    def of(function):
+        return jax.value_and_grad(lambda *x: (slopes * function(*x)).sum(), range(6))(*sides)
+
+    # No size of a chunk that another test has compiled with other parts.
+    assert tiles.in_chunks(2, 11, sides[0])[1] == 4
+    assert_close(of(partial(chunked, chunk_size=2)), of(plain), 1e-12)
+
+
+@pytest.mark.parametrize("at_once", [4, 2**21])
+def test_an_excluded_token_is_infinitely_far_however_improbable(monkeypatch, at_once):
+    """The share of the excluded token underflows, in whatever order the parts come."""
+    monkeypatch.setitem(tiles.LOGITS_AT_ONCE, "cpu", at_once)
+    head = jnp.array([-1e4, 0.0, 1.0, 1e4])[:, None]
+    bias = jnp.array([-jnp.inf, 0, 0, 0])
+    for order in ([0, 1, 2, 3], [3, 2, 1, 0]):
+        sides = jnp.ones((1, 1)), head[jnp.array(order)], None, jnp.ones((1, 1)), head[:4] * 0
+        got = jax.jit(lambda *x: dpx.linear_kl(x[0], x[1], x[3], x[4], reference_bias=x[5]))(
+            *sides, bias[jnp.array(order)]
+        )
+        assert got == np.inf
+        assert np.isfinite(dpx.linear_kl(sides[0], sides[1], sides[3], sides[4])).all()
 
 
 @pytest.mark.slow  # compiles derivatives of derivatives

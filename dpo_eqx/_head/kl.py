@@ -1,11 +1,12 @@
 r"""The KL divergence of two next-token distributions over the whole vocabulary, token by token.
 
-From logits, or straight from hidden states and unembeddings, a chunk of tokens at a time; whose
-they are, and what is summed, is in `_diagnosis/compare.py`.
+It comes from logits, or from hidden states and unembeddings in the tiles of `tiles.py`.
+`_diagnosis/compare.py` applies it to a policy and its reference.
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +18,23 @@ from .._jax.explicit_meshes import automatic
 from .._jax.linear_map import per_tile, share, sum_parts, with_transpose
 from .._jax.mapped_axes import vary_alike
 from .._jax.microbatches import merge
-from .tiles import Unembedding, check_chunk_size, check_head, chunked
+from .tiles import (
+    Tile,
+    Unembedding,
+    check_chunk_size,
+    check_head,
+    fold,
+    in_chunks,
+    over_devices,
+    part_at,
+    put_back,
+    raised,
+    tile_at,
+)
 
-# Logits of each side held at once where the caller does not choose: 32 MiB in float32.
-_LOGITS_AT_ONCE = 2**23
+Heads = tuple[Unembedding, Unembedding]
+Hiddens = tuple[Float[Array, "count chunk width"], Float[Array, "count chunk reference_width"]]
+Normalisers = tuple[Float[Array, "count chunk"], Float[Array, "count chunk"]]
 
 
 def token_kl(
@@ -61,8 +75,8 @@ def linear_kl(
 ) -> Float[Array, "*batch"]:
     r"""`token_kl` of the logits that two hidden states and two unembeddings imply, without them.
 
-    At most `chunk_size x vocab` logits of each of the two are held at once, in the backward pass
-    too. The gradient flows into both sides; stop it where the reference is fixed.
+    The logits of `chunk_size` tokens for a part of the vocabulary are held at once, of both sides,
+    in the backward pass too. The gradient flows into both sides; stop it if the reference is fixed.
 
     **Arguments:**
 
@@ -70,7 +84,7 @@ def linear_kl(
         `(*batch, width)`.
     - `unembedding`, `reference_unembedding`: of one vocabulary. Shape `(vocab, width)`.
     - `bias`, `softcap`, `reference_bias`, `reference_softcap`: as in `linear_token_log_probs`.
-    - `chunk_size`: how many tokens' logits to hold at once, by default as many as make 64 MiB.
+    - `chunk_size`: as in `linear_token_log_probs`.
     - `axis_name`: a mapped axis over which both vocabularies are sharded alike; where gradients
         may be taken is said at `linear_token_log_probs`.
 
@@ -91,80 +105,147 @@ def linear_kl(
         Unembedding.of(unembedding, bias, softcap),
         Unembedding.of(reference_unembedding, reference_bias, reference_softcap),
     )
-    rows = [jnp.asarray(x) for x in (hidden, reference_hidden)]
+    hiddens = [jnp.asarray(x) for x in (hidden, reference_hidden)]
     # A hidden state of NaN would reach the unembedding's gradient as 0 * NaN.
-    finite = [jnp.isfinite(jax.lax.stop_gradient(x)).all(axis=-1) for x in rows]
+    finite = [jnp.isfinite(jax.lax.stop_gradient(x)).all(axis=-1) for x in hiddens]
     both = finite[0] & finite[1]
-    rows = [jnp.where(both[..., None], x, 0) for x in rows]
-    chunk_size = chunk_size or max(1, _LOGITS_AT_ONCE // len(unembedding))
-    chunks = tuple(chunked(x, both.ndim, chunk_size) for x in rows)
-    kl = merge(_kl(axis_name, *vary_alike(heads, chunks))[0])
+    hiddens = [jnp.where(both[..., None], x, 0) for x in hiddens]
+    rows, parts = in_chunks(chunk_size, len(unembedding), *hiddens)
+    kl = merge(_kl(axis_name, parts, *vary_alike(heads, rows))[0])
     return jnp.where(both, kl[: both.size].reshape(both.shape), jnp.nan)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _kl(axis_name, heads, hiddens):
-    """The divergences and, of each token, the two normalisers: all that the derivatives need."""
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _kl(
+    axis_name: str | None, parts: int, heads: Heads, hiddens: Hiddens
+) -> tuple[Float[Array, "count chunk"], Normalisers]:
+    r"""The divergences and the two normalisers of each token: all that the derivatives need.
 
-    def chunk(hiddens):
-        logits = _both(heads, hiddens)
-        normalisers = tuple(_normaliser(x, axis_name) for x in logits)
-        p, difference = _compared(logits, normalisers)
-        return _over(jax.lax.psum, (p * difference).sum(axis=-1), axis_name), normalisers
+    With logits $a$ of $p$ and $b$ of $q$, and normalisers $A$ and $B$, the divergence is
+    $\sum_v p_v (a_v - b_v) - (A - B)$. The sum is accumulated as the normalisers are, by an online
+    softmax.
+    """
+    wide = jnp.result_type(*(at_least_float32(x.dtype) for x in hiddens))
+    zeros = jnp.zeros(hiddens[0].shape[:2], wide)
+    side = zeros - jnp.inf, zeros
+    start = vary_alike((side, side, zeros, zeros > 0), hiddens[0])[0]
 
-    return jax.lax.map(chunk, hiddens)
+    def add(tiles, state, *hiddens):
+        (peak_p, total_p), (peak_q, total_q), moment, is_infinite = state
+        p, q = (tile.logits(hidden) for tile, hidden in zip(tiles, hiddens, strict=True))
+        peak_p, offset, shrunk = raised(peak_p, p)
+        shares = jnp.exp(p - offset[:, None])
+        # Where q is 0 and p is not. A product with a share would lose it if the share underflows.
+        excluded = (q == -jnp.inf) & (p != -jnp.inf)
+        difference = jnp.where(excluded, 0, _difference(p, q))
+        moment = moment * shrunk + (shares * difference).sum(axis=-1)
+        total_p = total_p * shrunk + shares.sum(axis=-1)
+        peak_q, offset, shrunk = raised(peak_q, q)
+        total_q = total_q * shrunk + jnp.exp(q - offset[:, None]).sum(axis=-1)
+        is_infinite = is_infinite | excluded.any(axis=-1)
+        return (peak_p, total_p), (peak_q, total_q), moment, is_infinite
+
+    of_p, of_q, moment, is_infinite = fold(add, start, heads, parts, hiddens, axis_name)
+    peak_p, (total_p, moment) = over_devices(of_p[0], (of_p[1], moment), axis_name)
+    peak_q, (total_q,) = over_devices(of_q[0], (of_q[1],), axis_name)
+    if axis_name is not None:
+        is_infinite = jax.lax.psum(is_infinite.astype(jnp.int32), axis_name) > 0
+    log_p, log_q = jnp.log(total_p), jnp.log(total_q)
+    # The peaks nearly cancel, and exactly if the two sides are the same.
+    kl = moment / total_p - ((peak_p - peak_q) + (log_p - log_q))
+    return jnp.where(is_infinite, jnp.inf, kl), (peak_p + log_p, peak_q + log_q)
 
 
 @_kl.defjvp
-def _kl_jvp(axis_name, primals, tangents):
+def _kl_jvp(axis_name, parts, primals, tangents):
     heads, hiddens = primals
-    kl, normalisers = results = _kl(axis_name, heads, hiddens)
-    # Where the divergence is not finite its gradient is 0, whatever the logits.
+    kl, normalisers = results = _kl(axis_name, parts, heads, hiddens)
+    # The gradient is 0 where the divergence is not finite, whatever the logits are.
     live = jnp.isfinite(kl)
-    kept = [jnp.where(live, x, 0) for x in (kl, *normalisers)]
-    rows = hiddens, live, *kept
+    tokens = hiddens, live, *(jnp.where(live, x, 0) for x in (kl, *normalisers))
     in_heads, in_hiddens = tangents
     operands = vary_alike((in_heads, share(in_hiddens, axis_name, hiddens[0])), primals)[0]
     pushed = with_transpose(
-        partial(_push, heads, rows), partial(_pull, heads, rows), operands, results
+        partial(_push, axis_name, parts, heads, tokens),
+        partial(_pull, axis_name, parts, heads, tokens),
+        operands,
+        results,
     )
     return results, sum_parts(pushed, axis_name, hiddens[0])
 
 
-def _push(heads, rows, tangents):
-    """What tangents of the heads and the hidden states are in the divergences and normalisers."""
+def _push(axis_name: str | None, parts: int, heads: Heads, tokens: Any, tangents: Any) -> Any:
+    """The tangents of the divergences and the normalisers, from those of `heads` and `hiddens`."""
     in_heads, in_hiddens = tangents
+    zeros = jnp.zeros_like(tokens[2])
+    start = vary_alike((zeros, (zeros, zeros)), tokens[0][0])[0]
 
     @per_tile
-    def chunk(operands):
-        in_hiddens, hiddens, live, kl, *normalisers = operands
-        logits, in_logits = jax.jvp(_both, (heads, hiddens), (in_heads, in_hiddens))
-        p, q, slope = _slopes(logits, live, kl, normalisers)
-        of_p, of_q = (jnp.where(live[:, None], x, 0) for x in in_logits)
-        in_kl = (slope * of_p + (q - p) * of_q).sum(axis=-1)
-        return in_kl, ((p * of_p).sum(axis=-1), (q * of_q).sum(axis=-1))
+    def one_part(sums, index):
+        tiles = [tile_at(head, index, parts, jnp.int32, axis_name) for head in heads]
+        in_tiles = [part_at(in_head, index, parts) for in_head in in_heads]
 
-    return jax.lax.map(chunk, (in_hiddens, *rows))
+        @per_tile
+        def chunk(operands):
+            sums, in_hiddens, hiddens, live, kl, *normalisers = operands
+            logits, in_logits = jax.jvp(
+                partial(_logits_of, tiles),
+                ([tile.head for tile in tiles], list(hiddens)),
+                (in_tiles, list(in_hiddens)),
+            )
+            p, q, slope = _slopes(logits, live, kl, normalisers)
+            of_p, of_q = (jnp.where(live[:, None], x, 0) for x in in_logits)
+            in_kl = (slope * of_p + (q - p) * of_q).sum(axis=-1)
+            moved = in_kl, ((p * of_p).sum(axis=-1), (q * of_q).sum(axis=-1))
+            return jax.tree.map(jnp.add, sums, moved)
+
+        return jax.lax.map(chunk, (sums, in_hiddens, *tokens)), None
+
+    return jax.lax.scan(one_part, start, jnp.arange(parts))[0]
 
 
-def _pull(heads, rows, cotangents):
+def _pull(axis_name: str | None, parts: int, heads: Heads, tokens: Any, cotangents: Any) -> Any:
     """The transpose of `_push`."""
+    hiddens, live, kl, *_ = tokens
+    # They are 0 where not live, but for a NaN.
+    cotangents = jax.tree.map(lambda x: jnp.where(live, x, 0), cotangents)
+    wide = kl.dtype
 
-    def chunk(in_heads, operands):
-        (cotangent, of_normalisers), hiddens, live, kl, *normalisers = operands
-        logits, pull = jax.vjp(_both, heads, hiddens)
-        p, q, slope = _slopes(logits, live, kl, normalisers)
-        # Both are 0 where not live, but a cotangent may be NaN there.
-        of_kl, of_p, of_q = (jnp.where(live, x, 0)[:, None] for x in (cotangent, *of_normalisers))
-        more, in_hiddens = pull([slope * of_kl + p * of_p, (q - p) * of_kl + q * of_q])
-        return jax.tree.map(jnp.add, in_heads, more), in_hiddens
+    def one_part(sums, index):
+        in_heads, in_hiddens = sums
+        tiles = [tile_at(head, index, parts, jnp.int32, axis_name) for head in heads]
 
-    zeros = vary_alike(jax.tree.map(jnp.zeros_like, heads), rows[0])[0]
-    return jax.lax.scan(chunk, zeros, (cotangents, *rows))
+        def chunk(in_tiles, operands):
+            in_hiddens, (of_kl, (of_p, of_q)), hiddens, live, kl, *normalisers = operands
+            of_kl, of_p, of_q = (x[:, None] for x in (of_kl, of_p, of_q))
+            logits = _logits_of(tiles, [tile.head for tile in tiles], hiddens)
+            p, q, slope = _slopes(logits, live, kl, normalisers)
+            slopes = slope * of_kl + p * of_p, (q - p) * of_kl + q * of_q
+            sides = zip(tiles, hiddens, logits, slopes, strict=True)
+            pulled = [tile.head.pull(hidden, x, slopes) for tile, hidden, x, slopes in sides]
+            more_tiles, more_hiddens = zip(*pulled, strict=True)
+            add = partial(jax.tree.map, jnp.add)
+            return add(in_tiles, more_tiles), add(in_hiddens, more_hiddens)
+
+        zeros = tuple(jax.tree.map(lambda x: jnp.zeros_like(x, wide), t.head) for t in tiles)
+        operands = in_hiddens, cotangents, *tokens
+        in_tiles, in_hiddens = jax.lax.scan(chunk, vary_alike(zeros, hiddens[0])[0], operands)
+        sides = zip(in_heads, in_tiles, strict=True)
+        in_heads = tuple(put_back(head, in_tile, index, parts) for head, in_tile in sides)
+        return (in_heads, in_hiddens), None
+
+    zeros = jax.tree.map(jnp.zeros_like, heads), tuple(jnp.zeros_like(x, wide) for x in hiddens)
+    start = vary_alike(zeros, hiddens[0])[0]
+    (in_heads, in_hiddens), _ = jax.lax.scan(one_part, start, jnp.arange(parts))
+    return in_heads, jax.tree.map(lambda x, hidden: x.astype(hidden.dtype), in_hiddens, hiddens)
 
 
-def _both(heads, hiddens):
-    return [head.logits(hidden) for head, hidden in zip(heads, hiddens, strict=True)]
+def _logits_of(tiles: Sequence[Tile], heads: Sequence[Unembedding], hiddens: Sequence[Array]):
+    """The logits of both sides; `heads` are those of `tiles`, apart to be differentiated."""
+    return [
+        tile._replace(head=head).logits(hidden)
+        for tile, head, hidden in zip(tiles, heads, hiddens, strict=True)
+    ]
 
 
 def _slopes(logits, live, kl, normalisers):
@@ -172,35 +253,16 @@ def _slopes(logits, live, kl, normalisers):
 
     In a logit of $q$ it is $q_v - p_v$.
     """
-    logits = [jnp.where(live[:, None], x, 0) for x in logits]
-    p, difference = _compared(logits, normalisers)
-    return p, jnp.exp(logits[1] - normalisers[1][:, None]), p * (difference - kl[:, None])
-
-
-def _normaliser(
-    logits: Float[Array, "chunk vocab"], axis_name: str | None
-) -> Float[Array, " chunk"]:
-    peak = _over(jax.lax.pmax, jax.lax.stop_gradient(logits).max(axis=-1), axis_name)
-    peak = jnp.where(jnp.isfinite(peak), peak, jnp.nan)
-    return peak + jnp.log(
-        _over(jax.lax.psum, jnp.exp(logits - peak[:, None]).sum(axis=-1), axis_name)
-    )
-
-
-def _compared(logits, normalisers):
-    r"""$p$ and $\log p - \log q$, which is 0 where $p$ is."""
+    logits = [jnp.where(live[:, None], x, -jnp.inf) for x in logits]
     log_p, log_q = (x - n[:, None] for x, n in zip(logits, normalisers, strict=True))
-    return jnp.exp(log_p), _difference(log_p, log_q)
+    p, q = jnp.exp(log_p), jnp.exp(log_q)
+    return p, q, p * (_difference(log_p, log_q) - kl[:, None])
 
 
 def _difference(log_p: Float[Array, "*shape"], log_q: Float[Array, "*shape"]):
     """`log_p - log_q`, and 0 where p is 0, since 0 * inf is NaN; a NaN of p stays one."""
     impossible = log_p == -jnp.inf
     return jnp.where(impossible, 0, log_p) - jnp.where(impossible, 0, log_q)
-
-
-def _over(reduce: Callable, x: Array, axis_name: str | None) -> Array:
-    return x if axis_name is None else reduce(x, axis_name)
 
 
 def _check_together(hidden, unembedding, reference_hidden, reference_unembedding, chunk_size):

@@ -24,8 +24,10 @@ from .tiles import (
     check_head,
     fold,
     in_chunks,
+    over_devices,
     part_at,
     put_back,
+    raised,
     tile_at,
 )
 
@@ -100,7 +102,7 @@ def linear_collisions(
     def add(tile, state, hidden):
         peak, total, squares = state
         logits = tile.logits(hidden)
-        peak, offset, shrunk = _raised(peak, logits)
+        peak, offset, shrunk = raised(peak, logits)
         shares = jnp.exp(logits - offset[:, None])
         total = total * shrunk + shares.sum(axis=-1)
         return peak, total, squares * shrunk**2 + (shares**2).sum(axis=-1)
@@ -142,13 +144,14 @@ def _log_probs(
     def add(tile, state, hidden, targets):
         peak, total, picked = state
         logits = tile.logits(hidden)
-        peak, offset, shrunk = _raised(peak, logits)
+        peak, offset, shrunk = raised(peak, logits)
         total = total * shrunk + jnp.exp(logits - offset[:, None]).sum(axis=-1)
         return peak, total, picked + jnp.where(tile.holds(targets), logits, 0).sum(axis=-1)
 
     state = fold(add, start, head, parts, (hidden, targets), axis_name)
-    peak, total, picked = _over_devices(state, axis_name)
-    peak, total = jnp.where(jnp.isfinite(peak), peak, jnp.nan), jnp.log(total)
+    peak, (total,) = over_devices(state[0], (state[1],), axis_name)
+    picked = state[2] if axis_name is None else jax.lax.psum(state[2], axis_name)
+    total = jnp.log(total)
     # Not `picked - normaliser`: without a gradient XLA fuses that sum into this one, in an order of
     # its own, and a policy and a reference of the same parameters differ in the last bit.
     return picked - peak - total, peak + total
@@ -243,20 +246,3 @@ def _pull(axis_name, parts, head, rows, cotangents):
     carry = vary_alike(zeros, hidden)[0]
     (in_head, in_hidden), _ = jax.lax.scan(one_part, carry, jnp.arange(parts))
     return in_head, in_hidden.astype(hidden.dtype)
-
-
-def _raised(peak, logits):
-    """The greatest logit so far, a finite offset near it, and by what earlier sums shrink."""
-    higher = jnp.maximum(peak, jax.lax.stop_gradient(logits).max(axis=-1))
-    offset = jnp.where(jnp.isfinite(higher), higher, 0)
-    return higher, offset, jnp.exp(peak - offset)
-
-
-def _over_devices(state, axis_name):
-    """The sums over the vocabulary of all devices, from those of each."""
-    if axis_name is None:
-        return state
-    peak, total, *sums = state
-    highest = jax.lax.pmax(jax.lax.stop_gradient(peak), axis_name)
-    offset = jnp.where(jnp.isfinite(highest), highest, 0)
-    return highest, *jax.lax.psum((total * jnp.exp(peak - offset), *sums), axis_name)

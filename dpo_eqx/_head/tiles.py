@@ -236,16 +236,60 @@ def _first(rows: int, parts: int, index: Int[Array, ""]) -> Int[Array, ""]:
 def fold(
     add: Callable[..., Any],
     state: Any,
-    head: Unembedding,
+    heads: Any,
     parts: int,
     rows: Sequence[Array],
     axis_name: str | None = None,
 ) -> Any:
-    """`state = add(tile, state, *rows)` over all parts of the vocabulary, chunk by chunk."""
-    ids = rows[-1].dtype if len(rows) > 1 else jnp.int32
+    """`state = add(tiles, state, *rows)` over all parts of the vocabulary, chunk by chunk.
+
+    **Arguments:**
+
+    - `add`: adds one tile to the state of one chunk of tokens.
+    - `state`: arrays of shape `(count, chunk, ...)`.
+    - `heads`: an unembedding, or a pytree of several; `tiles` has a tile of each in its place.
+    - `parts`: the number of parts of the vocabulary.
+    - `rows`: arrays of tokens, `(count, chunk, ...)`. The last has the dtype of the ids if it has
+        integers.
+    - `axis_name`: a mapped axis over which the vocabulary is sharded.
+    """
+    ids = rows[-1].dtype if jnp.issubdtype(rows[-1].dtype, jnp.integer) else jnp.int32
 
     def one_part(state, index):
-        tile = tile_at(head, index, parts, ids, axis_name)
-        return jax.lax.map(lambda operands: add(tile, *operands), (state, *rows)), None
+        tiles = jax.tree.map(
+            lambda head: tile_at(head, index, parts, ids, axis_name),
+            heads,
+            is_leaf=lambda x: isinstance(x, Unembedding),
+        )
+        return jax.lax.map(lambda operands: add(tiles, *operands), (state, *rows)), None
 
     return jax.lax.scan(one_part, state, jnp.arange(parts))[0]
+
+
+def raised(
+    peak: Float[Array, " chunk"], logits: Float[Array, "chunk part"]
+) -> tuple[Float[Array, " chunk"], Float[Array, " chunk"], Float[Array, " chunk"]]:
+    """A step of an online softmax: the new largest logit, and what its sums need.
+
+    **Returns:**
+
+    The largest logit so far, a finite offset near it to subtract from logits, and the factor that
+    takes earlier sums to that offset.
+    """
+    highest = jnp.maximum(peak, jax.lax.stop_gradient(logits).max(axis=-1))
+    offset = jnp.where(jnp.isfinite(highest), highest, 0)
+    return highest, offset, jnp.exp(peak - offset)
+
+
+def over_devices(
+    peak: Array, sums: tuple[Array, ...], axis_name: str | None
+) -> tuple[Array, tuple[Array, ...]]:
+    """The largest logit of all tiles, NaN if it is not finite, and the sums relative to it.
+
+    `sums` are those of an online softmax over this device's part of the vocabulary.
+    """
+    if axis_name is not None:
+        highest = jax.lax.pmax(jax.lax.stop_gradient(peak), axis_name)
+        shrunk = jnp.exp(peak - jnp.where(jnp.isfinite(highest), highest, 0))
+        peak, sums = highest, jax.lax.psum(tuple(x * shrunk for x in sums), axis_name)
+    return jnp.where(jnp.isfinite(peak), peak, jnp.nan), sums
