@@ -123,9 +123,10 @@ def on_grid(loss, grid, dtype, *, second=True):
             # Directions without symmetry, in which curvatures do not cancel.
             along = [jnp.full_like(x, 1 + i) for i, x in enumerate(floats)]
             forward = jax.jvp(lambda *x: gradient(*x)[0], floats, tuple(along))[1]
-            weighed = lambda *x: sum(  # noqa: E731
-                (a * slope).sum() for a, slope in zip(along, gradient(*x)[0], strict=True)
-            )
+
+            def weighed(*floats):
+                return sum((a * x).sum() for a, x in zip(along, gradient(*floats)[0], strict=True))
+
             reverse = jax.grad(weighed, argnums=tuple(range(len(floats))))(*floats)
             found |= {"forward": jnp.stack(forward), "reverse": jnp.stack(reverse)}
         return found

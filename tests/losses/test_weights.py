@@ -95,7 +95,10 @@ def test_derivative_in_evaluation():
     p = draw(case)
     policy, reference = records(case, p)
     evaluate = dpx.make_eval(losses.dpo, score=as_they_are)
-    loss = lambda weight: evaluate(policy, Given(weight, reference)).mean()["loss"]  # noqa: E731
+
+    def loss(weight):
+        return evaluate(policy, Given(weight, reference)).mean()["loss"]
+
     each = case.oracle(p)[0]
     mean = (WEIGHT * each).sum() / WEIGHT.sum()
     close(jax.grad(loss)(jnp.asarray(WEIGHT)), (each - mean) / WEIGHT.sum())
@@ -103,8 +106,8 @@ def test_derivative_in_evaluation():
 
 def spoiled(record, value):
     """`record` with `value` for every number of the pairs of weight 0."""
-    spoil = lambda x: jnp.where(REMOVED, value, x) if eqx.is_inexact_array(x) else x  # noqa: E731
-    return jax.tree.map(spoil, record)
+    floats, rest = eqx.partition(record, eqx.is_inexact_array)
+    return eqx.combine(jax.tree.map(lambda x: jnp.where(REMOVED, value, x), floats), rest)
 
 
 @table

@@ -20,6 +20,7 @@ from ..._diagnosis.compare import compare
 from ..._diagnosis.diagnose import diagnose
 from ..._diagnosis.preferences import Preferences, count_preferences
 from ..._jax.dtypes import in_dtype
+from ..._jax.inference_mode import in_inference
 from ..compose.data import Prepared, make_batches, prepare, vocab_size
 from ..compose.vocabulary import check_one_vocabulary
 from ..run.folder import finite, replace_text
@@ -103,9 +104,7 @@ def make_measure(
 
     @eqx.filter_jit
     def measure(policy, reference, batch):
-        policy, reference = (
-            in_dtype(eqx.nn.inference_mode(model), dtype) for model in (policy, reference)
-        )
+        policy, reference = (in_dtype(in_inference(model), dtype) for model in (policy, reference))
         sides = compare(policy, reference, batch)
         pairs = diagnose(loss, sides.policy, sides.reference, per_pair=batch.per_pair)
         kl = sides.chosen_kl, sides.rejected_kl

@@ -59,15 +59,8 @@ def train(settings: Settings) -> None:
 
 def _train(settings: Settings) -> None:
     folder = Folder(settings.output)
-
-    def prepare() -> tuple[Loss, list[Prepared], Mesh | None]:
-        check(settings)
-        folder.check(settings)
-        loss = compose_loss(settings)
-        return loss, _prepare_all(settings, loss), devices.mesh_of(settings)
-
     # Loading a model takes long. Errors in settings and data are found before, on every process.
-    loss, prepared, mesh = hosts.together(prepare)
+    loss, prepared, mesh = hosts.together(functools.partial(_prepare, settings, folder))
     hosts.compare(settings, {"jax": jax.__version__} | data_facts(prepared))
     say("\n".join(str(source.report) for source in prepared))
 
@@ -121,6 +114,14 @@ def _train(settings: Settings) -> None:
     # A thread prepares the batches; leaving the context ends it, also after an error.
     with batches:
         _carry_out(run, state, folder, prepared[0], probe)
+
+
+def _prepare(settings: Settings, folder: Folder) -> tuple[Loss, list[Prepared], Mesh | None]:
+    """The loss, the data and the mesh, after all settings are checked."""
+    check(settings)
+    folder.check(settings)
+    loss = compose_loss(settings)
+    return loss, _prepare_all(settings, loss), devices.mesh_of(settings)
 
 
 def total_steps(settings: Settings, steps_per_epoch: int) -> int:

@@ -18,6 +18,7 @@ from jaxtyping import DTypeLike
 from ... import data, sharding
 from ..._diagnosis.diagnose import make_diagnose
 from ..._jax.dtypes import in_dtype
+from ..._jax.inference_mode import in_inference
 from ..compose.data import Prepared, load_tokenizer
 from ..compose.loss import Loss, is_unpaired
 from ..run import devices, hosts
@@ -111,7 +112,7 @@ def _samples(
         return {"samples": [], "no_samples": "Runs of several processes sample no answers."}
     prompts = [row["prompt_ids"] or [row.get("start_id") or 0] for row in rows]
     # Samples compare policies, so dropout is off.
-    policy = in_dtype(eqx.nn.inference_mode(state.policy), compute_dtype)
+    policy = in_dtype(in_inference(state.policy), compute_dtype)
     with jax.numpy_dtype_promotion("standard"):
         try:
             answers = draw_answers(

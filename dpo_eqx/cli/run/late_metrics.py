@@ -5,7 +5,7 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,9 +13,8 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from ..._arrays.batches import PreferenceBatch
-from .sinks import Numbers
+from .sinks import Numbers, Sink
 
-Write = Callable[[int, Numbers], None]
 TOKENS = "tokens"
 
 
@@ -28,7 +27,7 @@ class Lines:
     - `rates`: the learning rate of each step, from the first.
     """
 
-    def __init__(self, write: Write, rates: np.ndarray):
+    def __init__(self, write: Sink, rates: np.ndarray):
         self._write, self._rates = write, rates
         self._waiting: tuple[int, Mapping[str, Any], float] | None = None
         self._ended = 0.0

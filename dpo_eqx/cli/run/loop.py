@@ -20,8 +20,9 @@ from ..._training.step import Step
 from ..settings.settings import Settings
 from .checkpoints import Checkpoints
 from .devices import put_batch
-from .late_metrics import TOKENS, Lines, Write, tokens_of
+from .late_metrics import TOKENS, Lines, tokens_of
 from .signals import Stop
+from .sinks import Sink
 from .state import State, to_save
 
 Advance = Callable[[State, Any, int], tuple[State, dict[str, Any]]]
@@ -74,7 +75,7 @@ def make_advance(step: Step, *, dropout: bool, mesh: Mesh | None = None) -> Adva
 
 
 def loop(
-    run: Run, state: State, start: int, *, write: Write, write_evaluation: Write, stop: Stop
+    run: Run, state: State, start: int, *, write: Sink, write_evaluation: Sink, stop: Stop
 ) -> tuple[State, int]:
     """Takes the steps after `start`, up to the last step of the run or a signal to stop.
 
