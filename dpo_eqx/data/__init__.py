@@ -6,6 +6,7 @@ The core does not import this package, and this package does not depend on losse
 from ._batches.batches import Batches as Batches, batches as batches
 from ._batches.buckets import Buckets as Buckets, Shapes as Shapes
 from ._batches.pack import pack as pack
+from ._records.prompts import split_shared_prompt as split_shared_prompt
 from ._records.read import Records as Records, read as read
 from ._records.records import Form as Form
 from ._reference_cache import cache_reference as cache_reference

@@ -93,8 +93,7 @@ def kl(policy, reference, prompt: dpx.Tokens, completion: dpx.Tokens) -> jax.Arr
     def one_row(prompt, length, completion, mask):
         row = jnp.concatenate([prompt, jnp.zeros_like(completion)])
         row = jax.lax.dynamic_update_slice(row, completion, (length,))
-        ours, theirs = (jax.nn.log_softmax(model(row)) for model in (policy, reference))
-        by_position = (jnp.exp(ours) * (ours - theirs)).sum(axis=-1)
+        by_position = dpx.token_kl(policy(row), reference(row))
         scored = jax.lax.dynamic_slice_in_dim(by_position, length - 1, mask.size)
         return jnp.where(mask, scored, 0).sum()
 

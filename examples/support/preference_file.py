@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from dpo_eqx.data import split_shared_prompt
+
 from .vocabulary import Pair, Widths
 
 GZIP = b"\x1f\x8b"
@@ -72,21 +74,11 @@ def parse_pair(line: bytes | Exception) -> Pair:
         raise ValueError(f"The line must be an object; got {json.dumps(record)[:40]}.")
     names = ("prompt", "chosen", "rejected") if "prompt" in record else ("chosen", "rejected")
     texts = [_text(record, name) for name in names]
-    pair = Pair(*texts) if "prompt" in record else split_shared_prompt(*texts)
+    texts = texts if "prompt" in record else split_shared_prompt(*texts)
+    pair = Pair(*(text.encode() for text in texts))
     if pair.chosen == pair.rejected:
         raise ValueError("`chosen` and `rejected` are the same, so neither is preferred.")
     return pair
-
-
-def split_shared_prompt(chosen: bytes, rejected: bytes) -> Pair:
-    """The pair whose prompt is the start that both answers share.
-
-    If one answer is a prefix of the second, its completion is empty. This is right here, since the
-    end of the text is a token of its own.
-    """
-    both = zip(chosen, rejected, strict=False)
-    end = next((i for i, (a, b) in enumerate(both) if a != b), min(len(chosen), len(rejected)))
-    return Pair(chosen[:end], chosen[end:], rejected[end:])
 
 
 def _json(text: str) -> object:
@@ -120,13 +112,13 @@ def usable(reading: Reading, widths: Widths) -> tuple[list[Pair], str]:
     )
 
 
-def _text(record: dict, name: str) -> bytes:
+def _text(record: dict, name: str) -> str:
     if name not in record:
         found = ", ".join(sorted(record)) or "nothing"
         raise ValueError(f"`{name}` is missing; the line has {found}.")
     if not isinstance(record[name], str):
         raise ValueError(f"`{name}` must be text; got {json.dumps(record[name])[:40]}.")
-    return record[name].encode()
+    return record[name]
 
 
 def _lines(file: Iterable[bytes]) -> Iterator[bytes | Exception]:

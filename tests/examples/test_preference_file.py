@@ -26,7 +26,7 @@ def test_both_forms_in_one_file(tmp_path, compress):
     )
     assert reading.pairs == [
         Pair(b"Hi", b" there", b" you"),
-        Pair("Q: é? A: ".encode(), b"yes", b"no"),
+        Pair("Q: é? A:".encode(), b" yes", b" no"),
     ]
     assert (reading.lines, reading.blank, reading.faults) == (2, 0, [])
 
@@ -79,14 +79,16 @@ def test_many_faults_are_counted(tmp_path):
 @pytest.mark.parametrize(
     ("chosen", "rejected", "pair"),
     [
-        (b"ab", b"abc", Pair(b"ab", b"", b"c")),
-        (b"abc", b"ab", Pair(b"ab", b"c", b"")),
-        (b"", b"a", Pair(b"", b"", b"a")),
-        (b"xa", b"ya", Pair(b"", b"xa", b"ya")),
+        ("ab", "abc", Pair(b"a", b"b", b"bc")),
+        ("abc", "ab", Pair(b"a", b"bc", b"b")),
+        ("a b", "a c", Pair(b"a", b" b", b" c")),
+        ("", "a", Pair(b"", b"", b"a")),
+        ("xa", "ya", Pair(b"", b"xa", b"ya")),
     ],
 )
-def test_one_answer_a_beginning_of_the_other(chosen, rejected, pair):
-    assert preference_file.split_shared_prompt(chosen, rejected) == pair
+def test_a_shared_prompt_is_the_one_that_the_library_reads(chosen, rejected, pair):
+    line = json.dumps({"chosen": chosen, "rejected": rejected}).encode()
+    assert preference_file.parse_pair(line) == pair
     batch = BYTES.pairs([pair], Widths(4, 4))  # no completion is empty: each has its end token
     assert batch.prompt.mask.sum() == len(pair.prompt) + 1
     assert batch.chosen.mask.sum() == len(pair.chosen) + 1
