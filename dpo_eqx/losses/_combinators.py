@@ -138,7 +138,7 @@ def reference_free(loss: Callable[..., Result]) -> Callable[..., Result]:
 
 
 def wpo(loss: Callable[..., PairLoss]) -> Callable[..., PairLoss]:
-    r"""Weighted Preference Optimisation: pairs that the policy itself would write count more.
+    r"""Weighted Preference Optimisation: more weight for pairs that the policy is likely to write.
 
     Multiplies the loss of a pair by the confidences of both completions,
     $\exp(\mathrm{mean}_t[\log p_t(y_t) - \log\sum_j p_t(j)^2])$ for the policy's distribution $p_t$
