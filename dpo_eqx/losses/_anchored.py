@@ -1,6 +1,6 @@
 """Losses that hold each completion to an anchor of its own, not only their difference.
 
-The partition function does not cancel in these, so they take no divergence.
+The partition function does not cancel in these losses, so they take no divergence.
 """
 
 import jax
@@ -16,7 +16,7 @@ from ._numerics import square
 def nca(policy: PairLogProbs, reference: PairLogProbs | None, *, beta: Scalar = 0.1) -> PairLoss:
     r"""Noise Contrastive Alignment, for pairs.
 
-    $\ell = -\log\sigma(\beta\rho_w) - \frac12\log\sigma(-\beta\rho_w)
+    $\mathcal{L} = -\log\sigma(\beta\rho_w) - \frac12\log\sigma(-\beta\rho_w)
     - \frac12\log\sigma(-\beta\rho_l)$.
 
     **Arguments:**
@@ -30,7 +30,7 @@ def nca(policy: PairLogProbs, reference: PairLogProbs | None, *, beta: Scalar = 
 
     **Raises:**
 
-    `ValueError` at trace time where `reference` is missing or `beta` is not positive.
+    `ValueError` at trace time if `reference` is missing or `beta` is not positive.
 
     ??? cite
 
@@ -52,10 +52,10 @@ def bco_pair(
 ) -> PairLoss:
     r"""Binary Classifier Optimisation, on pairs.
 
-    $\ell = -\log\sigma(\beta\rho_w - \delta) - \log\sigma(-(\beta\rho_l - \delta))$.
+    $\mathcal{L} = -\log\sigma(\beta\rho_w - \delta) - \log\sigma(-(\beta\rho_l - \delta))$.
 
-    Differs from TRL 1.16, where $\delta$ is 0. The paper's is a running mean of the rewards: carry
-    it with `update_delta`, or take the batch's own by `batch_delta(bco_pair)`.
+    Differs from TRL 1.16, whose $\delta$ is 0. In the paper, $\delta$ is a running mean of the
+    rewards: carry it with `update_delta`, or use the mean of the batch by `batch_delta(bco_pair)`.
 
     **Arguments:**
 
@@ -70,7 +70,7 @@ def bco_pair(
 
     **Raises:**
 
-    `ValueError` at trace time where `reference` is missing or `beta` is not positive.
+    `ValueError` at trace time if `reference` is missing or `beta` is not positive.
 
     ??? cite
 
@@ -85,9 +85,9 @@ def bco_pair(
 
 
 def sppo(policy: PairLogProbs, reference: PairLogProbs | None, *, beta: Scalar = 0.1) -> PairLoss:
-    r"""Self-Play Preference Optimisation with hard labels: regresses to a win rate of 1 and 0.
+    r"""Self-Play Preference Optimisation with hard labels: regresses to win rates of 1 and 0.
 
-    $\ell = [\rho_w - 1/(2\beta)]^2 + [\rho_l + 1/(2\beta)]^2$.
+    $\mathcal{L} = [\rho_w - 1/(2\beta)]^2 + [\rho_l + 1/(2\beta)]^2$.
 
     **Arguments:**
 
@@ -100,7 +100,7 @@ def sppo(policy: PairLogProbs, reference: PairLogProbs | None, *, beta: Scalar =
 
     **Raises:**
 
-    `ValueError` at trace time where `reference` is missing or `beta` is not positive.
+    `ValueError` at trace time if `reference` is missing or `beta` is not positive.
 
     ??? cite
 
@@ -119,15 +119,15 @@ def cal_dpo(
 ) -> PairLoss:
     r"""Calibrated DPO: DPO with each log-ratio also regressed to $\pm 1/(2\beta)$.
 
-    $\ell = -\log\sigma(\rho_w - \rho_l) + [\rho_w - 1/(2\beta)]^2 + [\rho_l + 1/(2\beta)]^2$, with
-    no $\beta$ in the first term.
+    $\mathcal{L} = -\log\sigma(\rho_w - \rho_l) + [\rho_w - 1/(2\beta)]^2
+    + [\rho_l + 1/(2\beta)]^2$, with no $\beta$ in the first term.
 
-    Differs from the authors' code, which halves the two squares; we follow the paper.
+    Differs from the authors' code, which halves the two squares. This function follows the paper.
 
     **Arguments:**
 
     - `policy`, `reference`: summed log-probabilities, in nats. Shape `(pairs,)`.
-    - `beta`: one over the distance of the two targets, in 1/nats. Positive.
+    - `beta`: one over the distance between the two targets, in 1/nats. Positive.
 
     **Returns:**
 
@@ -135,7 +135,7 @@ def cal_dpo(
 
     **Raises:**
 
-    `ValueError` at trace time where `reference` is missing or `beta` is not positive.
+    `ValueError` at trace time if `reference` is missing or `beta` is not positive.
 
     ??? cite
 
@@ -153,9 +153,10 @@ def cal_dpo(
 def apo_zero(
     policy: PairLogProbs, reference: PairLogProbs | None, *, beta: Scalar = 0.1
 ) -> PairLoss:
-    r"""Anchored Preference Optimisation where the chosen are better than the policy's answers.
+    r"""Anchored Preference Optimisation for chosen completions that are better than the policy's.
 
-    $\ell = 1 - \sigma(\beta\rho_w) + \sigma(\beta\rho_l)$: chosen up, rejected down.
+    $\mathcal{L} = 1 - \sigma(\beta\rho_w) + \sigma(\beta\rho_l)$: the chosen becomes more likely,
+    the rejected less likely.
 
     **Arguments:**
 
@@ -168,7 +169,7 @@ def apo_zero(
 
     **Raises:**
 
-    `ValueError` at trace time where `reference` is missing or `beta` is not positive.
+    `ValueError` at trace time if `reference` is missing or `beta` is not positive.
 
     ??? cite
 
@@ -183,10 +184,10 @@ def apo_zero(
 def apo_down(
     policy: PairLogProbs, reference: PairLogProbs | None, *, beta: Scalar = 0.1
 ) -> PairLoss:
-    r"""Anchored Preference Optimisation where the policy's answers are better than the chosen.
+    r"""Anchored Preference Optimisation for chosen completions that are worse than the policy's.
 
-    $\ell = \sigma(\beta\rho_w) + 1 - \sigma(\beta(\rho_w - \rho_l))$: both down, the rejected
-    further.
+    $\mathcal{L} = \sigma(\beta\rho_w) + 1 - \sigma(\beta(\rho_w - \rho_l))$: both completions
+    become less likely, above all the rejected one.
 
     **Arguments:**
 
@@ -199,7 +200,7 @@ def apo_down(
 
     **Raises:**
 
-    `ValueError` at trace time where `reference` is missing or `beta` is not positive.
+    `ValueError` at trace time if `reference` is missing or `beta` is not positive.
 
     ??? cite
 

@@ -1,6 +1,6 @@
 """Range checks of hyper-parameters that are Python numbers.
 
-Arrays, traced or not, pass: their values are not known at trace time.
+Arrays, traced or not, always pass, since their values are not known at trace time.
 """
 
 from numbers import Real
@@ -11,27 +11,27 @@ from ._form import Scalar
 def check_positive(**values: Scalar) -> None:
     """Raises if a Python number is not positive; arrays, traced or not, pass."""
     for name, value in values.items():
-        # `not value > 0`, since NaN compares false.
+        # `not value > 0` also rejects NaN, for which every comparison is false.
         if isinstance(value, Real) and not value > 0:
-            raise ValueError(f"`{name}` must be positive, got {value}.")
+            raise ValueError(f"`{name}` must be positive; got {value}.")
 
 
 def check_nonnegative(**values: Scalar) -> None:
     """Raises if a Python number is negative or NaN; arrays, traced or not, pass."""
     for name, value in values.items():
         if isinstance(value, Real) and not value >= 0:
-            raise ValueError(f"`{name}` must not be negative, got {value}.")
+            raise ValueError(f"`{name}` must not be negative; got {value}.")
 
 
 def check_range(*, low: float | int, below: float | int, **values: Scalar) -> None:
     """Raises if a Python number is outside `[low, below)`; arrays, traced or not, pass."""
     for name, value in values.items():
         if isinstance(value, Real) and not low <= value < below:
-            raise ValueError(f"`{name}` must be in [{low}, {below}), got {value}.")
+            raise ValueError(f"`{name}` must be in [{low}, {below}); got {value}.")
 
 
 def check_between(*, above: float | int, below: float | int, **values: Scalar) -> None:
     """Raises if a Python number is outside `(above, below)`; arrays, traced or not, pass."""
     for name, value in values.items():
         if isinstance(value, Real) and not above < value < below:
-            raise ValueError(f"`{name}` must be in ({above}, {below}), got {value}.")
+            raise ValueError(f"`{name}` must be in ({above}, {below}); got {value}.")

@@ -1,6 +1,6 @@
 """Losses made of losses: a weighted sum, averages over tokens, no reference, WPO's weights.
 
-Each takes and returns functions of the one form, a user's own included.
+Each combinator takes and returns losses of the common form, including losses of a user.
 """
 
 import functools
@@ -27,12 +27,14 @@ Result = TypeVar("Result", PairLoss, UnpairedLoss)
 def combine(*terms: tuple[Scalar, Callable[..., Result]]) -> Callable[..., Result]:
     r"""A weighted sum of losses, with the rewards of the first.
 
-    MPO and RPO, say: `combine((1, dpo), (alpha, sft))`. Bind hyper-parameters beforehand, by
-    `partial`. A keyword of the result goes to every term that takes it and has not bound it.
+    For example, `combine((1, dpo), (alpha, sft))` is Iterative Reasoning Preference Optimisation
+    (TRL's `rpo_alpha`), and a third term `bco_pair` makes it Mixed Preference Optimisation (MPO).
+    Bind hyper-parameters beforehand with `partial`. A keyword given to the result goes to every
+    term that takes it and has not bound it.
 
     **Arguments:**
 
-    - `terms`: pairs of a weight and a loss. A weight is a number or a scalar.
+    - `terms`: tuples of a weight and a loss. A weight is a number or a scalar.
 
     **Returns:**
 
@@ -40,20 +42,20 @@ def combine(*terms: tuple[Scalar, Callable[..., Result]]) -> Callable[..., Resul
 
     **Raises:**
 
-    `ValueError` where a term is not such a pair, or where no term takes a keyword.
+    `ValueError` if a term is not such a tuple, or if no term takes a keyword.
     """
     for term in terms or (None,):
         if not isinstance(term, tuple) or len(term) != 2 or not callable(term[1]):
             raise ValueError(
-                f"`combine` takes pairs of a weight and a loss, at least one, got {term!r}. Write "
+                f"`combine` takes pairs of a weight and a loss, at least one; got {term!r}. Write "
                 "`combine((1, dpo), (0.5, sft))`."
             )
     losses = [loss for _, loss in terms]
 
     def combined(policy: LogProbs, reference: LogProbs | None, **keywords) -> Result:
         results = [
-            loss(policy, reference, **own)
-            for loss, own in zip(losses, _routed(losses, keywords), strict=True)
+            loss(policy, reference, **arguments)
+            for loss, arguments in zip(losses, _routed(losses, keywords), strict=True)
         ]
         total = sum(times(weight, r.loss) for (weight, _), r in zip(terms, results, strict=True))
         return replace(results[0], loss=total)
@@ -68,9 +70,9 @@ def length_normalized(loss: Callable[..., PairLoss]) -> Callable[..., PairLoss]:
 
     **Arguments:**
 
-    - `loss`: one with a keyword `divergence`: `dpo` (then it is Tulu 3's loss), `robust_dpo`,
-        `hinge`, `ipo` (then it is TRL's), `exo`, `discopop`, or a user's own. A divergence bound
-        by `partial` is respected.
+    - `loss`: a loss with a keyword `divergence`: `dpo` (the result is the loss of Tulu 3),
+        `robust_dpo`, `hinge`, `ipo` (the result is TRL's `"ipo"`), `exo`, `discopop`, or a loss of
+        a user. A divergence that `partial` has bound is used.
 
     **Returns:**
 
@@ -78,8 +80,8 @@ def length_normalized(loss: Callable[..., PairLoss]) -> Callable[..., PairLoss]:
 
     **Raises:**
 
-    `ValueError` where `loss` takes no `divergence`; when called, where the lengths or the
-    reference are missing.
+    `ValueError` if `loss` takes no `divergence`. The result raises `ValueError` if the lengths or
+    the reference are missing.
 
     ??? cite
 
@@ -89,9 +91,9 @@ def length_normalized(loss: Callable[..., PairLoss]) -> Callable[..., PairLoss]:
     parameter = inspect.signature(loss).parameters.get("divergence")
     if parameter is None:
         raise ValueError(
-            f"`length_normalized` takes a loss of the difference of scores, one with a keyword "
-            f"`divergence` (`dpo`, `robust_dpo`, `hinge`, `ipo`, `exo`, `discopop`), got "
-            f"`{_name(loss)}`. To combine losses, normalise each term."
+            f"`length_normalized` takes a loss of the difference of scores, with a keyword "
+            f"`divergence` (`dpo`, `robust_dpo`, `hinge`, `ipo`, `exo`, `discopop`); got "
+            f"`{_name(loss)}`. To normalise a sum of losses, normalise each term of `combine`."
         )
     bound = reverse_kl if parameter.default is parameter.empty else parameter.default
     free = any(marks_of(part).reference_free for part, _ in parts(loss))
@@ -108,6 +110,8 @@ def length_normalized(loss: Callable[..., PairLoss]) -> Callable[..., PairLoss]:
         chosen, rejected = (score(rho) / n for rho, n in zip(rhos, tokens, strict=True))
         averaged = replace(policy, chosen=chosen, rejected=rejected)
         plain = loss(policy, reference, **keywords)
+        # The scores stand for log-probabilities against a reference of 0, so that `loss` itself
+        # does not need the lengths. `reverse_kl` leaves the scores unchanged.
         inner = loss(averaged, _uniform(reference), **{**keywords, "divergence": reverse_kl})
         return replace(plain, loss=inner.loss)
 
@@ -134,11 +138,13 @@ def reference_free(loss: Callable[..., Result]) -> Callable[..., Result]:
 
 
 def wpo(loss: Callable[..., PairLoss]) -> Callable[..., PairLoss]:
-    r"""Weighted Preference Optimisation: pairs that the policy itself would write count more.
+    r"""Weighted Preference Optimisation: more weight for pairs that the policy is likely to write.
 
-    The pair's loss times both completions' confidences $\exp(\mathrm{mean}_t[\log p_t -
-    \log\sum_v p_v^2])$, through which no gradient flows. As in TRL they are not clamped at 1, and
-    they do not enter the denominator of the mean.
+    Multiplies the loss of a pair by the confidences of both completions,
+    $\exp(\mathrm{mean}_t[\log p_t(y_t) - \log\sum_j p_t(j)^2])$ for the policy's distribution $p_t$
+    at token $t$ of the completion $y$ and all tokens $j$ of the vocabulary. No gradient flows
+    through the confidences. As in TRL they are not clamped at 1, and they do not enter the
+    denominator of the mean.
 
     **Arguments:**
 
@@ -150,7 +156,7 @@ def wpo(loss: Callable[..., PairLoss]) -> Callable[..., PairLoss]:
 
     **Raises:**
 
-    `ValueError`, when called, where the confidences are missing.
+    The result raises `ValueError` if the confidences are missing.
 
     ??? cite
 
@@ -177,7 +183,7 @@ def _confidence(policy: PairLogProbs) -> Float[Array, " pairs"]:
 
 
 def _uniform(log_probs: LogProbs) -> LogProbs:
-    """The same with every log-probability 0."""
+    """`log_probs` with every log-probability 0."""
     names = ("chosen", "rejected") if isinstance(log_probs, PairLogProbs) else ("completion", "kl")
     values = {name: getattr(log_probs, name) for name in names}
     zeros = {name: jnp.zeros_like(x) for name, x in values.items() if x is not None}
@@ -185,10 +191,10 @@ def _uniform(log_probs: LogProbs) -> LogProbs:
 
 
 def _routed(losses: Sequence[Callable[..., Any]], keywords: dict[str, Any]) -> list[dict[str, Any]]:
-    """For each loss, those of `keywords` that it takes and has not bound."""
+    """For each loss, the part of `keywords` that it takes and has not bound."""
     routed = [{k: v for k, v in keywords.items() if takes(loss, k)} for loss in losses]
     for keyword in keywords:
-        if not any(keyword in own for own in routed):
+        if not any(keyword in arguments for arguments in routed):
             raise ValueError(
                 f"`{keyword}` must be a keyword that a term of `combine` takes and has not bound "
                 f"by `partial`; the terms are {', '.join(f'`{_name(loss)}`' for loss in losses)}."

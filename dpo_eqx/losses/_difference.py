@@ -1,6 +1,6 @@
-r"""Losses of the difference $s(\rho_w) - s(\rho_l)$ that are not DPO's logistic one.
+r"""Losses of the difference $s(\rho_w) - s(\rho_l)$ other than DPO's logistic loss.
 
-In these, as in `dpo`, the partition function cancels, so they take any divergence.
+As in `dpo`, the partition function cancels in these losses, so they take any divergence.
 """
 
 import jax.numpy as jnp
@@ -21,15 +21,15 @@ def hinge(
     beta: Scalar = 0.1,
     divergence: Divergence = reverse_kl,
 ) -> PairLoss:
-    r"""The hinge loss of SLiC, on DPO's rewards: $\ell = \max(0, 1 - z)$.
+    r"""The hinge loss of SLiC-HF on DPO's rewards: $\mathcal{L} = \max(0, 1 - z)$.
 
     $z = \beta[s(\rho_w) - s(\rho_l)]$. At the corner, $z = 1$, the subgradient is 0.
 
     **Arguments:**
 
     - `policy`, `reference`: summed log-probabilities, in nats. Shape `(pairs,)`.
-    - `beta`: strength of the pull towards the reference, in 1/nats; one over the margin at which
-        the loss is 0. Positive.
+    - `beta`: strength of the pull towards the reference, in 1/nats. The loss is 0 from a margin of
+        `1 / beta` on. Positive.
     - `divergence`: $s$, a function of the log-ratio.
 
     **Returns:**
@@ -38,7 +38,7 @@ def hinge(
 
     **Raises:**
 
-    `ValueError` at trace time where `reference` is missing or `beta` is not positive.
+    `ValueError` at trace time if `reference` is missing or `beta` is not positive.
 
     ??? cite
 
@@ -61,9 +61,9 @@ def ipo(
 ) -> PairLoss:
     r"""Identity Preference Optimisation: regresses the margin to $1/(2\beta)$.
 
-    $\ell = [s(\rho_w) - s(\rho_l) - 1/(2\beta)]^2$, on **sums**, as in the paper and the original
-    implementation. TRL's `"ipo"` averages over tokens, which the authors confirmed to have used:
-    that is `length_normalized(ipo)`, and `BY_NAME["ipo"]`.
+    $\mathcal{L} = [s(\rho_w) - s(\rho_l) - 1/(2\beta)]^2$, on **sums** over tokens, as in the paper
+    and the original implementation. TRL's `"ipo"` averages over tokens, which the authors confirmed
+    to have used. That loss is `length_normalized(ipo)`, and `BY_NAME["ipo"]`.
 
     **Arguments:**
 
@@ -77,7 +77,7 @@ def ipo(
 
     **Raises:**
 
-    `ValueError` at trace time where `reference` is missing or `beta` is not positive.
+    `ValueError` at trace time if `reference` is missing or `beta` is not positive.
 
     ??? cite
 
@@ -100,15 +100,15 @@ def exo(
 ) -> PairLoss:
     r"""Efficient Exact Optimisation on pairs: the reverse KL from the policy's preference.
 
-    With $q = \sigma(z)$, $z = \beta[s(\rho_w) - s(\rho_l)]$:
-    $\ell = q[\log q - \log(1-\epsilon)] + (1-q)[\log(1-q) - \log\epsilon]$.
+    With $z = \beta[s(\rho_w) - s(\rho_l)]$: $\mathcal{L} =
+    \sigma(z)[\log\sigma(z) - \log(1-\epsilon)] + \sigma(-z)[\log\sigma(-z) - \log\epsilon]$.
 
     **Arguments:**
 
     - `policy`, `reference`: summed log-probabilities, in nats. Shape `(pairs,)`.
     - `beta`: strength of the pull towards the reference, in 1/nats. Positive.
     - `label_smoothing`: $\epsilon$, the target probability of the rejected completion, in
-        `(0, 0.5)`; at 0 the loss is infinite.
+        `(0, 0.5)`. At 0 the loss would be infinite.
     - `divergence`: $s$, a function of the log-ratio.
 
     **Returns:**
@@ -117,7 +117,7 @@ def exo(
 
     **Raises:**
 
-    `ValueError` at trace time where `reference` is missing or a Python number is out of range.
+    `ValueError` at trace time if `reference` is missing or a Python number is out of range.
 
     ??? cite
 
@@ -128,7 +128,7 @@ def exo(
     check_between(label_smoothing=label_smoothing, above=0, below=0.5)
     chosen, rejected = log_ratios(policy, reference, needed_by="exo")
     z = beta * (divergence(chosen) - divergence(rejected))
-    # Of an infinite z one term would be 0 * inf; both are constant long before.
+    # At an infinite z, one term would be 0 * inf. Both terms are constant long before that.
     z = jnp.clip(z, -1000, 1000)
     loss = sigmoid(z) * (log_sigmoid(z) - jnp.log1p(-label_smoothing))
     loss += sigmoid(-z) * (log_sigmoid(-z) - jnp.log(label_smoothing))
@@ -145,14 +145,14 @@ def discopop(
 ) -> PairLoss:
     r"""Discovered Preference Optimisation, the log-ratio modulated loss.
 
-    With $z = \beta[s(\rho_w) - s(\rho_l)]$ and $m = \sigma(z/\tau)$:
-    $\ell = -(1-m)\log\sigma(z) + m e^{-z}$.
+    With $z = \beta[s(\rho_w) - s(\rho_l)]$:
+    $\mathcal{L} = -\sigma(-z/\tau)\log\sigma(z) + \sigma(z/\tau) e^{-z}$.
 
     **Arguments:**
 
     - `policy`, `reference`: summed log-probabilities, in nats. Shape `(pairs,)`.
     - `beta`: strength of the pull towards the reference, in 1/nats. Positive.
-    - `tau`: width of the change from the logistic to the exponential loss. Positive.
+    - `tau`: $\tau$, width of the transition from the logistic to the exponential loss. Positive.
     - `divergence`: $s$, a function of the log-ratio.
 
     **Returns:**
@@ -161,7 +161,7 @@ def discopop(
 
     **Raises:**
 
-    `ValueError` at trace time where `reference` is missing or a Python number is out of range.
+    `ValueError` at trace time if `reference` is missing or a Python number is out of range.
 
     ??? cite
 
@@ -171,12 +171,14 @@ def discopop(
     check_positive(beta=beta, tau=tau)
     chosen, rejected = log_ratios(policy, reference, needed_by="discopop")
     z = beta * (divergence(chosen) - divergence(rejected))
-    # exp(log m - z), not m * exp(-z): that is 0 * inf from z = -89 on in float32. And log m is
-    # z / tau at z = -inf, where log m - z would be inf - inf.
+    # exp(log sigmoid(z / tau) - z), not sigmoid(z / tau) * exp(-z), which is 0 * inf from z = -89
+    # on in float32. At z = -inf, log sigmoid(z / tau) is z / tau, since its difference with z would
+    # be inf - inf.
     lowest = z == -jnp.inf
     inside = jnp.where(lowest, 0, z)
     exponent = jnp.where(lowest, times(1 / tau - 1, z), log_sigmoid(inside / tau) - inside)
-    # m S(z) vanishes at both ends, where its factors are 0 and inf: long before, it is constant.
+    # The product below is 0 at both ends, where its factors are 0 and inf. Clipping z changes
+    # nothing, since the product is constant long before.
     end = 1000 * jnp.maximum(tau, 1)
     middle = jnp.clip(z, -end, end)
     crossover = sigmoid(middle / tau) * log_sigmoid(middle)

@@ -1,8 +1,8 @@
-r"""The divergences of f-DPO, as functions of the log-ratio $\rho = \log\pi - \log\pi^{ref}$.
+r"""The divergences of f-DPO, as functions of the log-ratio $\rho = \log\pi - \log\pi_{ref}$.
 
-Each is the score $f'(e^\rho)$ up to a constant, which takes the place of $\rho$ in a loss of the
-difference: there, and only there, the partition function cancels. A user's own divergence is any
-increasing function of $\rho$ of this form.
+Each function is the score $s(\rho) = f'(e^\rho)$ of an f-divergence, up to a constant. It replaces
+$\rho$ in losses of the difference $s(\rho_w) - s(\rho_l)$, in which alone the partition function
+cancels. A user's divergence is any increasing function of $\rho$.
 """
 
 from collections.abc import Callable
@@ -32,9 +32,9 @@ def reverse_kl(rho: Float[Array, " pairs"]) -> Float[Array, " pairs"]:
 
 
 def forward_kl(rho: Float[Array, " pairs"]) -> Float[Array, " pairs"]:
-    r"""$s(\rho) = 1 - e^{-\rho}$: covers what the reference covers.
+    r"""$s(\rho) = 1 - e^{-\rho}$: mass-covering with respect to the reference.
 
-    Past an exponent of 40 (300 in float64) it goes on as its tangent, finite and never flat.
+    Past an exponent of 40 (300 in float64) the tangent continues it, finite and never flat.
 
     **Arguments:**
 
@@ -75,11 +75,11 @@ def alpha_divergence(a: Scalar) -> Divergence:
     r"""$s(\rho) = (1 - e^{-a\rho}) / a$: from reverse KL at $a = 0$ to forward KL at $a = 1$.
 
     Differs from TRL 1.16, whose coefficient is $1 - a$. Past an exponent $-a\rho$ of 40 (300 in
-    float64) it goes on as its tangent.
+    float64) the tangent continues it.
 
     **Arguments:**
 
-    - `a`: in the paper's convention; a number, a scalar or one value per pair.
+    - `a`: the coefficient in the paper's convention: a number, a scalar or one value per pair.
 
     **Returns:**
 
@@ -96,8 +96,8 @@ def alpha_divergence(a: Scalar) -> Divergence:
         coefficient = jnp.asarray(a)
         zero = coefficient == 0
         divisor = jnp.where(zero, 1, coefficient)
-        # The series at 0, so that the derivative with respect to `a` is right there too. Each
-        # infinity is taken out of the square, whose slope would be 0 * inf.
+        # At 0 the series is used, so that the derivative with respect to `a` is right there too.
+        # Infinities are taken out of the square, whose slope would be 0 * inf.
         small = jnp.where(zero & jnp.isfinite(rho), rho, 0)
         series = rho - times(coefficient, small * small) / 2
         return jnp.where(zero, series, -exponential_minus_1(times(-divisor, rho)) / divisor)

@@ -21,9 +21,10 @@ def dpo(
 ) -> PairLoss:
     r"""Direct Preference Optimisation, with optional label smoothing (cDPO) and divergence (f-DPO).
 
-    With $\rho = \log\pi - \log\pi^{ref}$ and $z = \beta[s(\rho_w) - s(\rho_l)]$ for the chosen $w$
-    and the rejected $l$, $s$ the score of the divergence, by default $s(\rho) = \rho$:
-    $\ell = -(1-\epsilon)\log\sigma(z) - \epsilon\log\sigma(-z)$.
+    $\rho_w$ is the log-ratio $\log\pi(y_w) - \log\pi_{ref}(y_w)$ of the chosen completion $y_w$,
+    and $\rho_l$ the log-ratio of the rejected completion $y_l$. With
+    $z = \beta[s(\rho_w) - s(\rho_l)]$ and the score $s$ of the divergence, by default
+    $s(\rho) = \rho$: $\mathcal{L} = -(1-\epsilon)\log\sigma(z) - \epsilon\log\sigma(-z)$.
 
     Differs from TRL 1.16, which ignores label smoothing here.
 
@@ -43,7 +44,7 @@ def dpo(
 
     **Raises:**
 
-    `ValueError` at trace time where `reference` is missing or a Python number is out of range.
+    `ValueError` at trace time if `reference` is missing or a Python number is out of range.
 
     ??? cite
 
@@ -67,10 +68,10 @@ def robust_dpo(
     label_smoothing: Scalar = 0.1,
     divergence: Divergence = reverse_kl,
 ) -> PairLoss:
-    r"""Robust DPO: unbiased for the loss on clean labels where a share of them is flipped.
+    r"""Robust DPO: an unbiased estimate of the loss on clean labels if some labels are flipped.
 
     With $z$ as in `dpo`:
-    $\ell = [-(1-\epsilon)\log\sigma(z) + \epsilon\log\sigma(-z)] / (1 - 2\epsilon)$, which is
+    $\mathcal{L} = [-(1-\epsilon)\log\sigma(z) + \epsilon\log\sigma(-z)] / (1 - 2\epsilon)$. It is
     not bounded below.
 
     **Arguments:**
@@ -86,7 +87,7 @@ def robust_dpo(
 
     **Raises:**
 
-    `ValueError` at trace time where `reference` is missing or a Python number is out of range.
+    `ValueError` at trace time if `reference` is missing or a Python number is out of range.
 
     ??? cite
 
@@ -103,6 +104,6 @@ def robust_dpo(
 
 def smoothed(z: Float[Array, " pairs"], label_smoothing: Scalar) -> Float[Array, " pairs"]:
     r"""$-(1-\epsilon)\log\sigma(z) - \epsilon\log\sigma(-z)$."""
-    # log_sigmoid(-z), not log(1 - sigmoid(z)): that is -inf from z = 17 on in float32.
-    # `times`, since without smoothing a rejected completion of probability 0 has 0 * inf here.
+    # log_sigmoid(-z), not log(1 - sigmoid(z)), which is -inf from z = 17 on in float32.
+    # `times`, since a rejected completion of probability 0 gives 0 * inf without smoothing.
     return -(1 - label_smoothing) * log_sigmoid(z) - times(label_smoothing, log_sigmoid(-z))

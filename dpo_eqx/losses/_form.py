@@ -1,6 +1,6 @@
-"""The form that every loss has: its result, its hyper-parameters, and the mark of coupled pairs.
+"""What every loss reads: hyper-parameters, log-ratios, lengths, averages, and a reference.
 
-The losses themselves are in the files beside this one, one algorithm a function.
+The losses themselves are in the other files of this folder, one function for each algorithm.
 """
 
 from typing import TYPE_CHECKING, TypeVar
@@ -16,7 +16,7 @@ from ._numerics import difference, wide
 
 # A hyper-parameter: a number, a traced scalar, or one value per pair.
 if TYPE_CHECKING:
-    # A NumPy array is welcome too, see `_jax/scalars.py`.
+    # At run time a NumPy array is accepted too, see `_jax/scalars.py`.
     Scalar = float | Array
 else:
     Scalar = Number | PerPair
@@ -28,9 +28,9 @@ Reference = TypeVar("Reference")
 def log_ratios(
     policy: PairLogProbs, reference: PairLogProbs | None, *, needed_by: str
 ) -> tuple[Float[Array, " pairs"], Float[Array, " pairs"]]:
-    r"""The log-ratios $\rho = \log\pi - \log\pi^{ref}$ of the chosen and the rejected completions.
+    r"""The log-ratios $\rho_w$ and $\rho_l$, $\rho = \log\pi - \log\pi_{ref}$, of both completions.
 
-    No gradient flows into `reference`; where it is missing, a `ValueError` says how to give one.
+    No gradient flows into `reference`. If it is missing, a `ValueError` says how to give one.
     """
     reference = require_reference(reference, needed_by=needed_by)
     chosen = _difference(policy.chosen, reference.chosen)
@@ -40,7 +40,7 @@ def log_ratios(
 def log_ratio(
     policy: UnpairedLogProbs, reference: UnpairedLogProbs | None, *, needed_by: str
 ) -> Float[Array, " pairs"]:
-    r"""`log_ratios` of single completions."""
+    r"""The log-ratio $\rho$ of single completions, as `log_ratios`."""
     reference = require_reference(reference, needed_by=needed_by)
     return _difference(policy.completion, reference.completion)
 
@@ -58,7 +58,7 @@ def require_reference(reference: Reference | None, *, needed_by: str) -> Referen
             f"`{needed_by}` needs a reference and got none. Give one of: a policy as the argument "
             "`reference` of the step; precomputed log-probabilities as `batch.reference`, from "
             "`precompute_reference`; a view of the policy by `reference_of=`, such as "
-            "`models.without_lora`. Or do without one by `losses.reference_free(loss)`."
+            "`models.without_lora`. To train without one, use `losses.reference_free(loss)`."
         )
     return reference
 
@@ -68,7 +68,7 @@ def lengths(
 ) -> tuple[Float[Array, " pairs"], Float[Array, " pairs"]]:
     """The numbers of scored tokens, in the dtype of the losses.
 
-    Where they are missing, a `ValueError` says where they come from.
+    If they are missing, a `ValueError` says how to get them.
     """
     for name in ("chosen_length", "rejected_length"):
         if getattr(policy, name) is None:
@@ -85,7 +85,7 @@ def lengths(
 def averages(
     policy: PairLogProbs, *, needed_by: str
 ) -> tuple[Float[Array, " pairs"], Float[Array, " pairs"]]:
-    """Log-probabilities per scored token; those of an empty completion are its sum, 0."""
+    """Log-probabilities per scored token. The average of an empty completion is 0."""
     chosen, rejected = lengths(policy, needed_by=needed_by)
     return (
         wide(policy.chosen) / jnp.maximum(chosen, 1),

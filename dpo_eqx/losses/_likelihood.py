@@ -1,4 +1,4 @@
-"""Losses of the policy's own likelihood: they need no reference and ignore one that is given."""
+"""Losses of the policy's likelihood alone: they need no reference, and ignore a given one."""
 
 import jax.numpy as jnp
 from jax.nn import log_sigmoid
@@ -12,10 +12,10 @@ from ._numerics import log_1_minus_exp, times, wide
 
 
 def sft(policy: PairLogProbs, reference: PairLogProbs | None) -> PairLoss:
-    r"""Supervised fine-tuning on the chosen completion: $\ell = -\log\pi_w / n_w$.
+    r"""Supervised fine-tuning on the chosen completion: $\mathcal{L} = -\log\pi(y_w) / n_w$.
 
-    Differs from TRL 1.16, which averages over the tokens of the micro-batch, so that its loss
-    depends on how the batch is split; ours averages over each completion's own tokens.
+    Averages over the tokens of each completion. Differs from TRL 1.16, which averages over the
+    tokens of the microbatch, so that its loss depends on how the batch is split.
 
     **Arguments:**
 
@@ -28,7 +28,7 @@ def sft(policy: PairLogProbs, reference: PairLogProbs | None) -> PairLoss:
 
     **Raises:**
 
-    `ValueError` at trace time where the lengths are missing.
+    `ValueError` at trace time if the lengths are missing.
     """
     chosen, _ = averages(policy, needed_by="sft")
     return PairLoss(-chosen, wide(policy.chosen), wide(policy.rejected))
@@ -43,10 +43,11 @@ def simpo(
 ) -> PairLoss:
     r"""Simple Preference Optimisation.
 
-    With $a = \log\pi / n$: $\ell = -\log\sigma(\beta(a_w - a_l) - \gamma)$.
+    With the log-probability per token $\mathrm{avg} = \log\pi / n$:
+    $\mathcal{L} = -\log\sigma(\beta(\mathrm{avg}_w - \mathrm{avg}_l) - \gamma)$.
 
-    Differs from TRL 1.16, which adds a likelihood term unless `cpo_alpha=0`: that is
-    `combine((1, simpo), (1, sft))`.
+    Differs from TRL 1.16, which adds a likelihood term unless `cpo_alpha=0`. The loss with this
+    term is `combine((1, simpo), (1, sft))`.
 
     **Arguments:**
 
@@ -57,11 +58,11 @@ def simpo(
 
     **Returns:**
 
-    The unreduced loss and the rewards $\beta a$, each of shape `(pairs,)`.
+    The unreduced loss and the rewards $\beta\,\mathrm{avg}$, each of shape `(pairs,)`.
 
     **Raises:**
 
-    `ValueError` at trace time where the lengths are missing or `beta` is not positive.
+    `ValueError` at trace time if the lengths are missing or `beta` is not positive.
 
     ??? cite
 
@@ -84,16 +85,17 @@ def alpha_po(
 ) -> PairLoss:
     r"""AlphaPO: SimPO with a reward of another shape.
 
-    With $a = \log\pi / n$ and the reward $r = \beta(1 - e^{-\alpha a})/\alpha$:
-    $\ell = -\log\sigma(r_w - r_l - \gamma)$. At $\alpha = 0$ it is SimPO. Past an exponent of 40
-    (300 in float64) the exponential goes on as its tangent.
+    With $\mathrm{avg} = \log\pi / n$ and the reward
+    $r = \beta(1 - e^{-\alpha\,\mathrm{avg}})/\alpha$:
+    $\mathcal{L} = -\log\sigma(r_w - r_l - \gamma)$. At $\alpha = 0$ it is SimPO. Past an exponent
+    of 40 (300 in float64) its tangent continues the exponential.
 
     **Arguments:**
 
     - `policy`: summed log-probabilities, in nats, and lengths in tokens. Shape `(pairs,)`.
     - `reference`: ignored.
     - `beta`: scale of the rewards, in 1/nats. Positive.
-    - `alpha`: the shape; any number.
+    - `alpha`: the shape of the reward, any number.
     - `gamma`: the target margin of the rewards.
 
     **Returns:**
@@ -102,7 +104,7 @@ def alpha_po(
 
     **Raises:**
 
-    `ValueError` at trace time where the lengths are missing or `beta` is not positive.
+    `ValueError` at trace time if the lengths are missing or `beta` is not positive.
 
     ??? cite
 
@@ -124,7 +126,7 @@ def cpo(
 ) -> PairLoss:
     r"""Contrastive Preference Optimisation: DPO with a uniform reference, and a likelihood term.
 
-    $\ell = -\log\sigma(\beta(\log\pi_w - \log\pi_l)) - \alpha\log\pi_w / n_w$.
+    $\mathcal{L} = -\log\sigma(\beta(\log\pi(y_w) - \log\pi(y_l))) - \alpha\log\pi(y_w) / n_w$.
 
     **Arguments:**
 
@@ -139,7 +141,7 @@ def cpo(
 
     **Raises:**
 
-    `ValueError` at trace time where the lengths are missing or a Python number is out of range.
+    `ValueError` at trace time if the lengths are missing or a Python number is out of range.
 
     ??? cite
 
@@ -157,11 +159,13 @@ def cpo(
 def orpo(policy: PairLogProbs, reference: PairLogProbs | None, *, beta: Scalar = 0.1) -> PairLoss:
     r"""Odds Ratio Preference Optimisation.
 
-    With $a = \log\pi / n$ and the log-odds $o = a - \log(1 - e^a)$:
-    $\ell = -a_w - \beta\log\sigma(o_w - o_l)$.
+    With $\mathrm{avg} = \log\pi / n$ and the log-odds
+    $o = \mathrm{avg} - \log(1 - e^{\mathrm{avg}})$:
+    $\mathcal{L} = -\mathrm{avg}_w - \beta\log\sigma(o_w - o_l)$.
 
-    An empty completion, or one whose average probability rounds to 1, has infinite odds; there
-    $a$ is held at $-\varepsilon$ of its dtype, with a gradient of 0 through the odds.
+    An empty completion, or one whose average probability rounds to 1, has infinite odds. In the
+    odds, $\mathrm{avg}$ is therefore at most minus the machine epsilon. If it is larger, no
+    gradient flows through the odds.
 
     **Arguments:**
 
@@ -171,11 +175,11 @@ def orpo(policy: PairLogProbs, reference: PairLogProbs | None, *, beta: Scalar =
 
     **Returns:**
 
-    The unreduced loss and the rewards $\beta a$, each of shape `(pairs,)`.
+    The unreduced loss and the rewards $\beta\,\mathrm{avg}$, each of shape `(pairs,)`.
 
     **Raises:**
 
-    `ValueError` at trace time where the lengths are missing or `beta` is not positive.
+    `ValueError` at trace time if the lengths are missing or `beta` is not positive.
 
     ??? cite
 
@@ -186,7 +190,7 @@ def orpo(policy: PairLogProbs, reference: PairLogProbs | None, *, beta: Scalar =
     chosen, rejected = averages(policy, needed_by="orpo")
     largest = -float(jnp.finfo(chosen.dtype).eps)
     capped = [jnp.minimum(average, largest) for average in (chosen, rejected)]
-    # Not log1p(-exp(a)): that loses every digit near 0, and its gradient is nan at 0.
+    # Not log1p(-exp(average)), which loses every digit near 0 and has a NaN gradient at 0.
     chosen_odds, rejected_odds = (average - log_1_minus_exp(average) for average in capped)
     loss = -chosen - beta * log_sigmoid(chosen_odds - rejected_odds)
     return PairLoss(loss, beta * chosen, beta * rejected)

@@ -1,4 +1,4 @@
-"""DPO with another margin: a penalty, an offset, the lengths, another link function."""
+"""DPO with another margin: with a penalty, an offset, the lengths, or another link function."""
 
 import jax.numpy as jnp
 from jax.nn import log_sigmoid, relu
@@ -19,16 +19,16 @@ def dpop(
 ) -> PairLoss:
     r"""DPO-Positive: DPO that also keeps the chosen completion from becoming less likely.
 
-    $\ell = -\log\sigma(\beta[\rho_w - \rho_l - \lambda\max(0, -\rho_w)])$.
+    $\mathcal{L} = -\log\sigma(\beta[\rho_w - \rho_l - \mathrm{penalty}\cdot\max(0, -\rho_w)])$.
 
-    At the corner, $\rho_w = 0$, the subgradient of the maximum is 0: with the policy at the
-    reference the first step is DPO's.
+    At the corner, $\rho_w = 0$, the subgradient of the maximum is 0. If the policy starts at the
+    reference, the first step is therefore the same as with DPO.
 
     **Arguments:**
 
     - `policy`, `reference`: summed log-probabilities, in nats. Shape `(pairs,)`.
     - `beta`: strength of the pull towards the reference, in 1/nats. Positive.
-    - `penalty`: $\lambda$, not negative.
+    - `penalty`: the paper's $\lambda$, not negative.
 
     **Returns:**
 
@@ -36,7 +36,7 @@ def dpop(
 
     **Raises:**
 
-    `ValueError` at trace time where `reference` is missing or a Python number is out of range.
+    `ValueError` at trace time if `reference` is missing or a Python number is out of range.
 
     ??? cite
 
@@ -57,10 +57,10 @@ def odpo(
     beta: Scalar = 0.1,
     offset: Scalar = 0.0,
 ) -> PairLoss:
-    r"""DPO with an offset: asks for a larger margin where the preference is stronger.
+    r"""DPO with an offset: requires a larger margin for a stronger preference.
 
-    $\ell = -\log\sigma(\beta(\rho_w - \rho_l) - \Delta)$. The paper takes
-    $\Delta = \alpha\log(r_w - r_l)$ from scores $r$ of the answers.
+    $\mathcal{L} = -\log\sigma(\beta(\rho_w - \rho_l) - \Delta)$. In the paper, $\Delta$ is a
+    multiple of $\log(r_w - r_l)$, with rewards $r$ of the answers from a separate model.
 
     **Arguments:**
 
@@ -75,7 +75,7 @@ def odpo(
 
     **Raises:**
 
-    `ValueError` at trace time where `reference` is missing or `beta` is not positive.
+    `ValueError` at trace time if `reference` is missing or `beta` is not positive.
 
     ??? cite
 
@@ -97,15 +97,15 @@ def r_dpo(
 ) -> PairLoss:
     r"""Length-regularised DPO: the reward is penalised by `alpha` for each token.
 
-    $\ell = -\log\sigma(\beta(\rho_w - \rho_l) + \alpha(n_w - n_l))$: a longer chosen completion
-    has less to win, hence the plus.
+    $\mathcal{L} = -\log\sigma(\beta(\rho_w - \rho_l) + \alpha(n_w - n_l))$. The sign is a plus,
+    since a longer chosen completion shall be reinforced less.
 
     **Arguments:**
 
     - `policy`, `reference`: summed log-probabilities, in nats, and the policy's lengths in
         tokens. Shape `(pairs,)`.
     - `beta`: strength of the pull towards the reference, in 1/nats. Positive.
-    - `alpha`: $\alpha$, reward per token.
+    - `alpha`: $\alpha$, the penalty in units of reward per token.
 
     **Returns:**
 
@@ -113,7 +113,7 @@ def r_dpo(
 
     **Raises:**
 
-    `ValueError` at trace time where `reference` or the lengths are missing, or `beta` is not
+    `ValueError` at trace time if `reference` or the lengths are missing, or `beta` is not
     positive.
 
     ??? cite
@@ -137,14 +137,15 @@ def chi_po(
 ) -> PairLoss:
     r"""$\chi^2$ Preference Optimisation: DPO regularised by $\chi^2$, against over-optimisation.
 
-    $\ell = -\log\sigma(\mathrm{clip}_c[\beta(\phi_w - \phi_l)])$ with $\phi = \rho + e^\rho$. Past
-    an exponent of 40 (300 in float64) the exponential goes on as its tangent.
+    With $\phi = \rho + e^\rho$ and $\mathrm{clip}_c$, which clips to $[-c, c]$:
+    $\mathcal{L} = -\log\sigma(\mathrm{clip}_c[\beta(\phi_w - \phi_l)])$. Past an exponent of 40
+    (300 in float64) its tangent continues the exponential.
 
     **Arguments:**
 
     - `policy`, `reference`: summed log-probabilities, in nats. Shape `(pairs,)`.
     - `beta`: strength of the pull towards the reference, in 1/nats. Positive.
-    - `clip`: $c$, which the paper sets to twice the largest reward; past it the gradient is 0.
+    - `clip`: $c$, which the paper sets to twice the largest reward. Past it the gradient is 0.
         `None` clips nothing. Positive.
 
     **Returns:**
@@ -153,7 +154,7 @@ def chi_po(
 
     **Raises:**
 
-    `ValueError` at trace time where `reference` is missing or a Python number is out of range.
+    `ValueError` at trace time if `reference` is missing or a Python number is out of range.
 
     ??? cite
 

@@ -1,6 +1,6 @@
-"""Marks on losses: which couple pairs, and which losses a loss is made of.
+"""Marks on losses: which losses couple pairs, and which losses a loss is made of.
 
-The step and the combinators read them; no arithmetic is here.
+The step and the combinators read the marks. No arithmetic is here.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ from typing import Any, TypeVar, cast
 
 from .._jax.explicit_meshes import automatic
 
-# Bare, since typeguard cannot check a bound with parameters.
+# `Callable` without parameters, since typeguard cannot check a bound with parameters.
 Loss = TypeVar("Loss", bound=Callable)
 
 _ATTRIBUTE = "_dpo_eqx_marks"
@@ -19,7 +19,7 @@ _ATTRIBUTE = "_dpo_eqx_marks"
 
 @dataclasses.dataclass(frozen=True)
 class Marks:
-    """What the library must know of a loss and cannot see from its signature.
+    """The properties of a loss that the library needs and that its signature does not show.
 
     **Arguments:**
 
@@ -34,7 +34,7 @@ class Marks:
 
 
 def marked(loss: Loss, marks: Marks) -> Loss:
-    """`loss` with `marks` in place of any that it had (`functools.wraps` copies those)."""
+    """`loss` with `marks` in place of its earlier marks, which `functools.wraps` copies."""
     setattr(loss, _ATTRIBUTE, marks)
     return loss
 
@@ -47,10 +47,9 @@ def marks_of(loss: Callable[..., Any]) -> Marks:
 def couples_pairs(loss: Loss) -> Loss:
     """Marks a loss whose value for one pair depends on the other pairs: a sort, a batch mean.
 
-    `make_grad` then hands it the log-probabilities of the whole global batch, over microbatches
-    and devices. The price: the forward pass of the policy is run twice where microbatches split
-    the batch. The loss must use `policy.weight` in its statistics, so that rows of weight 0 have
-    no influence.
+    `make_grad` then gives it the log-probabilities of the whole global batch, over microbatches
+    and devices. If microbatches split the batch, this takes a second forward pass of the policy.
+    The loss must use `policy.weight` in its statistics, so that rows of weight 0 have no influence.
 
     ```python
     @losses.couples_pairs
@@ -59,11 +58,11 @@ def couples_pairs(loss: Loss) -> Loss:
 
     **Arguments:**
 
-    - `loss`: any callable of the form of a loss; it is not changed.
+    - `loss`: any callable of the form of a loss. It is not changed.
 
     **Returns:**
 
-    The same loss, marked.
+    A loss with the same values, marked.
     """
 
     on_any_mesh = automatic(loss)
@@ -81,9 +80,9 @@ def is_coupled(loss: Callable[..., Any]) -> bool:
 
 
 def parts(loss: Callable[..., Any]) -> Iterator[tuple[Callable[..., Any], dict[str, Any]]]:
-    """Every function that `loss` is made of, through `partial` and our combinators.
+    """Every function that `loss` is made of, through `partial` and the combinators.
 
-    Each comes with the keywords that `partial` has bound to it.
+    Each function comes with the keywords that `partial` has bound to it.
     """
     bound: dict[str, Any] = {}
     while isinstance(loss, functools.partial):

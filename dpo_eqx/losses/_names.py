@@ -1,4 +1,4 @@
-"""The names by which the field calls these losses, as in TRL's `loss_type`."""
+"""The usual names of the losses, as in TRL's `loss_type`."""
 
 import difflib
 from collections.abc import Callable
@@ -16,11 +16,11 @@ from ._unpaired import apo_zero_unpaired, bco, kto
 
 
 class Names(dict[str, Callable[..., Any]]):
-    """A dictionary that raises `ValueError` at an unknown name, and suggests a known one."""
+    """A dictionary that raises `ValueError` for an unknown name, and suggests a known one."""
 
     def __missing__(self, name: str) -> Callable[..., Any]:
-        near = difflib.get_close_matches(str(name), self, n=1, cutoff=0.4)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        matches = difflib.get_close_matches(str(name), self, n=1, cutoff=0.4)
+        hint = f" Did you mean {matches[0]!r}?" if matches else ""
         known = ", ".join(repr(known) for known in sorted(self))
         raise ValueError(f"`loss` must be one of {known}; got {name!r}.{hint}")
 

@@ -1,6 +1,6 @@
-"""Functions of arrays that hold at the edges: no overflow, no `0 * inf`, and the mean.
+"""Functions of arrays that are safe at extreme values: no overflow, no `0 * inf`.
 
-Nothing here knows what a loss is.
+Nothing here depends on the losses.
 """
 
 import jax
@@ -13,13 +13,13 @@ from .._jax.dtypes import at_least_float32
 
 
 def wide(x: Shaped[Array | np.ndarray, "*shape"]) -> Float[Array, "*shape"]:
-    """`x` as a JAX array in float32 or wider: in float16, `exp(12)` is infinite."""
+    """`x` as a JAX array in float32 or wider, since `exp(12)` is infinite in float16."""
     x = jnp.asarray(x)
     return x.astype(at_least_float32(x.dtype))
 
 
 def difference(x: Float[Array, "*shape"], y: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """`x - y`; if both are finite, so is the result.
+    """`x - y`, which is finite if both are finite.
 
     Past the largest number of the dtype the value is that number, and the slopes stay 1 and -1.
     """
@@ -36,10 +36,10 @@ def finite(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
 
 
 def times(coefficient: ArrayLike, x: Float[Array, "*shape"]) -> Float[Array, "..."]:
-    """`coefficient * x`, where a coefficient of 0 removes an infinity too.
+    """`coefficient * x`, except that 0 times an infinity is 0.
 
-    The product with a finite `x` is finite: the largest number, if it would overflow. The slope
-    with respect to `x` stays the coefficient.
+    The product with a finite `x` is finite: if it would overflow, it is the largest number of the
+    dtype. The slope with respect to `x` stays the coefficient.
     """
     coefficient = jnp.asarray(coefficient)
     product = coefficient * jnp.where((coefficient == 0) & jnp.isinf(x), 0, x)
@@ -50,14 +50,14 @@ def times(coefficient: ArrayLike, x: Float[Array, "*shape"]) -> Float[Array, "..
 
 
 def exponent_limit(dtype: jnp.dtype) -> float:
-    """The exponent past which our exponentials go on linearly: finite, and so is the square."""
+    """The exponent past which exponentials continue linearly. Their squares are finite too."""
     return 300.0 if jnp.finfo(dtype).bits >= 64 else 40.0
 
 
 def exponential(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    r"""$e^x$, going on as its tangent past `exponent_limit`.
+    r"""$e^x$, continued by its tangent past `exponent_limit`.
 
-    Clamping the exponent instead would leave a gradient of zero where a loss is worst.
+    Clamping the exponent instead would make the gradient 0 for the pairs with the largest loss.
     """
     x = wide(x)
     limit = exponent_limit(x.dtype)
@@ -65,7 +65,7 @@ def exponential(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
 
 
 def exponential_minus_1(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """`exponential(x) - 1`, precise where `x` is small."""
+    """`exponential(x) - 1`, precise for small `x`."""
     x = wide(x)
     limit = exponent_limit(x.dtype)
     return jnp.expm1(jnp.minimum(x, limit)) + _tangent(x - limit, slope=float(np.exp(limit)))
@@ -77,10 +77,10 @@ def square_limit(dtype: jnp.dtype) -> float:
 
 
 def square(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    r"""$x^2$, going on as its tangent past `square_limit`.
+    r"""$x^2$, continued by its tangent past `square_limit`.
 
-    No log-ratio is that large, but the score of an exponential divergence can be: $-10^{21}$ for
-    `forward_kl` of a log-ratio of $-10^4$ in float32, where the square would overflow.
+    No log-ratio is that large, but the score of an exponential divergence can be: `forward_kl` of
+    a log-ratio of $-10^4$ is $-10^{21}$ in float32, and its square would overflow.
     """
     limit = square_limit(x.dtype)
     near = jnp.clip(x, -limit, limit)
@@ -92,7 +92,7 @@ def log_1_minus_exp(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
 
     Not `jax.nn.log1mexp`, whose second derivative is NaN from about 100 on.
     """
-    # Each form is given a harmless number where the other is taken.
+    # The form that `where` does not select gets a harmless number, so that its gradient is finite.
     near = x > -0.7
     by_expm1 = jnp.log(-jnp.expm1(jnp.where(near, x, -1)))
     by_log1p = jnp.log1p(-jnp.exp(jnp.where(near, -1, x)))
@@ -102,7 +102,7 @@ def log_1_minus_exp(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
 def _tangent(excess: Float[Array, "*shape"], *, slope: float) -> Float[Array, "*shape"]:
     """`slope * max(excess, 0)` up to a thousandth of the dtype's largest number, then flatter.
 
-    So it is finite if `excess` is, infinite if `excess` is, and never flat.
+    The result is finite exactly if `excess` is, and its slope is never 0 past the limit.
     """
     steep = float(jnp.finfo(excess.dtype).max) / 1024 / slope
     return slope * jnp.clip(excess, 0, steep) + jnp.maximum(excess - steep, 0) / 1024
@@ -111,10 +111,10 @@ def _tangent(excess: Float[Array, "*shape"], *, slope: float) -> Float[Array, "*
 def present(
     values: Float[Array | np.ndarray, "*shape"], weight: Float[Array, "..."]
 ) -> Float[Array, "*shape"]:
-    """`values`, with 0 for a NaN or an infinity of weight 0, since `0 * nan` is NaN.
+    """`values`, with 0 in place of a NaN or an infinity of weight 0, since `0 * nan` is NaN.
 
-    Finite values stay: the derivative of `weight * value` with respect to a weight of 0 is the
-    value.
+    Finite values stay, since the derivative of `weight * value` with respect to a weight of 0 is
+    the value.
     """
     return jnp.where((weight != 0) | jnp.isfinite(values), values, 0)
 
@@ -122,9 +122,9 @@ def present(
 def weighted_mean(
     values: Float[Array, " pairs"], weight: Float[Array | np.ndarray, " pairs"] | None
 ) -> Float[Array, ""]:
-    """The mean with weights; a row of weight 0 has no part in it, whatever it holds.
+    """The weighted mean. A row of weight 0 does not count, even if it is NaN or infinite.
 
-    0 where all weights are 0.
+    The mean is 0 if all weights are 0.
     """
     if weight is None:
         return values.mean()

@@ -1,4 +1,7 @@
-"""The shift `delta` of BCO: a running mean that the caller carries, or the batch's own mean."""
+"""The shift `delta` of `bco` and `bco_pair`: a running mean, or the mean of the batch.
+
+The caller carries the running mean. The losses themselves are in `_unpaired` and `_anchored`.
+"""
 
 import functools
 import inspect
@@ -24,8 +27,8 @@ def update_delta(
 ) -> Float[Array, ""]:
     r"""The running shift of `bco` and `bco_pair` after a batch: the mean over batches so far.
 
-    $\delta + (\delta_b - \delta) / k$. It is a value that the loop carries, like the optimiser's
-    state; pass it as an array, so that no step recompiles:
+    $\delta + (\delta_b - \delta) / k$. The loop carries this value, like the optimiser's state.
+    Pass it as an array, so that no step recompiles:
 
     ```python
     grad = dpx.make_grad(partial(losses.bco_pair, delta=delta))
@@ -36,10 +39,11 @@ def update_delta(
 
     **Arguments:**
 
-    - `delta`: the mean of the batches before, a reward; anything at the first.
-    - `batch_delta`: this batch's, halfway between the mean chosen and the mean rejected reward.
-    - `count`: $k$, the number of batches so far, this one included. Inside `jit` an array, which
-        recompiles nothing.
+    - `delta`: $\delta$, the mean over the earlier batches, a reward. Any number at the first batch.
+    - `batch_delta`: $\delta_b$ of this batch, halfway between the mean chosen and the mean rejected
+        reward.
+    - `count`: $k$, the number of batches so far, including this one. Under `jit`, pass an array,
+        so that nothing recompiles.
 
     **Returns:**
 
@@ -55,10 +59,10 @@ def update_delta(
 
 
 def batch_delta(loss: Callable[..., Result]) -> Callable[..., Result]:
-    r"""`loss` with the batch's own shift in place of its argument `delta`.
+    r"""`loss` with the shift of the batch in place of its argument `delta`.
 
     $\delta$ is halfway between the mean chosen (desirable) and the mean rejected (undesirable)
-    reward, with the weights of the global batch, and no gradient flows through it. Couples pairs.
+    reward, both weighted and over the global batch. No gradient flows through it. Couples pairs.
 
     **Arguments:**
 
@@ -70,13 +74,13 @@ def batch_delta(loss: Callable[..., Result]) -> Callable[..., Result]:
 
     **Raises:**
 
-    `ValueError` where `loss` takes no `delta`, or has it bound.
+    `ValueError` if `loss` takes no `delta`, or has bound it.
     """
     signature = inspect.signature(loss)
     if not takes(loss, "delta"):
         raise ValueError(
             "`batch_delta` takes a loss with a keyword `delta` that is not bound yet, such as "
-            f"`losses.bco` or `losses.bco_pair`, got one with the arguments {signature}."
+            f"`losses.bco` or `losses.bco_pair`; got a loss with the arguments {signature}."
         )
 
     @functools.wraps(loss)
@@ -91,7 +95,7 @@ def batch_delta(loss: Callable[..., Result]) -> Callable[..., Result]:
 
 
 def _middle(result: PairLoss | UnpairedLoss, policy: Any) -> Float[Array, ""]:
-    """Halfway between the mean rewards of good and bad; where one is missing, the other's."""
+    """Halfway between the mean rewards of good and bad, or the only mean if one is missing."""
     if isinstance(result, PairLoss):
         middle = weighted_mean((result.chosen_reward + result.rejected_reward) / 2, policy.weight)
         return jax.lax.stop_gradient(middle)

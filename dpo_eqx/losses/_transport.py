@@ -1,6 +1,6 @@
-"""Alignment by optimal transport: sorted against sorted, over the whole batch.
+"""Alignment by optimal transport: compares sorted log-ratios over the whole batch.
 
-These couple the pairs, so the step runs the policy's forward pass twice where it accumulates
+These losses couple the pairs, so the step runs the policy's forward pass twice if it accumulates
 over microbatches.
 """
 
@@ -28,12 +28,13 @@ def aot(
 ) -> PairLoss:
     r"""Alignment via Optimal Transport, paired: the policy's margins dominate the reference's.
 
-    With $u = \log\pi_w - \log\pi_l$ and $v$ the same of the reference, each sorted over the batch,
-    $z = \beta(u_{(i)} - v_{(i)})$: $\ell = -(1-\epsilon)\log\sigma(z) - \epsilon\log\sigma(-z)$.
+    $u = \log\pi(y_w) - \log\pi(y_l)$ and $v = \log\pi_{ref}(y_w) - \log\pi_{ref}(y_l)$ are each
+    sorted over the batch. With $z = \beta(u_{(i)} - v_{(i)})$ for the rank $i$ of the pair in $u$:
+    $\mathcal{L} = -(1-\epsilon)\log\sigma(z) - \epsilon\log\sigma(-z)$.
 
-    Differs from TRL 1.16 in the order only: its losses are in the order of $u$, ours in the order
-    of the pairs. Couples pairs: the sort is over the global batch. Weights scale the losses, not
-    the ranks; rows of weight 0 are left out of the sort and their loss is 0.
+    Differs from TRL 1.16 only in the order: losses come in the order of the pairs, not of $u$.
+    Couples pairs: the sort is over the global batch. Weights scale the losses, not the ranks. Rows
+    of weight 0 are left out of the sort, and their loss is 0.
 
     **Arguments:**
 
@@ -47,7 +48,7 @@ def aot(
 
     **Raises:**
 
-    `ValueError` at trace time where `reference` is missing or a Python number is out of range.
+    `ValueError` at trace time if `reference` is missing or a Python number is out of range.
 
     ??? cite
 
@@ -74,9 +75,9 @@ def aot_unpaired(
 ) -> PairLoss:
     r"""Alignment via Optimal Transport, unpaired: chosen rewards dominate the rejected ones.
 
-    As `aot`, with $u = \rho_w$ and $v = \rho_l$: which rejected completion belonged to which
-    chosen one plays no part. A loss is at the place of its chosen completion. TRL's older name is
-    `aot_pair`.
+    As `aot`, with $u = \rho_w$ and $v = \rho_l$: the result does not depend on which rejected
+    completion belongs to which chosen one. A loss is at the place of its chosen completion. TRL's
+    older name is `aot_pair`.
 
     **Arguments:**
 
@@ -90,7 +91,7 @@ def aot_unpaired(
 
     **Raises:**
 
-    `ValueError` at trace time where `reference` is missing or a Python number is out of range.
+    `ValueError` at trace time if `reference` is missing or a Python number is out of range.
 
     ??? cite
 
@@ -111,13 +112,13 @@ def _transported(
     beta: Scalar,
     label_smoothing: Scalar,
 ) -> Float[Array, " pairs"]:
-    kept = jnp.ones(u.shape, bool) if weight is None else jnp.asarray(weight) > 0
-    # Zeros in place of what is left out, before the sort too: it may hold anything, nan included.
-    u, v = jnp.where(kept, u, 0), jnp.where(kept, v, 0)
-    matched = jnp.zeros_like(v).at[_order(u, kept)].set(v[_order(v, kept)])
-    return jnp.where(kept, smoothed(beta * (u - matched), label_smoothing), 0)
+    included = jnp.ones(u.shape, bool) if weight is None else jnp.asarray(weight) > 0
+    # Rows that are left out become 0, also before the sort, since they may hold NaN.
+    u, v = jnp.where(included, u, 0), jnp.where(included, v, 0)
+    matched = jnp.zeros_like(v).at[_order(u, included)].set(v[_order(v, included)])
+    return jnp.where(included, smoothed(beta * (u - matched), label_smoothing), 0)
 
 
-def _order(values: Float[Array, " pairs"], kept: Bool[Array, " pairs"]) -> Int[Array, " pairs"]:
-    """Ascending, the rows that are not kept at the end, where they meet only each other."""
-    return jnp.lexsort((jax.lax.stop_gradient(values), ~kept))
+def _order(values: Float[Array, " pairs"], included: Bool[Array, " pairs"]) -> Int[Array, " pairs"]:
+    """The ascending order. Rows left out are at the end of both sorts, and so match each other."""
+    return jnp.lexsort((jax.lax.stop_gradient(values), ~included))

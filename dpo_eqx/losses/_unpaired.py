@@ -25,11 +25,12 @@ def kto(
 ) -> UnpairedLoss:
     r"""Kahneman-Tversky Optimisation.
 
-    With the reference point $z_0 = \max(0, \text{weighted mean of } \rho_{kl})$ over the global
-    batch, through which no gradient flows: $\ell = \lambda_D[1 - \sigma(\beta(\rho - z_0))]$ of a
-    desirable completion, $\lambda_U[1 - \sigma(\beta(z_0 - \rho))]$ of an undesirable one.
+    $\mathcal{L} = \lambda_D[1 - \sigma(\beta(\rho - \rho_0))]$ for a desirable completion, and
+    $\lambda_U[1 - \sigma(\beta(\rho_0 - \rho))]$ for an undesirable one. The reference point
+    $\rho_0$ (the paper's $z_0$) is $\max(0, \text{weighted mean of } \rho_{kl})$ over the global
+    batch. No gradient flows through it.
 
-    Couples pairs, through $z_0$; rows of weight 0 have no part in it.
+    Couples pairs, through $\rho_0$. Rows of weight 0 do not count in it.
 
     **Arguments:**
 
@@ -44,7 +45,7 @@ def kto(
 
     **Raises:**
 
-    `ValueError` at trace time where `reference` or `kl` is missing or a Python number is out of
+    `ValueError` at trace time if `reference` or `kl` is missing or a Python number is out of
     range.
 
     ??? cite
@@ -66,8 +67,8 @@ def apo_zero_unpaired(
 ) -> UnpairedLoss:
     r"""`apo_zero` on single completions: KTO with its reference point at 0.
 
-    $\ell = 1 - \sigma(\beta\rho)$ of a desirable completion, $\sigma(\beta\rho)$ of an undesirable
-    one.
+    $\mathcal{L} = 1 - \sigma(\beta\rho)$ for a desirable completion, and $\sigma(\beta\rho)$ for an
+    undesirable one.
 
     **Arguments:**
 
@@ -80,7 +81,7 @@ def apo_zero_unpaired(
 
     **Raises:**
 
-    `ValueError` at trace time where `reference` is missing or `beta` is not positive.
+    `ValueError` at trace time if `reference` is missing or `beta` is not positive.
 
     ??? cite
 
@@ -99,17 +100,17 @@ def bco(
     beta: Scalar = 0.1,
     delta: Scalar = 0.0,
 ) -> UnpairedLoss:
-    r"""Binary Classifier Optimisation: the reward as the logit of "desirable".
+    r"""Binary Classifier Optimisation: the reward is the logit of "desirable".
 
-    $\ell = -\log\sigma(\beta\rho - \delta)$ of a desirable completion,
-    $-\log\sigma(-(\beta\rho - \delta))$ of an undesirable one.
+    $\mathcal{L} = -\log\sigma(\beta\rho - \delta)$ for a desirable completion, and
+    $-\log\sigma(-(\beta\rho - \delta))$ for an undesirable one.
 
     **Arguments:**
 
     - `policy`, `reference`: summed log-probabilities, in nats. Shape `(pairs,)`.
     - `beta`: strength of the pull towards the reference, in 1/nats. Positive.
-    - `delta`: $\delta$, the reward that separates good from bad; carried by the caller, see
-        `update_delta`, or the batch's own by `batch_delta(bco)`. No gradient flows into it.
+    - `delta`: $\delta$, the reward that separates good from bad. Carry it with `update_delta`, or
+        use the mean of the batch by `batch_delta(bco)`. No gradient flows into it.
 
     **Returns:**
 
@@ -118,7 +119,7 @@ def bco(
 
     **Raises:**
 
-    `ValueError` at trace time where `reference` is missing or `beta` is not positive.
+    `ValueError` at trace time if `reference` is missing or `beta` is not positive.
 
     ??? cite
 
@@ -134,7 +135,7 @@ def bco(
 def _towards_good(
     x: Float[Array, " pairs"], label: Bool[Array | np.ndarray, " pairs"]
 ) -> Float[Array, " pairs"]:
-    """`x` where the completion is desirable, `-x` where it is not."""
+    """`x` if the completion is desirable, `-x` if it is not."""
     return jnp.where(label, x, -x)
 
 

@@ -58,25 +58,25 @@ WITH_BETA = [case for case in CASES if "beta" in case.hyper or case.name == "chi
 @pytest.mark.parametrize("case", WITH_BETA, ids=lambda case: case.name)
 @pytest.mark.parametrize("beta", [0, -0.1, float("nan")])
 def test_beta_must_be_positive(case, beta):
-    with pytest.raises(ValueError, match=f"`beta` must be positive, got {beta}"):
+    with pytest.raises(ValueError, match=f"`beta` must be positive; got {beta}"):
         case.loss(*records(case, draw(case)), beta=beta)
 
 
 @pytest.mark.parametrize(
     ("loss", "keyword", "value", "message"),
     [
-        (losses.dpo, "label_smoothing", 0.5, r"`label_smoothing` must be in \[0, 0.5\), got 0.5"),
-        (losses.dpo, "label_smoothing", -0.1, r"must be in \[0, 0.5\), got -0.1"),
-        (losses.robust_dpo, "label_smoothing", 0.5, r"must be in \[0, 0.5\), got 0.5"),
-        (losses.aot, "label_smoothing", 0.5, r"must be in \[0, 0.5\), got 0.5"),
-        (losses.aot_unpaired, "label_smoothing", 1, r"must be in \[0, 0.5\), got 1"),
-        (losses.exo, "label_smoothing", 0, r"must be in \(0, 0.5\), got 0"),
-        (losses.exo, "label_smoothing", 0.5, r"must be in \(0, 0.5\), got 0.5"),
-        (losses.exo, "label_smoothing", float("nan"), r"must be in \(0, 0.5\), got nan"),
-        (losses.discopop, "tau", 0, "`tau` must be positive, got 0"),
-        (losses.chi_po, "clip", 0.0, "`clip` must be positive, got 0.0"),
-        (losses.dpop, "penalty", -1, "`penalty` must not be negative, got -1"),
-        (losses.cpo, "alpha", -1.0, "`alpha` must not be negative, got -1.0"),
+        (losses.dpo, "label_smoothing", 0.5, r"`label_smoothing` must be in \[0, 0.5\); got 0.5"),
+        (losses.dpo, "label_smoothing", -0.1, r"must be in \[0, 0.5\); got -0.1"),
+        (losses.robust_dpo, "label_smoothing", 0.5, r"must be in \[0, 0.5\); got 0.5"),
+        (losses.aot, "label_smoothing", 0.5, r"must be in \[0, 0.5\); got 0.5"),
+        (losses.aot_unpaired, "label_smoothing", 1, r"must be in \[0, 0.5\); got 1"),
+        (losses.exo, "label_smoothing", 0, r"must be in \(0, 0.5\); got 0"),
+        (losses.exo, "label_smoothing", 0.5, r"must be in \(0, 0.5\); got 0.5"),
+        (losses.exo, "label_smoothing", float("nan"), r"must be in \(0, 0.5\); got nan"),
+        (losses.discopop, "tau", 0, "`tau` must be positive; got 0"),
+        (losses.chi_po, "clip", 0.0, "`clip` must be positive; got 0.0"),
+        (losses.dpop, "penalty", -1, "`penalty` must not be negative; got -1"),
+        (losses.cpo, "alpha", -1.0, "`alpha` must not be negative; got -1.0"),
     ],
 )
 def test_other_numbers_out_of_range(loss, keyword, value, message):
@@ -87,12 +87,12 @@ def test_other_numbers_out_of_range(loss, keyword, value, message):
 @pytest.mark.parametrize("keyword", ["desirable_weight", "undesirable_weight"])
 def test_weights_of_kto(keyword):
     case = next(case for case in CASES if case.name == "kto")
-    with pytest.raises(ValueError, match=f"`{keyword}` must not be negative, got -1"):
+    with pytest.raises(ValueError, match=f"`{keyword}` must not be negative; got -1"):
         case.loss(*records(case, draw(case)), **{keyword: -1})
 
 
 def test_decay_out_of_range():
-    with pytest.raises(ValueError, match=r"`decay` must be in \[0, 1\), got 1"):
+    with pytest.raises(ValueError, match=r"`decay` must be in \[0, 1\); got 1"):
         losses.update_margin(0.0, 0.1, decay=1)
 
 
@@ -114,7 +114,7 @@ def test_labels_that_are_not_boolean():
 
 @pytest.mark.parametrize("case", [c for c in CASES if not c.divergence], ids=lambda c: c.name)
 def test_a_divergence_where_there_is_no_difference(case):
-    with pytest.raises(ValueError, match=rf"`divergence`.*got `{case.name}`"):
+    with pytest.raises(ValueError, match=rf"`divergence`.*; got `{case.name}`"):
         losses.length_normalized(case.loss)
     with pytest.raises(TypeError, match="divergence"):
         case.loss(*records(case, draw(case)), divergence=losses.forward_kl)
@@ -143,7 +143,7 @@ def test_confidences_missing():
 def test_terms_of_combine(terms):
     # Unwrapped, since the tests' type checks would object first.
     combine = inspect.unwrap(losses.combine)
-    with pytest.raises(ValueError, match=r"`combine` takes pairs of a weight and a loss.*got"):
+    with pytest.raises(ValueError, match=r"`combine` takes pairs of a weight and a loss.*; got"):
         combine(*terms)
 
 

@@ -93,5 +93,6 @@ def test_batch_delta_takes_no_delta():
 
 @pytest.mark.parametrize("loss", [losses.dpo, partial(losses.bco, delta=0.2)], ids=["no", "bound"])
 def test_batch_delta_of_a_loss_without_a_free_delta(loss):
-    with pytest.raises(ValueError, match=r"`batch_delta` takes a loss with a keyword `delta`.*got"):
+    message = r"`batch_delta` takes a loss with a keyword `delta`.*; got"
+    with pytest.raises(ValueError, match=message):
         losses.batch_delta(loss)
