@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from .._arrays.log_probs import PairLogProbs, UnpairedLogProbs
 from .._arrays.loss_values import PairLoss, UnpairedLoss
-from .._arrays.metrics import Metrics, PerPair, Value
+from .._arrays.metrics import Metrics, MetricValues, Value
 from .._jax.describe import described
 from ..losses._numerics import present
 
@@ -22,7 +22,7 @@ def default_metrics(
     policy: PairLogProbs | UnpairedLogProbs,
     reference: PairLogProbs | UnpairedLogProbs | None,
     loss: PairLoss | UnpairedLoss,
-) -> dict[str, PerPair]:
+) -> dict[str, MetricValues]:
     """The metrics that users of TRL plot, under the same names, before averaging.
 
     `loss`; `rewards/chosen`, `rewards/rejected`, `rewards/margins`: the implicit rewards;
@@ -50,7 +50,7 @@ def default_metrics(
     return _paired(policy, loss)
 
 
-def _paired(policy: Any, loss: Any) -> dict[str, PerPair]:
+def _paired(policy: Any, loss: Any) -> dict[str, MetricValues]:
     chosen, rejected = loss.chosen_reward, loss.rejected_reward
     half = (1 + jnp.sign(chosen - rejected)) / 2
     return {
@@ -64,7 +64,7 @@ def _paired(policy: Any, loss: Any) -> dict[str, PerPair]:
     }
 
 
-def _unpaired(policy: Any, loss: Any) -> dict[str, PerPair]:
+def _unpaired(policy: Any, loss: Any) -> dict[str, MetricValues]:
     label = jnp.asarray(policy.label)
     return {
         "loss": loss.loss,
