@@ -123,7 +123,7 @@ def ld_score(alpha: Number) -> Score[PairLogProbs]:
         2409.06411).
     """
     if isinstance(alpha, Real) and not 0 <= alpha <= 1:
-        raise ValueError(f"`alpha` must be in [0, 1], got {alpha}.")
+        raise ValueError(f"`alpha` must be in [0, 1]; got {alpha}.")
 
     def score(
         policy: PyTree,
