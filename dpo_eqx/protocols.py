@@ -78,7 +78,7 @@ class Gradient(Protocol):
         *,
         key: Keys | None = None,
     ) -> tuple[PyTree, dict[str, Float[Array, ""]]]:
-        """A pytree like `policy` with `None` for what is not trained, and a dict of scalars."""
+        """A pytree like `policy` with `None` for frozen leaves, and a dict of scalars."""
         ...
 
 

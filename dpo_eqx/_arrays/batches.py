@@ -155,6 +155,7 @@ def check_prompt(prompt: Tokens) -> None:
         raise ValueError(f"`prompt` must have shape `(pairs, prompt)`; got {prompt.ids.shape}.")
     if not is_concrete(prompt.mask):
         return
+    # A layout knows only the length of a prompt, so its real tokens must be a prefix.
     mask = np.asarray(prompt.mask)
     lengths = mask.sum(axis=1)
     bad = (lengths == 0) | (mask != (np.arange(mask.shape[1]) < lengths[:, None])).any(axis=1)

@@ -19,10 +19,10 @@ def _length(length: int | Integer[Array | np.ndarray, ""]) -> Int[Array, ""]:
 
 
 class AbstractLayout(eqx.Module):
-    """What every layout offers to a policy that attends through `mask()` and `positions`.
+    """The interface of every layout, for a policy that attends through `mask()` and `positions`.
 
-    `Layout` and `PackedLayout` also have `length`, the width of the whole row, and `longest`, the
-    largest number of tokens that a prompt and one of its completions have together.
+    `Layout` and `PackedLayout` also have `length`, the width of the whole row, and `longest`, an
+    upper bound on the number of tokens of a prompt plus one of its completions.
     """
 
     @property
@@ -80,7 +80,7 @@ class Layout(AbstractLayout):
 
     @property
     def longest(self) -> int:
-        """The largest width of the prompt plus one completion, in tokens."""
+        """An upper bound on the number of tokens of the prompt plus one of its completions."""
         return self.prompt_width + max(self.completion_widths, default=0)
 
     @property

@@ -70,6 +70,7 @@ def check_one_shape(record: eqx.Module, first: str) -> None:
     """Raises if the arrays of `record` do not all have the shape of its field `first`."""
     want = getattr(getattr(record, first), "shape", None)
     for name, value in vars(record).items():
+        # An optional field is `None`, which has no shape.
         shape = getattr(value, "shape", want)
         if shape != want:
             raise ValueError(

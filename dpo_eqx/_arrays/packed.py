@@ -29,9 +29,9 @@ class PackedLayout(AbstractLayout):
     - `lengths`: the numbers of tokens of each pair's prompt, chosen and rejected completion, in the
         order of the row; 0 for an absent one. Shape `(pairs, 3)`, traced and held in int32.
     - `length`: the width of the whole row, including the padding at its end.
-    - `longest`: the largest number of tokens of a prompt plus one of its completions.
-    - `longest_pair`: the largest number of tokens of a prompt plus both completions. No token sees
-        further back in the row.
+    - `longest`: an upper bound on the number of tokens of a prompt plus one of its completions.
+    - `longest_pair`: an upper bound on the number of tokens of a prompt plus both completions. No
+        token sees further back in the row.
     """
 
     lengths: Int[Array, "pairs 3"] = eqx.field(converter=as_ids)
@@ -79,6 +79,7 @@ class PackedLayout(AbstractLayout):
         This is the token before it. For the first token of a completion, it is the last token of
         its prompt.
         """
+        # The token before a rejected completion is the last of the chosen one, not of the prompt.
         pair, starts = self.pairs, self._starts
         is_first = self._places == starts[pair, self.segments]
         last_of_prompt = starts[pair, 0] + self.lengths[pair, 0] - 1
@@ -189,6 +190,7 @@ class PackedBatch(eqx.Module):
     def with_reference(self, reference: PairLogProbs) -> "PackedBatch":
         """This batch with the log-probabilities that `precompute_reference` returned for it."""
         fields = {name: value for name, value in vars(reference).items() if value is not None}
+        # The inverse of `by_pair`.
         shape = self.indices.shape[::-1]
         references = {name: value.reshape(shape).swapaxes(0, 1) for name, value in fields.items()}
         return dataclasses.replace(self, references=references)

@@ -37,6 +37,7 @@ def in_int32(ids: Integer[Array | np.ndarray, "*shape"]) -> Int[Array | np.ndarr
     bounds, wanted = jnp.iinfo(ids.dtype), jnp.iinfo(jnp.int32)
     low, high = max(bounds.min, wanted.min), min(bounds.max, wanted.max)
     if (low, high) != (bounds.min, bounds.max):
+        # A cast alone would wrap a large id around, perhaps into the vocabulary.
         clip = np.clip if isinstance(ids, np.ndarray) else jnp.clip
         ids = clip(ids, int(low), int(high))
     return ids.astype(np.int32)

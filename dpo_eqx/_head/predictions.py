@@ -66,6 +66,7 @@ class Hidden(AbstractPrediction):
                 chunk_size=self.chunk_size,
             )
 
+        # On a mesh, the gradient of the unembedding is then summed once, not once for each chunk.
         return over_data(log_probs_of_rows, (self.hidden, targets), self.head)
 
     def collisions(self) -> Float[Array, "pairs length"]:
@@ -87,7 +88,7 @@ def kl_between(
 ) -> Float[Array, "pairs length"]:
     """The KL divergence of the policy's predictions from the reference's, in nats, per position.
 
-    If both are hidden states, all logits are never held at once.
+    If both are hidden states, the logits are never all held at once.
     """
     if isinstance(policy, Hidden) and isinstance(reference, Hidden):
         return linear_kl(

@@ -1,4 +1,4 @@
-"""Dtypes: those in which a policy computes, and those of gradients and optimiser states."""
+"""Dtypes of a policy's computation, and of gradients and optimiser states."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar

@@ -53,6 +53,7 @@ def default_metrics(
 
 def _paired(policy: Any, loss: Any) -> dict[str, MetricValues]:
     chosen, rejected = loss.chosen_reward, loss.rejected_reward
+    # A tie counts one half, so that identical policies have an accuracy of 0.5.
     half = (1 + jnp.sign(chosen - rejected)) / 2
     return {
         "loss": loss.loss,

@@ -69,6 +69,7 @@ def loss_and_slopes(
             result = _call(loss, Scored(policy, pairs.reference, pairs.per_pair, pairs.weight))
             losses = wide(result.loss)
             weight = pairs.weight.astype(losses.dtype)
+            # `present` before the product, because 0 * NaN is NaN.
             weighted = present(losses, weight) * weight
             return safe_ratio(weighted.sum(), whole.astype(weighted.dtype)), result
 

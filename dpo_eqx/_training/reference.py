@@ -60,13 +60,13 @@ def sync_reference(reference: Policy, policy: Policy, alpha: Number) -> Policy:
     """
     if isinstance(alpha, Real) and not 0 <= alpha <= 1:
         raise ValueError(f"`alpha` must be in [0, 1]; got {alpha}.")
-    ours, theirs = (eqx.filter(tree, eqx.is_array) for tree in (reference, policy))
-    if jax.tree.structure(ours) != jax.tree.structure(theirs):
+    old_arrays, new_arrays = (eqx.filter(tree, eqx.is_array) for tree in (reference, policy))
+    if jax.tree.structure(old_arrays) != jax.tree.structure(new_arrays):
         raise ValueError(
             "`reference` and `policy` must have one structure to be mixed; got "
-            f"{jax.tree.structure(ours)} and {jax.tree.structure(theirs)}."
+            f"{jax.tree.structure(old_arrays)} and {jax.tree.structure(new_arrays)}."
         )
-    moved = jax.tree.map(lambda old, new: _mix(old, new, alpha), ours, theirs)
+    moved = jax.tree.map(lambda old, new: _mix(old, new, alpha), old_arrays, new_arrays)
     return eqx.combine(moved, eqx.filter(reference, eqx.is_array, inverse=True))
 
 

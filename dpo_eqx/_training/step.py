@@ -81,9 +81,9 @@ def make_grad(
     **Raises:**
 
     `ValueError` at trace time if a reference is missing, given twice or moves with the policy, or
-    if `microbatches` does not divide the pairs. The same if `loss` has a bound array with axes
-    while pairs are split, if `trainable` selects nothing or arrays that cannot be differentiated,
-    or if `axis_name` is an axis of `vmap`.
+    if `microbatches` does not divide the pairs. It is also raised if `loss` has a bound array
+    with axes while pairs are split, if `trainable` selects nothing or arrays that cannot be
+    differentiated, or if `axis_name` is an axis of `vmap`.
 
     ??? info "Precision"
 

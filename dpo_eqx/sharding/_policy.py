@@ -107,5 +107,6 @@ def put_on(leaf: jax.Array | np.ndarray, sharding: NamedSharding) -> jax.Array:
     is_global = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
     if sharding.is_fully_addressable or is_global:
         return jax.device_put(leaf, sharding)
+    # Every process has all values of an array that is not global, and cuts its shards from them.
     values = np.asarray(leaf)
     return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
