@@ -1,4 +1,4 @@
-"""Direct Preference Optimization for JAX: a functional core, with Equinox models beside it."""
+"""Direct Preference Optimization for JAX: a functional core, with Equinox models."""
 
 from . import losses as losses
 from ._arrays.batches import PreferenceBatch as PreferenceBatch, UnpairedBatch as UnpairedBatch

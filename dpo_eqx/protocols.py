@@ -1,7 +1,7 @@
 """The contracts between the parts, as types: what a policy, a score, a loss and a step are.
 
-Nothing here computes anything, and nothing has to inherit from these: a function or a module of the
-right form is one.
+Nothing here computes anything. Nothing has to inherit from these protocols: any function or module
+of the right form satisfies them.
 """
 
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from ._arrays.layout import AbstractLayout
-from ._arrays.metrics import Metrics, PerPair
+from ._arrays.metrics import Metrics, MetricValues
 from ._jax.keys import Keys
 
 Policy = TypeVar("Policy", bound=PyTree)
@@ -22,11 +22,11 @@ PairValues = TypeVar("PairValues", covariant=True)
 
 @runtime_checkable
 class Loss(Protocol[LogProbs, PairValues]):
-    """A loss: the log-probabilities of some pairs in, one value for each pair out.
+    """A loss: takes the log-probabilities of some pairs, and returns one value for each pair.
 
     `LogProbs` is `PairLogProbs` and `PairValues` is `PairLoss`, or `UnpairedLogProbs` and
-    `UnpairedLoss` for single completions. All of `dpo_eqx.losses` have this form, and any function
-    of your own that has it takes their place.
+    `UnpairedLoss` for single completions. All losses in `dpo_eqx.losses` have this form. Any
+    function of your own with this form can replace them.
     """
 
     def __call__(
@@ -34,20 +34,20 @@ class Loss(Protocol[LogProbs, PairValues]):
     ) -> PairValues:
         """The unreduced losses and rewards, in the order of the pairs.
 
-        `reference` is `None` if there is no reference. Hyper-parameters are keyword-only; those of
-        `batch.per_pair` come as arrays of shape `(pairs,)`.
+        `reference` is `None` if there is no reference. Hyper-parameters are keyword-only; those in
+        `batch.per_pair` arrive as arrays of shape `(pairs,)`.
         """
         ...
 
 
 @runtime_checkable
 class Score(Protocol[Scored]):
-    """A score: a policy run on a batch, giving the log-probability of each completion."""
+    """A score: runs a policy on a batch, and returns the log-probability of each completion."""
 
     def __call__(self, policy: Any, batch: Any, /, *, key: Keys | None) -> Scored:
         """`PairLogProbs` or `UnpairedLogProbs`, in nats, summed over the scored tokens.
 
-        `key` is `None` for a reference and in an evaluation.
+        `key` is `None` for a reference, and during evaluation.
         """
         ...
 
@@ -56,11 +56,12 @@ class Score(Protocol[Scored]):
 class MetricsFunction(Protocol):
     """The metrics of each pair, before the step averages them; see `default_metrics`."""
 
-    def __call__(self, policy: Any, reference: Any, loss: Any, /) -> Mapping[str, PerPair]:
-        """By name one value for each pair, shape `(pairs,)`, or such values and a mask beside them.
+    def __call__(self, policy: Any, reference: Any, loss: Any, /) -> Mapping[str, MetricValues]:
+        """A dict from each metric's name to its values, of shape `(pairs,)`.
 
-        The arguments are the log-probabilities of the policy and of the reference (or `None`), and
-        what the loss returned.
+        A pair `(values, mask)` averages over the true positions of the mask only. The arguments
+        are the log-probabilities of the policy and of the reference (or `None`), and the result
+        of the loss.
         """
         ...
 
@@ -77,7 +78,7 @@ class Gradient(Protocol):
         *,
         key: Keys | None = None,
     ) -> tuple[PyTree, dict[str, Float[Array, ""]]]:
-        """A pytree like `policy` with `None` for what is not trained, and a dict of scalars."""
+        """A pytree like `policy` with `None` for frozen leaves, and a dict of scalars."""
         ...
 
 
@@ -109,18 +110,18 @@ class Evaluate(Protocol):
 
 @runtime_checkable
 class FastPolicy(Protocol):
-    """What a policy may offer beside `policy(ids)`, to be run faster with the same result.
+    """Optional methods of a policy, in addition to `policy(ids)`, with which it runs faster.
 
-    `score_pairs` then encodes each prompt once for both completions, applies the unembedding to
-    completion positions only, and never builds the logits. The logits that this implies,
-    `hidden @ unembedding.T + unembedding_bias`, soft-capped as `softcap * tanh(logits / softcap)`,
-    must be those that `policy(ids)` returns.
+    The result is the same. `score_pairs` then encodes each prompt once for both completions,
+    applies the unembedding to completion positions only, and never builds the logits. The implied
+    logits are `hidden @ unembedding.T + unembedding_bias`, soft-capped as
+    `softcap * tanh(logits / softcap)`. They must equal the logits that `policy(ids)` returns.
 
     Two more attributes are optional: `unembedding_bias`, of shape `(vocab,)`, and `softcap`, a
     number; `None` has the same effect as a missing attribute.
 
-    The shortest way to write one is to attend through `layout.mask()` and to take positions from
-    `layout.positions`; it then runs on packed rows too, whose `layout` is a `PackedLayout`:
+    The shortest implementation attends through `layout.mask()` and takes positions from
+    `layout.positions`. It then also runs on packed rows, whose `layout` is a `PackedLayout`:
 
     ```python
     class Policy(eqx.Module):
@@ -143,5 +144,5 @@ class FastPolicy(Protocol):
     def hidden(
         self, ids: Int[Array, " length"], layout: AbstractLayout, *, key: PRNGKeyArray | None = None
     ) -> Float[Array, "length width"]:
-        """The last hidden states of a row made as `layout` says, normalised and all."""
+        """The last hidden states, after the final normalisation, of a row with this `layout`."""
         ...

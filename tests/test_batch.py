@@ -52,8 +52,8 @@ def test_a_batch_names_what_is_wrong(unchecked, fields, message):
     ("ids", "mask", "message"),
     [
         (np.zeros((2, 3), int), np.ones((2, 4), bool), r"one shape.*\(2, 3\) and \(2, 4\)"),
-        (np.zeros((2, 3)), np.ones((2, 3), bool), "`ids` must be integers, got float64"),
-        (np.zeros((2, 3), int), np.ones((2, 3)), "`mask` must be boolean, got float64"),
+        (np.zeros((2, 3)), np.ones((2, 3), bool), "`ids` must be integers; got float64"),
+        (np.zeros((2, 3), int), np.ones((2, 3)), "`mask` must be boolean; got float64"),
     ],
 )
 def test_tokens_name_what_is_wrong(unchecked, ids, mask, message):
@@ -144,8 +144,8 @@ def test_from_sequences_takes_an_empty_response():
 @pytest.mark.parametrize(
     ("chosen", "mask", "message"),
     [
-        ([[1, 2], [4, 5]], [[0, 1], [0, 1]], "of row 1 do not"),
-        ([[1, 2], [3, 4]], [[0, 1], [1, 1]], "of row 1 do not"),
+        ([[1, 2], [4, 5]], [[0, 1], [0, 1]], "got none in row 1"),
+        ([[1, 2], [3, 4]], [[0, 1], [1, 1]], "got none in row 1"),
         ([[1, 2]], [[0, 1]], "one row per pair"),
     ],
 )

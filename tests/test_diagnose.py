@@ -225,5 +225,5 @@ def test_bins(unchecked):
     c = dpx.calibrate(np.array([0.0, 0.1, -0.1, 50.0]), bins=2)
     assert c.count.tolist() == [3, 1]
     np.testing.assert_allclose(c.mean()[1], [0.5, 1])
-    with pytest.raises(ValueError, match="`bins` must be a positive number of bins, got 0"):
+    with pytest.raises(ValueError, match="`bins` must be a positive number of bins; got 0"):
         dpx.calibrate(jnp.zeros(1), bins=0)

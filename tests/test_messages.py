@@ -24,7 +24,7 @@ LOGITS = {
     "none": (lambda x: None, "got None from Returns. Return the logits as an array"),
     "object": (lambda x: POLICY, "got an object of class Perceptron from Returns"),
     "batch axis": (lambda x: x[None], r"got \(1, 11, 11\) .* written for one sequence"),
-    "last token": (lambda x: x[-1], r"got \(11,\) .* every token, not of the last one alone"),
+    "last token": (lambda x: x[-1], r"got \(11,\) .* every token, not only of the last token"),
     "cut": (lambda x: x[1:], r"here \(11, vocab\) for `ids` of shape \(11,\); got \(10, 11\)"),
     "integers": (lambda x: x.astype(int), "got .* in int64 .* real floating-point numbers"),
     "complex": (lambda x: x.astype(complex), "in complex128 .* real floating-point numbers"),
@@ -76,7 +76,7 @@ def test_logits_of_numpy_are_logits():
     ("policy", "message"),
     [
         (None, "got None"),
-        (Perceptron, r"got the class Perceptron. Make an instance of it, as by `Perceptron\("),
+        (Perceptron, r"got the class Perceptron. Make an instance of it by `Perceptron\("),
         (Attention, "got the class Attention"),
         (jnp.zeros(3), r"got \(3,\) in float64. Give it a method `__call__"),
     ],

@@ -96,7 +96,7 @@ def test_synchronising_keeps_the_references_dtype():
 
 @pytest.mark.parametrize("alpha", [-0.1, 1.1, float("nan")])
 def test_synchronising_refuses_what_is_no_mixture(alpha):
-    with pytest.raises(ValueError, match=r"`alpha` must be in \[0, 1\], got"):
+    with pytest.raises(ValueError, match=r"`alpha` must be in \[0, 1\]; got"):
         dpx.sync_reference(REFERENCE, POLICY, alpha)
 
 

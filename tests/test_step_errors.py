@@ -35,7 +35,7 @@ def test_two_references_at_once():
     reference = dpx.PairLogProbs(np.zeros(8), np.zeros(8))
     batch = dataclasses.replace(BATCH, reference=reference)
     both = "the argument `reference` and `batch.reference`"
-    with pytest.raises(ValueError, match=f"give one reference, not 2: got {both}"):
+    with pytest.raises(ValueError, match=f"Give one reference, not 2: got {both}"):
         gradient(POLICY, batch, POLICY)
     with pytest.raises(ValueError, match="the argument `reference` and `reference_of`"):
         gradient(POLICY, BATCH, POLICY, reference_of=dpx.snapshot)

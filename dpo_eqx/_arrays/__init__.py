@@ -1,4 +1,4 @@
-"""The records that cross the borders between layers, checked once where they are made.
+"""The records that the layers exchange, checked once, when they are created.
 
-What computes with them is in the layers above.
+The layers above compute with them.
 """

@@ -1,4 +1,4 @@
-"""Batches of preference data: arrays, checked once where they are made.
+"""Batches of preference data: arrays, checked once, when a batch is created.
 
 Reading files, tokenising and padding are not here; `dpo_eqx.data` does that.
 """
@@ -16,24 +16,24 @@ from .tokens import Tokens
 
 
 class PreferenceBatch(eqx.Module):
-    """Pairs of completions of one prompt, the chosen preferred to the rejected.
+    """Pairs of completions of one prompt; the chosen completion is preferred to the rejected.
 
-    Made on the host of NumPy or JAX arrays, or inside a transformation of tracers; trees of
-    anything else, such as shardings or axis specifications, are made with `jax.tree.map`.
+    A batch is made of NumPy or JAX arrays on the host, or of tracers inside a transformation. Use
+    `jax.tree.map` to make trees of anything else, such as shardings or axis specifications.
 
     **Arguments:**
 
-    - `prompt`: masks are prefixes of at least one token. Shape `(pairs, prompt)`.
+    - `prompt`: each mask is true on a prefix of at least one token. Shape `(pairs, prompt)`.
     - `chosen`, `rejected`: both padded to one width. Shape `(pairs, completion)`.
-    - `weight`: of each pair in every mean, finite and not negative; 0 removes a pair exactly, and
-        `None` means 1. Shape `(pairs,)`.
+    - `weight`: the weight of each pair in every mean, finite and not negative. 0 removes a pair
+        exactly, and `None` means 1. Shape `(pairs,)`.
     - `reference`: precomputed log-probabilities, as from `precompute_reference`.
     - `per_pair`: arguments of the loss by name, such as `{"beta": ...}`, each of shape `(pairs,)`.
 
     **Raises:**
 
     `ValueError` that names the field, the requirement and both shapes. Values (prefixes, weights)
-    are checked where they are known: not for tracers.
+    are checked only if they are known, so not for tracers.
     """
 
     prompt: Tokens
@@ -69,15 +69,16 @@ class PreferenceBatch(eqx.Module):
     ) -> "PreferenceBatch":
         """A batch from whole sequences with response masks, on the host.
 
-        The prompt of a pair is what its two sequences share before the first scored token of
-        either. Where they differ earlier, the rest goes to the completions as unscored context.
+        The prompt of a pair is the prefix that its two sequences share before the first scored
+        token of either. If they differ earlier, the unscored tokens after the prefix go to the
+        completions as context.
 
         **Arguments:**
 
-        - `chosen_ids`, `rejected_ids`: prompt and response in one row, padded on the right; the
+        - `chosen_ids`, `rejected_ids`: prompt and response in one row, padded on the right. The
             two widths may differ. Shape `(pairs, length)`.
-        - `chosen_mask`, `rejected_mask`: true at the tokens of the response that are scored. A
-            row without any is an empty completion.
+        - `chosen_mask`, `rejected_mask`: true at the scored tokens of the response. A row without
+            scored tokens is an empty completion.
         - `fields`: the other fields of `PreferenceBatch`, by name.
 
         **Returns:**
@@ -86,7 +87,7 @@ class PreferenceBatch(eqx.Module):
 
         **Raises:**
 
-        `ValueError` where the sequences of a pair do not share a first, unscored token.
+        `ValueError` if the sequences of a pair do not share a first, unscored token.
         """
         return PreferenceBatch(
             *split_sequences(
@@ -102,11 +103,11 @@ class UnpairedBatch(eqx.Module):
 
     **Arguments:**
 
-    - `prompt`: masks are prefixes of at least one token. Shape `(pairs, prompt)`.
+    - `prompt`: each mask is true on a prefix of at least one token. Shape `(pairs, prompt)`.
     - `completion`: shape `(pairs, completion)`.
-    - `label`: true where the completion is desirable. Shape `(pairs,)`.
-    - `kl`: for each prompt a completion of *another* prompt, from which KTO estimates its
-        reference point; drawn over the whole data set. Shape `(pairs, kl)`.
+    - `label`: true if the completion is desirable. Shape `(pairs,)`.
+    - `kl`: for each prompt, a completion of *another* prompt, drawn from the whole data set. KTO
+        estimates its reference point from these. Shape `(pairs, kl)`.
     - `weight`, `reference`, `per_pair`: as in `PreferenceBatch`. Shape `(pairs,)`.
 
     **Raises:**
@@ -129,8 +130,8 @@ class UnpairedBatch(eqx.Module):
             check_completion("kl", self.kl, self.prompt)
         if self.label.dtype != bool:
             raise ValueError(
-                "`label` must be boolean (true where the completion is desirable), got "
-                f"{self.label.dtype}. Convert it, say with `label > 0`."
+                "`label` must be boolean (true if the completion is desirable); got "
+                f"{self.label.dtype}. Convert it, for instance by `label > 0`."
             )
         _check_per_pair_shape("label", self.label, self.pairs)
         check_per_pair(self)
@@ -142,7 +143,7 @@ class UnpairedBatch(eqx.Module):
 
 
 def is_concrete(x: object) -> bool:
-    """Whether the values of `x` can be looked at here: not a tracer, nor spread over hosts."""
+    """Whether the values of `x` can be read: it is not a tracer, and all of it is on this host."""
     if isinstance(x, jax.Array) and not isinstance(x, Tracer):
         return x.is_fully_addressable
     return isinstance(x, np.ndarray)
@@ -151,18 +152,19 @@ def is_concrete(x: object) -> bool:
 def check_prompt(prompt: Tokens) -> None:
     """Raises if prompts are not `(pairs, prompt)` with prefix masks of at least one token."""
     if prompt.ids.ndim != 2:
-        raise ValueError(f"`prompt` must have shape `(pairs, prompt)`, got {prompt.ids.shape}.")
+        raise ValueError(f"`prompt` must have shape `(pairs, prompt)`; got {prompt.ids.shape}.")
     if not is_concrete(prompt.mask):
         return
+    # A layout knows only the length of a prompt, so its real tokens must be a prefix.
     mask = np.asarray(prompt.mask)
     lengths = mask.sum(axis=1)
     bad = (lengths == 0) | (mask != (np.arange(mask.shape[1]) < lengths[:, None])).any(axis=1)
     if bad.any():
         row = int(np.flatnonzero(bad)[0])
         raise ValueError(
-            "each row of `prompt.mask` must be true on a prefix of at least one token (prompts are "
+            "Each row of `prompt.mask` must be true on a prefix of at least one token (prompts are "
             f"padded on the right); row {row} has {lengths[row]} true positions of "
-            f"{mask.shape[1]}, beginning {mask[row, :8].tolist()}."
+            f"{mask.shape[1]}, and begins with {mask[row, :8].tolist()}."
         )
 
 
@@ -174,7 +176,7 @@ def check_completion(name: str, completion: Tokens, prompt: Tokens) -> None:
             f"{prompt.ids.shape[0]}; got {completion.ids.shape}."
         )
     if completion.ids.shape[1] == 0:
-        raise ValueError(f"`{name}` must be at least one token wide; mask it where it is empty.")
+        raise ValueError(f"`{name}` must be at least one token wide; mask empty completions.")
 
 
 def check_per_pair(batch: PreferenceBatch | UnpairedBatch) -> None:
@@ -184,7 +186,7 @@ def check_per_pair(batch: PreferenceBatch | UnpairedBatch) -> None:
         if is_concrete(batch.weight):
             weight = np.asarray(batch.weight)
             if not (np.isfinite(weight) & (weight >= 0)).all():
-                raise ValueError(f"`weight` must be finite and not negative, got {weight}.")
+                raise ValueError(f"`weight` must be finite and not negative; got {weight}.")
     if batch.reference is not None:
         for name, value in vars(batch.reference).items():
             if value is not None:

@@ -1,6 +1,6 @@
-"""How one row of tokens is made: which tokens are whose, and what each of them sees.
+"""The layout of one row of tokens: which sequence each token belongs to, and which tokens it sees.
 
-The row of one prompt with its completions is here; rows of several pairs are in `packed.py`.
+Rows of one prompt with its completions are here; rows of several pairs are in `packed.py`.
 """
 
 import abc
@@ -14,15 +14,15 @@ from .tokens import as_ids
 
 
 def _length(length: int | Integer[Array | np.ndarray, ""]) -> Int[Array, ""]:
-    # Positions are computed in its dtype, and those of 200 tokens in int8 would overflow.
+    # Positions are computed in the dtype of the length: in int8 that of token 200 overflows.
     return as_ids(jnp.asarray(length))
 
 
 class AbstractLayout(eqx.Module):
-    """What every layout offers to a policy that attends through `mask()` and `positions`.
+    """The interface of every layout, for a policy that attends through `mask()` and `positions`.
 
-    `Layout` and `PackedLayout` also have `length`, the width of the whole row, and `longest`, the
-    largest number of tokens that a prompt and one of its completions have together.
+    `Layout` and `PackedLayout` also have `length`, the width of the whole row, and `longest`, an
+    upper bound on the number of tokens of a prompt plus one of its completions.
     """
 
     @property
@@ -40,33 +40,33 @@ class AbstractLayout(eqx.Module):
     def predicts(self) -> Int[Array, " length"]:
         """For every token of a completion, the place of the token whose hidden state predicts it.
 
-        This is the token before it; for the first token of a completion, it is the last real token
-        of the prompt. The values at tokens of a prompt have no meaning.
+        This is the token before it. For the first token of a completion, it is the last real token
+        of the prompt. The values at prompt tokens have no meaning.
         """
 
     @abc.abstractmethod
     def mask(self) -> Bool[Array, "length length"]:
         """True at `[j, i]` if token `j` sees token `i`.
 
-        It does if `i <= j`, both belong to one pair, and `i` is a real token of the prompt or in
-        `j`'s own completion. Every token sees itself, so no row is empty and a softmax over it is
-        always finite.
+        Token `j` sees `i` if `i <= j`, both belong to one pair, and `i` is a real token of the
+        prompt or in `j`'s own completion. Every token sees itself, so no row is empty and a softmax
+        over it is always finite.
         """
 
 
 class Layout(AbstractLayout):
-    """A row of `prompt_width` prompt tokens and, after them, each completion in its own width.
+    """A row of `prompt_width` prompt tokens, followed by each completion in its own width.
 
-    The prompt is padded on the right to `prompt_width`, each completion to its width; the
-    *positions* of a completion's tokens go on from the prompt's real length all the same, as if
-    it stood alone behind it.
+    The prompt is padded on the right to `prompt_width`, and each completion to its own width. The
+    *positions* of a completion's tokens nevertheless continue from the prompt's real length, as if
+    that completion followed the prompt directly.
 
     **Arguments:**
 
-    - `prompt_length`: the number of real tokens of the prompt, at least 1. A scalar, traced; held
+    - `prompt_length`: the number of real tokens of the prompt, at least 1. A traced scalar, held
         in int32.
-    - `prompt_width`, `completion_widths`: the static widths, for whoever attends blockwise:
-        prompt on prompt, each completion on the prompt and on itself.
+    - `prompt_width`, `completion_widths`: the static widths, for blockwise attention: the prompt
+        attends to itself, and each completion to the prompt and to itself.
     """
 
     prompt_length: Int[Array, ""] = eqx.field(converter=_length)
@@ -80,7 +80,7 @@ class Layout(AbstractLayout):
 
     @property
     def longest(self) -> int:
-        """Tokens that the prompt does not exceed together with one of its completions."""
+        """An upper bound on the number of tokens of the prompt plus one of its completions."""
         return self.prompt_width + max(self.completion_widths, default=0)
 
     @property
@@ -101,10 +101,11 @@ class Layout(AbstractLayout):
         return jnp.concatenate([prompt, *completions])
 
     def mask(self) -> Bool[Array, "length length"]:
-        """True at `[j, i]` where token `j` sees token `i`.
+        """True at `[j, i]` if token `j` sees token `i`.
 
-        That is where `i <= j`, and `i` is a real token of the prompt or in `j`'s own completion.
-        Every token sees itself, so that no row is empty: a softmax over it is always finite.
+        Token `j` sees `i` if `i <= j`, and `i` is a real token of the prompt or in `j`'s own
+        completion. Every token sees itself, so no row is empty and a softmax over it is always
+        finite.
         """
         index, segment = jnp.arange(self.length), self.segments
         causal = index[None, :] <= index[:, None]
@@ -113,7 +114,7 @@ class Layout(AbstractLayout):
 
     @property
     def predicts(self) -> Int[Array, " length"]:
-        """The place that predicts each token of a completion, see `AbstractLayout`."""
+        """The place of the token that predicts each completion token; see `AbstractLayout`."""
         before = jnp.arange(self.length, dtype=jnp.int32) - 1
         starts, start = [], self.prompt_width
         for width in self.completion_widths:

@@ -1,7 +1,7 @@
-"""Log-probabilities of tokens and of sequences, from logits, and the records that carry them.
+"""The records of log-probabilities that a score returns and a loss takes.
 
-Nothing here knows about policies or losses; `_head/linear.py` has the version that never builds the
-logits.
+Nothing here depends on policies or losses. `_head` computes log-probabilities from logits or from
+hidden states.
 """
 
 import equinox as eqx
@@ -14,15 +14,15 @@ from .._jax.scalars import Weights
 class PairLogProbs(eqx.Module):
     """Log-probabilities of the chosen and the rejected completion of each pair.
 
-    In nats, **summed** over the scored tokens, never averaged; the number of scored tokens
-    travels beside them for whoever wants the average.
+    They are in nats, and **summed** over the scored tokens, never averaged. The number of scored
+    tokens is a separate field, from which a loss can compute the average.
 
     **Arguments:**
 
     - `chosen`, `rejected`: $\\log\\pi(y_w | x)$ and $\\log\\pi(y_l | x)$. Shape `(pairs,)`.
     - `chosen_length`, `rejected_length`: the number of scored tokens. Shape `(pairs,)`.
     - `weight`: the batch's weight of each pair, copied by the score. Shape `(pairs,)`.
-    - `chosen_confidence`, `rejected_confidence`: for `losses.wpo`, where they were asked for.
+    - `chosen_confidence`, `rejected_confidence`: for `losses.wpo`, if they were requested.
         Shape `(pairs,)`.
     """
 
@@ -44,7 +44,7 @@ class UnpairedLogProbs(eqx.Module):
     **Arguments:**
 
     - `completion`: $\\log\\pi(y | x)$, summed, nats. Shape `(pairs,)`.
-    - `label`: true where the completion is desirable. Shape `(pairs,)`.
+    - `label`: true if the completion is desirable. Shape `(pairs,)`.
     - `kl`: $\\log\\pi(y' | x)$ of a completion $y'$ drawn for another prompt, from which KTO
         estimates its reference point. Shape `(pairs,)`.
     - `length`: the number of scored tokens of `completion`. Shape `(pairs,)`.
@@ -61,8 +61,8 @@ class UnpairedLogProbs(eqx.Module):
         check_one_shape(self, "completion")
         if hasattr(self.label, "dtype") and self.label.dtype != bool:
             raise ValueError(
-                f"`label` must be boolean (true where the completion is desirable), got "
-                f"{self.label.dtype}. Convert it, say with `label > 0`."
+                f"`label` must be boolean (true if the completion is desirable); got "
+                f"{self.label.dtype}. Convert it, for instance by `label > 0`."
             )
 
 
@@ -70,6 +70,7 @@ def check_one_shape(record: eqx.Module, first: str) -> None:
     """Raises if the arrays of `record` do not all have the shape of its field `first`."""
     want = getattr(getattr(record, first), "shape", None)
     for name, value in vars(record).items():
+        # An optional field is `None`, which has no shape.
         shape = getattr(value, "shape", want)
         if shape != want:
             raise ValueError(

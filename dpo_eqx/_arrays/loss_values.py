@@ -1,6 +1,6 @@
-"""The results of losses: one value for each pair, in their order, with the implicit rewards.
+"""The results of losses: one value for each pair, in their order, and the implicit rewards.
 
-The losses that make them are in `dpo_eqx.losses`.
+The losses themselves are in `dpo_eqx.losses`.
 """
 
 import equinox as eqx
@@ -10,7 +10,7 @@ from .log_probs import check_one_shape
 
 
 class PairLoss(eqx.Module):
-    """What a loss returns: nothing reduced, everything in the order of the pairs.
+    """The result of a loss, not reduced: one value for each pair, in their order.
 
     **Arguments:**
 
@@ -28,7 +28,7 @@ class PairLoss(eqx.Module):
 
 
 class UnpairedLoss(eqx.Module):
-    """What a loss on unpaired completions returns, in their order.
+    """The result of a loss on unpaired completions, not reduced and in their order.
 
     **Arguments:**
 

@@ -1,6 +1,6 @@
 """Metrics as weighted sums and counts, whose means are exact over ragged batches.
 
-Which metrics there are is in `_training/metrics.py`.
+The metrics themselves are in `_training/metrics.py`.
 """
 
 from typing import Any
@@ -11,20 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Shaped
 
-# A value for each pair; with a mask beside it, the mean is over the pairs where that is true.
+# One value for each pair. If a mask comes with the values, the mean is over its true positions.
 Value = Shaped[Array | np.ndarray, "..."]
-
-
-PerPair = Value | tuple[Value, Bool[Array, "..."]]
+MetricValues = Value | tuple[Value, Bool[Array, "..."]]
 
 
 class Metrics(eqx.Module):
-    """Weighted sums of metrics and the weights they hold; `a + b` joins two batches.
+    """Weighted sums of metrics, and the sums of their weights; `a + b` joins two batches.
 
     **Arguments:**
 
     - `sums`: the weighted sum of each metric. Scalars.
-    - `counts`: the sum of the weights that went into each. Scalars.
+    - `counts`: the sum of the weights in each of these sums. Scalars.
     """
 
     sums: dict[str, Float[Array, ""]]
@@ -33,7 +31,7 @@ class Metrics(eqx.Module):
     def __add__(self, other: "Metrics") -> "Metrics":
         if self.sums.keys() != other.sums.keys():
             raise ValueError(
-                "metrics can be added where they have the same names; got "
+                "`Metrics` can only be added if they have the same names; got "
                 f"{sorted(self.sums)} and {sorted(other.sums)}."
             )
         return jax.tree.map(jnp.add, self, other)
@@ -43,9 +41,9 @@ class Metrics(eqx.Module):
         return self if isinstance(other, int) and other == 0 else NotImplemented
 
     def mean(self) -> dict[str, Float[Array, ""]]:
-        """The weighted mean of each metric; 0 where nothing was counted.
+        """The weighted mean of each metric, or 0 if its weights sum to 0.
 
-        `rewards/margins`, where it has no sum of its own (unpaired data), is the difference of
+        If `rewards/margins` has no sum of its own (unpaired data), it is the difference of
         `rewards/chosen` and `rewards/rejected`.
         """
         means = {name: safe_ratio(self.sums[name], self.counts[name]) for name in self.sums}
@@ -56,5 +54,5 @@ class Metrics(eqx.Module):
 
 
 def safe_ratio(numerator: Float[Array, ""], denominator: Float[Array, ""]) -> Float[Array, ""]:
-    """`numerator / denominator`, and 0 where the denominator, a sum of weights, is 0."""
+    """`numerator / denominator`, or 0 if the denominator, a sum of weights, is 0."""
     return jnp.where(denominator > 0, numerator, 0) / jnp.where(denominator > 0, denominator, 1)

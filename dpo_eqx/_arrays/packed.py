@@ -1,6 +1,6 @@
-"""Several pairs in one row of tokens: how such a row is made, and a batch of them.
+"""Several pairs in one row of tokens: the layout of such a row, and a batch of such rows.
 
-They are laid into rows by `data.pack` and scored by `score_packed`; neither is here.
+Neither `data.pack`, which packs pairs into rows, nor `score_packed`, which scores them, is here.
 """
 
 import dataclasses
@@ -19,20 +19,19 @@ from .tokens import as_ids, narrow_on_host
 
 
 class PackedLayout(AbstractLayout):
-    """A row of whole pairs one after the other: prompt, chosen, rejected; prompt, chosen, ...
+    """A row of several complete pairs: prompt, chosen, rejected; prompt, chosen, ...
 
-    It offers what `Layout` offers to whoever attends through `layout.mask()` and takes positions
-    from `layout.positions`, and has none of its static widths, since in each row the parts end
-    elsewhere.
+    It has the same `mask()` and `positions` as `Layout`, for a policy that attends through them. It
+    has no static widths, because prompts and completions end at different places in each row.
 
     **Arguments:**
 
-    - `lengths`: tokens of each pair's prompt, chosen and rejected completion, in the order of the
-        row; 0 in what is not there. Shape `(pairs, 3)`, traced; held in int32.
-    - `length`: the width of the whole row, padding at its end included.
-    - `longest`: tokens that no prompt has more of together with one of its completions.
-    - `longest_pair`: tokens that no prompt has more of together with both: no token sees one
-        further back in the row.
+    - `lengths`: the numbers of tokens of each pair's prompt, chosen and rejected completion, in the
+        order of the row; 0 for an absent one. Shape `(pairs, 3)`, traced and held in int32.
+    - `length`: the width of the whole row, including the padding at its end.
+    - `longest`: an upper bound on the number of tokens of a prompt plus one of its completions.
+    - `longest_pair`: an upper bound on the number of tokens of a prompt plus both completions. No
+        token sees further back in the row.
     """
 
     lengths: Int[Array, "pairs 3"] = eqx.field(converter=as_ids)
@@ -42,7 +41,7 @@ class PackedLayout(AbstractLayout):
 
     @property
     def pairs(self) -> Int[Array, " length"]:
-        """Which pair each token belongs to, -1 in the padding."""
+        """The index of each token's pair in the row; -1 in the padding."""
         return jnp.where(self._is_real, self._part // 3, -1)
 
     @property
@@ -54,7 +53,7 @@ class PackedLayout(AbstractLayout):
     def positions(self) -> Int[Array, " length"]:
         """Each token's position in its own sequence, from 0; 0 in the padding.
 
-        Those of a completion go on from its prompt's.
+        The positions of a completion continue from the end of its prompt.
         """
         pair, segment = self.pairs, self.segments
         in_part = self._places - self._starts[pair, segment]
@@ -62,10 +61,10 @@ class PackedLayout(AbstractLayout):
         return jnp.where(self._is_real, in_part + before, 0)
 
     def mask(self) -> Bool[Array, "length length"]:
-        """True at `[j, i]` where token `j` sees token `i`.
+        """True at `[j, i]` if token `j` sees token `i`.
 
-        That is where `i <= j`, both are of one pair, and `i` is of the prompt or in `j`'s own
-        completion. Every token sees itself, so that no row is empty.
+        Token `j` sees `i` if `i <= j`, both belong to one pair, and `i` is in the prompt or in
+        `j`'s own completion. Every token sees itself, so no row is empty.
         """
         pair, segment, place = self.pairs, self.segments, self._places
         causal = place[None, :] <= place[:, None]
@@ -77,8 +76,10 @@ class PackedLayout(AbstractLayout):
     def predicts(self) -> Int[Array, " length"]:
         """For every token of a completion, the place of the token whose hidden state predicts it.
 
-        The one before it; for the first of a completion, the last of its prompt.
+        This is the token before it. For the first token of a completion, it is the last token of
+        its prompt.
         """
+        # The token before a rejected completion is the last of the chosen one, not of the prompt.
         pair, starts = self.pairs, self._starts
         is_first = self._places == starts[pair, self.segments]
         last_of_prompt = starts[pair, 0] + self.lengths[pair, 0] - 1
@@ -95,7 +96,7 @@ class PackedLayout(AbstractLayout):
 
     @property
     def _part(self) -> Int[Array, " length"]:
-        """How many parts end at a place or before it: the number of the part that is there."""
+        """The index of the prompt or completion at each place: how many have ended by there."""
         ends = (self._starts + self.lengths).reshape(-1)
         return (ends[None, :] <= self._places[:, None]).sum(axis=1, dtype=jnp.int32)
 
@@ -107,28 +108,29 @@ class PackedLayout(AbstractLayout):
 class PackedBatch(eqx.Module):
     """Rows of several pairs each, made by `data.pack`, for `score_packed`.
 
-    Every array has the rows as its first axis, along which batches are cut, split into
-    microbatches and sharded over devices; a row has `slots` places for pairs, some of them empty.
-    `weight`, `reference`, `per_pair` and `index` have a value for each of the `rows * slots`
-    places: the first place of every row, then the second of every row, and so on.
+    The first axis of every array is the rows. Along it, batches are cut, split into microbatches
+    and sharded over devices. A row has `slots` slots for pairs, some of them empty. `weight`,
+    `reference`, `per_pair` and `index` have one value for each of the `rows * slots` slots: first
+    the first slot of every row, then the second slot of every row, and so on.
 
     **Arguments:**
 
     - `ids`: token ids. Shape `(rows, length)`.
-    - `lengths`: of the prompt, the chosen and the rejected completion in each slot. Shape
-        `(rows, slots, 3)`.
-    - `scored`: the places of scored tokens in the row, and -1 behind them. Shape
+    - `lengths`: the lengths of the prompt, the chosen and the rejected completion in each slot, in
+        tokens. Shape `(rows, slots, 3)`.
+    - `scored`: the places of the scored tokens in each row, filled up with -1. Shape
         `(rows, scored)`.
-    - `indices`: the number of each pair among those that were packed; -1 in an empty slot. Shape
+    - `indices`: the index of each pair in the data that was packed; -1 in an empty slot. Shape
         `(rows, slots)`.
-    - `weights`: of each pair, 0 in an empty slot. Shape `(rows, slots)`.
-    - `references`: fields of precomputed `PairLogProbs`, by name. Each `(rows, slots)`.
-    - `arguments`: of the loss, by name, as `PreferenceBatch.per_pair`. Each `(rows, slots)`.
-    - `longest`, `longest_pair`: of all pairs that were packed, as in `PackedLayout`.
+    - `weights`: the weight of each pair, 0 in an empty slot. Shape `(rows, slots)`.
+    - `references`: the fields of precomputed `PairLogProbs`, by name. Each `(rows, slots)`.
+    - `arguments`: arguments of the loss, by name, as in `PreferenceBatch.per_pair`. Each
+        `(rows, slots)`.
+    - `longest`, `longest_pair`: as in `PackedLayout`, over all packed pairs.
 
     **Raises:**
 
-    `ValueError` where the arrays do not have the same rows and slots.
+    `ValueError` if the arrays do not have the same rows and slots.
     """
 
     ids: Integer[Array | np.ndarray, "rows length"] = eqx.field(converter=narrow_on_host)
@@ -158,17 +160,17 @@ class PackedBatch(eqx.Module):
 
     @property
     def pairs(self) -> int:
-        """The number of slots of all rows, empty ones included."""
+        """The number of slots in all rows, including empty slots."""
         return self.indices.shape[0] * self.indices.shape[1]
 
     @property
     def index(self) -> Integer[Array | np.ndarray, " pairs"]:
-        """The number of each pair among those that were packed, -1 where there is none."""
+        """The index of each pair in the data that was packed; -1 in an empty slot."""
         return by_pair(self.indices)
 
     @property
     def weight(self) -> Weights:
-        """The weight of each pair, 0 where there is none."""
+        """The weight of each pair; 0 in an empty slot."""
         return by_pair(self.weights)
 
     @property
@@ -180,16 +182,17 @@ class PackedBatch(eqx.Module):
 
     @property
     def per_pair(self) -> dict[str, Array | np.ndarray] | None:
-        """The loss's arguments of each pair."""
+        """The arguments of the loss for each pair, by name."""
         if self.arguments is None:
             return None
         return {name: by_pair(value) for name, value in self.arguments.items()}
 
     def with_reference(self, reference: PairLogProbs) -> "PackedBatch":
-        """This batch with log-probabilities as `precompute_reference` gives them for it."""
-        given = {name: value for name, value in vars(reference).items() if value is not None}
+        """This batch with the log-probabilities that `precompute_reference` returned for it."""
+        fields = {name: value for name, value in vars(reference).items() if value is not None}
+        # The inverse of `by_pair`.
         shape = self.indices.shape[::-1]
-        references = {name: value.reshape(shape).swapaxes(0, 1) for name, value in given.items()}
+        references = {name: value.reshape(shape).swapaxes(0, 1) for name, value in fields.items()}
         return dataclasses.replace(self, references=references)
 
     def take(self, rows: Integer[np.ndarray, " taken"] | slice) -> "PackedBatch":
@@ -203,9 +206,9 @@ def rows_of(batch: Any) -> int:
 
 
 def by_pair(x: Array | np.ndarray) -> Array | np.ndarray:
-    """What is laid out by row and slot, `(rows, slots)`, as one axis of pairs, slot by slot.
+    """An array of shape `(rows, slots)` as one axis of pairs, slot by slot.
 
-    Rows vary fastest, so that a split of the pairs with stride, as microbatches are, is the split
-    of the rows with stride.
+    Rows vary fastest. So a strided split of the pairs, which microbatches are, is also a strided
+    split of the rows.
     """
     return x.swapaxes(0, 1).reshape(-1)

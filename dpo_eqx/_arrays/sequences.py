@@ -1,6 +1,6 @@
-"""Whole sequences with response masks, taken apart into a prompt and two completions, on the host.
+"""Splits whole sequences with response masks into a prompt and two completions, on the host.
 
-`PreferenceBatch.from_sequences` is the door; nothing else needs this file.
+Only `PreferenceBatch.from_sequences` uses this file.
 """
 
 import numpy as np
@@ -11,8 +11,8 @@ from .tokens import Tokens
 def split_sequences(chosen: Tokens, rejected: Tokens) -> tuple[Tokens, Tokens, Tokens]:
     """The shared prompt and the two completions of each pair, padded on the right with id 0.
 
-    The prompt is what both sequences share before the first scored token of either; where they
-    differ earlier, the rest goes to the completions as unscored context.
+    The prompt is the prefix that both sequences share before the first scored token of either. If
+    they differ earlier, the unscored tokens after the prefix go to the completions as context.
     """
     if len(chosen.ids) != len(rejected.ids):
         raise ValueError(
@@ -23,8 +23,8 @@ def split_sequences(chosen: Tokens, rejected: Tokens) -> tuple[Tokens, Tokens, T
     starts = np.array([_shared_prompt(*row) for row in rows], int)
     if (starts == 0).any():
         raise ValueError(
-            "the two sequences of a pair must begin with a prompt, of at least one unscored token "
-            f"that both share; those of row {np.argmin(starts)} do not."
+            "`chosen_ids` and `rejected_ids` must begin with a shared prompt of at least one "
+            f"unscored token; got none in row {np.argmin(starts)}."
         )
     ends = _ends(chosen), _ends(rejected)
     width = max(int((end - starts).max(initial=1)) for end in ends)
@@ -42,7 +42,7 @@ def _shared_prompt(
     rejected_ids: np.ndarray,
     rejected_mask: np.ndarray,
 ) -> int:
-    """How many tokens both sequences share before the first scored token of either."""
+    """The number of tokens that both sequences share before the first scored token of either."""
     limit = min(_first_true(chosen_mask), _first_true(rejected_mask))
     differs = chosen_ids[:limit] != rejected_ids[:limit]
     return _first_true(differs)
@@ -53,7 +53,7 @@ def _first_true(mask: np.ndarray) -> int:
 
 
 def _ends(tokens: Tokens) -> np.ndarray:
-    """One past the last scored token of each row; 0 where there is none."""
+    """One past the last scored token of each row; 0 if a row has none."""
     width = tokens.mask.shape[1]
     last = width - np.argmax(tokens.mask[:, ::-1], axis=1)
     return np.where(tokens.mask.any(axis=1), last, 0)

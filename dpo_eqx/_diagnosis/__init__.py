@@ -1,4 +1,4 @@
-"""What each pair was worth: comparisons of two policies, diagnoses of a run, calibration.
+"""Diagnostics for each pair: comparisons of two policies, diagnoses of a loss, calibration.
 
 Nothing here trains.
 """

@@ -1,4 +1,4 @@
-"""A policy beside its reference on the same completions: what each makes of every scored token.
+"""Compares a policy with its reference on the same completions, at every scored token.
 
 Losses and means are not here; `diagnose.py` and `preferences.py` have them.
 """
@@ -19,14 +19,14 @@ from .._scoring.score import pair_log_probs, token_scores
 
 
 class Comparison(eqx.Module):
-    r"""Policy and reference on both completions of each pair.
+    r"""A policy compared with its reference, on both completions of each pair.
 
     **Arguments:**
 
     - `policy`, `reference`: their log-probabilities, as from `score_pairs`.
-    - `chosen_tokens`, `rejected_tokens`: what each token adds to the log-ratio,
-        $\log\pi(y_t | x, y_{<t}) - \log\pi^{ref}(y_t | x, y_{<t})$ in nats; 0 where it is not
-        scored. Shape `(pairs, completion)`.
+    - `chosen_tokens`, `rejected_tokens`: the contribution of each token to the log-ratio,
+        $\log\pi(y_t | x, y_{<t}) - \log\pi^{ref}(y_t | x, y_{<t})$ in nats; 0 for a token that
+        is not scored. Shape `(pairs, completion)`.
     - `chosen_kl`, `rejected_kl`: $\sum_t \mathrm{KL}(\pi(\cdot | x, y_{<t}) \,\|\,
         \pi^{ref}(\cdot | x, y_{<t}))$ over the scored positions, each over the whole vocabulary,
         in nats. Shape `(pairs,)`.
@@ -47,23 +47,23 @@ def compare(
     *,
     chunk_size: int | None = None,
 ) -> Comparison:
-    r"""What policy and reference make of each completion, token by token, and how far they differ.
+    r"""Compares policy and reference on each completion: log-ratios by token, and KL divergences.
 
-    Each of the two is run once, as `score_pairs` runs it, and where both offer `FastPolicy` the
-    logits are never built. The KL is that of the distributions at each position, given what the
-    batch has before it; on completions that the policy wrote its mean estimates the KL of whole
-    answers, on others it says how far the policy has moved there. Gradients flow into both.
+    Each of the two is run once, as `score_pairs` runs it. If both offer `FastPolicy`, the logits
+    are never built. The KL compares the distributions at each position, given the tokens before it
+    in the batch. On completions that the policy wrote, its mean estimates the KL of whole answers.
+    On other completions, it shows how far the policy has moved there. Gradients flow into both.
 
     **Arguments:**
 
-    - `policy`, `reference`: as in `score_pairs`, of one vocabulary. Take
-        `eqx.nn.inference_mode(policy)` of one with dropout.
-    - `batch`: the pairs; its own `reference` is not looked at.
-    - `chunk_size`: of `linear_kl`, where both are a `FastPolicy`.
+    - `policy`, `reference`: as in `score_pairs`, with the same vocabulary. Pass
+        `eqx.nn.inference_mode(policy)` if a policy has dropout.
+    - `batch`: the pairs; its own `reference` is not used.
+    - `chunk_size`: as in `linear_kl`, used if both are a `FastPolicy`.
 
     **Raises:**
 
-    `ValueError` where the vocabularies differ, or a policy returns something of another shape.
+    `ValueError` if the vocabularies differ, or a policy returns an array of a wrong shape.
     """
     is_fast = any(map(offers_fast_path, (policy, reference)))
     run = partial(automatic, like=2)(_compare) if is_fast else _compare
@@ -78,19 +78,20 @@ def _compare(
         predict(model, batch.prompt, pair, keys=None, chunk_size=chunk_size)
         for model in (policy, reference)
     ]
-    ours, theirs = (token_scores(prediction, pair) for prediction in predictions)
+    policy_scores, reference_scores = (token_scores(p, pair) for p in predictions)
     chosen_tokens, rejected_tokens = (
         jnp.where(tokens.mask, a.log_probs - b.log_probs, 0)
-        for tokens, a, b in zip(pair, ours, theirs, strict=True)
+        for tokens, a, b in zip(pair, policy_scores, reference_scores, strict=True)
     )
+    # The completions lie one after the other, as `predict` concatenates them.
     kl = kl_between(*predictions)
     halves = jnp.split(kl, [batch.chosen.ids.shape[1]], axis=1)
     chosen_kl, rejected_kl = (
         sequence_log_probs(half, tokens.mask) for half, tokens in zip(halves, pair, strict=True)
     )
     return Comparison(
-        policy=pair_log_probs(batch, *ours),
-        reference=pair_log_probs(batch, *theirs),
+        policy=pair_log_probs(batch, *policy_scores),
+        reference=pair_log_probs(batch, *reference_scores),
         chosen_tokens=chosen_tokens,
         rejected_tokens=rejected_tokens,
         chosen_kl=chosen_kl,

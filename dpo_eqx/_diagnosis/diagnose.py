@@ -1,6 +1,6 @@
-"""What a loss makes of each pair: margins, log-ratios, how hard the gradient pulls.
+"""The values of a loss for each pair: margins, log-ratios, and gradient weights.
 
-The same numbers that a step averages, before the average; means are in `_training/metrics.py`.
+A step averages the same numbers; means are in `_training/metrics.py`.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,22 +19,23 @@ from .._training.objective import checked_loss
 from .._training.reference import choose_reference, run_inference, run_reference
 from ..protocols import Loss, Score
 
-PerPair = Mapping[str, Float[Array | np.ndarray, " pairs"]]
+# Arguments of a loss by name, one value for each pair.
+LossArguments = Mapping[str, Float[Array | np.ndarray, " pairs"]]
 
 
 class Diagnosis(eqx.Module):
-    r"""Each pair under a loss, in the order of the pairs; all arrays of shape `(pairs,)`.
+    r"""The diagnosis of each pair under a loss, in order; all arrays have shape `(pairs,)`.
 
-    A pair that is labelled the wrong way round stands out by a margin far below the others' and
-    the largest gradient weight, as soon as the policy has learned from the rest.
+    Once the policy has learned from the other pairs, a pair with a flipped label stands out: its
+    margin is far below the others, and its gradient weight is the largest.
 
     **Arguments:**
 
-    - `loss`, `chosen_reward`, `rejected_reward`: what the loss returned.
+    - `loss`, `chosen_reward`, `rejected_reward`: the result of the loss.
     - `margin`: the difference of the rewards; below 0 the policy disagrees with the label.
     - `chosen_gradient_weight`, `rejected_gradient_weight`: $-\partial\ell / \partial\log\pi_w$ and
-        $\partial\ell / \partial\log\pi_l$, how hard the pair pulls the chosen up and the rejected
-        down: both $\beta\sigma(-z)$ for `losses.dpo`.
+        $\partial\ell / \partial\log\pi_l$: how strongly the pair pulls the chosen completion up
+        and the rejected one down. Both are $\beta\sigma(-z)$ for `losses.dpo`.
     - `chosen_log_ratio`, `rejected_log_ratio`: $\log\pi - \log\pi^{ref}$, in nats; `None` without
         a reference.
     - `policy`, `reference`: the log-probabilities themselves.
@@ -57,32 +58,34 @@ def diagnose(
     policy: PairLogProbs,
     reference: PairLogProbs | None = None,
     *,
-    per_pair: PerPair | None = None,
+    per_pair: LossArguments | None = None,
 ) -> Diagnosis:
-    """What `loss` makes of each pair, from log-probabilities.
+    """Diagnoses each pair under `loss`, from log-probabilities.
 
     **Arguments:**
 
-    - `loss`: a loss of pairs; of one that couples pairs the weights are those of the sum.
-    - `policy`, `reference`: as the loss takes them.
+    - `loss`: a loss on pairs. If it couples pairs, the gradient weights are derivatives of the sum
+        of all losses.
+    - `policy`, `reference`: the arguments of the loss.
     - `per_pair`: arguments of the loss by name, as in `PreferenceBatch`.
 
     **Raises:**
 
-    `ValueError` where the loss needs a reference and gets none.
+    `ValueError` if the loss needs a reference and gets none.
     """
 
     def total(chosen, rejected):
-        moved = eqx.tree_at(lambda p: (p.chosen, p.rejected), policy, (chosen, rejected))
-        result = checked_loss(loss, loss(moved, reference, **(per_pair or {})), chosen.shape)
+        replaced = eqx.tree_at(lambda p: (p.chosen, p.rejected), policy, (chosen, rejected))
+        result = checked_loss(loss, loss(replaced, reference, **(per_pair or {})), chosen.shape)
         return result.loss.sum(), result
 
     log_probs = jnp.asarray(policy.chosen), jnp.asarray(policy.rejected)
     (up, down), result = jax.grad(total, argnums=(0, 1), has_aux=True)(*log_probs)
     ratios = (None, None)
     if reference is not None:
-        theirs = reference.chosen, reference.rejected
-        ratios = tuple(a - jnp.asarray(b) for a, b in zip(log_probs, theirs, strict=True))
+        reference_log_probs = reference.chosen, reference.rejected
+        sides = zip(log_probs, reference_log_probs, strict=True)
+        ratios = tuple(ours - jnp.asarray(other) for ours, other in sides)
     return Diagnosis(
         result.loss,
         result.chosen_reward,
@@ -103,7 +106,7 @@ def make_diagnose(
     compute_dtype: DTypeLike | None = None,
     reference_of: Callable[[Any], Any] | None = None,
 ) -> Callable[..., Diagnosis]:
-    """`make_eval` without the means: what the loss makes of each pair of a batch.
+    """`make_eval` without the means: diagnoses each pair of a batch under the loss.
 
     ```python
     examine = eqx.filter_jit(make_diagnose(loss))
@@ -112,12 +115,12 @@ def make_diagnose(
 
     **Arguments:**
 
-    Those of `make_grad`.
+    As in `make_grad`.
 
     **Returns:**
 
-    A pure function, not jitted, of `(policy, batch, reference=None)`, which runs both in inference
-    mode and returns a `Diagnosis`. Rows of weight 0 are in it like all others.
+    A pure function, not jitted, of `(policy, batch, reference=None)`. It runs both policies in
+    inference mode and returns a `Diagnosis`, which includes pairs of weight 0.
 
     **Raises:**
 
@@ -129,10 +132,10 @@ def make_diagnose(
     ) -> Diagnosis:
         reference = choose_reference(policy, batch, reference, reference_of)
         options = {"score": score, "compute_dtype": compute_dtype}
-        given = batch.reference
+        reference_log_probs = batch.reference
         if reference is not None:
-            given = run_reference(reference, batch, **options)
+            reference_log_probs = run_reference(reference, batch, **options)
         log_probs = run_inference(policy, batch, **options)
-        return diagnose(loss, log_probs, given, per_pair=batch.per_pair)
+        return diagnose(loss, log_probs, reference_log_probs, per_pair=batch.per_pair)
 
     return examine

@@ -1,7 +1,7 @@
 """How a policy ranks pairs, as sums that join exactly over batches and devices.
 
-Accuracy, win rate, margins with their spread, KL and calibration; what is summed comes from
-`compare.py` and `diagnose.py`.
+Accuracy, win rate, margins with their spread, KL and calibration are here. `compare.py` and
+`diagnose.py` compute the values that are summed.
 """
 
 import equinox as eqx
@@ -20,10 +20,10 @@ Values = Float[Array | np.ndarray, " pairs"]
 class Calibration(eqx.Module):
     r"""Sums of predicted and observed preferences, by how sure the policy is; `a + b` joins two.
 
-    Each pair is looked at from the side that the policy prefers: the prediction is
-    $\sigma(|\text{margin}|)$, in `[0.5, 1]`, and it came true where that side is the chosen one,
-    one half for a tie. The bins divide `[0.5, 1]` equally. Of a policy whose margins are the
-    log-odds of the labels, prediction and frequency agree in every bin.
+    For each pair, the prediction is that the completion which the policy prefers is the chosen one,
+    with probability $\sigma(|\text{margin}|)$, in `[0.5, 1]`. A tie counts as one half true. The
+    bins divide `[0.5, 1]` equally. If the margins of a policy are the log-odds of the labels,
+    prediction and frequency agree in every bin.
 
     **Arguments:**
 
@@ -40,27 +40,28 @@ class Calibration(eqx.Module):
         return jax.tree.map(jnp.add, self, other)
 
     def mean(self) -> tuple[Float[Array, " bins"], Float[Array, " bins"]]:
-        """The mean prediction and the frequency with which it came true; 0 in an empty bin."""
+        """The mean prediction, and the frequency with which it came true; 0 in an empty bin."""
         ratio = jax.vmap(safe_ratio)
         return ratio(self.predicted, self.weight), ratio(self.came_true, self.weight)
 
 
 def calibrate(margin: Values, weight: Values | None = None, *, bins: int = 10) -> Calibration:
-    r"""How often the side that a policy prefers by a margin is the chosen one; see `Calibration`.
+    r"""How often the completion that a policy prefers is the chosen one; see `Calibration`.
 
     **Arguments:**
 
-    - `margin`: the chosen's reward less the rejected's, `beta` included: under the Bradley-Terry
-        model the log-odds that the chosen is preferred. Shape `(pairs,)`.
-    - `weight`: of each pair; one of weight 0 does not count, whatever its margin. Shape `(pairs,)`.
-    - `bins`: how many.
+    - `margin`: the chosen reward minus the rejected reward, `beta` included. It is the log-odds
+        that the chosen completion is preferred, under the Bradley-Terry model. Shape `(pairs,)`.
+    - `weight`: the weight of each pair. A pair of weight 0 does not count, whatever its margin.
+        Shape `(pairs,)`.
+    - `bins`: the number of bins.
 
     **Raises:**
 
-    `ValueError` where `bins` is not positive.
+    `ValueError` if `bins` is not positive.
     """
     if bins < 1:
-        raise ValueError(f"`bins` must be a positive number of bins, got {bins}.")
+        raise ValueError(f"`bins` must be a positive number of bins; got {bins}.")
     margin, weight = _with_weight(margin, weight)
     predicted = jax.nn.sigmoid(jnp.abs(margin))
     place = jnp.clip(jnp.floor((predicted - 0.5) * (2 * bins)), 0, bins - 1)
@@ -79,11 +80,11 @@ class Preferences(eqx.Module):
     **Arguments:**
 
     - `weight`: the sum of all weights; `pairs`: the number of pairs whose weight is not 0.
-    - `accurate`, `won`, `kl`: weighted sums over pairs; `kl` is `None` where it was not asked for.
-    - `margin`: the weighted *mean*, and `spread` the weighted sum of squared distances from it:
-        joined by the rule of Chan, Golub and LeVeque, which does not cancel as a sum of squares
-        does.
-    - `calibration`: see there.
+    - `accurate`, `won`, `kl`: weighted sums over pairs; `kl` is `None` if it was not requested.
+    - `margin`: the weighted *mean*, and `spread` the weighted sum of squared distances from it.
+        They are joined by the rule of Chan, Golub and LeVeque, which avoids the cancellation of a
+        sum of squares.
+    - `calibration`: a `Calibration` of the same pairs.
     """
 
     weight: Float[Array, ""]
@@ -109,12 +110,12 @@ class Preferences(eqx.Module):
         return self if isinstance(other, int) and other == 0 else NotImplemented
 
     def mean(self) -> dict[str, Float[Array, ""]]:
-        """The weighted means; 0 where nothing was counted.
+        """The weighted means, or 0 if the weights sum to 0.
 
-        `preference_accuracy`: how often the policy finds the chosen completion likelier;
-        `win_rate`: how often its implicit reward is higher; ties count one half.
-        `reward_margin_mean` and `reward_margin_std` (of the pairs, not of the mean), in nats; `kl`
-        in nats a completion, chosen and rejected alike.
+        `preference_accuracy`: how often the policy gives the chosen completion the higher
+        probability; `win_rate`: how often the chosen completion has the higher implicit reward;
+        ties count one half. `reward_margin_mean` and `reward_margin_std` (of the pairs, not of the
+        mean) are in nats. `kl` is in nats per completion, over chosen and rejected ones.
         """
         means = {
             "preference_accuracy": safe_ratio(self.accurate, self.weight),
@@ -134,7 +135,7 @@ def count_preferences(
     bins: int = 10,
     axis_name: AxisName | None = None,
 ) -> Preferences:
-    """The sums of one batch, of which `mean()` makes preference accuracy, win rate and the others.
+    """Sums of one batch, from which `mean()` computes preference accuracy, win rate and margins.
 
     ```python
     sides = dpx.compare(policy, reference, batch)
@@ -144,18 +145,20 @@ def count_preferences(
 
     **Arguments:**
 
-    - `policy`: its log-probabilities.
-    - `margin`: chosen reward less rejected, in nats. Shape `(pairs,)`.
-    - `kl`: of the chosen and of the rejected completions. Shape `(pairs,)` each.
-    - `weight`: by default that of `policy`; a pair of weight 0 adds nothing, not even NaN.
-    - `bins`: of the calibration.
-    - `axis_name`: a mapped axis over which the pairs are split; the sums are then over all of it.
+    - `policy`: the policy's log-probabilities.
+    - `margin`: chosen reward minus rejected reward, in nats. Shape `(pairs,)`.
+    - `kl`: the KL of the chosen and of the rejected completions. Shape `(pairs,)` each.
+    - `weight`: the weight of each pair, by default `policy.weight`. A pair of weight 0 adds
+        nothing, not even NaN.
+    - `bins`: the number of bins of the calibration.
+    - `axis_name`: a mapped axis over which the pairs are split; the sums are then over all devices
+        of the axis.
     """
     weight = policy.weight if weight is None else weight
     margin, weight = _with_weight(margin, weight)
     log_odds = _present(jnp.asarray(policy.chosen) - jnp.asarray(policy.rejected), weight)
-    whole = total(weight.sum(), axis_name)
-    mean = safe_ratio(total((margin * weight).sum(), axis_name), whole)
+    weight_sum = total(weight.sum(), axis_name)
+    mean = safe_ratio(total((margin * weight).sum(), axis_name), weight_sum)
     sums = {
         "pairs": (weight > 0).sum(),
         "accurate": (_half(log_odds) * weight).sum(),
@@ -164,11 +167,13 @@ def count_preferences(
         "kl": None if kl is None else (_present((kl[0] + kl[1]) / 2, weight) * weight).sum(),
         "calibration": calibrate(margin, weight, bins=bins),
     }
-    return Preferences(weight=whole, margin=mean, **total(sums, axis_name))
+    return Preferences(weight=weight_sum, margin=mean, **total(sums, axis_name))
 
 
-def _with_weight(margin: Values, weight: Values | None):
-    """Both as arrays of one dtype, the margin 0 where it does not count."""
+def _with_weight(
+    margin: Values, weight: Values | None
+) -> tuple[Float[Array, " pairs"], Float[Array, " pairs"]]:
+    """Margin and weight as arrays of one dtype, with margin 0 at weight 0."""
     margin = jnp.asarray(margin)
     weight = jnp.ones_like(margin) if weight is None else jnp.asarray(weight, margin.dtype)
     return _present(margin, weight), weight
@@ -179,5 +184,5 @@ def _present(values: Values, weight: Float[Array, " pairs"]) -> Float[Array, " p
 
 
 def _half(difference: Float[Array, " pairs"]) -> Float[Array, " pairs"]:
-    """1 where positive, 0 where negative, one half for a tie."""
+    """1 for a positive difference, 0 for a negative one, one half for a tie."""
     return (1 + jnp.sign(difference)) / 2

@@ -1,10 +1,11 @@
-"""Log-probabilities straight from hidden states and the unembedding, never holding all logits.
+"""Log-probabilities from hidden states and the unembedding, without ever holding all logits.
 
-The logits of some tokens for a part of the vocabulary exist at a time, in the forward pass and,
-computed once more, in the backward pass; which tokens and which part is in `tiles.py`.
+Only one tile of logits exists at a time: some tokens by a part of the vocabulary. The backward pass
+computes each tile once more. `tiles.py` chooses the tiles.
 """
 
 from functools import partial
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -45,8 +46,9 @@ def linear_token_log_probs(
 ) -> Float[Array, "*batch length"]:
     r"""`token_log_probs` of the logits that `hidden` and `unembedding` imply, without the logits.
 
-    $\text{logits}_t = c \tanh((U h_t + b) / c)$ for a soft cap $c$, $U h_t + b$ without one. Those
-    of `chunk_size` tokens for a part of the vocabulary are held at once, in the backward pass too.
+    $\text{logits}_t = c \tanh((U h_t + b) / c)$ for a soft cap $c$, $U h_t + b$ without one. Only
+    the logits of `chunk_size` tokens for a part of the vocabulary are held at once, in the backward
+    pass, too.
 
     **Arguments:**
 
@@ -56,23 +58,25 @@ def linear_token_log_probs(
     - `targets`: token ids. Shape `(*batch, length)`.
     - `bias`: $b$. Shape `(vocab,)`.
     - `softcap`: $c$, a positive number.
-    - `chunk_size`: of how many tokens at most, by default 4096. The parts of the vocabulary are
-        then as large as speed asks for: some 8 MiB of logits on a CPU, 256 MiB elsewhere.
-    - `axis_name`: a mapped axis over which the vocabulary is sharded: `unembedding` and `bias`
-        are then this device's rows, in the order of the axis, and `targets` count over all.
-        Gradients are right when taken inside the mapped function, and from outside through a
-        `shard_map` with `check_vma=True`; from outside through `check_vma=False` is unsupported.
+    - `chunk_size`: the largest number of tokens whose logits are held at once, by default 4096. The
+        part of the vocabulary is then chosen for speed: about 8 MiB of logits on a CPU, 256 MiB on
+        other devices.
+    - `axis_name`: a mapped axis over which the vocabulary is sharded. `unembedding` and `bias` are
+        then this device's rows, in the order of the axis, and `targets` index the whole
+        vocabulary. Gradients are correct if taken inside the mapped function, or from outside
+        through a `shard_map` with `check_vma=True`. From outside through `check_vma=False` they
+        are not supported.
 
     **Returns:**
 
-    In nats, float32 or wider. Shape `(*batch, length)`. NaN where the target is not in
-    `[0, vocab)`, or where the hidden state or all of its logits are not finite; the gradient from
-    there is zero, so that `sequence_log_probs` can mask it out.
+    In nats, float32 or wider. Shape `(*batch, length)`. A value is NaN if its target is not in
+    `[0, vocab)`, or if the hidden state or all of its logits are not finite. The gradient of such a
+    token is zero, so that `sequence_log_probs` can mask it out.
     """
     _check_shapes(hidden, unembedding, targets, softcap, chunk_size)
     hidden, targets = jnp.asarray(hidden), as_ids(targets)
     head = Unembedding.of(unembedding, bias, softcap)
-    # A hidden state of NaN would reach the unembedding's gradient as 0 * NaN.
+    # A NaN in a hidden state would reach the unembedding's gradient as 0 * NaN.
     finite = jnp.isfinite(jax.lax.stop_gradient(hidden)).all(axis=-1)
     hidden = jnp.where(finite[..., None], hidden, 0)
     rows, parts = in_chunks(chunk_size, unembedding.shape[0], hidden, targets)
@@ -92,7 +96,7 @@ def linear_collisions(
 ) -> Float[Array, "*batch length"]:
     r"""$\log\sum_v p_{t, v}^2$, for WPO's confidence, in the chunks of `linear_token_log_probs`.
 
-    Arguments as there; no gradient flows through it.
+    The arguments are the same. No gradient flows through the result.
     """
     hidden, unembedding, bias = jax.lax.stop_gradient((hidden, unembedding, bias))
     head = Unembedding(unembedding, bias, softcap)
@@ -103,7 +107,7 @@ def linear_collisions(
         peak, total, squares = state
         logits = tile.logits(hidden)
         peak, offset, shrunk = raised(peak, logits)
-        shares = jnp.exp(logits - offset[:, None])
+        shares = jnp.exp(logits - offset[:, None])  # (chunk, part)
         total = total * shrunk + shares.sum(axis=-1)
         return peak, total, squares * shrunk**2 + (shares**2).sum(axis=-1)
 
@@ -114,12 +118,18 @@ def linear_collisions(
 
 
 def collisions_of(logits: Float[Array, "*batch vocab"]) -> Float[Array, "*batch"]:
-    r"""$\log\sum_v p_v^2$, the log-probability that two samples of one distribution agree."""
+    r"""$\log\sum_v p_v^2$, the log-probability that two samples of one distribution are equal."""
     logits = logits.astype(at_least_float32(logits.dtype))
     return jax.nn.logsumexp(2 * logits, axis=-1) - 2 * jax.nn.logsumexp(logits, axis=-1)
 
 
-def _check_shapes(hidden, unembedding, targets, softcap, chunk_size) -> None:
+def _check_shapes(
+    hidden: Array | np.ndarray,
+    unembedding: Array | np.ndarray,
+    targets: Array | np.ndarray,
+    softcap: float | int | None,
+    chunk_size: int | None,
+) -> None:
     if hidden.shape[:-1] != targets.shape:
         raise ValueError(
             "`hidden` must have shape `(*batch, length, width)` and `targets` `(*batch, length)`; "
@@ -137,7 +147,7 @@ def _log_probs(
     hidden: Float[Array, "count chunk width"],
     targets: Int[Array, "count chunk"],
 ) -> tuple[Float[Array, "count chunk"], Float[Array, "count chunk"]]:
-    """Log-probabilities, and the normaliser of each token: all that its derivatives need."""
+    """Log-probabilities, and the normaliser of each token, which the derivatives reuse."""
     zeros = jnp.zeros(targets.shape, at_least_float32(hidden.dtype))
     start = vary_alike((zeros - jnp.inf, zeros, zeros), hidden)[0]
 
@@ -152,17 +162,20 @@ def _log_probs(
     peak, (total,) = over_devices(state[0], (state[1],), axis_name)
     picked = state[2] if axis_name is None else jax.lax.psum(state[2], axis_name)
     total = jnp.log(total)
-    # Not `picked - normaliser`: without a gradient XLA fuses that sum into this one, in an order of
-    # its own, and a policy and a reference of the same parameters differ in the last bit.
+    # Not `picked - normaliser`: without a gradient, XLA fuses the two sums in an order of its own,
+    # and a policy and a reference with the same parameters differ in the last bit.
     return picked - peak - total, peak + total
 
 
-def _log_probs_jvp(axis_name, parts, primals, tangents):
-    """Each tile's logits once more, in either mode."""
+def _log_probs_jvp(
+    axis_name: str | None, parts: int, primals: tuple[Any, ...], tangents: tuple[Any, ...]
+) -> tuple[Any, Any]:
+    """Computes each tile's logits once more, in forward and in reverse mode."""
     head, hidden, targets = primals
     results = _log_probs(axis_name, parts, head, hidden, targets)
-    # Not by the cotangent, which is 0 at a masked token but elsewhere too, and has a derivative
-    # there. A token whose logits are all finite gives 0 from a cotangent of 0.
+    # Bad tokens are found by their normaliser, not by a cotangent of 0. A good token may have a
+    # cotangent of 0, too, with respect to which there are derivatives. Its logits are finite, so
+    # its gradient is 0 anyway.
     live = jnp.isfinite(results[1])
     rows = hidden, targets, jnp.where(live, results[1], 0), live
     in_head, in_hidden, _ = moving(tangents)
@@ -182,11 +195,13 @@ def _log_probs_jvp(axis_name, parts, primals, tangents):
 _log_probs.defjvp(_log_probs_jvp, symbolic_zeros=True)
 
 
-def _push(axis_name, parts, head, rows, tangents):
-    """What tangents of `head` and `hidden` are in the log-probabilities and the normalisers.
+def _push(
+    axis_name: str | None, parts: int, head: Unembedding, rows: tuple[Array, ...], tangents: Any
+) -> tuple[Float[Array, "count chunk"], Float[Array, "count chunk"]]:
+    """The pushforward: from tangents of `head` and `hidden` to those of both results.
 
-    With $p$ of a tile's logits, a normaliser moves by the mean of their tangents under $p$, and a
-    log-probability by its own logit's tangent less that.
+    The tangent of a normaliser is the mean of the logits' tangents under the softmax $p$. The
+    tangent of a log-probability is its own logit's tangent minus that mean.
     """
     hidden, targets, normalisers, live = rows
     in_head, in_hidden = tangents
@@ -218,8 +233,10 @@ def _push(axis_name, parts, head, rows, tangents):
     return picked - means, means
 
 
-def _pull(axis_name, parts, head, rows, cotangents):
-    """The transpose of `_push`: in a logit the slope of a log-probability is `(is target) - p`."""
+def _pull(
+    axis_name: str | None, parts: int, head: Unembedding, rows: tuple[Array, ...], cotangents: Any
+) -> tuple[Unembedding, Float[Array, "count chunk width"]]:
+    """The transpose of `_push`: by a logit, a log-probability has the slope `(is target) - p`."""
     hidden, targets, normalisers, live = rows
     wide = normalisers.dtype
     cotangents = [jnp.where(live, x, 0) for x in cotangents]
@@ -232,10 +249,10 @@ def _pull(axis_name, parts, head, rows, cotangents):
             in_hidden, hidden, targets, normaliser, live, cotangent, of_normaliser = operands
             logits = tile.logits(hidden)
             probs = jnp.exp(jnp.where(live[:, None], logits, -jnp.inf) - normaliser[:, None])
-            own = jnp.where(tile.holds(targets), cotangent[:, None], 0)
-            slopes = own - probs * (cotangent - of_normaliser)[:, None]
-            more = tile.head.pull(hidden, logits, slopes)
-            return jax.tree.map(jnp.add, (in_tile, in_hidden), more)
+            at_target = jnp.where(tile.holds(targets), cotangent[:, None], 0)
+            slopes = at_target - probs * (cotangent - of_normaliser)[:, None]  # (chunk, part)
+            pulled = tile.head.pull(hidden, logits, slopes)
+            return jax.tree.map(jnp.add, (in_tile, in_hidden), pulled)
 
         zeros = jax.tree.map(lambda x: jnp.zeros_like(x, wide), tile.head)
         operands = in_hidden, hidden, targets, normalisers, live, *cotangents

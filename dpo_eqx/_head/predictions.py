@@ -1,6 +1,6 @@
-"""Predictions of completion tokens: logits, or hidden states from which logits are made in tiles.
+"""Predictions of completion tokens: logits, or hidden states from which tiles of logits are made.
 
-A policy's run gives one of the two; both answer the same questions.
+Running a policy gives one of the two; both have the same interface.
 """
 
 import abc
@@ -17,7 +17,7 @@ from .token_log_probs import token_log_probs
 
 
 class AbstractPrediction(eqx.Module):
-    """The next-token distribution at some places of each pair."""
+    """The next-token distributions at some positions of each pair."""
 
     @abc.abstractmethod
     def log_probs(self, targets: Int[Array, "pairs length"]) -> Float[Array, "pairs length"]:
@@ -48,14 +48,14 @@ class Logits(AbstractPrediction):
 
 
 class Hidden(AbstractPrediction):
-    """Predictions as last hidden states and the unembedding: the logits are never held at once."""
+    """Predictions as last hidden states and the unembedding; never holds all logits at once."""
 
     hidden: Float[Array, "pairs length width"]
     head: Unembedding
     chunk_size: int | None = eqx.field(static=True)
 
     def log_probs(self, targets: Int[Array, "pairs length"]) -> Float[Array, "pairs length"]:
-        def of_rows(rows, head):
+        def log_probs_of_rows(rows: tuple[Array, Array], head: Unembedding) -> Array:
             hidden, targets = rows
             return linear_token_log_probs(
                 hidden,
@@ -66,7 +66,8 @@ class Hidden(AbstractPrediction):
                 chunk_size=self.chunk_size,
             )
 
-        return over_data(of_rows, (self.hidden, targets), self.head)
+        # On a mesh, the gradient of the unembedding is then summed once, not once for each chunk.
+        return over_data(log_probs_of_rows, (self.hidden, targets), self.head)
 
     def collisions(self) -> Float[Array, "pairs length"]:
         return linear_collisions(
@@ -85,9 +86,9 @@ class Hidden(AbstractPrediction):
 def kl_between(
     policy: AbstractPrediction, reference: AbstractPrediction
 ) -> Float[Array, "pairs length"]:
-    """The KL divergence of the policy's predictions from the reference's, in nats, at each place.
+    """The KL divergence of the policy's predictions from the reference's, in nats, per position.
 
-    If both are hidden states, no logits are held at once.
+    If both are hidden states, the logits are never all held at once.
     """
     if isinstance(policy, Hidden) and isinstance(reference, Hidden):
         return linear_kl(

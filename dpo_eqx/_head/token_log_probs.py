@@ -1,6 +1,6 @@
 """Log-probabilities of targets from logits, and their sums over a mask.
 
-Here all logits exist; `linear.py` works without them.
+The functions here need all logits; `linear.py` works without them.
 """
 
 import jax
@@ -23,20 +23,20 @@ def token_log_probs(
 
     **Arguments:**
 
-    - `logits`: `logits[..., t, :]` is the distribution of `targets[..., t]`: the caller has
-        aligned the two. Shape `(*batch, length, vocab)`.
+    - `logits`: `logits[..., t, :]` predicts `targets[..., t]`: the caller must align the two.
+        Shape `(*batch, length, vocab)`.
     - `targets`: token ids. Shape `(*batch, length)`.
 
     **Returns:**
 
-    Shape `(*batch, length)`. NaN where the target is not in `[0, vocab)`, or where a row of logits
-    has no finite maximum (all `-inf`, say); the gradient with respect to such a row is zero, so
-    that `sequence_log_probs` can mask it out.
+    Shape `(*batch, length)`. A value is NaN if its target is not in `[0, vocab)`, or if its row of
+    logits has no finite maximum (for example, if all are `-inf`). The gradient with respect to such
+    a row is zero, so that `sequence_log_probs` can mask it out.
     """
     logits = jnp.asarray(logits)
     logits = logits.astype(at_least_float32(logits.dtype))
-    # The maximum of a row of -inf is -inf, and its softmax NaN even under a cotangent of zero:
-    # the row itself is replaced, not only its result.
+    # The gradient of the softmax of a row of -inf is NaN, even for a cotangent of zero. So the row
+    # itself is replaced, not only its result.
     well_formed = jnp.isfinite(jax.lax.stop_gradient(logits).max(axis=-1))
     log_probs = jax.nn.log_softmax(jnp.where(well_formed[..., None], logits, 0))
     known, index = known_targets(as_ids(targets), logits.shape[-1])
@@ -47,7 +47,7 @@ def token_log_probs(
 def known_targets(
     targets: Int[Array, "*batch length"], vocab: int
 ) -> tuple[Bool[Array, "*batch length"], Int[Array, "*batch length"]]:
-    """Which targets are in `[0, vocab)`, and the targets with the others replaced by 0."""
+    """Whether each target is in `[0, vocab)`, and the targets with all others replaced by 0."""
     known = (targets >= 0) & (targets < vocab)
     return known, jnp.where(known, targets, 0)
 
@@ -56,10 +56,10 @@ def sequence_log_probs(
     token_log_probs: Float[Array | np.ndarray, "*batch length"],
     mask: Bool[Array | np.ndarray, "*batch length"],
 ) -> Float[Array, "*batch"]:
-    """The sum of the log-probabilities of the tokens where `mask` is true.
+    """The sum of the log-probabilities of the tokens at which `mask` is true.
 
-    A masked position contributes nothing, a NaN or an infinity included, to the value or to the
-    gradient. A row without a true position sums to 0.
+    All other positions contribute nothing to the value or the gradient, even if they are NaN or
+    infinite. A row without a true position sums to 0.
 
     **Arguments:**
 

@@ -1,4 +1,4 @@
 """Helpers over JAX: mapped axes, partitioning, microbatches, dtypes, paths.
 
-Nothing here knows preferences, policies or losses.
+Nothing here depends on preferences, policies or losses.
 """

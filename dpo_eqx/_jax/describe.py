@@ -1,6 +1,6 @@
 """A short description of any value, for error messages.
 
-What the errors are about is said where they are raised.
+The code that raises an error writes the rest of its message.
 """
 
 from typing import Any
@@ -10,7 +10,7 @@ import numpy as np
 
 
 def described(value: Any) -> str:
-    """A short name for whatever came: shapes and dtypes of arrays, classes of other things."""
+    """A short description of `value`: shape and dtype of an array, class of most other objects."""
     if isinstance(value, jax.Array | np.ndarray):
         return f"{value.shape} in {value.dtype}"
     if isinstance(value, tuple | list):

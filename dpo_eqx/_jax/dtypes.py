@@ -1,4 +1,4 @@
-"""Dtypes of a policy: what it computes in, and what gradients and optimisers are held in."""
+"""Dtypes of a policy's computation, and of gradients and optimiser states."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -12,27 +12,28 @@ Tree = TypeVar("Tree")
 
 
 def in_dtype(tree: Tree, dtype: DTypeLike | None) -> Tree:
-    """The floating-point arrays of `tree` cast to `dtype`; `None` leaves them.
+    """`tree` with its floating-point arrays cast to `dtype`, or unchanged if `dtype` is `None`.
 
-    Complex arrays stay complex, with parts of `dtype`, or of float32 if that is wider: there is no
-    complex bfloat16.
+    Complex arrays stay complex. Their parts are in `dtype`, but at least in float32, because there
+    is no complex bfloat16.
     """
     return tree if dtype is None else _map_floats(lambda x: cast(x, dtype), tree)
 
 
 def in_float32_at_least(tree: Tree) -> Tree:
-    """The floating-point arrays of `tree` in float32 where they were narrower."""
+    """`tree` with all floating-point arrays that are narrower than float32 cast to float32."""
     return _map_floats(lambda x: x.astype(at_least_float32(x.dtype)), tree)
 
 
 def in_dtypes_of(tree: Tree, like: Tree) -> Tree:
-    """Every array of `tree` in the dtype of its counterpart in `like`; complex stays complex."""
+    """`tree` with every array cast to the dtype of its counterpart in `like`; see `cast`."""
     return jax.tree.map(lambda x, y: cast(x, y.dtype) if eqx.is_array(y) else x, tree, like)
 
 
 def cast(x: Array, dtype: Any) -> Array:
-    """`x` in `dtype`, or in the complex dtype next to it if `x` is complex and `dtype` real."""
-    if x.dtype == dtype:  # Keys of random numbers, too, whose dtype is no number's.
+    """`x` in `dtype`, or in the nearest complex dtype if `x` is complex and `dtype` is real."""
+    # Returns random keys, too, before `issubdtype`: their dtype is not a number's.
+    if x.dtype == dtype:
         return x
     if jnp.issubdtype(x.dtype, jnp.complexfloating) and not jnp.issubdtype(
         dtype, jnp.complexfloating
@@ -52,5 +53,5 @@ def _map_floats(function: Callable, tree: Tree) -> Tree:
 
 
 def at_least_float32(dtype: jnp.dtype) -> jnp.dtype:
-    """`dtype` where it is float32 or wider, else float32."""
+    """`dtype` if it is float32 or wider, else float32."""
     return dtype if jnp.finfo(dtype).bits >= 32 else jnp.dtype(jnp.float32)

@@ -1,4 +1,4 @@
-"""Policies without dropout: the flags by which Equinox's layers know that they do not train."""
+"""Switches dropout off: sets the flags `inference` of the Equinox layers in a policy."""
 
 from typing import Any, TypeVar
 
@@ -10,11 +10,11 @@ Tree = TypeVar("Tree")
 
 
 def in_inference(policy: Tree) -> Tree:
-    """`policy` with every flag `inference` true, as its layers with dropout have one.
+    """`policy` with every flag `inference` true; layers with dropout have such a flag.
 
-    `eqx.nn.inference_mode` sets whatever attribute has this name, and fails at a method or at a
-    static field. Here a flag is a field that JAX sees, and that holds a boolean. Methods,
-    properties, static fields, `None`, modules and arrays of numbers are left alone.
+    `eqx.nn.inference_mode` sets any attribute with this name, and fails if it is a method or a
+    static field. Here a flag is a field that is a leaf of the pytree and holds a boolean. Methods,
+    properties, static fields, `None`, modules and arrays of numbers are unchanged.
     """
 
     def switched(path: tuple[Any, ...], leaf: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Random keys of pairs: one for each pair of the global batch, whoever computes it."""
+"""Random keys: one for each pair of the global batch, independent of devices and microbatches."""
 
 from typing import Any
 
@@ -10,12 +10,12 @@ from jaxtyping import Array, Key, UInt32
 from .describe import described
 from .mapped_axes import AxisName, own_rows
 
-# One key or an array of them, typed (`jax.random.key`) or of the older kind (`PRNGKey`).
+# One key or an array of keys, typed (`jax.random.key`) or of the older kind (`PRNGKey`).
 Keys = Key[Array, "..."] | UInt32[Array, "..."]
 
 
 def check_key(key: Any) -> None:
-    """Raises if `key` is neither a JAX key nor an array of them: a seed, say."""
+    """Raises if `key` is neither a JAX key nor an array of keys, for instance if it is a seed."""
     is_array = isinstance(key, jax.Array | np.ndarray)
     is_typed = is_array and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
     # A key of the older kind is a row of two numbers, or of four for `rbg`.
@@ -23,7 +23,7 @@ def check_key(key: Any) -> None:
     if not (is_typed or is_raw):
         raise ValueError(
             "`key` must be a JAX key, as `jax.random.key(0)` makes one from a seed, or an array of "
-            f"them; got {described(key)}."
+            f"keys; got {described(key)}."
         )
 
 
@@ -34,7 +34,7 @@ def is_one_key(key: Keys) -> bool:
 
 
 def keys_per_pair(key: Keys | None, pairs: int) -> Keys | None:
-    """One key for each pair: a single one is split, one for each pair is taken as it is."""
+    """One key for each pair: splits a single key, and returns an array of keys unchanged."""
     if key is None:
         return None
     check_key(key)
@@ -48,13 +48,13 @@ def keys_per_pair(key: Keys | None, pairs: int) -> Keys | None:
 
 
 def own_keys(key: Keys | None, pairs: int, axis_name: AxisName | None) -> Keys | None:
-    """One key for each of this device's pairs, of those of the global batch.
+    """The keys of this device's pairs, from one key for each pair of the global batch.
 
-    Keys that came split with the batch, one for each pair of this device, are taken as they are.
+    Keys that were already split with the batch, one for each pair of this device, are unchanged.
     """
     if key is not None:
         check_key(key)
     if key is None or axis_name is None or (not is_one_key(key) and key.shape[0] == pairs):
         return keys_per_pair(key, pairs)
-    everywhere = keys_per_pair(key, pairs * jax.lax.axis_size(axis_name))
-    return own_rows(everywhere, axis_name, pairs)
+    global_keys = keys_per_pair(key, pairs * jax.lax.axis_size(axis_name))
+    return own_rows(global_keys, axis_name, pairs)

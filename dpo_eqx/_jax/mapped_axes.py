@@ -1,34 +1,34 @@
 """Mapped axes of `shard_map` and `pmap`: marking, summing and gathering values over them.
 
-Meshes and shardings are not here: inside the core an axis is only a name, or several.
+Meshes and shardings are not here: in the core, an axis is a name or a tuple of names.
 """
 
 from collections.abc import Hashable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
 import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 Tree = TypeVar("Tree")
 AxisName = Hashable  # the name of one mapped axis, or a tuple of several
 
 
 def vary(tree: Tree, axis_name: AxisName | None) -> Tree:
-    """Marks every array in `tree` as varying over the axis; the values stay.
+    """Marks every array in `tree` as varying over the axis; the values do not change.
 
-    Under `shard_map` the gradient with respect to a value that does *not* vary is already summed
-    over the axis, by the transpose of this very cast where JAX inserts it. Casting first, outside
-    the differentiated function, leaves the sum to the caller, as under `pmap`.
+    Under `shard_map`, the gradient with respect to a value that does *not* vary is already summed
+    over the axis: JAX inserts the same cast, and its transpose is a sum. Casting first, outside the
+    differentiated function, leaves the sum to the caller, as under `pmap`.
 
     **Raises:**
 
-    `ValueError` if nothing binds a name, or if it is that of an axis of `vmap`, which has no
-    replicated parameters to sum over. Under `jit` the second is raised when the program is lowered:
-    `eqx.filter_pmap` finds the shapes of what it maps under such a `vmap`, which must trace.
+    `ValueError` if no transformation binds a name, or if it names an axis of `vmap`, which has no
+    replicated parameters to sum over. Under `jit`, the second error is raised only when the program
+    is lowered, because `eqx.filter_pmap` traces its function under such a `vmap` to find shapes.
     """
     names = frozenset(_names(axis_name))
     over_devices = names & set(jax.sharding.get_abstract_mesh().manual_axes)
@@ -39,7 +39,7 @@ def vary(tree: Tree, axis_name: AxisName | None) -> Tree:
     return tree
 
 
-def vary_alike(*trees):
+def vary_alike(*trees: PyTree) -> Any:
     """Marks all arrays in all `trees` as varying over every axis that any of them varies over."""
     arrays = [leaf for leaf in jax.tree.leaves(trees) if eqx.is_array(leaf)]
     return _vary(trees, frozenset().union(*map(varying_axes, arrays)))
@@ -48,8 +48,8 @@ def vary_alike(*trees):
 def varying_axes(x: Array | np.ndarray) -> frozenset[Hashable]:
     """The mapped axes over which `x` is known to vary.
 
-    Empty outside `shard_map`, under `pmap`, and under `shard_map(..., check_vma=False)`, which
-    track nothing.
+    Empty outside `shard_map`, and under `pmap` and `shard_map(..., check_vma=False)`, which do not
+    track it.
     """
     return jax.typeof(x).manual_axis_type.varying
 
@@ -60,14 +60,14 @@ def total(tree: Tree, axis_name: AxisName | None) -> Tree:
 
 
 def gather(tree: Tree, axis_name: AxisName | None) -> Tree:
-    """The rows of all devices in the order of the axis, on every device."""
+    """All-gathers the rows of all devices, in the order of the axis, onto every device."""
     if axis_name is None:
         return tree
     return jax.tree.map(lambda x: jax.lax.all_gather(x, axis_name, tiled=True), tree)
 
 
 def own_rows(tree: Tree, axis_name: AxisName | None, rows: int) -> Tree:
-    """This device's `rows` of what `gather` gave."""
+    """The `rows` of the result of `gather` that belong to this device."""
     if axis_name is None:
         return tree
     first = jax.lax.axis_index(axis_name) * rows
@@ -88,7 +88,7 @@ def _vary(tree: Tree, axes: frozenset[Hashable]) -> Tree:
     return jax.tree.map(cast, tree)
 
 
-def _is_any_array(x) -> bool:
+def _is_any_array(x: object) -> bool:
     return isinstance(x, jax.Array | np.ndarray)
 
 
@@ -114,8 +114,8 @@ def _refuse(x: Array, axis_name: Hashable) -> Array:
     return _over_vmap.bind(x, axis_name=axis_name)
 
 
-# The identity, which traces and neither runs nor is lowered. Whether a `vmap` will only give shapes
-# cannot be seen while it traces.
+# The identity, which can be traced, but raises when it runs or is lowered. While a `vmap` traces,
+# it is unknown whether only the shapes of its results will be used.
 _over_vmap = Primitive("dpo_eqx_over_vmap")
 _over_vmap.def_abstract_eval(lambda x, **_: x)
 _over_vmap.def_impl(_raise_of_vmap)

@@ -1,8 +1,8 @@
-"""Rows kept on their devices under automatic partitioning, as the types of the arrays tell it.
+"""Keeps rows on their devices under automatic partitioning.
 
-No function takes a mesh; where there is none, or one of other axes than `dpo_eqx.sharding` makes,
-nothing is done. Meshes with explicit axes are in `explicit_meshes.py`, and what is mapped by
-`shard_map` or `pmap` in `mapped_axes.py`.
+No function takes a mesh: it is found in the types of the arrays. Without a mesh, or on a mesh whose
+axes are not those of `dpo_eqx.sharding`, nothing here has an effect. `explicit_meshes.py` handles
+meshes with explicit axes, and `mapped_axes.py` handles `shard_map` and `pmap`.
 """
 
 import contextlib
@@ -23,23 +23,23 @@ from jaxtyping import Array, PyTree
 from .dtypes import at_least_float32
 from .mapped_axes import vary
 
-# The axes over which the rows of a batch are split, together; and all. The last varies fastest over
-# the devices, so that it stays within a host where it can.
+# The axes over which the rows of a batch are split, together; and all axes. The last axis varies
+# fastest over the devices, so that it stays within a host if it can.
 ROWS = ("data", "fsdp")
 AXES = (*ROWS, "tensor")
 
 Arguments = ParamSpec("Arguments")
 Returned = TypeVar("Returned")
 
-# What `beside_sweeps` has found.
+# The axes that a `vmap` around a function wrapped by `beside_sweeps` splits over.
 _TAKEN: ContextVar[frozenset[Hashable]] = ContextVar("_TAKEN", default=frozenset())
 
 
 def row_axes(x: Array | np.ndarray, *beside: PyTree) -> tuple[str, ...] | None:
     """The axes over which the rows of `x`, its first axis, are split, for `vmap(spmd_axis_name=)`.
 
-    `None` where there is no mesh, or where they do not divide the rows. Axes over which a `vmap` of
-    the caller splits `x`, or arrays of `beside`, are left to it.
+    `None` without a mesh, or if the axes do not divide the rows. Axes over which a `vmap` of the
+    caller already splits `x`, or arrays of `beside`, are left out.
     """
     mesh = mesh_of(x)
     if mesh is None:
@@ -51,9 +51,10 @@ def row_axes(x: Array | np.ndarray, *beside: PyTree) -> tuple[str, ...] | None:
 
 
 def beside_sweeps(function: Callable[Arguments, Returned]) -> Callable[Arguments, Returned]:
-    """`function`, within which the axes that a `vmap` around it splits over are left to that.
+    """`function`, in which `row_axes` leaves out the axes that a `vmap` around it splits over.
 
-    Inside a loop or a checkpoint of `function` nothing tells that its arrays are under a `vmap`.
+    The axes are found when `function` is called: inside its loops and checkpoints, arrays do not
+    show that they are under a `vmap`.
     """
 
     @functools.wraps(function)
@@ -68,24 +69,25 @@ def beside_sweeps(function: Callable[Arguments, Returned]) -> Callable[Arguments
 
 
 def keep_rows(x: Array) -> Array:
-    """`x`, of one row under a `vmap` with `row_axes`, on the devices that have the row.
+    """Keeps `x`, one row under a `vmap` with `row_axes`, on the devices that have the row.
 
-    Parameters are split over `fsdp` too. Without this XLA may take it from them to the
-    activations, and give every device all rows. How a row itself lies is left to XLA.
+    Parameters are sharded over `fsdp`, too. Without this constraint, XLA may propagate their
+    sharding to the activations, and gather all rows on every device. XLA chooses the sharding
+    within a row.
     """
     mesh = mesh_of(x)
     if mesh is None:
         return x
-    own = P(*[P.UNCONSTRAINED] * x.ndim)
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, own))
+    within_row = P(*[P.UNCONSTRAINED] * x.ndim)
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, within_row))
 
 
 def over_data(function: Callable[..., Array], rows: Sequence[Array], *shared: PyTree) -> Array:
-    """`function(rows, *shared)`, on each part of the rows that `data` makes by itself.
+    """`function(rows, *shared)`, computed separately on each shard of the rows over `data`.
 
-    The gradient of what they share is then summed over the parts once, whatever loops `function`
-    has. XLA would sum it inside them: in a loop over chunks of tokens, that of a whole unembedding
-    once for each chunk.
+    The gradient with respect to `shared` is then summed over the shards once, whatever loops
+    `function` has. XLA would sum inside the loops: in a loop over chunks of tokens, it would sum
+    the gradient of a whole unembedding once for each chunk.
     """
     mesh = mesh_of(rows[0])
     parts = 1 if mesh is None else mesh.shape.get("data", 1)
@@ -99,8 +101,8 @@ def over_data(function: Callable[..., Array], rows: Sequence[Array], *shared: Py
         here = vary(wide, "data")
         return function(rows, *jax.tree.map(lambda x, dtype: x.astype(dtype), here, dtypes))
 
-    # Wide over the border, so that the sum is: in bf16 it would be poor, and XLA's CPU compiler
-    # aborts at it.
+    # Arguments of `shard_map` are in float32, so that the sum of their gradients is, too. A sum in
+    # bf16 would be inexact, and XLA's CPU compiler aborts at it.
     shared = jax.tree.map(lambda x: x.astype(at_least_float32(x.dtype)), shared)
     return jax.shard_map(
         on_part,
@@ -112,7 +114,7 @@ def over_data(function: Callable[..., Array], rows: Sequence[Array], *shared: Py
 
 
 def mesh_of(x: Array | np.ndarray) -> AbstractMesh | None:
-    """The mesh on which `x` lies, if there is one of our axes, all of them automatic."""
+    """The mesh of `x`, or `None` unless all axes are in `AXES` and automatic."""
     mesh = jax.typeof(x).sharding.mesh
     if mesh.empty or not set(mesh.axis_names) <= set(AXES):
         return None
@@ -120,7 +122,7 @@ def mesh_of(x: Array | np.ndarray) -> AbstractMesh | None:
 
 
 def _taken(tree: PyTree) -> set[Hashable]:
-    """The axes of the mesh over which a `vmap(spmd_axis_name=)` around splits arrays of `tree`."""
+    """The axes over which a surrounding `vmap(spmd_axis_name=)` splits arrays of `tree`."""
     names = set(_TAKEN.get())
     for x in jax.tree.leaves(tree):
         if isinstance(x, Tracer):
@@ -130,7 +132,7 @@ def _taken(tree: PyTree) -> set[Hashable]:
 
 
 class _SeenError(Exception):
-    """Ends the look at an array, so that nothing of it is in the program."""
+    """Ends the inspection of an array, so that it adds nothing to the program."""
 
 
 def _end(*_, names):
@@ -142,8 +144,8 @@ def _look_at_vmap(axis_data, operands, dims, *, names):
     return _seen.bind(*operands, names=names), dims[0]
 
 
-# Goes from a tracer through all transformations around, and asks each `vmap` for its axis: JAX
-# refuses a second use of it, and has no other way to know.
+# Passes through all transformations around a tracer, and asks each `vmap` for its axis. JAX raises
+# if an axis is used twice, and has no other way to find it.
 _seen = Primitive("dpo_eqx_seen")
 _seen.def_abstract_eval(_end)
 _seen.def_impl(_end)

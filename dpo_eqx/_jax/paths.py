@@ -1,4 +1,4 @@
-"""How the parameters of a pytree are named, for tables, patterns and messages."""
+"""Names of the parameters in a pytree, for tables, patterns and messages."""
 
 from typing import Any
 
@@ -6,5 +6,5 @@ import jax
 
 
 def leaf_name(path: Any) -> str:
-    """A leaf's path as `layers.attention.query.weight`."""
+    """The path of a leaf as text, such as `layers.attention.query.weight`."""
     return jax.tree_util.keystr(path, simple=True, separator=".")

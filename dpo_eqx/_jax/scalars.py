@@ -1,6 +1,6 @@
-"""What counts as a number, and as a number for each pair: types, for annotations alone.
+"""Types, used in annotations only, of one number and of one number for each pair.
 
-NumPy's scalars are numbers as good as Python's, and integers as good as fractions.
+NumPy's scalars are accepted like Python's, and integers like floating-point numbers.
 """
 
 from typing import TYPE_CHECKING
@@ -10,12 +10,12 @@ from jaxtyping import Array, Bool, Real
 
 # One number, traced or not.
 if TYPE_CHECKING:
-    # NumPy's stubs believe that the product of a NumPy number and an `Array` is a NumPy array,
-    # which it is not.
+    # NumPy's stubs wrongly type the product of a NumPy number and an `Array` as a NumPy array, so
+    # type checkers see no NumPy numbers here.
     Number = float | Array
 else:
     Number = float | int | np.floating | np.integer | Real[Array | np.ndarray, ""]
 
-# One number for each pair. A mask is welcome as weights of 0 and 1.
+# One number for each pair. A boolean mask can be used as weights of 0 and 1.
 PerPair = Real[Array | np.ndarray, " pairs"]
 Weights = PerPair | Bool[Array | np.ndarray, " pairs"]

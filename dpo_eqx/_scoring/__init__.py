@@ -1,4 +1,4 @@
-"""A policy run on a batch, giving the log-probability of each completion.
+"""Runs a policy on a batch, and returns the log-probability of each completion.
 
 Losses and gradients are in `losses` and `_training`.
 """

@@ -1,6 +1,6 @@
 """The score of packed batches: `score_pairs` for rows that hold several pairs each.
 
-How such rows are made is in `_arrays/packed.py` and `data/pack.py`.
+`_arrays/packed.py` and `data/pack.py` make such rows.
 """
 
 from functools import partial
@@ -36,18 +36,18 @@ def score_packed(
     step = make_step(losses.dpo, optimizer, score=score_packed)
     ```
 
-    Pair by pair what `score_pairs` gives, up to rounding. A pair's tokens see those of the pair
-    alone, at the positions that they have without packing; the unembedding is applied to scored
-    tokens only.
+    Each pair has the same result as in `score_pairs`, up to rounding. A pair's tokens see only
+    tokens of the same pair, and have the same positions as without packing. The unembedding is
+    applied to scored tokens only.
 
     **Arguments:**
 
-    - `policy`: one that offers `FastPolicy`, as all of `models` do. Its `hidden` gets a
-        `PackedLayout`.
+    - `policy`: must offer `FastPolicy`, as all policies in `models` do. Its `hidden` is called with
+        a `PackedLayout`.
     - `batch`: from `data.pack`.
-    - `key`: for dropout and the like: one key, which is split into one for each *row*, or one for
-        each row. The masks are others than those of `score_pairs`.
-    - `chunk_size`: of `linear_token_log_probs`.
+    - `key`: for dropout and other randomness: one key, which is split into one for each *row*, or
+        one key for each row. The dropout masks are not the same as in `score_pairs`.
+    - `chunk_size`: as in `linear_token_log_probs`.
 
     **Returns:**
 
@@ -55,8 +55,7 @@ def score_packed(
 
     **Raises:**
 
-    `ValueError` where the policy does not offer `FastPolicy` or returns something of another
-    shape.
+    `ValueError` if the policy does not offer `FastPolicy` or returns an array of a wrong shape.
     """
     _check_offers(policy)
     keys = keys_per_pair(key, batch.rows)
@@ -65,16 +64,16 @@ def score_packed(
         layout = PackedLayout(lengths, ids.size, batch.longest, batch.longest_pair)
         returned = _run(policy, keep_rows(ids), layout, key)
         hidden = checked_hidden(policy, returned, ids, policy.unembedding)
-        # The fill of -1 reads the row's last token: whatever it gives is in no sum.
+        # The fill of -1 reads the row's last token, which `_parts_of` leaves out of every sum.
         return keep_rows(hidden[layout.predicts[scored]]), ids[scored], _parts_of(layout, scored)
 
     ids, lengths, scored = map(as_ids, (batch.ids, batch.lengths, batch.scored))
     over_rows = jax.vmap(one_row, spmd_axis_name=row_axes(ids, policy, keys))
     hidden, targets, parts = over_rows(ids, lengths, scored, keys)
     log_probs = Hidden(hidden, unembedding_of(policy), chunk_size).log_probs(targets)
-    of_each = jnp.broadcast_to(log_probs[:, None, None], parts.shape)
-    totals = sequence_log_probs(of_each, parts)
-    counts = parts.sum(axis=-1, dtype=jnp.int32)
+    repeated = jnp.broadcast_to(log_probs[:, None, None], parts.shape)
+    totals = sequence_log_probs(repeated, parts)  # (rows, slots, 2)
+    counts = parts.sum(axis=-1, dtype=jnp.int32)  # (rows, slots, 2)
     return PairLogProbs(
         chosen=by_pair(totals[:, :, 0]),
         rejected=by_pair(totals[:, :, 1]),
@@ -85,21 +84,21 @@ def score_packed(
 
 
 def _run(policy: FastPolicy, ids: Array, layout: PackedLayout, key: Keys | None) -> Array:
-    """The policy's hidden states; says what to use if it asks for the widths of a `Layout`."""
+    """The policy's hidden states; explains the error if it reads the widths of a `Layout`."""
     try:
         return policy.hidden(ids, layout, key=key)
     except AttributeError as error:
         if error.obj is not layout:
             raise
         raise AttributeError(
-            "A packed row has no `prompt_width` or `completion_widths`: its parts have other "
-            "widths in each row. Attend through `layout.mask()` and `layout.positions` if `layout` "
-            "is a `PackedLayout`, or run the policy by `score_pairs`."
+            "A packed row has no `prompt_width` or `completion_widths`, because its parts have "
+            "different widths in each row. Attend through `layout.mask()` and `layout.positions` "
+            "if `layout` is a `PackedLayout`, or run the policy by `score_pairs`."
         ) from error
 
 
 def _parts_of(layout: PackedLayout, scored: Array) -> Bool[Array, "slots 2 scored"]:
-    """Which of the scored tokens are of each slot's chosen and of its rejected completion."""
+    """Which scored tokens belong to each slot's chosen, and which to its rejected completion."""
     slots = jnp.arange(layout.lengths.shape[0], dtype=scored.dtype)[:, None, None]
     completions = jnp.array([1, 2], scored.dtype)[None, :, None]
     scored = scored[None, None, :]
@@ -112,6 +111,6 @@ def _check_offers(policy: PyTree) -> None:
     if not offers_fast_path(policy):
         raise ValueError(
             "`policy` must offer `FastPolicy` to be run on several pairs in one row, by `hidden(ids"
-            f", layout)` and `unembedding`; {type(policy).__name__} does not. Write these two, see "
-            "`help(dpo_eqx.FastPolicy)`, or take `score_pairs` and batches from `data.batches`."
+            f", layout)` and `unembedding`; {type(policy).__name__} does not. Write both, see "
+            "`help(dpo_eqx.FastPolicy)`, or use `score_pairs` with batches from `data.batches`."
         )

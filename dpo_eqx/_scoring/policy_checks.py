@@ -1,6 +1,6 @@
-"""What a policy may be and what it must return: errors that name its class and what to do.
+"""Checks of a policy and of its results; the errors name its class and a remedy.
 
-How a policy is run is in `predict.py`.
+`predict.py` runs the policy.
 """
 
 import functools
@@ -20,10 +20,10 @@ def check_is_policy(policy: PyTree) -> None:
     wanted = "`policy` must be a callable pytree, such as an instance of an `eqx.Module`"
     if isinstance(policy, type):
         raise ValueError(
-            f"{wanted}; got the class {policy.__name__}. Make an instance of it, as by "
+            f"{wanted}; got the class {policy.__name__}. Make an instance of it by "
             f"`{policy.__name__}(..., key=key)`."
         )
-    # What offers `FastPolicy` is not called itself.
+    # A `FastPolicy` is run by its method `hidden`, so it need not be callable.
     if not callable(policy) and not hasattr(policy, "hidden"):
         raise ValueError(
             f"{wanted}; got {described(policy)}. Give it a method `__call__(self, ids)` that "
@@ -32,7 +32,7 @@ def check_is_policy(policy: PyTree) -> None:
 
 
 def checked_logits(policy: PyTree, returned: Any, ids: Array) -> Float[Array, "length vocab"]:
-    """What `policy(ids)` returned, if it is logits of one sequence; a `ValueError` if not."""
+    """The result of `policy(ids)`; raises `ValueError` if it is not the logits of one sequence."""
     if _is_floating(returned) and returned.ndim == 2 and returned.shape[0] == ids.size:
         return jnp.asarray(returned)
     raise ValueError(
@@ -45,7 +45,7 @@ def checked_logits(policy: PyTree, returned: Any, ids: Array) -> Float[Array, "l
 def checked_hidden(
     policy: PyTree, returned: Any, ids: Array, unembedding: Array
 ) -> Float[Array, "length width"]:
-    """What `policy.hidden(ids, layout)` returned, if it is one hidden state for each token."""
+    """The result of `policy.hidden(ids, layout)`; raises if it is not one state for each token."""
     want = (ids.size, unembedding.shape[-1])
     if _is_floating(returned) and returned.shape == want:
         return jnp.asarray(returned)
@@ -58,18 +58,16 @@ def checked_hidden(
 
 
 def where_arrays_are(policy: PyTree) -> str:
-    """For the error about a policy without arrays: what hides them, and what to do."""
+    """A hint for the error about a policy without arrays: what hides them, and the remedy."""
     if policy is None or isinstance(policy, type):
         return f"The policy is {described(policy)}; give an instance of an `eqx.Module`."
     if isinstance(policy, functools.partial | types.FunctionType | types.MethodType):
         return (
             f"The policy is a {type(policy).__name__}, which hides its arrays from JAX. Make it an "
-            "`eqx.Module` with the arrays, or the model that it calls, as fields; "
-            "`jax.tree_util.Partial` in place of `functools.partial` does it too."
+            "`eqx.Module` with the arrays, or the model that it calls, as fields; or use "
+            "`jax.tree_util.Partial` instead of `functools.partial`."
         )
-    return (
-        "Check that the parameters are floating-point arrays of JAX in fields that are not static."
-    )
+    return "Check that the parameters are floating-point JAX arrays, in fields that are not static."
 
 
 def _is_floating(returned: Any) -> bool:
@@ -81,12 +79,12 @@ def _remedy(returned: Any, what: str) -> str:
     if isinstance(returned, tuple | list | dict):
         return (
             f"Return the {what} alone: wrap the policy in an `eqx.Module` that picks them from "
-            "what it returns."
+            "its result."
         )
     if not isinstance(returned, jax.Array | np.ndarray):
         return f"Return the {what} as an array."
     if not jnp.issubdtype(returned.dtype, jnp.floating):
         return f"The {what} must be real floating-point numbers."
     if returned.ndim == 1:
-        return f"Return the {what} of every token, not of the last one alone."
+        return f"Return the {what} of every token, not only of the last token."
     return "A policy is written for one sequence; the batch axis is added by `vmap`."

@@ -1,7 +1,7 @@
-"""A policy run on prompts and their completions, giving the prediction of each completion token.
+"""Runs a policy on prompts and completions, and returns the prediction of each completion token.
 
-Two ways, one result: each sequence alone for any policy, or each prompt once with all its
-completions for a `FastPolicy`. Sums over tokens and everything after them are in `score.py`.
+Any policy runs on each sequence alone; a `FastPolicy` runs once on each prompt with all its
+completions, with the same result. Sums over tokens are in `score.py`.
 """
 
 import inspect
@@ -31,7 +31,7 @@ def predict(
     keys: Keys | None,
     chunk_size: int | None,
 ) -> AbstractPrediction:
-    """The prediction of every token of all completions, side by side in their order."""
+    """The predictions of all completion tokens, with the completions concatenated in order."""
     check_is_policy(policy)
     prompt, *completions = map(_without_padding, (prompt, *completions))
     lengths = prompt.mask.sum(axis=1, dtype=jnp.int32)
@@ -44,7 +44,7 @@ def predict(
 def offers_fast_path(policy: PyTree) -> bool:
     """Whether `policy` offers the protocol `FastPolicy`.
 
-    A policy with a layer that happens to be named `hidden` does not: its call has no `layout`.
+    A policy does not if it only has a layer named `hidden`, whose call takes no `layout`.
     """
     return (
         isinstance(policy, FastPolicy)
@@ -60,7 +60,7 @@ def unembedding_of(policy: FastPolicy) -> Unembedding:
 
 
 def _without_padding(tokens: Tokens) -> Tokens:
-    """Ids in int32; those after the last true position of the mask become 0, whatever they were."""
+    """Ids in int32; any id after the last true position of the mask becomes 0."""
     mask = jnp.asarray(tokens.mask)
     context = jax.lax.cummax(mask.astype(jnp.int32), axis=1, reverse=True) > 0
     return Tokens(jnp.where(context, as_ids(tokens.ids), 0), mask)
@@ -73,16 +73,17 @@ def _plain_logits(
     completions: Sequence[Tokens],
     keys: Keys | None,
 ) -> Float[Array, "pairs length vocab"]:
-    """The policy called on each prompt with each completion, contiguous, under `vmap`."""
+    """Calls the policy on each prompt followed directly by each completion, under `vmap`."""
     widths = [completion.ids.shape[1] for completion in completions]
     pad = [[(0, 0), (0, max(widths) - width)] for width in widths]
     rows = jnp.stack([jnp.pad(c.ids, p) for c, p in zip(completions, pad, strict=True)], axis=1)
 
     def one_sequence(prompt, length, completion, key):
+        # The completion overwrites the prompt's padding, because a plain policy knows no mask.
         row = keep_rows(jnp.concatenate([prompt, jnp.zeros_like(completion)]))
         row = jax.lax.dynamic_update_slice(row, completion, (length,))
         returned = policy(row) if key is None else policy(row, key=key)
-        logits = keep_rows(checked_logits(policy, returned, row))
+        logits = keep_rows(checked_logits(policy, returned, row))  # (prompt + completion, vocab)
         return jax.lax.dynamic_slice_in_dim(logits, length - 1, completion.size)
 
     def one_prompt(prompt, length, completions, key):
@@ -101,14 +102,14 @@ def _fast_hidden(
     completions: Sequence[Tokens],
     keys: Keys | None,
 ) -> Float[Array, "pairs length width"]:
-    """The policy run on each prompt with all its completions in one row, under `vmap`."""
+    """Runs the policy on each prompt with all its completions in one row, under `vmap`."""
     rows = jnp.concatenate([prompts, *(completion.ids for completion in completions)], axis=1)
     widths = tuple(completion.ids.shape[1] for completion in completions)
 
     def one_row(row, length, key):
         layout = Layout(length, prompts.shape[1], widths)
         returned = policy.hidden(keep_rows(row), layout, key=key)
-        hidden = checked_hidden(policy, returned, row, policy.unembedding)
+        hidden = checked_hidden(policy, returned, row, policy.unembedding)  # (length, width)
         return keep_rows(hidden[layout.predicts[layout.prompt_width :]])
 
     return jax.vmap(one_row, spmd_axis_name=row_axes(rows, policy, keys))(rows, lengths, keys)

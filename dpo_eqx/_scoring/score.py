@@ -1,7 +1,7 @@
-"""Scores: a policy run on a batch, giving the log-probability of each completion.
+"""Scores: functions that run a policy on a batch, and return each completion's log-probability.
 
-A score is any function of the form `(policy, batch, *, key) -> log-probabilities`; what is done
-with them, losses and gradients, is not here.
+A score is any function of the form `(policy, batch, *, key) -> log-probabilities`. Losses and
+gradients are not here.
 """
 
 from collections.abc import Sequence
@@ -36,33 +36,33 @@ def score_pairs(
 ) -> PairLogProbs:
     """The log-probabilities of both completions of each pair under `policy`.
 
-    Any policy is called as `policy(ids)` on the real tokens of prompt and completion, contiguous
-    and padded on the right, once for each sequence. One that offers `FastPolicy` is run once for
-    each pair, with the same result: the prompt is encoded once for both completions, and the
-    logits are never built.
+    Any policy is called as `policy(ids)`, once for each sequence, on the real tokens of prompt and
+    completion, contiguous and padded on the right. A policy that offers `FastPolicy` is run only
+    once for each pair, with the same result: the prompt is encoded once for both completions, and
+    the logits are never built.
 
     **Arguments:**
 
-    - `policy`: a callable pytree from `ids`, of shape `(length,)`, to logits `(length, vocab)`;
-        causal. Called as `policy(ids, key=key)` where a key is given.
+    - `policy`: a callable pytree from `ids`, of shape `(length,)`, to logits `(length, vocab)`. It
+        must be causal. It is called as `policy(ids, key=key)` if a key is given.
     - `batch`: the pairs.
-    - `key`: for dropout and the like: one key, which is split into one for each pair, or one for
-        each pair. A pair's masks are then the same in whatever batch it stands, but not with keys
-        of the kinds `rbg` and `unsafe_rbg`: under `vmap` JAX draws those for the whole batch from
-        its first key.
-    - `chunk_size`: of `linear_token_log_probs`, for a `FastPolicy`; without effect on others.
+    - `key`: for dropout and other randomness: one key, which is split into one for each pair, or
+        one key for each pair. With one key for each pair, a pair's dropout masks are the same in
+        every batch, except with keys of the kinds `rbg` and `unsafe_rbg`: under `vmap` JAX draws
+        their numbers for the whole batch from its first key.
+    - `chunk_size`: as in `linear_token_log_probs`, for a `FastPolicy`; other policies ignore it.
     - `confidence`: whether to compute the confidences that `losses.wpo` needs.
 
     **Returns:**
 
     Log-probabilities summed over the scored tokens, in nats, float32 or wider; the numbers of
-    scored tokens; the batch's weights. An empty completion has log-probability 0. A scored token
-    outside the vocabulary makes its sequence NaN, so that a wrong tokenizer is loud.
+    scored tokens; and the batch's weights. An empty completion has log-probability 0. A scored
+    token outside the vocabulary makes its sequence NaN, so that a wrong tokenizer is noticed.
 
     **Raises:**
 
-    `ValueError` where the policy returns something of another shape, or there are not as many
-    keys as pairs.
+    `ValueError` if the policy returns an array of a wrong shape, or if the number of keys is not
+    the number of pairs.
     """
     completions = batch.chosen, batch.rejected
     chosen, rejected = _token_scores(policy, batch.prompt, completions, key, chunk_size, confidence)
@@ -76,10 +76,10 @@ def score_unpaired(
     key: Keys | None = None,
     chunk_size: int | None = None,
 ) -> UnpairedLogProbs:
-    """The log-probabilities of single completions, and of KTO's mismatched ones where given.
+    """The log-probabilities of single completions, and of KTO's mismatched completions if given.
 
-    Arguments, errors and the fast path are those of `score_pairs`. No gradient flows through
-    `kl`, which is a constant to the losses.
+    Arguments, errors and the fast path are as in `score_pairs`. No gradient flows through `kl`,
+    which the losses treat as a constant.
     """
     completions = (batch.completion,) if batch.kl is None else (batch.completion, batch.kl)
     completion, *kl = _token_scores(policy, batch.prompt, completions, key, chunk_size)
@@ -93,9 +93,9 @@ def score_unpaired(
 
 
 def ld_score(alpha: Number) -> Score[PairLogProbs]:
-    r"""Length-desensitised scores: `score_pairs` with less weight on what only one answer has.
+    r"""Length-desensitised scores: `score_pairs` with less weight on the longer answer's surplus.
 
-    The tokens of a completion past the length of the shorter of the two are multiplied by
+    The log-probabilities of tokens past the length of the shorter completion are multiplied by
     `alpha`: $\sum_{t \le m} \log p_t + \alpha \sum_{t > m} \log p_t$ with
     $m = \min(n_w, n_l)$, in policy and reference alike.
 
@@ -105,17 +105,17 @@ def ld_score(alpha: Number) -> Score[PairLogProbs]:
 
     **Arguments:**
 
-    - `alpha`: 1 is `score_pairs`, 0 ignores the longer completion's surplus. A number in `[0, 1]`,
-        or a traced scalar.
+    - `alpha`: a number in `[0, 1]`, or a traced scalar. 1 gives `score_pairs`; 0 ignores the longer
+        completion's surplus.
 
     **Returns:**
 
-    A score, `(policy, batch, *, key=None, chunk_size=None) -> PairLogProbs`. The lengths are those
-    of the whole completions.
+    A score, `(policy, batch, *, key=None, chunk_size=None) -> PairLogProbs`. The lengths count
+    all scored tokens, including the surplus.
 
     **Raises:**
 
-    `ValueError` where `alpha` is a number out of range.
+    `ValueError` if `alpha` is a number out of range.
 
     ??? cite
 
@@ -123,7 +123,7 @@ def ld_score(alpha: Number) -> Score[PairLogProbs]:
         2409.06411).
     """
     if isinstance(alpha, Real) and not 0 <= alpha <= 1:
-        raise ValueError(f"`alpha` must be in [0, 1], got {alpha}.")
+        raise ValueError(f"`alpha` must be in [0, 1]; got {alpha}.")
 
     def score(
         policy: PyTree,
@@ -151,7 +151,7 @@ def ld_score(alpha: Number) -> Score[PairLogProbs]:
 
 
 class TokenScores(eqx.Module):
-    """What is known of each token of one completion of each prompt."""
+    """The log-probability of each token of one completion of each prompt, with the loss mask."""
 
     log_probs: Float[Array, "pairs completion"]
     collisions: Float[Array, "pairs completion"] | None
@@ -175,7 +175,7 @@ class TokenScores(eqx.Module):
 def pair_log_probs(
     batch: PreferenceBatch, chosen: TokenScores, rejected: TokenScores
 ) -> PairLogProbs:
-    """The sums over the tokens of each completion of `batch`, with what travels beside them."""
+    """The sums over the tokens of each completion of `batch`, with its lengths and weights."""
     return PairLogProbs(
         chosen=chosen.total(),
         rejected=rejected.total(),
@@ -195,14 +195,14 @@ def _token_scores(
     chunk_size: int | None,
     confidence: bool = False,
 ) -> list[TokenScores]:
-    """The scores of each of the completions, in their order."""
+    """The scores of each completion, in order."""
 
     def run(prompt, completions, policy, key):
         keys = keys_per_pair(key, prompt.ids.shape[0])
         predictions = predict(policy, prompt, completions, keys=keys, chunk_size=chunk_size)
         return token_scores(predictions, completions, confidence)
 
-    # On a mesh with explicit axes a plain policy may name shardings itself.
+    # A plain policy may name shardings itself, so explicit axes of a mesh stay explicit for it.
     run = automatic(run) if offers_fast_path(policy) else run
     return run(prompt, completions, policy, key)
 
@@ -210,7 +210,7 @@ def _token_scores(
 def token_scores(
     predictions: AbstractPrediction, completions: Sequence[Tokens], confidence: bool = False
 ) -> list[TokenScores]:
-    """The scores of each of the completions, from the predictions of all of them side by side."""
+    """The scores of each completion, from the concatenated predictions of all completions."""
     mask = jnp.concatenate([completion.mask for completion in completions], axis=1)
     ids = jnp.concatenate([as_ids(completion.ids) for completion in completions], axis=1)
     log_probs = predictions.log_probs(jnp.where(mask, ids, 0))

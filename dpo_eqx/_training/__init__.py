@@ -1,4 +1,4 @@
 """Gradients, steps, evaluations, references and their metrics.
 
-Nothing here is jitted and nothing is kept between calls.
+Nothing here is jitted, and no state is kept between calls.
 """

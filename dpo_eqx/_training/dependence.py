@@ -1,6 +1,6 @@
-"""Which arrays of a function's result depend on its argument, found in its jaxpr.
+"""Finds, in a function's jaxpr, the arrays of its result that depend on its argument.
 
-Dependence is of values: what takes only a shape or a dtype from an array does not depend on it.
+Only values count: a result that uses only the shape or dtype of an array does not depend on it.
 """
 
 import functools
@@ -17,9 +17,8 @@ from jaxtyping import PyTree
 def dependent_paths(function: Callable[[Any], Any], tree: PyTree) -> list[str]:
     """The paths of the arrays in `function(tree)` that depend on an array of `tree`.
 
-    Arrays in a closure or in a `functools.partial` count as what that function is in the result.
-    What cannot be followed, such as the inside of a callback, is taken to depend on all it is
-    given.
+    If the result holds a closure or a `functools.partial`, the arrays inside it count, too. What
+    cannot be traced, such as the body of a callback, counts as dependent on all of its operands.
     """
     closed, arrays, _ = eqx.filter_make_jaxpr(lambda tree: _open_functions(function(tree)))(tree)
     dependent = _outputs(closed.jaxpr, [True] * len(closed.jaxpr.invars))
@@ -32,10 +31,10 @@ def dependent_paths(function: Callable[[Any], Any], tree: PyTree) -> list[str]:
 
 
 def _open_functions(tree: PyTree) -> PyTree:
-    """`tree` with what each Python function holds in its place."""
+    """`tree` with each Python function replaced by the values that it holds."""
     seen = set()
 
-    def open_one(leaf):
+    def open_one(leaf: Any) -> PyTree:
         if isinstance(leaf, functools.partial):
             parts = [leaf.func, leaf.args, leaf.keywords]
         elif isinstance(leaf, types.MethodType):
@@ -44,7 +43,7 @@ def _open_functions(tree: PyTree) -> PyTree:
             parts = [cell.cell_contents for cell in leaf.__closure__ or ()]
         else:
             return leaf
-        # A function may hold itself.
+        # A function may hold itself, which would otherwise recurse without end.
         is_new = id(leaf) not in seen
         seen.add(id(leaf))
         return jax.tree.map(open_one, parts) if is_new else None
@@ -53,10 +52,10 @@ def _open_functions(tree: PyTree) -> PyTree:
 
 
 def _outputs(jaxpr: Jaxpr, inputs: Sequence[bool]) -> list[bool]:
-    """Which outputs depend on the inputs that are marked."""
+    """Whether each output depends on an input that is marked."""
     dependent = {var for var, depends in zip(jaxpr.invars, inputs, strict=True) if depends}
 
-    def marked(atoms):
+    def marked(atoms: Sequence[Any]) -> list[bool]:
         return [not isinstance(atom, Literal) and atom in dependent for atom in atoms]
 
     for equation in jaxpr.eqns:
@@ -68,11 +67,11 @@ def _outputs(jaxpr: Jaxpr, inputs: Sequence[bool]) -> list[bool]:
 
 
 def _results(equation: JaxprEqn, operands: list[bool]) -> list[bool]:
-    """Which results of one equation depend on the operands that are marked."""
+    """Whether each result of one equation depends on an operand that is marked."""
     params, everything = equation.params, [True] * len(equation.outvars)
     if "branches" in params:
-        index, *rest = operands
-        branches = [_outputs(branch.jaxpr, rest) for branch in params["branches"]]
+        index, *inputs = operands
+        branches = [_outputs(branch.jaxpr, inputs) for branch in params["branches"]]
         return everything if index else [any(results) for results in zip(*branches, strict=True)]
     inner = [
         value.jaxpr if isinstance(value, ClosedJaxpr) else value
@@ -88,9 +87,10 @@ def _results(equation: JaxprEqn, operands: list[bool]) -> list[bool]:
 
 
 def _scanned(equation: JaxprEqn, body: Jaxpr, operands: list[bool]) -> list[bool]:
-    """The results of a scan, whose carry may come to depend on more in each round."""
-    # What is scanned over or stacked has an axis more outside. So carries and constants are told by
-    # their shapes: the names of the parameters that count them differ between versions of JAX.
+    """The results of a scan, iterated until no more of the carry becomes dependent."""
+    # Scanned inputs and stacked outputs have one more axis outside the body, so equal shapes
+    # identify carries and constants. The parameters that count them have other names in other
+    # versions of JAX.
     carried = _same_shapes(equation.outvars, body.outvars)
     consts = _same_shapes(equation.invars, body.invars) - carried
     while True:

@@ -32,13 +32,14 @@ def make_eval(
 
     **Arguments:**
 
-    Those of `make_grad`. A loss that couples pairs couples those of each call.
+    As in `make_grad`. A loss that couples pairs couples the pairs of one call.
 
     **Returns:**
 
     A pure function, not jitted, of `(policy, batch, reference=None)`. It runs policy and reference
-    in inference mode and returns `Metrics`, whose `+` joins batches exactly, ragged ones and pairs
-    of weight 0 included, and whose `mean()` is the dict that a step returns, but for `grad_norm`.
+    in inference mode and returns `Metrics`. Their `+` joins batches exactly, even with ragged
+    batches and pairs of weight 0. Their `mean()` is the dict that a step returns, without
+    `grad_norm`.
 
     **Raises:**
 
@@ -50,12 +51,12 @@ def make_eval(
         batch = vary(batch, axis_name)
 
         options = {"score": score, "compute_dtype": compute_dtype}
-        given = batch.reference
+        reference_log_probs = batch.reference
         if reference is not None:
-            given = run_reference(reference, batch, **options)
+            reference_log_probs = run_reference(reference, batch, **options)
         log_probs = run_inference(policy, batch, **options)
-        scored = Scored(log_probs, given, batch.per_pair, pair_weights(batch))
-        values = metrics(scored.policy, given, loss_of(loss, scored, axis_name))
+        scored = Scored(log_probs, reference_log_probs, batch.per_pair, pair_weights(batch))
+        values = metrics(scored.policy, reference_log_probs, loss_of(loss, scored, axis_name))
         return total(weighted_sums(values, scored.weight), axis_name)
 
     return evaluate

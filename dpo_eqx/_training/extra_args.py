@@ -1,4 +1,4 @@
-"""The arguments that some optimisers ask for beside the gradient: the loss, and how to compute it.
+"""The extra arguments of some optimisers: the value of the loss, and a function that computes it.
 
 The objective itself is in `passes.py`.
 """
@@ -24,13 +24,15 @@ def extra_args(
     pairs: Scored,
     losses: Any,
 ) -> dict[str, Any]:
-    """Of `value`, `grad`, `value_fn` and `obj_fn`, those that the optimiser's update takes.
+    """The arguments among `value`, `grad`, `value_fn` and `obj_fn` that the optimiser accepts.
 
-    Nothing is computed for an optimiser that takes none. `value_fn` is traced only if it is called.
+    Nothing is computed if it accepts none. `value_fn` is traced only if the optimiser calls it.
 
     **Arguments:**
 
-    - `problem`, and the results of `gradient` at the present parameters.
+    - `optimizer`: the optimiser, whose `update` is inspected.
+    - `problem`: the problem of this step.
+    - `gradients`, `pairs`, `losses`: the results of `gradient` at the current parameters.
     """
     if not isinstance(optimizer, optax.GradientTransformationExtraArgs):
         return {}
@@ -42,15 +44,15 @@ def extra_args(
     parameters = inspect.signature(optimizer.update).parameters
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return offered
-    # For example that of SAM, which takes arguments of its own and no others.
+    # Sharpness-Aware Minimization (SAM), for example, refuses all but its own extra arguments.
     return {name: argument for name, argument in offered.items() if name in parameters}
 
 
 def _differentiable(problem: Problem) -> Callable:
     """The mean loss as a function of the parameters, whose derivative is the exact gradient.
 
-    The derivative that JAX would find holds the residuals of all microbatches at once. Under a
-    `shard_map` that does not track what varies, it would also miss the sum over devices.
+    JAX's own derivative would hold the residuals of all microbatches at once. Under a `shard_map`
+    with `check_vma=False`, it would also miss the sum over devices.
     """
     function = jax.custom_jvp(lambda params: objective_at(problem, params))
 
@@ -62,5 +64,6 @@ def _differentiable(problem: Problem) -> Callable:
         slope = optax.tree.vdot(gradients, *tangents)
         return mean, jnp.real(slope).astype(mean.dtype)
 
-    # Sophia gives `obj_fn` to it. Optax's line searches refuse arguments that it does not take.
+    # Sophia passes `obj_fn` to this function. Optax's line searches raise if an argument is passed
+    # that this function does not take.
     return lambda params, obj_fn=None: function(params)

@@ -1,6 +1,6 @@
 """Master weights: float32 copies of narrow parameters, kept in the optimiser's state.
 
-The rounding to the parameters' dtype is here; what an update is, the inner optimiser says.
+The rounding to the parameters' dtype is here; the inner optimiser computes the update.
 """
 
 from typing import Any
@@ -42,24 +42,24 @@ def master_weights(
 
     bfloat16 has 8 significant bits, so an update of less than about 1/500 of a parameter is
     rounded away. At the learning rates of preference training that is nearly every update. With
-    master weights small updates add up in float32, and after each step the parameters are the
-    rounding of the copies, bit for bit. Training is then that of float32 parameters with
+    master weights, small updates add up in float32. After each step the parameters are the rounded
+    copies, bit for bit. Training is then equivalent to training float32 parameters with
     `compute_dtype` set to the narrow dtype.
 
-    The copies cost 4 bytes a parameter, and the inner state is in float32 too. Float32 parameters
-    are not copied. Where the parameters are no longer the rounding of their copies, because
-    something else has changed them, the copies start again from the parameters.
+    The copies cost 4 bytes per parameter, and the inner state is in float32, too. Float32
+    parameters are not copied. If something else has changed a parameter, so that it is no longer
+    its rounded copy, the copy starts again from the parameter.
 
     **Arguments:**
 
-    - `optimizer`: an Optax transformation, with extra arguments or not. Put everything that changes
-        the updates inside: `master_weights(optax.chain(clip, adamw))`.
+    - `optimizer`: an Optax transformation, with or without extra arguments. Put everything that
+        changes the updates inside: `master_weights(optax.chain(clip, adamw))`.
 
     **Returns:**
 
     A transformation whose updates are float32. In a loop of your own, apply them by
     `optax.apply_updates`, which adds in float32 and rounds once. (`eqx.apply_updates` does not
-    round: it would make the parameters float32.)
+    round: it would turn the parameters into float32.)
 
     **Raises:**
 
@@ -74,8 +74,8 @@ def master_weights(
     def init(params: PyTree) -> Any:
         narrow = eqx.filter(params, is_narrow)
         dtypes = tuple(str(leaf.dtype) for leaf in jax.tree.leaves(narrow))
-        # Widened twice: the inner state may hold its parameters, and a donated state must not hold
-        # one buffer two times.
+        # Cast twice: the inner state may hold its parameters, and a donated state must not hold
+        # the same buffer twice.
         return MasterWeightsState(
             in_float32_at_least(narrow), inner.init(in_float32_at_least(params)), dtypes
         )
@@ -95,12 +95,13 @@ def master_weights(
             in_float32_at_least(updates), state.inner, eqx.combine(master, wide), **extra_args
         )
         master = optax.apply_updates(master, updates)
-        # The sum of `old` and this difference is the rounded copy. Float32 holds the difference of
-        # two narrow numbers unless one is tiny beside the other. If the old one is tiny, the sum
-        # still rounds to the new one. If the new one is tiny, it is a multiple of the old copy's
-        # spacing, as its copy is a float32 sum, so nothing is lost either. (The one exception: an
-        # old copy that rounds up to a power of two, and passes 0 to less than 2^-15 of it, may
-        # miss by its own spacing. `_follow` then starts from where it is.)
+        # The sum of `old` and this difference is the rounded copy. Float32 represents the
+        # difference of two narrow numbers exactly unless one is tiny compared with the other. If
+        # the old number is tiny, the sum still rounds to the new number. If the new number is tiny,
+        # it is a multiple of the old copy's spacing, because its copy is a float32 sum, so nothing
+        # is lost either. (The only exception: an old copy that rounds up to a power of two, and
+        # crosses 0 to less than 2^-15 of it, may be off by its own spacing. `_follow` then starts
+        # from the parameter.)
         steps = jax.tree.map(
             lambda copy, dtype, old: _rounded(copy, dtype) - old,
             master,
@@ -114,27 +115,27 @@ def master_weights(
 
 
 def _beside(master: PyTree, tree: PyTree) -> PyTree:
-    """What `tree` has where `master` has an array, and `None` elsewhere."""
+    """The leaves of `tree` at the arrays of `master`, and `None` elsewhere."""
     return jax.tree.map(
         lambda copy, leaf: None if copy is None else leaf, master, tree, is_leaf=lambda x: x is None
     )
 
 
 def _follow(copy: Array, dtype: str, param: Array) -> Array:
-    """The copy, or the parameter if it is not the rounding of the copy any more."""
+    """The copy, or the parameter if it is no longer the rounded copy."""
     return jnp.where(_rounded(copy, dtype) == param, copy, param)
 
 
 def _rounded(x: Array, dtype: str) -> Array:
     """`x` rounded to `dtype`, in its own dtype.
 
-    Not by two casts, which XLA may take out as excess precision.
+    Two casts would not do this reliably: XLA may remove them and keep the excess precision.
     """
     info = jnp.finfo(dtype)
     rounded = jax.lax.reduce_precision(x, info.nexp, info.nmant)
     if info.nexp == jnp.finfo(x.dtype).nexp:
         return rounded
-    # A cast keeps subnormal numbers, which `reduce_precision` takes for 0.
+    # A cast keeps subnormal numbers, which `reduce_precision` flushes to 0.
     spacing = float(info.smallest_subnormal)
     return jnp.where(
         jnp.abs(x) < float(info.smallest_normal), jnp.round(x / spacing) * spacing, rounded

@@ -1,6 +1,6 @@
 """Metrics: per-pair quantities, and their exact means over batches, microbatches and devices.
 
-A metric is averaged as a sum and a count, both carried, so that ragged batches count right.
+A metric is accumulated as a sum and a count, so that the mean over ragged batches is exact.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from .._arrays.log_probs import PairLogProbs, UnpairedLogProbs
 from .._arrays.loss_values import PairLoss, UnpairedLoss
-from .._arrays.metrics import Metrics, PerPair, Value
+from .._arrays.metrics import Metrics, MetricValues, Value
 from .._jax.describe import described
 from ..losses._numerics import present
 
@@ -22,27 +22,28 @@ def default_metrics(
     policy: PairLogProbs | UnpairedLogProbs,
     reference: PairLogProbs | UnpairedLogProbs | None,
     loss: PairLoss | UnpairedLoss,
-) -> dict[str, PerPair]:
+) -> dict[str, MetricValues]:
     """The metrics that users of TRL plot, under the same names, before averaging.
 
     `loss`; `rewards/chosen`, `rewards/rejected`, `rewards/margins`: the implicit rewards;
-    `rewards/accuracies`: 1 where the chosen reward is higher, **one half for a tie** (TRL counts
-    0, so its first step shows 0.0); `logps/chosen`, `logps/rejected`: the policy's summed
-    log-probabilities, in nats. For unpaired data the chosen are those labelled true, the rejected
-    those labelled false, each averaged over their own weights, and there is no accuracy.
+    `rewards/accuracies`: 1 if the chosen reward is higher, **one half for a tie** (TRL counts 0,
+    so its first step shows 0.0); `logps/chosen`, `logps/rejected`: the policy's summed
+    log-probabilities, in nats. For unpaired data, the chosen completions are those with a true
+    label and the rejected ones those with a false label; each mean is over its own weights, and
+    there is no accuracy.
 
-    Your own function of this form takes its place: add a metric in a line by
+    Your own function of this form can replace it. Add a metric in one line by
     `lambda *args: default_metrics(*args) | {"margin/max": ...}`.
 
     **Arguments:**
 
     - `policy`, `reference`: the log-probabilities that the loss was given.
-    - `loss`: what it returned.
+    - `loss`: the result of the loss.
 
     **Returns:**
 
-    By name an array of shape `(pairs,)`, averaged by the batch's weights; or an array and a mask,
-    averaged where the mask is true.
+    For each name, an array of shape `(pairs,)`, averaged with the batch's weights; or an array and
+    a mask, averaged over the true positions of the mask.
     """
     del reference
     if isinstance(policy, UnpairedLogProbs):
@@ -50,8 +51,9 @@ def default_metrics(
     return _paired(policy, loss)
 
 
-def _paired(policy: Any, loss: Any) -> dict[str, PerPair]:
+def _paired(policy: Any, loss: Any) -> dict[str, MetricValues]:
     chosen, rejected = loss.chosen_reward, loss.rejected_reward
+    # A tie counts one half, so that identical policies have an accuracy of 0.5.
     half = (1 + jnp.sign(chosen - rejected)) / 2
     return {
         "loss": loss.loss,
@@ -64,7 +66,7 @@ def _paired(policy: Any, loss: Any) -> dict[str, PerPair]:
     }
 
 
-def _unpaired(policy: Any, loss: Any) -> dict[str, PerPair]:
+def _unpaired(policy: Any, loss: Any) -> dict[str, MetricValues]:
     label = jnp.asarray(policy.label)
     return {
         "loss": loss.loss,
@@ -78,7 +80,7 @@ def _unpaired(policy: Any, loss: Any) -> dict[str, PerPair]:
 def weighted_sums(values: Any, weight: Float[Array, " pairs"]) -> Metrics:
     """The sums and counts of per-pair `values`; a pair of weight 0 adds nothing, not even NaN.
 
-    `values` are what a function of the form of `default_metrics` returned.
+    `values` are the result of a function of the form of `default_metrics`.
     """
     if not isinstance(values, Mapping):
         raise ValueError(
@@ -87,24 +89,25 @@ def weighted_sums(values: Any, weight: Float[Array, " pairs"]) -> Metrics:
         )
     sums, counts = {}, {}
     for name, value in values.items():
-        value, own = _own_weight(name, value, weight)
-        sums[name] = (present(value.astype(own.dtype), own) * own).sum()
-        counts[name] = own.sum()
+        value, value_weight = _own_weight(name, value, weight)
+        value = present(value.astype(value_weight.dtype), value_weight)
+        sums[name] = (value * value_weight).sum()
+        counts[name] = value_weight.sum()
     return Metrics(sums, counts)
 
 
 def _own_weight(
     name: str, value: Any, weight: Float[Array, " pairs"]
 ) -> tuple[Value, Float[Array, " pairs"]]:
-    """The array of a metric, and the weights by which it is averaged."""
+    """The array of a metric, and the weights for its mean."""
     value, mask = value if isinstance(value, tuple) and len(value) == 2 else (value, None)
     _check_metric(name, value, weight.shape)
     if mask is None:
         return value, weight
     if not _is_array(mask) or mask.dtype != bool or mask.shape != weight.shape:
         raise ValueError(
-            f"the metric {name!r} must have a boolean mask of shape {weight.shape} beside its "
-            f"array, true where the mean is taken; got {described(mask)}."
+            f"The metric {name!r} must have a boolean mask of shape {weight.shape}, true at the "
+            f"pairs that its mean includes; got {described(mask)}."
         )
     return value, jnp.where(mask, weight, 0)
 
@@ -113,9 +116,9 @@ def _check_metric(name: str, value: Any, shape: tuple[int, ...]) -> None:
     if _is_array(value) and value.shape == shape and not jnp.iscomplexobj(value):
         return
     raise ValueError(
-        f"the metric {name!r} must have one value per pair, shape {shape}, in an array of real "
-        f"numbers, or such an array and a mask; got {described(value)}. The mean is taken with the "
-        "weights afterwards; a number that is the same for all pairs becomes an array by "
+        f"The metric {name!r} must have one value per pair, shape {shape}, in an array of real "
+        f"numbers, or such an array and a mask; got {described(value)}. The weighted mean is taken "
+        "afterwards; a number that is the same for all pairs becomes an array by "
         "`jnp.full_like(loss.loss, number)`."
     )
 

@@ -1,7 +1,7 @@
 r"""The objective $\sum_i w_i \ell_i / \sum_i w_i$ as a function of log-probabilities.
 
-Between a score and its pullback: which loss each pair has, and the slope of the objective with
-respect to each log-probability. Policies are not here.
+Between a score and its pullback, this file computes the loss of each pair, and the slope: the
+derivative of the objective with respect to each log-probability. Policies are not here.
 """
 
 import functools
@@ -25,7 +25,7 @@ from .metrics import weighted_sums
 
 
 class Scored(eqx.Module):
-    """All that a loss is given for some pairs, every array with the pairs as its first axis."""
+    """All arguments of a loss for some pairs; the first axis of every array is the pairs."""
 
     policy: PyTree
     reference: PyTree
@@ -34,7 +34,7 @@ class Scored(eqx.Module):
 
 
 def pair_weights(batch: Any) -> Float[Array, " pairs"]:
-    """The weight of each pair, 1 where the batch has none, in JAX's default floating dtype."""
+    """The weight of each pair, 1 if the batch has no weights, in JAX's default floating dtype."""
     dtype = jnp.zeros(()).dtype
     if batch.weight is None:
         return jnp.ones(batch.pairs, dtype)
@@ -42,7 +42,7 @@ def pair_weights(batch: Any) -> Float[Array, " pairs"]:
 
 
 def loss_of(loss: Loss, scored: Scored, axis_name: AxisName | None) -> Any:
-    """The loss of each pair; one that couples pairs sees those of all devices."""
+    """The loss of each pair; a loss that couples pairs sees the pairs of all devices."""
     return _on_all_pairs(lambda all_pairs: _call(loss, all_pairs), loss, scored, axis_name)
 
 
@@ -57,7 +57,7 @@ def loss_and_slopes(
 
     **Returns:**
 
-    What the loss returned, and a pytree like `scored.policy` with `None` for integers and
+    The result of the loss, and a pytree like `scored.policy` with `None` for integers and
     booleans. A pair of weight 0 has slopes of exactly 0.
     """
 
@@ -69,6 +69,7 @@ def loss_and_slopes(
             result = _call(loss, Scored(policy, pairs.reference, pairs.per_pair, pairs.weight))
             losses = wide(result.loss)
             weight = pairs.weight.astype(losses.dtype)
+            # `present` before the product, because 0 * NaN is NaN.
             weighted = present(losses, weight) * weight
             return safe_ratio(weighted.sum(), whole.astype(weighted.dtype)), result
 
@@ -84,32 +85,34 @@ def mean_loss(pairs: Scored, losses: Any, axis_name: AxisName | None) -> Float[A
 
 
 def check_no_bound_axis(loss: Loss) -> None:
-    """Raises if `partial` has bound an array with an axis, which would not be split."""
+    """Raises if `partial` has bound an array with axes, which would not be split with the pairs."""
     for part, bound in parts(loss):
         for name, value in bound.items():
             if getattr(value, "ndim", 0) > 0:
                 raise ValueError(
                     f"`{name}` of `{getattr(part, '__name__', part)}` is bound to an array of "
-                    f"shape {value.shape}, which is not split where `microbatches` or `axis_name` "
+                    f"shape {value.shape}, which is not split when `microbatches` or `axis_name` "
                     f"split the pairs. Give it as `batch.per_pair={{{name!r}: ...}}`."
                 )
 
 
-def _on_all_pairs(function: Callable, loss: Loss, scored: Scored, axis_name):
-    """`function` on these pairs alone, or where the loss couples pairs on those of all devices."""
+def _on_all_pairs(
+    function: Callable[[Scored], Any], loss: Loss, scored: Scored, axis_name: AxisName | None
+) -> Any:
+    """`function` on these pairs, or on the pairs of all devices if the loss couples pairs."""
     axis_name = axis_name if is_coupled(loss) else None
     return own_rows(function(gather(scored, axis_name)), axis_name, scored.weight.size)
 
 
 def _call(loss: Loss, scored: Scored) -> Any:
-    """The loss; not even a NaN of a pair of weight 0 has influence."""
+    """The loss, on which a pair of weight 0 has no influence, even if it is NaN."""
     policy, reference = _present_rows((scored.policy, scored.reference), scored.weight)
     per_pair = {name: _as_floats(x, scored.weight) for name, x in (scored.per_pair or {}).items()}
     return checked_loss(loss, loss(policy, reference, **per_pair), scored.weight.shape)
 
 
 def checked_loss(loss: Loss, returned: Any, shape: tuple[int, ...]) -> Any:
-    """What `loss` returned, if it is a `PairLoss` or its like with a loss for each pair."""
+    """The result of `loss`; raises if it is not a `PairLoss` or similar, one loss per pair."""
     losses = getattr(returned, "loss", None)
     if not isinstance(losses, jax.Array | np.ndarray):
         raise ValueError(
@@ -130,7 +133,7 @@ def checked_loss(loss: Loss, returned: Any, shape: tuple[int, ...]) -> Any:
 
 
 def _as_floats(x: Array | np.ndarray, like: Array) -> Array | np.ndarray:
-    """Integers in the dtype of `like`, as the same numbers written as fractions would come."""
+    """Casts integers to the dtype of `like`, so that `beta=1` has the same result as `beta=1.0`."""
     return x if jnp.issubdtype(x.dtype, jnp.inexact) else jnp.asarray(x).astype(like.dtype)
 
 
@@ -143,7 +146,7 @@ def _name_of(loss: Loss) -> str:
 def _present_rows(tree: PyTree, weight: Float[Array, " pairs"]) -> PyTree:
     """`tree` with 0 for every NaN and infinity of a pair of weight 0.
 
-    Its finite numbers stay, so that the derivative with respect to its weight is right.
+    Finite numbers stay, so that the derivative with respect to the pair's weight is right.
     """
 
     def clean(x):

@@ -4,11 +4,11 @@ With the objective $L$ and the log-probabilities $\log\pi_i(\theta)$ of the pair
 
 $$\frac{dL}{d\theta} = \sum_i \frac{\partial L}{\partial \log\pi_i} \frac{d \log\pi_i}{d\theta}.$$
 
-The first factor is the slope, which the loss gives; the second is applied by the pullback of the
-score. For most losses the slope of a pair depends on that pair alone, so each microbatch goes
-through score, loss and pullback at once (`_one_pass`). A loss that couples pairs needs the
-log-probabilities of all pairs before it gives any slope. So all microbatches are scored first, and
-then each is scored again and pulled back (`_two_passes`). Optimisers are not here.
+The first factor is the slope, computed by the loss; the pullback of the score applies the second.
+For most losses the slope of a pair depends on that pair alone, so each microbatch goes through
+score, loss and pullback at once (`_one_pass`). A loss that couples pairs needs the
+log-probabilities of all pairs before it can compute any slope. So all microbatches are scored
+first, and then each is scored again and pulled back (`_two_passes`). Optimisers are not here.
 """
 
 import dataclasses
@@ -61,7 +61,7 @@ def check_setup(setup: Setup) -> None:
 
 
 class Rows(NamedTuple):
-    """What is split into microbatches: pairs, their keys, and their reference if it is known."""
+    """The data that is split into microbatches: pairs, keys, and a precomputed reference."""
 
     batch: Any
     keys: Keys | None
@@ -70,7 +70,7 @@ class Rows(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """What stays fixed while the objective and its gradient are computed for one batch.
+    """Everything that stays fixed while the gradient is computed for one batch.
 
     **Arguments:**
 
@@ -110,13 +110,14 @@ def pose(
 
 
 def gradient(problem: Problem, params: PyTree) -> tuple[PyTree, Scored, Any]:
-    """The gradient at `params`, what the loss was given for each pair, and what it returned.
+    """The gradient at `params`, the arguments of the loss for each pair, and its result.
 
     `params` is a pytree like `problem.stored`, in any floating dtypes. The gradient is in float32
     or wider, and is the sum over all devices.
     """
     setup = problem.setup
-    # Cast and marked outside the differentiated function, so that the sum over devices is ours.
+    # Cast and marked outside the differentiated function, so that JAX does not sum over devices:
+    # `total` below does.
     params = vary(in_float32_at_least(params), setup.axis_name)
     two_passes = is_coupled(setup.loss) and setup.microbatches > 1
     gradients, pairs, losses = (_two_passes if two_passes else _one_pass)(problem, params)
@@ -141,7 +142,7 @@ def objective_at(problem: Problem, params: PyTree) -> Float[Array, ""]:
 
 
 def split_trainable(policy: PyTree, trainable: PyTree) -> tuple[PyTree, PyTree]:
-    """The arrays of `policy` that `trainable` selects, and all the rest."""
+    """The arrays of `policy` that `trainable` selects, and the rest of `policy`."""
     params, frozen = eqx.partition(policy, trainable)
     selected = jax.tree_util.tree_leaves_with_path(params)
     if not selected:
@@ -160,7 +161,7 @@ def split_trainable(policy: PyTree, trainable: PyTree) -> tuple[PyTree, PyTree]:
 
 
 def _one_pass(problem: Problem, params: PyTree) -> tuple[PyTree, Scored, Any]:
-    """Score, loss and pullback of one microbatch after the other."""
+    """Runs score, loss and pullback on one microbatch after the other."""
     setup = problem.setup
 
     def microbatch(rows: Rows):
@@ -175,7 +176,7 @@ def _one_pass(problem: Problem, params: PyTree) -> tuple[PyTree, Scored, Any]:
 
 
 def _two_passes(problem: Problem, params: PyTree) -> tuple[PyTree, Scored, Any]:
-    """The scores of all microbatches, the loss of all pairs, then one pullback per microbatch."""
+    """Scores all microbatches, runs the loss on all pairs, then pulls back each microbatch."""
     setup = problem.setup
     pairs = _score_all(problem, params)
     losses, slopes = loss_and_slopes(setup.loss, pairs, problem.weight_sum, setup.axis_name)
@@ -192,7 +193,7 @@ def _two_passes(problem: Problem, params: PyTree) -> tuple[PyTree, Scored, Any]:
 
 
 def _score_all(problem: Problem, params: PyTree) -> Scored:
-    """What the loss is given for each pair, one microbatch after the other."""
+    """The arguments of the loss for all pairs, computed one microbatch after the other."""
 
     def microbatch(rows: Rows):
         return None, _with_reference(problem, _run_policy(problem, params, rows), rows)
@@ -205,13 +206,14 @@ def _run_policy(problem: Problem, params: PyTree, rows: Rows) -> Any:
     params = in_dtypes_of(params, problem.stored)
     policy = in_dtype(eqx.combine(params, problem.frozen), problem.setup.compute_dtype)
     score = problem.setup.score
-    # Otherwise XLA rounds the differentiated forward pass at other places than the reference's.
+    # Without a checkpoint, XLA rounds the differentiated forward pass at other places than the
+    # reference's forward pass.
     score = eqx.filter_checkpoint(score) if is_narrow(policy) else score
     return score(policy, rows.batch, key=rows.keys)
 
 
 def _with_reference(problem: Problem, log_probs: Any, rows: Rows) -> Scored:
-    """The policy's log-probabilities with everything else that the loss is given."""
+    """The policy's log-probabilities with the other arguments of the loss."""
     batch, reference = rows.batch, rows.reference
     if reference is None and problem.reference is not None:
         setup = problem.setup

@@ -1,7 +1,7 @@
-"""References: which one a step uses, how it is run, and helpers to make, precompute and move one.
+"""References: chooses and runs the reference of a step, and makes, precomputes and moves one.
 
-A reference is a policy that does not learn: a pytree of its own, a view of the policy, or the
-log-probabilities that one gave.
+A reference is a policy that does not learn: a separate pytree, a view of the policy, or precomputed
+log-probabilities.
 """
 
 from collections.abc import Callable
@@ -30,9 +30,10 @@ Policy = TypeVar("Policy")
 def snapshot(policy: Policy) -> Policy:
     """A copy of `policy` that shares no array with it.
 
-    `reference = dpx.snapshot(policy)` before a policy is donated to a jitted step: what is donated
-    must not share buffers with what is kept. `dpx.snapshot(optimizer.init(...))` is for optimisers
-    whose first state holds the parameters themselves.
+    Take `reference = dpx.snapshot(policy)` before the policy is donated to a jitted step: donated
+    arrays must not share buffers with arrays that are used later. Use
+    `dpx.snapshot(optimizer.init(...))` for optimisers whose first state holds the parameters
+    themselves.
     """
     return jax.tree.map(lambda x: jnp.array(x, copy=True) if eqx.is_array(x) else x, policy)
 
@@ -50,7 +51,7 @@ def sync_reference(reference: Policy, policy: Policy, alpha: Number) -> Policy:
 
     **Raises:**
 
-    `ValueError` where `alpha` is out of range or the structures differ.
+    `ValueError` if `alpha` is out of range or the structures differ.
 
     ??? cite
 
@@ -58,14 +59,14 @@ def sync_reference(reference: Policy, policy: Policy, alpha: Number) -> Policy:
         equation 3 (arXiv 2404.09656).
     """
     if isinstance(alpha, Real) and not 0 <= alpha <= 1:
-        raise ValueError(f"`alpha` must be in [0, 1], got {alpha}.")
-    ours, theirs = (eqx.filter(tree, eqx.is_array) for tree in (reference, policy))
-    if jax.tree.structure(ours) != jax.tree.structure(theirs):
+        raise ValueError(f"`alpha` must be in [0, 1]; got {alpha}.")
+    old_arrays, new_arrays = (eqx.filter(tree, eqx.is_array) for tree in (reference, policy))
+    if jax.tree.structure(old_arrays) != jax.tree.structure(new_arrays):
         raise ValueError(
             "`reference` and `policy` must have one structure to be mixed; got "
-            f"{jax.tree.structure(ours)} and {jax.tree.structure(theirs)}."
+            f"{jax.tree.structure(old_arrays)} and {jax.tree.structure(new_arrays)}."
         )
-    moved = jax.tree.map(lambda old, new: _mix(old, new, alpha), ours, theirs)
+    moved = jax.tree.map(lambda old, new: _mix(old, new, alpha), old_arrays, new_arrays)
     return eqx.combine(moved, eqx.filter(reference, eqx.is_array, inverse=True))
 
 
@@ -78,26 +79,27 @@ def precompute_reference(
     compute_dtype: DTypeLike | None = None,
     microbatches: int = 1,
 ) -> PairLogProbs:
-    """The reference's log-probabilities of `batch`, to be given as `batch.reference` later.
+    """The reference's log-probabilities of `batch`, to be passed as `batch.reference` later.
 
-    The very numbers that a step with the same `score` and `compute_dtype` would compute: the same
-    code, in inference mode. Pure and not jitted; wrap it in `eqx.filter_jit`.
+    They equal those that a step with the same `score` and `compute_dtype` would compute, because
+    the same code runs in inference mode. The function is pure and not jitted; wrap it in
+    `eqx.filter_jit`.
 
     **Arguments:**
 
     - `reference`: a policy.
-    - `batch`: a `PreferenceBatch`, or whatever `score` takes.
+    - `batch`: a `PreferenceBatch`, or any batch that `score` takes.
     - `score`: the score that the step uses.
-    - `compute_dtype`: that of the step.
-    - `microbatches`: into how many parts the batch is split to save memory.
+    - `compute_dtype`: the `compute_dtype` of the step.
+    - `microbatches`: the number of parts into which the batch is split to save memory.
 
     **Returns:**
 
-    What `score` returns: `PairLogProbs`, each array of shape `(pairs,)`.
+    The result of `score`: `PairLogProbs`, each array of shape `(pairs,)`.
 
     **Raises:**
 
-    `ValueError` where `microbatches` does not divide the pairs.
+    `ValueError` if `microbatches` does not divide the pairs.
     """
     check_divides(microbatches, rows_of(batch))
 
@@ -134,27 +136,27 @@ def choose_reference(
     reference_of: Callable[[Any], Any] | None,
     parts: tuple[PyTree, PyTree] | None = None,
 ) -> PyTree | None:
-    """The policy to run as reference, or `None` where it is precomputed or absent.
+    """The policy to run as reference, or `None` if the reference is precomputed or absent.
 
     **Arguments:**
 
-    - `policy`, `batch`, `reference`, `reference_of`: as a step has them.
-    - `parts`: the arrays of `policy` that are trained, on which no view may depend, and all the
-        rest of it.
+    - `policy`, `batch`, `reference`, `reference_of`: the arguments of a step.
+    - `parts`: the arrays of `policy` that are trained, on which no view may depend, and the rest of
+        `policy`.
 
     **Raises:**
 
     `ValueError` if there are two references, or the view depends on an array that is trained.
     """
-    given = {
+    references = {
         "the argument `reference`": reference,
         "`batch.reference`": batch.reference,
         "`reference_of`": reference_of,
     }
-    names = [name for name, value in given.items() if value is not None]
+    names = [name for name, value in references.items() if value is not None]
     if len(names) > 1:
         raise ValueError(
-            f"give one reference, not {len(names)}: got {' and '.join(names)}. Drop all but one; "
+            f"Give one reference, not {len(names)}: got {' and '.join(names)}. Drop all but one; "
             "precomputed log-probabilities can be taken out of a batch with "
             "`dataclasses.replace(batch, reference=None)`."
         )
@@ -166,15 +168,15 @@ def choose_reference(
 
 
 def _check_view(reference_of: Callable[[Any], Any], trained: PyTree, rest: PyTree) -> None:
-    """Raises if an array of the view depends on one that is trained, by whatever operations."""
+    """Raises if an array of the view depends on a trained array, through any operations."""
     remedy = (
-        "Freeze them by `trainable=`, for instance `models.lora_filter(policy)`, or give a "
+        "Freeze them by `trainable=`, for instance `models.lora_filter(policy)`, or pass a "
         "`snapshot` as `reference`."
     )
     try:
         paths = dependent_paths(lambda arrays: reference_of(eqx.combine(arrays, rest)), trained)
     except jax.errors.JAXTypeError as error:
-        # `np.asarray`, `float` or `if` on an array that is trained: it makes a copy that moves.
+        # `np.asarray`, `float` or `if` on a trained array: the copy would move with the policy.
         raise ValueError(
             "`reference_of` must be traceable by JAX in the arrays that are trained, and not "
             f"depend on their values, but it has read one: {str(error).splitlines()[0]} {remedy}"
@@ -189,5 +191,6 @@ def _check_view(reference_of: Callable[[Any], Any], trained: PyTree, rest: PyTre
 def _mix(old: Array, new: Array, alpha: Number) -> Array:
     if not eqx.is_inexact_array(old):
         return jnp.array(old, copy=True)
+    # In bfloat16 a small `alpha` would round to no change at all.
     wide = at_least_float32(old.dtype)
     return cast(alpha * cast(new, wide) + (1 - alpha) * old.astype(wide), old.dtype)

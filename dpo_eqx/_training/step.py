@@ -1,7 +1,7 @@
 """Gradients and training steps: a score, a loss and an Optax optimiser composed into one function.
 
-Nothing is jitted and nothing is kept: what comes in and goes out are pytrees. How the gradient is
-computed, in one pass over the microbatches or in two, is in `passes.py`.
+Nothing is jitted and no state is kept: arguments and results are pytrees. `passes.py` computes the
+gradient, in one or two passes over the microbatches.
 """
 
 from collections.abc import Callable
@@ -43,54 +43,54 @@ def make_grad(
 
     **Arguments:**
 
-    - `loss`: of the form `loss(policy, reference, *, ...) -> PairLoss`; hyper-parameters are bound
-        by `functools.partial`, per-pair ones given as `batch.per_pair`.
-    - `score`: of the form `(policy, batch, *, key) -> log-probabilities`.
+    - `loss`: a function of the form `loss(policy, reference, *, ...) -> PairLoss`. Bind its
+        hyper-parameters by `functools.partial`, and pass per-pair ones as `batch.per_pair`.
+    - `score`: a function of the form `(policy, batch, *, key) -> log-probabilities`.
     - `trainable`: an Equinox filter specification of the arrays to differentiate.
-    - `microbatches`: into how many parts the batch is split, one after the other, to save memory.
-        The result is the same up to rounding. A loss that couples pairs runs the forward pass
-        twice for it.
+    - `microbatches`: the number of parts into which the batch is split; they run one after the
+        other, to save memory. The result is the same up to rounding. A loss that couples pairs
+        then runs the forward pass twice.
     - `axis_name`: the mapped axis, or axes, of `pmap` or `shard_map` over which the pairs are
-        split. Sums run over all of it; every device gets the whole gradient.
-    - `compute_dtype`: to which the policy and the reference are cast for the forward pass.
-        Gradients stay in the parameters' dtype, float32 at least. Complex arrays stay complex,
-        complex64 at least.
+        split. Sums run over all devices of the axis, and every device gets the whole gradient.
+    - `compute_dtype`: the dtype to which the policy and the reference are cast for the forward
+        pass. Gradients stay in the parameters' dtype, float32 at least. Complex arrays stay
+        complex, complex64 at least.
     - `reference_of`: makes the reference from the policy, as `models.without_lora` does. It is
-        traced once more, to see that no array of the reference depends on what is trained.
-    - `metrics`: of the form `(policy_log_probs, reference_log_probs, pair_loss) -> dict`, see
-        `default_metrics`.
+        traced once more, to check that no array of the reference depends on trained arrays.
+    - `metrics`: a function of the form
+        `(policy_log_probs, reference_log_probs, pair_loss) -> dict`, see `default_metrics`.
 
     **Returns:**
 
     A pure function, not jitted, of
 
     - `policy`: any callable pytree, see `score_pairs`;
-    - `batch`: a `PreferenceBatch`, or whatever `score` takes;
-    - `reference`: a policy that does not learn, run in inference mode in the same dtype; or
-        `None`, where it is precomputed (`batch.reference`), a view (`reference_of`) or not needed;
-    - `key`: for dropout, one key or one for each pair of the global batch, so that microbatches
-        and devices draw the same masks; none reaches the reference. Keys of the kinds `rbg` and
-        `unsafe_rbg` draw other masks, as good as these, for other microbatches and devices: under
-        `vmap` JAX draws the numbers of a whole batch from its first key.
+    - `batch`: a `PreferenceBatch`, or any batch that `score` takes;
+    - `reference`: a policy that does not learn, run in inference mode in the same dtype; or `None`
+        if it is precomputed (`batch.reference`), a view (`reference_of`) or not needed;
+    - `key`: for dropout, one key, or one key for each pair of the global batch, so that any
+        microbatches and devices draw the same masks. The reference gets no key. With keys of the
+        kinds `rbg` and `unsafe_rbg` the masks are equally good, but depend on microbatches and
+        devices: under `vmap` JAX draws the numbers of a whole batch from its first key.
 
-    It returns a pytree like `policy`, with `None` where nothing is trainable, and a dict of
-    scalars: the means of `metrics`, and `grad_norm`. The gradient is what an optimiser may
-    subtract: that of a complex parameter is $\partial/\partial x + i\,\partial/\partial y$, the
+    It returns a pytree like `policy`, with `None` for leaves that are not trainable, and a dict of
+    scalars: the means of `metrics`, and `grad_norm`. An optimiser may subtract the gradient as it
+    is: for a complex parameter it is $\partial/\partial x + i\,\partial/\partial y$, the
     conjugate of JAX's. A batch whose weights sum to 0 has loss 0 and gradient 0.
 
     **Raises:**
 
-    `ValueError` at trace time: a reference missing, given twice or moving with the policy,
-    `microbatches` that do not divide the pairs, an array with an axis bound to `loss` where pairs
-    are split, a `trainable` that selects nothing or what cannot be differentiated, an axis of
-    `vmap`.
+    `ValueError` at trace time if a reference is missing, given twice or moves with the policy, or
+    if `microbatches` does not divide the pairs. It is also raised if `loss` has a bound array
+    with axes while pairs are split, if `trainable` selects nothing or arrays that cannot be
+    differentiated, or if `axis_name` is an axis of `vmap`.
 
     ??? info "Precision"
 
-        Where the policy computes in less than float32, its forward pass is computed once more in
-        the backward pass (`jax.checkpoint`). A differentiated forward pass otherwise keeps other
-        intermediate results in excess precision than the reference's plain one does, and
-        log-ratios that should be 0 were seen 0.06 nats apart.
+        If the policy computes in less than float32, its forward pass is computed once more in the
+        backward pass (`jax.checkpoint`). Otherwise XLA would keep excess precision in other
+        intermediate results of the differentiated forward pass than of the reference's forward
+        pass. Log-ratios that should be 0 were then up to 0.06 nats.
     """
     setup = Setup(
         loss, score, trainable, microbatches, axis_name, compute_dtype, reference_of, metrics
@@ -124,7 +124,7 @@ def make_step(
     metrics: MetricsFunction = default_metrics,
     update_fraction: bool = False,
 ) -> Step:
-    """One training step: `make_grad`, and the optimiser's update of what is trainable.
+    """One training step: `make_grad`, and the optimiser's update of the trainable arrays.
 
     ```python
     step = eqx.filter_jit(make_step(loss, optimizer))
@@ -135,31 +135,32 @@ def make_step(
     **Arguments:**
 
     - `optimizer`: an Optax transformation. Its arithmetic is in float32 at least; its state and
-        the parameters keep the dtypes that they came in. So new bfloat16 or float16 parameters are
-        rounded, and an update below half of a parameter's spacing (1/500 of a bfloat16 parameter)
-        is lost. At the learning rates of preference training that is nearly every update. Keep
-        what is trained in float32 and give `compute_dtype=jnp.bfloat16`, or wrap the optimiser in
-        `master_weights`. (`optax.inject_hyperparams` makes hyper-parameters of the parameters'
-        dtype, and a `b2` of 0.999 is 1 in bfloat16: give it `hyperparam_dtype=jnp.float32`.)
-        One that takes extra arguments is given `value`, the global weighted mean loss; `grad`; and
-        `value_fn`, the objective as a function of the trained parameters, exact over microbatches
-        and devices, with the same keys. So line searches work, and Sophia, which calls it `obj_fn`.
-        In a chain with one that refuses arguments that it does not know, as SAM does, hide them
-        from it: `optax.chain(clip, optax.GradientTransformation(*sam))`.
+        the parameters keep their dtypes. So new bfloat16 or float16 parameters are rounded, and an
+        update below half of a parameter's spacing (1/500 of a bfloat16 parameter) is lost. At the
+        learning rates of preference training that is nearly every update. Keep trained parameters
+        in float32 and pass `compute_dtype=jnp.bfloat16`, or wrap the optimiser in
+        `master_weights`. (`optax.inject_hyperparams` makes hyper-parameters in the parameters'
+        dtype, and a `b2` of 0.999 is 1 in bfloat16: pass it `hyperparam_dtype=jnp.float32`.)
+        An optimiser that takes extra arguments gets `value`, the global weighted mean loss;
+        `grad`; and `value_fn`, the objective as a function of the trained parameters, exact over
+        microbatches and devices, with the same keys. So line searches work, and Sophia, which
+        calls it `obj_fn`. If a transformation in a chain refuses unknown arguments, as
+        Sharpness-Aware Minimization (SAM) does, hide them from it:
+        `optax.chain(clip, optax.GradientTransformation(*sam))`.
     - `update_fraction`: adds a metric of that name, the fraction of the trained numbers that this
-        step changed, as seen in the parameters' own dtype. A fraction near 0 means that updates
+        step changed, as stored in the parameters' own dtype. A fraction near 0 means that updates
         are rounded away.
-    - The others are those of `make_grad`.
+    - All other arguments are as in `make_grad`.
 
     **Returns:**
 
-    A pure function, not jitted, of `(policy, opt_state, batch, reference=None, *, key=None)`, to
-    be wrapped in `eqx.filter_jit`, `lax.scan`, `shard_map`, `pmap` or `vmap`.
+    A pure function, not jitted, of `(policy, opt_state, batch, reference=None, *, key=None)`. Wrap
+    it in `eqx.filter_jit`, `lax.scan`, `shard_map`, `pmap` or `vmap`.
 
     **Raises:**
 
-    `ValueError` at trace time, as `make_grad`, and where `opt_state` was made for other leaves
-    than `trainable` selects.
+    `ValueError` at trace time, as `make_grad`, and if `opt_state` was made for other leaves than
+    `trainable` selects.
     """
     setup = Setup(
         loss, score, trainable, microbatches, axis_name, compute_dtype, reference_of, metrics
@@ -196,21 +197,24 @@ def _changed_fraction(new: PyTree, old: PyTree) -> Float[Array, ""]:
     """The fraction of all numbers in `new` that differ from their counterparts in `old`."""
 
     def count(x, y):
-        # By rows, because a count over all layers of a large model does not fit an int32.
+        # Counted by rows, because a count over all layers of a large model overflows an int32.
         return jnp.atleast_1d(x != y).sum(-1).astype(jnp.zeros(()).dtype).sum()
 
     counts = jax.tree.leaves(jax.tree.map(count, new, old))
     return jnp.stack(counts).sum() / max(sum(x.size for x in jax.tree.leaves(old)), 1)
 
 
-def _check_opt_state(optimizer: optax.GradientTransformation, opt_state, params) -> None:
-    """Raises if `optimizer.init(params)` has other arrays than `opt_state`."""
+def _check_opt_state(
+    optimizer: optax.GradientTransformation, opt_state: PyTree, params: PyTree
+) -> None:
+    """Raises if the arrays of `opt_state` differ from those of `optimizer.init(params)`."""
     want, got = map(_shapes, (eqx.filter_eval_shape(optimizer.init, params), opt_state))
     if want != got:
-        odd = next(path for path in {**want, **got} if want.get(path) != got.get(path))
+        differing = next(path for path in {**want, **got} if want.get(path) != got.get(path))
+        expected, found = want.get(differing, "none"), got.get(differing, "none")
         raise ValueError(
             "`opt_state` must be the optimiser's state for the arrays that `trainable` selects; "
-            f"`{odd}` should have shape {want.get(odd, 'none')} and has {got.get(odd, 'none')}. "
+            f"`{differing}` should have shape {expected} and has {found}. "
             "Make it by `optimizer.init(eqx.filter(policy, trainable))`."
         )
 

@@ -1,6 +1,6 @@
-"""Meshes, and where on them parameters and batches lie; a step itself knows nothing of it.
+"""Meshes, and how parameters and batches are sharded over them.
 
-What is taken and returned are ordinary arrays and `NamedSharding`s.
+The functions take and return ordinary arrays and `NamedSharding`s; a step does not depend on them.
 """
 
 from ._batch import batch_share as batch_share, shard_batch as shard_batch

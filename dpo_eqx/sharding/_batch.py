@@ -1,4 +1,4 @@
-"""Batches put on a mesh from the rows that each process has, and which rows those are.
+"""Puts batches on a mesh from the rows of each process, and decides which rows each process makes.
 
 Parameters are in `_policy.py`.
 """
@@ -16,7 +16,7 @@ Batch = TypeVar("Batch")
 
 
 def shard_batch(batch: Batch, mesh: Mesh) -> Batch:
-    """The global batch on the mesh, from the rows that this process has.
+    """Puts the global batch on the mesh, from the rows of this process.
 
     ```python
     index, count = sharding.batch_share(mesh)
@@ -26,14 +26,14 @@ def shard_batch(batch: Batch, mesh: Mesh) -> Batch:
 
     **Arguments:**
 
-    - `batch`: a pytree of arrays whose first axis is that of the pairs, such as a
-        `PreferenceBatch` in NumPy, or of the rows of a `PackedBatch`. In one process that is the
-        whole batch.
-    - `mesh`: from `make_mesh`, or any other with an axis `data` or `fsdp`.
+    - `batch`: this process's part of the batch, or all of it if there is only one process. A pytree
+        of arrays whose first axis is the pairs, such as a `PreferenceBatch` in NumPy, or the rows
+        of a `PackedBatch`.
+    - `mesh`: from `make_mesh`, or any other mesh with an axis `data` or `fsdp`.
 
     **Returns:**
 
-    The same pytree of global arrays, their first axis over `data` and `fsdp` together.
+    The same pytree of global arrays, with the first axis sharded over `data` and `fsdp` together.
 
     **Raises:**
 
@@ -51,20 +51,20 @@ def shard_batch(batch: Batch, mesh: Mesh) -> Batch:
         kind = jax.dtypes.canonicalize_dtype(local.dtype)
         return jax.make_array_from_process_local_data(here, local.astype(kind, copy=False))
 
-    # What is on the devices already need not go by way of the host.
+    # `device_put` moves an array between devices directly, without a copy through the host.
     on_devices = here.is_fully_addressable
     return jax.device_put(batch, here) if on_devices else jax.tree.map(put, batch)
 
 
 def batch_share(mesh: Mesh) -> tuple[int, int]:
-    """Which part of each global batch this process has to make, and of how many: `(1, 4)`.
+    """The index of this process's part of each global batch, and the number of parts: `(1, 4)`.
 
-    It is not the number of the process where an axis other than `data` and `fsdp` lies across
-    processes: several of them then need the same rows.
+    The index is not the process's number if an axis other than `data` and `fsdp` spans several
+    processes, because these processes then need the same rows.
 
     **Raises:**
 
-    `ValueError` where the rows of two processes overlap in part.
+    `ValueError` if the rows of two processes partly overlap.
     """
     if not _rows_in(mesh):
         raise ValueError(
@@ -73,7 +73,7 @@ def batch_share(mesh: Mesh) -> tuple[int, int]:
             "batch on this one by `jax.device_put(batch, NamedSharding(mesh, PartitionSpec("
             f"{mesh.axis_names[0]!r})))`."
         )
-    # Along the other axes, rows are repeated.
+    # Rows are replicated along all other axes.
     leading = [mesh.axis_names.index(name) for name in _rows_in(mesh)]
     devices = np.moveaxis(mesh.devices, leading, range(len(leading)))
     blocks = devices.reshape(size_of(mesh, ROWS), -1)
@@ -84,9 +84,9 @@ def batch_share(mesh: Mesh) -> tuple[int, int]:
     shares = sorted(set(held.values()))
     if sum(map(len, shares)) != len(blocks) or len({len(share) for share in shares}) != 1:
         raise ValueError(
-            "`mesh` must give each process either the same rows of a batch as another or none of "
-            f"them, and all equally many; got {shares} as the parts of {len(blocks)}. Let `tensor` "
-            "be a divisor or a multiple of the devices of a process."
+            "`mesh` must give all processes equally many rows of a batch, and any two of them "
+            f"either the same rows or disjoint ones; got the parts {shares} of {len(blocks)}. Let "
+            "`tensor` be a divisor or a multiple of the devices of a process."
         )
     return shares.index(held[jax.process_index()]), len(shares)
 
@@ -98,15 +98,15 @@ def _rows_in(mesh: Mesh) -> tuple[str, ...]:
 def _check_rows(leaf: Any, total: int, count: int) -> None:
     if not np.ndim(leaf):
         raise ValueError(
-            "`batch` must be of arrays with the rows as their first axis; one of them is a scalar, "
-            f"{leaf}. Make it one number for each row, or hand it to the step beside the batch."
+            "`batch` must hold arrays with the rows as their first axis; one of them is a scalar, "
+            f"{leaf}. Make it one number for each row, or pass it to the step separately."
         )
     rows = np.shape(leaf)[0]
     if rows == 0 or rows % (total // count):
-        whole = f"{rows * count}" if count == 1 else f"{rows} in each of {count} parts"
+        found = f"{rows * count}" if count == 1 else f"{rows} in each of {count} parts"
         raise ValueError(
-            "`batch` must split equally over the devices, its pairs, or packed rows, a positive "
-            f"multiple of data * fsdp = {total}; got {whole}. Take another batch size (for packed "
-            "rows also `multiple_of`), fill the batch up with pairs of weight 0, or make these "
-            "axes smaller."
+            "`batch` must split equally over the devices: the number of its pairs, or packed rows, "
+            f"must be a positive multiple of data * fsdp = {total}; got {found}. Change the batch "
+            "size (for packed rows also `multiple_of`), pad the batch with pairs of weight 0, or "
+            "make these axes smaller."
         )

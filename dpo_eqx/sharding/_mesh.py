@@ -1,6 +1,6 @@
-"""Meshes of three axes by their sizes: `data`, `fsdp` and `tensor`.
+"""Makes meshes with the axes `data`, `fsdp` and `tensor` from their sizes.
 
-What lies on them is in `_rules.py`, `_policy.py` and `_batch.py`.
+`_rules.py`, `_policy.py` and `_batch.py` put arrays on them.
 """
 
 import math
@@ -19,22 +19,23 @@ def make_mesh(sizes: str, *, devices: Sequence[jax.Device] | None = None) -> Mes
     mesh = sharding.make_mesh("data=4,fsdp=2")
     ```
 
-    The pairs of a batch are split over `data` and `fsdp`; parameters and the optimiser's state
+    The pairs of a batch are sharded over `data` and `fsdp`; parameters and the optimiser's state
     over `fsdp`; heads, feed-forward layers and the vocabulary over `tensor`.
 
     **Arguments:**
 
-    - `sizes`: of the axes, by name; 1 for one that is left out.
-    - `devices`: by default all of them, those of other processes included.
+    - `sizes`: the size of each axis, by name; an axis that is left out has size 1.
+    - `devices`: the devices of the mesh; by default all devices, including the devices of
+        other processes.
 
     **Returns:**
 
-    A `jax.sharding.Mesh` of automatic axes, for `eqx.filter_jit(step)` and for `shard_map` alike.
+    A `jax.sharding.Mesh` with automatic axes, for `eqx.filter_jit(step)` and for `shard_map`.
 
     **Raises:**
 
-    `ValueError` where an axis is unknown or given twice, a size is not a positive integer, or the
-    sizes do not multiply to the number of devices.
+    `ValueError` if an axis is unknown or given twice, if a size is not a positive integer, or if
+    the product of the sizes is not the number of devices.
     """
     shape = parse_sizes(sizes)
     devices = jax.devices() if devices is None else list(devices)
@@ -44,12 +45,12 @@ def make_mesh(sizes: str, *, devices: Sequence[jax.Device] | None = None) -> Mes
             f"`mesh` must have as many places as there are devices, {len(devices)}; {product} "
             f"makes {math.prod(shape)}. Change a size so that the product is {len(devices)}."
         )
-    # `jax.make_mesh` makes explicit axes by default.
+    # `jax.make_mesh` makes explicit axes by default, on which `partitioning.py` has no effect.
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
 def parse_sizes(sizes: str) -> tuple[int, ...]:
-    """The sizes of `data`, `fsdp` and `tensor` in `"data=4,fsdp=2"`; errors are `make_mesh`'s."""
+    """The sizes of `data`, `fsdp` and `tensor` in `"data=4,fsdp=2"`; raises as `make_mesh`."""
     found: dict[str, int] = {}
     for part in filter(None, (text.strip() for text in sizes.split(","))):
         name, _, size = (word.strip() for word in part.partition("="))
@@ -70,6 +71,6 @@ def parse_sizes(sizes: str) -> tuple[int, ...]:
 
 
 def size_of(mesh: Mesh, axes: str | Sequence[str] | None) -> int:
-    """Into how many parts these axes of the mesh split an array; one that it lacks counts as 1."""
+    """The product of the sizes of these axes; an axis that the mesh does not have counts as 1."""
     names = (axes,) if isinstance(axes, str) else axes or ()
     return math.prod(mesh.shape.get(name, 1) for name in names)

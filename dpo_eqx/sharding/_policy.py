@@ -1,6 +1,6 @@
-"""Parameters and optimiser states put on a mesh by rules, and brought back whole.
+"""Puts parameters and optimiser states on a mesh by rules, and gathers them again.
 
-Which rule says what is in `_rules.py`.
+The rules are in `_rules.py`.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ Tree = TypeVar("Tree")
 def placement(
     mesh: Mesh, *, rules: Rules | None = None
 ) -> Callable[[str, jax.ShapeDtypeStruct | jax.Array | np.ndarray], NamedSharding]:
-    """Where each leaf lies, as `models.load(path, sharding=placement(mesh))` asks for it.
+    """The sharding of each leaf, as a function for `models.load(path, sharding=placement(mesh))`.
 
     **Arguments:**
 
@@ -28,8 +28,8 @@ def placement(
 
     **Returns:**
 
-    A function of the path of a leaf, `"layers.attention.query.weight"`, and of anything that has
-    its shape, to a `NamedSharding`. It raises what `shard_policy` does.
+    A function that takes the path of a leaf, such as `"layers.attention.query.weight"`, and any
+    object with the leaf's shape, and returns a `NamedSharding`. It raises as `shard_policy`.
     """
     rules = TRANSFORMER if rules is None else rules
 
@@ -40,7 +40,7 @@ def placement(
 
 
 def shard_policy(policy: Tree, mesh: Mesh, *, rules: Rules | None = None) -> Tree:
-    """The arrays of any pytree on the mesh: a policy, a reference, an optimiser's state.
+    """Puts the arrays of a pytree on the mesh: a policy, a reference or an optimiser's state.
 
     ```python
     mesh = sharding.make_mesh("fsdp=8")
@@ -48,32 +48,31 @@ def shard_policy(policy: Tree, mesh: Mesh, *, rules: Rules | None = None) -> Tre
     opt_state = sharding.shard_policy(optimizer.init(eqx.filter(policy, trainable)), mesh)
     ```
 
-    Rules are tried in their order, and the first whose pattern is found in a leaf's path applies.
-    So one rule is for a parameter and for its moments in the optimiser's state, whose paths end
-    alike. A leaf that no rule matches has its largest axis that divides on `fsdp`, or is
-    replicated where it has fewer than 4096 numbers. What lies under an attribute `layers` without
-    an index is taken to be stacked along its first axis, which is never split: a loop over layers
-    reads one of them at a time.
+    Rules are tried in their order, and the first rule whose pattern is found in a leaf's path
+    applies. The path of a parameter's moments in the optimiser's state ends in the parameter's own
+    path, so one rule matches them all. If no rule matches, the leaf's largest axis that divides is
+    sharded over `fsdp`; a leaf of fewer than 4096 numbers is replicated. Leaves under an attribute
+    `layers` without an index count as stacked along their first axis. That axis is never sharded,
+    because a loop over layers reads one layer at a time.
 
     **Arguments:**
 
-    - `policy`: a pytree; what is not an array in it stays.
-    - `mesh`: from `make_mesh`, or any other.
-    - `rules`: from regular expressions, searched in paths such as
+    - `policy`: a pytree; leaves that are not arrays are unchanged.
+    - `mesh`: from `make_mesh`, or any other mesh.
+    - `rules`: a mapping from regular expressions, searched in paths such as
         `"layers.attention.query.weight"`, to a `PartitionSpec` of a leaf's *trailing* axes, or to a
         function of its shape and the mesh such as `stacked` or `either(...)`. By default
-        `TRANSFORMER`; `{**rules, **sharding.TRANSFORMER}` adds to them. A specification longer
-        than a leaf, or than what is left of it in a stack, does not apply to it.
+        `TRANSFORMER`; `{**rules, **sharding.TRANSFORMER}` adds rules to it. A specification does
+        not apply to a leaf with fewer axes, not counting the axis of a stack.
 
     **Returns:**
 
-    The same pytree of arrays with `NamedSharding`s. Over several processes each gives the same
-    values, and keeps its own part of them.
+    The same pytree of arrays with `NamedSharding`s. With several processes, each process passes the
+    same values, and keeps its own shards.
 
     **Raises:**
 
-    `ValueError` where a rule names an axis that the mesh does not have, or one that does not
-    divide.
+    `ValueError` if a rule names an axis that the mesh does not have, or one that does not divide.
     """
     place = placement(mesh, rules=rules)
 
@@ -85,28 +84,29 @@ def shard_policy(policy: Tree, mesh: Mesh, *, rules: Rules | None = None) -> Tre
 
 
 def gather(tree: Tree) -> Tree:
-    """The arrays of a sharded pytree, whole, in NumPy, on every process.
+    """Gathers the arrays of a sharded pytree into complete NumPy arrays, on every process.
 
-    One leaf after the other, so that no device ever holds more than one of them whole.
+    It gathers one leaf after the other, so that no device holds more than one complete leaf.
     """
 
-    def whole(leaf):
+    def gathered(leaf):
         if not isinstance(leaf, jax.Array):
             return leaf
         if leaf.is_fully_addressable or leaf.is_fully_replicated:
             return np.asarray(leaf)
         return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
 
-    return jax.tree.map(whole, tree)
+    return jax.tree.map(gathered, tree)
 
 
 def put_on(leaf: jax.Array | np.ndarray, sharding: NamedSharding) -> jax.Array:
-    """One array on a mesh, which other processes may have parts of."""
+    """Puts one array on a mesh, which may span several processes."""
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         data = put_on(jax.random.key_data(leaf), NamedSharding(sharding.mesh, P()))
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
     is_global = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
     if sharding.is_fully_addressable or is_global:
         return jax.device_put(leaf, sharding)
-    whole = np.asarray(leaf)
-    return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+    # Every process has all values of an array that is not global, and cuts its shards from them.
+    values = np.asarray(leaf)
+    return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])

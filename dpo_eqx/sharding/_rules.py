@@ -1,6 +1,6 @@
-"""Which axis of a parameter lies on which axis of the mesh: rules by path, and what to do without.
+"""Rules, by path, for which axis of a parameter is sharded over which axis of the mesh.
 
-Arrays are put there in `_policy.py`.
+A default applies to leaves without a rule. `_policy.py` puts arrays on the mesh.
 """
 
 import math
@@ -13,18 +13,18 @@ from .._jax.partitioning import AXES
 from ._mesh import size_of
 
 Shape = tuple[int, ...]
-# A specification of the trailing axes of a leaf, or what makes one of the whole leaf.
+# A specification of the trailing axes of a leaf, or a function that returns one of all axes.
 Rule = P | Callable[[Shape, Mesh], P]
 Rules = Mapping[str, Rule]
 
-# Less than this many numbers are not worth a collective each time they are used.
+# Smaller arrays are replicated: sharding saves little memory, and costs a collective at each use.
 SMALL = 2**12
-# `layers.attention.query.weight` is stacked, `layers.0.weight` is one of a tuple.
+# `layers.attention.query.weight` is stacked; `layers.0.weight` is in one layer of a tuple.
 _STACK = re.compile(r"(^|\.)layers\.(?!\d)")
 
 
 def either(*specs: P) -> Rule:
-    """A rule: the first of several specifications whose axes all divide.
+    """A rule: uses the first of several specifications whose axes all divide.
 
     ```python
     rules = {r"head\\.weight$": sharding.either(P("tensor", "fsdp"), P(None, "fsdp"), P())}
@@ -32,27 +32,27 @@ def either(*specs: P) -> Rule:
 
     **Arguments:**
 
-    - `specs`: of the trailing axes of a leaf.
+    - `specs`: specifications of the trailing axes of a leaf.
     """
 
     def choose(shape: Shape, mesh: Mesh) -> P:
         aligned = [align(spec, shape) for spec in specs if len(spec) <= len(shape)]
         fitting = (spec for spec in aligned if not misfits(spec, shape, mesh))
-        # Where none does, the last is there to be complained of.
+        # If none fits, the last one is returned, so that the error names it.
         return next(fitting, aligned[-1] if aligned else P())
 
     return choose
 
 
 def largest(shape: Shape, mesh: Mesh) -> P:
-    """The rule for what has none: the largest axis that divides lies on `fsdp`."""
+    """The default rule: the largest axis that divides is sharded over `fsdp`."""
     return _largest(shape, mesh, first=0)
 
 
 def stacked(shape: Shape, mesh: Mesh) -> P:
-    """A rule for leaves that are stacked along their first axis, which is never split.
+    """A rule for leaves that are stacked along their first axis, which is never sharded.
 
-    The largest of the other axes that divides lies on `fsdp`, and small leaves are replicated.
+    The largest of the other axes that divides is sharded over `fsdp`; small leaves are replicated.
 
     ```python
     rules = {r"(^|\\.)blocks\\.": sharding.stacked}
@@ -70,25 +70,25 @@ def _largest(shape: Shape, mesh: Mesh, *, first: int) -> P:
     return P(*("fsdp" if axis == chosen else None for axis in range(chosen + 1)))
 
 
-# Over the vocabulary, not over the width: the loop over chunks of tokens in `_head/linear.py` then
-# keeps to the shards. Over the width it would sum its gradient once for each chunk.
+# Sharded over the vocabulary, so that the loop over chunks of tokens in `_head/linear.py` works
+# within the shards. Sharded over the width, its gradient would be summed once for each chunk.
 _VOCABULARY = either(P(("tensor", "fsdp"), None), P(None, ("fsdp", "tensor")), P(None, "fsdp"), P())
 
 
 def _scales(*axes: str) -> Rule:
-    """Scales of quantised weights lie as the weights where that divides, as blocks may not."""
+    """Scales of quantised weights are sharded as the weights, on axes whose blocks divide."""
 
     def choose(shape: Shape, mesh: Mesh) -> P:
-        # One scale for each output, in the format that has no blocks.
+        # The format without blocks has one scale for each output, and so fewer axes.
         pairs = zip(axes, shape[1:], strict=False)
         return P(None, *(axis if size % size_of(mesh, axis) == 0 else None for axis, size in pairs))
 
     return choose
 
 
-# In Megatron's way: what comes out of the first matrix of a block is split, what goes into the
-# second one is, and one sum over `tensor` ends the block. Adapters go with the axes they share with
-# their layer, and quantised layers are split as others.
+# As in Megatron: the first matrix of a block is sharded over its outputs, the second over its
+# inputs, and one sum over `tensor` ends the block. An adapter is sharded along the axis that it
+# shares with its layer. Quantised layers are sharded as other layers.
 _INTO = r"(attention\.(query|key|value)|feed_forward\.(gate|up))"
 _OUT = r"(attention\.output|feed_forward\.down)"
 TRANSFORMER: Rules = {
@@ -104,23 +104,24 @@ TRANSFORMER: Rules = {
     _OUT + r"(\.base)?\.stored\.scales$": _scales("fsdp", "tensor"),
     _OUT + r"\.(down|pinned\.0)$": P(None, "tensor"),
 }
-"""The rules for `models.Transformer`, its adapters included, which apply where no rules are given.
+"""The rules for `models.Transformer` and its adapters, which apply if no rules are given.
 
-Other models have none of these paths, and get the default.
+Other models have none of these paths, so the default applies to them.
 """
 
 
 def spec_of(path: str, shape: Shape, mesh: Mesh, rules: Rules) -> P:
-    """Where a leaf lies: by the first rule whose pattern is found in its path, else by default.
+    """The sharding of a leaf: from the first rule that matches its path, else from the default.
 
     **Raises:**
 
-    `ValueError` where a rule names an axis that the mesh has not, or one that does not divide.
+    `ValueError` if a rule names an axis that the mesh does not have, or one that does not divide.
     """
     rule = next((rule for pattern, rule in rules.items() if re.search(pattern, path)), None)
-    # Adafactor keeps, under the path of a matrix, vectors for its rows and columns.
-    own = len(shape) - bool(_STACK.search(path))
-    if rule is None or (isinstance(rule, P) and len(rule) > own):
+    # Adafactor stores vectors for the rows and columns of a matrix under the matrix's path. The
+    # rule for the matrix has too many axes for them.
+    axes = len(shape) - bool(_STACK.search(path))
+    if rule is None or (isinstance(rule, P) and len(rule) > axes):
         rule = stacked if _STACK.search(path) else largest
     spec = align(rule, shape) if isinstance(rule, P) else rule(shape, mesh)
     _check(spec, path, shape, mesh)
@@ -128,26 +129,26 @@ def spec_of(path: str, shape: Shape, mesh: Mesh, rules: Rules) -> P:
 
 
 def align(spec: P, shape: Shape) -> P:
-    """A specification of the trailing axes as one of all; an axis of size 1 is never split."""
+    """Extends a specification of the trailing axes to all axes; axes of size 1 are not sharded."""
     entries = [None] * (len(shape) - len(spec)) + list(spec)
     return P(*(None if size == 1 else e for e, size in zip(entries, shape, strict=True)))
 
 
 def misfits(spec: P, shape: Shape, mesh: Mesh) -> list[int]:
-    """The axes that do not divide."""
+    """The axes of a leaf that the mesh does not divide."""
     pairs = enumerate(zip(spec, shape, strict=False))
     return [axis for axis, (entry, size) in pairs if size % size_of(mesh, entry)]
 
 
 def _within(spec: P, mesh: Mesh) -> P:
-    """The specification without the axes that the mesh lacks, which count as 1."""
+    """The specification without the axes that the mesh does not have, whose size counts as 1."""
 
-    def kept(entry):
+    def present(entry):
         names = (entry,) if isinstance(entry, str) else entry or ()
         names = tuple(name for name in names if name in mesh.axis_names)
         return names[0] if len(names) == 1 else names or None
 
-    return spec if set(AXES) <= set(mesh.axis_names) else P(*map(kept, spec))
+    return spec if set(AXES) <= set(mesh.axis_names) else P(*map(present, spec))
 
 
 def _check(spec: P, path: str, shape: Shape, mesh: Mesh) -> None:
@@ -161,8 +162,8 @@ def _check(spec: P, path: str, shape: Shape, mesh: Mesh) -> None:
     for axis in misfits(spec, shape, mesh):
         count = size_of(mesh, spec[axis])
         raise ValueError(
-            f"the mesh must divide the axes that it splits: axis {axis} of `{path}`, of shape "
+            f"`mesh` must divide the axes that it shards: axis {axis} of `{path}`, of shape "
             f"{shape}, has {shape[axis]} entries for {spec[axis]}={count}. Choose a size that "
-            f"divides {shape[axis]}, or leave that axis whole by a rule of your own, "
+            f"divides {shape[axis]}, or replicate that axis by a rule of your own, "
             f"`rules={{{path!r}: PartitionSpec()}}`."
         )

@@ -135,5 +135,5 @@ def test_the_fast_path():
 
 @pytest.mark.parametrize("alpha", [-0.1, 1.1, float("nan")])
 def test_alpha_out_of_range(alpha):
-    with pytest.raises(ValueError, match=rf"`alpha` must be in \[0, 1\], got {alpha}"):
+    with pytest.raises(ValueError, match=rf"`alpha` must be in \[0, 1\]; got {alpha}"):
         dpx.ld_score(alpha)

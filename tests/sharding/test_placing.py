@@ -168,7 +168,7 @@ def packed(count):
 @pytest.mark.parametrize("rows", [2, 12])
 def test_a_batch_that_does_not_split(make, rows):
     mesh = sharding.make_mesh("data=4,fsdp=2")
-    message = rf"positive multiple of data \* fsdp = 8; got {rows}. Take another batch size"
+    message = rf"positive multiple of data \* fsdp = 8; got {rows}. Change the batch size"
     with pytest.raises(ValueError, match=message):
         sharding.shard_batch(make(rows), mesh)
 
