@@ -91,6 +91,7 @@ def load(
     check_tokenizer(origin, config.vocab)
     weights = Weights(folder)
     config = with_tying_of(weights, config)
+    # The skeleton has shapes but no arrays, so that the checks need no memory for parameters.
     make = functools.partial(Transformer, config, origin=origin)
     skeleton = eqx.filter_eval_shape(make, key=jax.random.key(0))
     sources = sources_in(weights, skeleton)

@@ -111,6 +111,7 @@ def join(site: Site, pairs: Mapping[str, Pair]) -> Pair:
             pair = pairs[path]
             end = column + pair.up.shape[2]
             rows = slice(number * out, (number + 1) * out)
+            # The whole has one scale, so the ratio of the scales goes into $B$.
             up[:, rows, column:end] = pair.up * (pair.scale / first.scale)
             column = end
     return Pair(np.concatenate([pair.down for pair in present], axis=1), up, first.scale)

@@ -96,6 +96,7 @@ def _copies(weights: Weights, policy: Transformer) -> dict[str, bool]:
 
 
 def _differences(name: str, want: tuple[int, ...], got: tuple[int, ...], dtype: str) -> list[str]:
+    # $A$ has its rank along the first axis, $B$ along the second.
     axis = 0 if ".lora_A." in name else 1
     if dtype not in DTYPES:
         return [f"{name} is of dtype {dtype}, not of {list(DTYPES)}"]
