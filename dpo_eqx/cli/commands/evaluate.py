@@ -102,7 +102,7 @@ def make_measure(
     dtype = dtype_of(compute_dtype)
 
     @eqx.filter_jit
-    def measure(policy, reference, batch):
+    def measure(policy: PyTree, reference: PyTree, batch: PreferenceBatch):
         policy, reference = (
             in_dtype(eqx.nn.inference_mode(model), dtype) for model in (policy, reference)
         )

@@ -47,9 +47,9 @@ def linear_paths(policy: PyTree, target: str | None, is_linear: Callable[[Any], 
         chosen = {name for name in layers if re.search(target, _weight_of(name))}
     if not chosen:
         candidates = ", ".join(map(_weight_of, sorted(layers))) or "none"
-        said = "the default, all but the unembedding," if target is None else repr(target)
+        selection = "the default, all but the unembedding," if target is None else repr(target)
         raise ValueError(
-            f"`target` must match the path of a linear layer's weight; {said} matches none. "
+            f"`target` must match the path of a linear layer's weight; {selection} matches none. "
             f"There are: {candidates}."
         )
     return chosen

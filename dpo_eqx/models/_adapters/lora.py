@@ -207,13 +207,13 @@ def adapters(policy: PyTree) -> dict[str, LoRA]:
     `ValueError` if two layers have the same path, because a dictionary has a key with a dot.
     """
     nodes = jax.tree_util.tree_leaves_with_path(policy, is_leaf=_is_lora)
-    found = [(leaf_name(path), node) for path, node in nodes if _is_lora(node)]
-    by_path = dict(found)
-    if len(by_path) < len(found):
-        paths = [path for path, _ in found]
-        twice = sorted({path for path in paths if paths.count(path) > 1})
+    pairs = [(leaf_name(path), node) for path, node in nodes if _is_lora(node)]
+    by_path = dict(pairs)
+    if len(by_path) < len(pairs):
+        paths = [path for path, _ in pairs]
+        shared = sorted({path for path in paths if paths.count(path) > 1})
         raise ValueError(
-            f"`policy` must have one path for each adapter; got two at {', '.join(twice)}. Rename "
+            f"`policy` must have one path for each adapter; got two at {', '.join(shared)}. Rename "
             "the keys of its dictionaries so that they contain no dot."
         )
     return by_path

@@ -27,18 +27,18 @@ def check_tensors(weights: Weights, sources: dict[str, LeafSource], tied: bool) 
         for source in sources.values()
         for name in source.tensors
     }
-    found = weights.shapes
-    extra = {name for name in found.keys() - expected.keys() if not _CONSTANTS.search(name)}
+    stored = weights.shapes
+    extra = {name for name in stored.keys() - expected.keys() if not _CONSTANTS.search(name)}
     if tied:
         # `with_tying_of` has checked that it is a copy of the embedding.
         extra.discard("lm_head.weight")
     problems = [
-        f"missing: {name}, of shape {expected[name]}" for name in expected.keys() - found.keys()
+        f"missing: {name}, of shape {expected[name]}" for name in expected.keys() - stored.keys()
     ]
-    problems += [f"extra: {name}, of shape {found[name]}" for name in extra]
-    for name in expected.keys() & found.keys():
-        if found[name] != expected[name]:
-            problems.append(f"mis-shaped: {name} should be {expected[name]}, is {found[name]}")
+    problems += [f"extra: {name}, of shape {stored[name]}" for name in extra]
+    for name in expected.keys() & stored.keys():
+        if stored[name] != expected[name]:
+            problems.append(f"mis-shaped: {name} should be {expected[name]}, is {stored[name]}")
         if weights.dtypes[name] not in DTYPES:
             problems.append(f"{name} is of dtype {weights.dtypes[name]}, not of {list(DTYPES)}")
     if problems:
@@ -88,5 +88,5 @@ def check_tokenizer(origin: Origin, vocab: int) -> None:
 
 def shorten(problems: list[str], limit: int = 12) -> str:
     """The first `limit` problems in one line, and the number of further ones."""
-    more = f"; and {len(problems) - limit} more" if len(problems) > limit else ""
-    return "; ".join(problems[:limit]) + more + "."
+    remainder = f"; and {len(problems) - limit} more" if len(problems) > limit else ""
+    return "; ".join(problems[:limit]) + remainder + "."

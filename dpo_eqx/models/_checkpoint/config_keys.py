@@ -98,10 +98,10 @@ def check_unread(values: Mapping[str, Any], read: Set[str], config: Config) -> N
         if key not in read and key != "auto_map" and not _is_idle(key, value, values, config)
     }
     if unread:
-        said = ", ".join(f"`{key}` ({shown(unread[key])})" for key in sorted(unread))
+        listed = ", ".join(f"`{key}` ({shown(unread[key])})" for key in sorted(unread))
         raise ValueError(
             f"The family {config.family!r} does not read these keys of config.json, which may "
-            f"change what the model computes: {said}. If the model computes the same without "
+            f"change what the model computes: {listed}. If the model computes the same without "
             "them, remove them from config.json; otherwise the model is not supported."
         )
 

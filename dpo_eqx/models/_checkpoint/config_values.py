@@ -31,7 +31,7 @@ def _is_number(x: Any) -> bool:
 
 
 def _are_texts(x: Any) -> bool:
-    return isinstance(x, list | tuple) and all(isinstance(each, str) for each in x)
+    return isinstance(x, list | tuple) and all(isinstance(item, str) for item in x)
 
 
 SIZE = Kind("a positive integer", lambda x: _is_integer(x) and x > 0)
@@ -91,9 +91,9 @@ def check_kinds(values: Mapping[str, Any], kinds: Mapping[str, Kind], where: str
 
 def check_all(problems: Iterable[str]) -> None:
     """Raises one error with all problems, if there are any."""
-    found = list(problems)
-    if found:
-        raise ValueError("; ".join(found) + ".")
+    messages = list(problems)
+    if messages:
+        raise ValueError("; ".join(messages) + ".")
 
 
 def shown(value: Any, limit: int = 60) -> str:

@@ -40,8 +40,8 @@ def fill(
 ) -> Array:
     """An array with each device's shard read on its own, layer by layer if layers are stacked."""
     if sharding is None:
-        whole = tuple((0, size) for size in leaf.shape)
-        return _fill_shard(leaf.dtype, whole, None, stacked, read)
+        full_index = tuple((0, size) for size in leaf.shape)
+        return _fill_shard(leaf.dtype, full_index, None, stacked, read)
     shards = [
         _fill_shard(leaf.dtype, _bounds(index or (), leaf.shape), device, stacked, read)
         for device, index in sharding.addressable_devices_indices_map(leaf.shape).items()
@@ -88,11 +88,11 @@ def _fill_shard(
 ) -> Array:
     if not stacked:
         return jax.device_put(jnp.asarray(read(0, index).astype(dtype, copy=False)), device)
-    (first, last), *rest = index
+    (first, last), *other_axes = index
     shape = tuple(stop - start for start, stop in index)
     stack = jnp.zeros(shape, dtype, device=device)
     for layer in range(first, last):
-        tensor = read(layer, tuple(rest)).astype(dtype, copy=False)
+        tensor = read(layer, tuple(other_axes)).astype(dtype, copy=False)
         # Wait: otherwise several tensors would be in memory at once.
         stack = _set(stack, layer - first, jax.device_put(tensor, device)).block_until_ready()
     return stack

@@ -193,8 +193,8 @@ def _weight_files(folder: Path, file: str) -> Mapping[Path, set[str]]:
         )
     wanted = f"`{WEIGHTS}` or `{INDEX}`" if file == WEIGHTS else f"`{file}`"
     parts = sorted(p.name for p in folder.glob("*.safetensors"))
-    found = f", only {', '.join(parts[:3])}" + " ..." * (len(parts) > 3) if parts else ""
-    raise FileNotFoundError(f"A checkpoint needs {wanted}; there is none in {folder}{found}.")
+    hint = f", only {', '.join(parts[:3])}" + " ..." * (len(parts) > 3) if parts else ""
+    raise FileNotFoundError(f"A checkpoint needs {wanted}; there is none in {folder}{hint}.")
 
 
 def _indexed_files(folder: Path) -> Mapping[Path, set[str]]:

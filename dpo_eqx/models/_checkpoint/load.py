@@ -136,10 +136,10 @@ def _read_encoded(
         _place(sharding, f"{layer}stored.{leaf_name(path)}", part)
         for path, part in jax.tree_util.tree_leaves_with_path(like)
     ]
-    whole = tuple((0, size) for size in source.shape)
+    full_index = tuple((0, size) for size in source.shape)
 
     def read(number: int):
-        return source.read(weights, number, whole).astype(leaf.dtype, copy=False)
+        return source.read(weights, number, full_index).astype(leaf.dtype, copy=False)
 
     return fill_encoded(like, places, read, form.encode)
 

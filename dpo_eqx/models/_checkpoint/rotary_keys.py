@@ -75,15 +75,15 @@ def _check_settings(scaling: Mapping[str, Any], kind: str, name: str) -> None:
             f"in `{name}` of config.json; got {dict(scaling)}."
         )
     known = {*needed, *_OPTIONAL.get(kind, ()), *_COMMON}
-    other = {
+    unknown = {
         key: value
         for key, value in scaling.items()
         if key not in known and value is not None and not (key == "factor" and value == 1)
     }
-    if other:
-        said = ", ".join(f"{key!r} ({shown(other[key])})" for key in sorted(other))
+    if unknown:
+        listed = ", ".join(f"{key!r} ({shown(unknown[key])})" for key in sorted(unknown))
         raise ValueError(
-            f"The rotary embedding of type {kind!r} has no {said}, which `{name}` of config.json "
+            f"The rotary embedding of type {kind!r} has no {listed}, which `{name}` of config.json "
             "holds. Name the intended type as `rope_type`, or remove these settings."
         )
 
@@ -133,8 +133,8 @@ def _read_llama3(scaling: Mapping[str, Any], length: int, longest: int) -> dict[
 
 
 def _read_yarn(scaling: Mapping[str, Any], length: int, longest: int) -> dict[str, Any]:
-    given = scaling["factor"]
-    factor = longest / length if given is None else float(given)
+    stated = scaling["factor"]
+    factor = longest / length if stated is None else float(stated)
     amplitude = scaling.get("attention_factor")
     return {
         "factor": factor,

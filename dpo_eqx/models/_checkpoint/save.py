@@ -105,10 +105,10 @@ def tensors_of(policy: Transformer) -> list[Tensor]:
         source, suffix = source_of(names, path)
         parts.setdefault((source.module, suffix), []).append((source, path, leaf))
     tensors = []
-    for (_, suffix), found in parts.items():
-        found.sort(key=lambda part: part[0].part)
-        source, path, _ = found[0]
-        leaves = [leaf for _, _, leaf in found]
+    for (_, suffix), pieces in parts.items():
+        pieces.sort(key=lambda part: part[0].part)
+        source, path, _ = pieces[0]
+        leaves = [leaf for _, _, leaf in pieces]
         layers = range(policy.config.layers) if path.startswith("layers.") else (None,)
         for layer in layers:
             read = functools.partial(_read, source, leaves, layer)
@@ -119,8 +119,8 @@ def tensors_of(policy: Transformer) -> list[Tensor]:
 
 def _read(source: Source, leaves: list[Any], layer: int | None) -> np.ndarray:
     arrays = [np.asarray(leaf if layer is None else leaf[layer]) for leaf in leaves]
-    whole = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
-    return np.ascontiguousarray(whole.T if source.transposed else whole)
+    tensor = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+    return np.ascontiguousarray(tensor.T if source.transposed else tensor)
 
 
 def _write_weights(folder: Path, tensors: list[Tensor], limit: int) -> None:

@@ -32,14 +32,14 @@ class Source:
 
     def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of the tensor, from the shape of our parameter in one layer."""
-        whole = (self.parts * shape[0], *shape[1:])
-        return whole[::-1] if self.transposed else whole
+        full_shape = (self.parts * shape[0], *shape[1:])
+        return full_shape[::-1] if self.transposed else full_shape
 
     def stored_index(self, index: Index, shape: tuple[int, ...]) -> Index:
         """The index into the tensor for an `index` into our parameter."""
-        (start, stop), *rest = index
+        (start, stop), *other_axes = index
         offset = self.part * shape[0]
-        shifted = ((start + offset, stop + offset), *rest)
+        shifted = ((start + offset, stop + offset), *other_axes)
         return shifted[::-1] if self.transposed else shifted
 
 

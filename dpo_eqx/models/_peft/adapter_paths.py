@@ -78,9 +78,9 @@ def _settings(values: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
             f"`version` in {ADAPTER_CONFIG} must be {_VERSION}; got {values.get('version')!r}. "
             "A newer dpo_eqx may read it."
         )
-    found = values.get("adapters")
-    check_kinds({"adapters": found}, {"adapters": OBJECT}, ADAPTER_CONFIG)
-    settings = dict(found or {})
+    entries = values.get("adapters")
+    check_kinds({"adapters": entries}, {"adapters": OBJECT}, ADAPTER_CONFIG)
+    settings = dict(entries or {})
     check_kinds(settings, dict.fromkeys(settings, OBJECT), f"`adapters` of {ADAPTER_CONFIG}")
     for path, setting in settings.items():
         wanted = {"rank": SIZE, "scale": POSITIVE}
@@ -122,12 +122,12 @@ def _check(
 
 
 def _tensor_problems(expected: Mapping[str, tuple[int, ...]], weights: Weights) -> list[str]:
-    found = weights.shapes
-    problems = [f"missing: {n}, of shape {expected[n]}" for n in expected.keys() - found.keys()]
-    problems += [f"extra: {n}, of shape {found[n]}" for n in found.keys() - expected.keys()]
-    for name in expected.keys() & found.keys():
-        if found[name] != expected[name]:
-            problems.append(f"mis-shaped: {name} should be {expected[name]}, is {found[name]}")
+    shapes = weights.shapes
+    problems = [f"missing: {n}, of shape {expected[n]}" for n in expected.keys() - shapes.keys()]
+    problems += [f"extra: {n}, of shape {shapes[n]}" for n in shapes.keys() - expected.keys()]
+    for name in expected.keys() & shapes.keys():
+        if shapes[name] != expected[name]:
+            problems.append(f"mis-shaped: {name} should be {expected[name]}, is {shapes[name]}")
         if weights.dtypes[name] not in DTYPES:
             problems.append(f"{name} is of dtype {weights.dtypes[name]}, not of {list(DTYPES)}")
     return problems

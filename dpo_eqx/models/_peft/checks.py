@@ -58,14 +58,14 @@ def check_tensors(
             rank = config.rank_of(name)
             expected[tensor_name(name, "A")] = rank, width
             expected[tensor_name(name, "B")] = out * len(site.parts), rank
-    found = weights.shapes
-    problems = [f"missing: {n}, of shape {expected[n]}" for n in expected.keys() - found.keys()]
+    stored = weights.shapes
+    problems = [f"missing: {n}, of shape {expected[n]}" for n in expected.keys() - stored.keys()]
     problems += [
-        f"extra: {n}, of shape {found[n]}" for n in found.keys() - expected.keys() - copies.keys()
+        f"extra: {n}, of shape {stored[n]}" for n in stored.keys() - expected.keys() - copies.keys()
     ]
     problems += [f"{n} differs from the policy's" for n, is_same in copies.items() if not is_same]
-    for name in expected.keys() & found.keys():
-        problems += _differences(name, expected[name], found[name], weights.dtypes[name])
+    for name in expected.keys() & stored.keys():
+        problems += _differences(name, expected[name], stored[name], weights.dtypes[name])
     if problems:
         raise ValueError(
             f"The tensors in {weights.folder} do not match its {ADAPTER_CONFIG} and `policy`. "
@@ -85,14 +85,14 @@ def _copies(weights: Weights, policy: Transformer) -> dict[str, bool]:
         "head.bias": policy.unembedding_bias,
     }
     names = FAMILIES[policy.config.family].names
-    same = {}
+    is_equal = {}
     for path, parameter in parameters.items():
         source, suffix = source_of(names, path)
         for name in (f"{source.module}.{suffix}", f"{source.module}.base_layer.{suffix}"):
             if f"{_PREFIX}{name}" in weights.shapes and parameter is not None:
                 copy = weights.read(f"{_PREFIX}{name}").astype(parameter.dtype)
-                same[f"{_PREFIX}{name}"] = np.array_equal(copy, parameter)
-    return same
+                is_equal[f"{_PREFIX}{name}"] = np.array_equal(copy, parameter)
+    return is_equal
 
 
 def _differences(name: str, want: tuple[int, ...], got: tuple[int, ...], dtype: str) -> list[str]:

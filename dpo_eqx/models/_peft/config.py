@@ -98,9 +98,9 @@ class PeftConfig:
     def _layer(self, module: str) -> int | None:
         patterns = [rf"(?:^|.*?\.){name}\.(\d+)\." for name in self.layer_names]
         for pattern in patterns or [r".*?\.[^.]*\.(\d+)\."]:
-            found = re.match(pattern, module)
-            if found:
-                return int(found[1])
+            match = re.match(pattern, module)
+            if match:
+                return int(match[1])
         return None
 
 
@@ -182,9 +182,9 @@ def _check_built(values: Mapping[str, Any]) -> None:
     if values.get("init_lora_weights") not in _STARTS:
         unknown["init_lora_weights"] = values["init_lora_weights"]
     if unknown:
-        said = ", ".join(f"`{key}` ({unknown[key]!r})" for key in sorted(unknown))
+        listed = ", ".join(f"`{key}` ({unknown[key]!r})" for key in sorted(unknown))
         raise ValueError(
-            f"The adapter's configuration has settings that are not supported: {said}. Merge the "
+            f"The adapter's configuration has settings that are not supported: {listed}. Merge the "
             "adapter into its base with PEFT, and load the result."
         )
 

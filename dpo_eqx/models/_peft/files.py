@@ -121,16 +121,16 @@ def save_lora(policy: PyTree, path: str | os.PathLike[str], *, base: str | None 
 
     `ValueError` if the policy has no adapters, or two adapters with one path.
     """
-    found = adapters(policy)
-    if not found:
+    by_path = adapters(policy)
+    if not by_path:
         raise ValueError("`policy` has no adapters to save; add them with `add_lora`.")
     if (
         isinstance(policy, Transformer)
-        and found.keys() <= FAMILIES[policy.config.family].names.keys()
+        and by_path.keys() <= FAMILIES[policy.config.family].names.keys()
     ):
-        tensors, config = _in_peft(policy, found, base)
+        tensors, config = _in_peft(policy, by_path, base)
     else:
-        tensors, config = write_by_path(found, base)
+        tensors, config = write_by_path(by_path, base)
     _write(Path(path), tensors, config)
 
 
@@ -147,12 +147,12 @@ def _in_peft(
         pair = join(site, pairs)
         live = [bool(down.any() or up.any()) for down, up in zip(*pair[:2], strict=True)]
         # Adapters of zeros stand for layers that had none, unless all are zero.
-        whole = all(live) or not any(live)
+        all_layers = all(live) or not any(live)
         for layer, name in enumerate(site.names()):
-            if whole or live[layer]:
+            if all_layers or live[layer]:
                 tensors[tensor_name(name, "A")] = np.ascontiguousarray(pair.down[layer])
                 tensors[tensor_name(name, "B")] = np.ascontiguousarray(pair.up[layer])
-                name = short_names(policy)[site.module] if whole else name
+                name = short_names(policy)[site.module] if all_layers else name
                 ranks[name], scales[name] = pair.down.shape[1], pair.scale
     transposed = any(site.transposed for site in sites)
     return tensors, write_peft(ranks, scales, transposed=transposed, base=base)
