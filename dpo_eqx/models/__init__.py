@@ -1,6 +1,6 @@
-"""Equinox decoders that are Hugging Face checkpoints: loading, saving, adapters, sampling.
+"""Equinox decoders of Hugging Face checkpoints: loading, saving, adapters, sampling.
 
-The core of the library never imports this; a policy may be any other callable pytree.
+The core of the library never imports this package; a policy may be any other callable pytree.
 """
 
 from ._adapters.lora import (

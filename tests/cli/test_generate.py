@@ -159,7 +159,7 @@ BAD = {
     "turns without a template": (["--data", "turns.jsonl"], "the tokenizer has no chat template"),
     "tokens": (["--prompt", "a", "--max-tokens", "0"], "`--max-tokens` must be positive; got 0"),
     "temperature": (["--prompt", "a", "--temperature", "-1"], "`temperature` must not be negative"),
-    "top p": (["--prompt", "a", "--top-p", "2"], "`top_p` must be in (0, 1], got 2.0"),
+    "top p": (["--prompt", "a", "--top-p", "2"], "`top_p` must be in (0, 1]; got 2.0"),
 }
 
 

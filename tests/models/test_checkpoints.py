@@ -321,7 +321,7 @@ def test_wrong_tensors(folder, edit, message):
 
 def test_truncated(folder):
     os.truncate(folder / "model.safetensors", 50_000)
-    with pytest.raises(ValueError, match=r"model\.safetensors is no complete safetensors file"):
+    with pytest.raises(ValueError, match=r"model\.safetensors is not a complete safetensors file"):
         models.load(folder)
 
 
@@ -344,7 +344,9 @@ def test_missing_and_false_shards(policy, tmp_path):
         with pytest.raises(ValueError, match=r"`weight_map` of model.safetensors.index.json in"):
             models.load(tmp_path / "saved")
     index.write_text(json.dumps({"weight_map": {"model.norm.weight": "../model.safetensors"}}))
-    with pytest.raises(ValueError, match=r"must name files beside it; it says that 'model.norm"):
+    with pytest.raises(
+        ValueError, match=r"name files in the same folder; it says that 'model.norm"
+    ):
         models.load(tmp_path / "saved")
     index.unlink()
     with pytest.raises(FileNotFoundError, match=r"there is none in .*, only model-00001-of-"):
@@ -422,7 +424,7 @@ def test_hub_names_go_to_the_hub(folder, monkeypatch):
         raise ConnectionError("offline")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
-    with pytest.raises(FileNotFoundError, match=r"'someone/llama' is no local folder.*offline"):
+    with pytest.raises(FileNotFoundError, match=r"'someone/llama' is not a local folder.*offline"):
         models.load("someone/llama")
 
 
@@ -440,5 +442,5 @@ def test_extra_is_named_where_it_is_missing(monkeypatch):
 
 
 def test_float64_needs_x64(folder):
-    with jax.enable_x64(False), pytest.raises(ValueError, match="where `jax_enable_x64` is set"):
+    with jax.enable_x64(False), pytest.raises(ValueError, match="only if `jax_enable_x64` is set"):
         models.load(folder, dtype="float64")

@@ -129,15 +129,15 @@ def test_errors(policy, prompt):
     def run(**settings):
         return models.generate(policy, prompt, **{"max_new_tokens": 4, **settings})
 
-    with pytest.raises(ValueError, match="`key` is needed to draw tokens"):
+    with pytest.raises(ValueError, match="`key` is required to sample tokens"):
         run()
-    with pytest.raises(ValueError, match="`temperature` must not be negative, got -1"):
+    with pytest.raises(ValueError, match="`temperature` must not be negative; got -1"):
         run(temperature=-1)
-    with pytest.raises(ValueError, match="`max_new_tokens` must be positive, got 0"):
+    with pytest.raises(ValueError, match="`max_new_tokens` must be positive; got 0"):
         run(max_new_tokens=0)
-    with pytest.raises(ValueError, match="`top_k` must be positive, got 0"):
+    with pytest.raises(ValueError, match="`top_k` must be positive; got 0"):
         run(top_k=0, temperature=0)
-    with pytest.raises(ValueError, match=r"`top_p` must be in \(0, 1\], got 1.5"):
+    with pytest.raises(ValueError, match=r"`top_p` must be in \(0, 1\]; got 1.5"):
         run(top_p=1.5, temperature=0)
     with pytest.raises(ValueError, match=r"`prompt` must have shape `\(batch, length\)`"):
         models.generate(policy, dpx.Tokens(prompt.ids[0], prompt.mask[0]), max_new_tokens=1)

@@ -126,9 +126,9 @@ def test_errors(base, adapted):
     key = jax.random.key(0)
     with pytest.raises(ValueError, match=r"'nothing' matches none. There are: head.weight, layers"):
         models.add_lora(base, rank=4, target="nothing", key=key)
-    with pytest.raises(ValueError, match="`rank` must be positive, got 0"):
+    with pytest.raises(ValueError, match="`rank` must be positive; got 0"):
         models.add_lora(base, rank=0, key=key)
-    with pytest.raises(ValueError, match="`alpha` must be positive, got nan"):
+    with pytest.raises(ValueError, match="`alpha` must be positive; got nan"):
         models.add_lora(base, rank=1, alpha=float("nan"), key=key)
     with pytest.raises(ValueError, match="has adapters already"):
         models.add_lora(adapted, rank=4, key=key)

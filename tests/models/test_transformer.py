@@ -167,7 +167,7 @@ def test_learned_positions_run_out():
 
 def test_errors():
     sizes = {"vocab": 9, "width": 8, "layers": 2, "heads": 4}
-    with pytest.raises(ValueError, match="`width` must be positive, got 0"):
+    with pytest.raises(ValueError, match="`width` must be positive; got 0"):
         models.Config(**{**sizes, "width": 0})
     with pytest.raises(ValueError, match="`heads` must be a multiple of `key_heads`; got 4 and 3"):
         models.Config(**sizes, key_heads=3)

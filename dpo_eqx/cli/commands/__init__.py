@@ -1,4 +1,4 @@
 """The subcommands of `dpo-eqx`, one file each.
 
-Only `main.py` imports them.
+Only `_main.py` imports them.
 """

@@ -103,7 +103,7 @@ def make_measure(
     dtype = dtype_of(compute_dtype)
 
     @eqx.filter_jit
-    def measure(policy, reference, batch):
+    def measure(policy: PyTree, reference: PyTree, batch: PreferenceBatch):
         policy, reference = (in_dtype(in_inference(model), dtype) for model in (policy, reference))
         sides = compare(policy, reference, batch)
         pairs = diagnose(loss, sides.policy, sides.reference, per_pair=batch.per_pair)

@@ -57,7 +57,7 @@ class Generate(Loading):
 
 
 def generate(arguments: Sequence[str]) -> None:
-    """The command, from its flags.
+    """Runs the command with its flags in `arguments`.
 
     **Raises:**
 

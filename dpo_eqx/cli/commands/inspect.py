@@ -36,8 +36,8 @@ class Inspect(Source):
     scan: int = 1000
     """Number of records to read and count."""
     tokens: int = 100
-    """Longest run of tokens of one state to show in full; of a longer run both ends are shown. 0
-    shows all tokens."""
+    """Longest run of tokens of one state to show in full; a longer run shows only its two ends
+    (0: show all tokens)."""
     ids: bool = False
     """Show the token ids, too."""
 
@@ -66,7 +66,7 @@ class Look:
 
 
 def inspect(arguments: Sequence[str]) -> None:
-    """The command, from its flags.
+    """Runs the command with its flags in `arguments`.
 
     **Raises:**
 

@@ -26,7 +26,7 @@ class Report:
 
 
 def report(arguments: Sequence[str]) -> None:
-    """The command, from its flags.
+    """Runs the command with its flags in `arguments`.
 
     **Raises:**
 

@@ -1,4 +1,4 @@
 """From settings to the parts of a run: loss, optimiser, policies, data.
 
-The run itself is in `run`.
+`run` executes the run.
 """

@@ -1,4 +1,4 @@
-"""The report of a run: pages, panels, curves and what they are read from.
+"""The report of a run: its page, panels and curves, and the files that they come from.
 
 The subcommand is in `commands`.
 """

@@ -193,7 +193,7 @@ def _of(record: Record, records: Sequence[Record]) -> str:
 
 
 def number(value: float | int) -> str:
-    """A number in four digits; below 1e-5 it is rounding of larger log-probabilities, and 0."""
+    """A number with four digits; below 1e-5, a rounding error of log-probabilities, it is 0."""
     if math.isnan(value):
         return "\N{EN DASH}"
     return "0" if abs(value) < 1e-5 else f"{value:,.4g}"

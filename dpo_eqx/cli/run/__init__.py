@@ -1,4 +1,4 @@
-"""A run that goes on: its loop, state, checkpoints, folder, hosts and signals.
+"""A run in progress: its loop, state, checkpoints, folder, hosts and signals.
 
-The parts that it runs are made in `compose`.
+`compose` makes the parts that the loop calls.
 """

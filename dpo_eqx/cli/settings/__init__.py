@@ -1,4 +1,4 @@
 """Settings: flags, files, their checks.
 
-What is made of them is in `compose`.
+`compose` makes the parts of a run from them.
 """

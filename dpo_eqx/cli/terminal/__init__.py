@@ -1,4 +1,4 @@
 """What a person reads in the terminal: progress, tokens, texts, answers.
 
-Nothing here decides anything.
+Nothing here changes a run.
 """

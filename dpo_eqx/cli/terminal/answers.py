@@ -1,6 +1,6 @@
 """Answers to prompts, drawn from a policy and cut at their ends.
 
-Reading the prompts is in `prompts.py`.
+`prompts.py` reads the prompts.
 """
 
 import dataclasses

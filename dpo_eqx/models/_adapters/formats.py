@@ -1,7 +1,6 @@
-"""Formats that weights are held in with 8 or 4 bits: how they are encoded, and decoded again.
+"""The formats of weights in 8 or 4 bits: encoding and decoding.
 
-Which weights of a policy are held so is not here; all functions work on single matrices and on
-stacks of them.
+All functions work on single matrices and on stacks of them. `quantize.py` chooses the weights.
 """
 
 from typing import Any
@@ -30,9 +29,9 @@ class Int8Weight(eqx.Module):
     **Arguments:**
 
     - `codes`: $q$, from -127 to 127. Shape `(*layers, out, in)`.
-    - `scales`: the bits of $s$ in float32: as integers they are selected by no filter of what is
-        trained, and cast by no compute dtype. Shape `(*layers, out)`.
-    - `dtype`: of the weight that it stands for.
+    - `scales`: the bits of $s$ in float32. Stored as integers, they are never selected for training
+        or cast to a compute dtype. Shape `(*layers, out)`.
+    - `dtype`: the dtype of the decoded weight.
     """
 
     codes: Int8[Array, "*layers out in"]
@@ -41,7 +40,7 @@ class Int8Weight(eqx.Module):
 
     @staticmethod
     def encode(weight: Float[Array, "*layers out in"]) -> "Int8Weight":
-        """The nearest weight that the format can hold."""
+        """Encodes the weight, rounded to the nearest code."""
         wide = weight.astype(jnp.float32)
         scales = jnp.abs(wide).max(axis=-1) / jnp.float32(127)
         codes = jnp.round(wide / _not_zero(scales)[..., None]).astype(jnp.int8)
@@ -54,30 +53,30 @@ class Int8Weight(eqx.Module):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """That of the weight."""
+        """The shape of the weight."""
         return self.codes.shape
 
 
 class NF4Weight(eqx.Module):
     r"""A weight as 4-bit NormalFloats: $w_i \approx s_b v_{q_i}$ with a scale for each block.
 
-    Blocks are 64 neighbours along the inputs, the last one of a row maybe fewer; $s_b$ is the
-    largest $|w|$ in it. $v$ are sixteen fixed values, the quantiles of a normal distribution, and
-    $q_i$ is the nearest of them, the lower one of two as near.
+    A block is 64 neighbours along the inputs; the last block of a row may be shorter. $s_b$ is the
+    largest $|w|$ in the block. $v$ are sixteen fixed values, the quantiles of a normal
+    distribution. $q_i$ is the index of the nearest of them, and of the lower one in a tie.
 
     **Arguments:**
 
-    - `codes`: two $q$ a byte, the first in the upper half, rows filled up to whole blocks. Shape
+    - `codes`: two $q$ per byte, the first in the upper half; rows are padded to whole blocks. Shape
         `(*layers, out, 32 * blocks)`.
-    - `scales`: the bits of $s$ in float32: as integers they are selected by no filter of what is
-        trained, and cast by no compute dtype. Shape `(*layers, out, blocks)`.
-    - `width`: the inputs of the weight.
-    - `dtype`: of the weight that it stands for.
+    - `scales`: the bits of $s$ in float32. Stored as integers, they are never selected for training
+        or cast to a compute dtype. Shape `(*layers, out, blocks)`.
+    - `width`: the number of inputs of the weight.
+    - `dtype`: the dtype of the decoded weight.
 
     ??? cite
 
         Dettmers et al., *QLoRA: Efficient Finetuning of Quantized LLMs*, 2023, section 3 and
-        appendix E (arXiv 2305.14314). Scales are not quantised once more.
+        appendix E (arXiv 2305.14314). Differs: the scales are not quantised again.
     """
 
     codes: UInt8[Array, "*layers out bytes"]
@@ -87,10 +86,10 @@ class NF4Weight(eqx.Module):
 
     @staticmethod
     def encode(weight: Float[Array, "*layers out in"]) -> "NF4Weight":
-        """The nearest weight that the format can hold, by blocks."""
+        """Encodes the weight block by block, rounded to the nearest codes."""
         *lead, width = weight.shape
-        room = [(0, 0)] * len(lead) + [(0, -width % BLOCK)]
-        blocks = jnp.pad(weight.astype(jnp.float32), room).reshape(*lead, -1, BLOCK)
+        padding = [(0, 0)] * len(lead) + [(0, -width % BLOCK)]
+        blocks = jnp.pad(weight.astype(jnp.float32), padding).reshape(*lead, -1, BLOCK)
         scales = jnp.abs(blocks).max(axis=-1)
         pairs = _nearest(blocks / _not_zero(scales)[..., None]).reshape(*lead, -1, 2)
         codes = (pairs[..., 0] << 4) | pairs[..., 1]
@@ -107,7 +106,7 @@ class NF4Weight(eqx.Module):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """That of the weight."""
+        """The shape of the weight."""
         return (*self.codes.shape[:-1], self.width)
 
 
@@ -115,7 +114,7 @@ FORMATS = {"int8": Int8Weight, "nf4": NF4Weight}
 
 
 def _nearest(x: Float[Array, "*shape"]) -> UInt8[Array, "*shape"]:
-    """Which of the sixteen values is the nearest: how many midpoints between them are below."""
+    """The index of the nearest of the sixteen values: the number of midpoints below `x`."""
     values = np.asarray(NF4_VALUES, np.float32)
     middles = (values[1:] + values[:-1]) / np.float32(2)
     code = jnp.zeros(x.shape, jnp.uint8)
@@ -125,7 +124,7 @@ def _nearest(x: Float[Array, "*shape"]) -> UInt8[Array, "*shape"]:
 
 
 def _not_zero(scales: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    # Where all weights are zero, so are their codes. NaN stays: it is to be seen in the result.
+    # Avoids 0 / 0: zero weights get zero codes. A NaN scale stays, so that the result shows it.
     return jnp.where(scales == 0, jnp.ones_like(scales), scales)
 
 

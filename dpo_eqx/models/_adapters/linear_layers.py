@@ -1,6 +1,6 @@
-"""Linear layers found in any Equinox module by their paths, to be replaced.
+"""Finds linear layers in any Equinox module by their paths, and replaces them.
 
-What replaces them, adapters or quantised layers, is not known here.
+The caller passes the replacements: adapters or quantised layers.
 """
 
 import re
@@ -18,23 +18,25 @@ Policy = TypeVar("Policy")
 
 
 def is_plain_linear(node: Any) -> bool:
-    """Whether `node` is a linear layer that has a matrix as weight."""
+    """Whether `node` is a linear layer whose weight is a matrix."""
     if isinstance(node, eqx.nn.Linear) and "scalar" in (node.in_features, node.out_features):
         return False
     return isinstance(node, eqx.nn.Linear | Linear) and node.weight is not None
 
 
 def linear_paths(policy: PyTree, target: str | None, is_linear: Callable[[Any], bool]) -> set[str]:
-    """The paths of the linear layers whose weight's path `target` is found in.
+    """The paths of the linear layers that `target` selects.
 
     **Arguments:**
 
-    - `target`: a regular expression; `None` is every linear layer but the unembedding.
-    - `is_linear`: which nodes are linear layers.
+    - `policy`: any pytree with linear layers.
+    - `target`: a regular expression, searched in the path of each layer's weight; `None` selects
+        every linear layer but the unembedding.
+    - `is_linear`: whether a node is a linear layer.
 
     **Raises:**
 
-    `ValueError` where there are none, listing those that could be.
+    `ValueError` if no layer matches; the error lists the candidates.
     """
     nodes = jax.tree_util.tree_leaves_with_path(policy, is_leaf=is_linear)
     layers = {leaf_name(path): node for path, node in nodes if is_linear(node)}
@@ -45,9 +47,9 @@ def linear_paths(policy: PyTree, target: str | None, is_linear: Callable[[Any], 
         chosen = {name for name in layers if re.search(target, _weight_of(name))}
     if not chosen:
         candidates = ", ".join(map(_weight_of, sorted(layers))) or "none"
-        said = "the default, all but the unembedding," if target is None else repr(target)
+        selection = "the default, all but the unembedding," if target is None else repr(target)
         raise ValueError(
-            f"`target` must match the path of a linear layer's weight; {said} matches none. "
+            f"`target` must match the path of a linear layer's weight; {selection} matches none. "
             f"There are: {candidates}."
         )
     return chosen
@@ -59,7 +61,7 @@ def replace_at(
     is_linear: Callable[[Any], bool],
     function: Callable[[str, Any], Any],
 ) -> Policy:
-    """The policy with `function(path, layer)` in the place of each layer at `paths`."""
+    """The policy with each layer at `paths` replaced by `function(path, layer)`."""
 
     def replace(keys, node):
         path = leaf_name(keys)
@@ -69,7 +71,7 @@ def replace_at(
 
 
 def _unembedding(policy: PyTree) -> Any:
-    """The layer that holds the unembedding of a policy that offers one, if a layer does."""
+    """The layer that holds the policy's unembedding, or `None`."""
     weight = getattr(policy, "unembedding", None)
     return next(
         (

@@ -1,6 +1,6 @@
 """Low-rank adapters for the linear layers of any Equinox module, by tree surgery.
 
-What is trained is chosen by `lora_filter`; the step itself knows nothing of adapters.
+`lora_filter` selects the adapters for training; the training step does not depend on them.
 """
 
 import math
@@ -21,18 +21,18 @@ Policy = TypeVar("Policy")
 
 
 class LoRA(eqx.Module):
-    r"""A linear layer with a low-rank term beside its weight: $W + s\,B A$.
+    r"""A linear layer with a low-rank term added to its weight: $W + s\,B A$.
 
-    It is called as the layer is. Several layers stacked along leading axes have adapters stacked
+    It is called like the layer. Layers that are stacked along leading axes have adapters stacked
     in the same way.
 
     **Arguments:**
 
-    - `base`: the layer; frozen by `lora_filter`.
+    - `base`: the linear layer, which `lora_filter` freezes.
     - `down`: $A$. Shape `(*layers, rank, in)`.
     - `up`: $B$. Shape `(*layers, out, rank)`.
-    - `scale`: $s$, `alpha / rank`.
-    - `pinned`: $A$ and $B$ as they were, where `pin_lora` has kept them; frozen by `lora_filter`.
+    - `scale`: $s$, which is `alpha / rank`.
+    - `pinned`: the copy of $A$ and $B$ that `pin_lora` stored, or `None`; `lora_filter` freezes it.
     """
 
     base: Any
@@ -49,7 +49,7 @@ class LoRA(eqx.Module):
 
     @property
     def weight(self) -> Float[Array, "*layers out in"]:
-        """The weight that the layer and its adapter are together, in the layer's dtype."""
+        r"""The weight of layer and adapter together, $W + s\,B A$, in the layer's dtype."""
         dtype = self.base.weight.dtype
         wide = at_least_float32(dtype)
         term = self.up.astype(wide) @ self.down.astype(wide)
@@ -57,7 +57,7 @@ class LoRA(eqx.Module):
 
     @property
     def bias(self) -> Array | None:
-        """The layer's own."""
+        """The bias of the layer."""
         return self.base.bias
 
 
@@ -69,7 +69,7 @@ def add_lora(
     target: str | None = None,
     key: PRNGKeyArray,
 ) -> Policy:
-    r"""Puts a low-rank adapter beside linear layers of any Equinox module.
+    r"""Adds low-rank adapters to linear layers of any Equinox module.
 
     ```python
     policy = models.add_lora(policy, rank=16, key=key)
@@ -78,25 +78,26 @@ def add_lora(
     opt_state = optimizer.init(eqx.filter(policy, trainable))
     ```
 
-    $A$ starts uniform in $\pm 1/\sqrt{in}$ and $B$ at zero, so that the policy is at first exactly
-    its base, which is the reference. Adapters are float32 or wider whatever the base is.
+    $A$ starts uniform in $\pm 1/\sqrt{in}$ and $B$ at zero, so that the policy first computes
+    exactly what its base does, and the base is the reference. Adapters are float32 or wider,
+    whatever the dtype of the base.
 
     **Arguments:**
 
-    - `policy`: holds layers of ours or `eqx.nn.Linear`, stacked along leading axes or not,
-        quantised or not.
-    - `rank`: of the adapters.
-    - `alpha`: the term is scaled by `alpha / rank`; by default `2 * rank`. For rank-stabilised
+    - `policy`: a pytree with linear layers, this library's or `eqx.nn.Linear`, stacked along
+        leading axes or not, quantised or not.
+    - `rank`: the rank of the adapters.
+    - `alpha`: the term is scaled by `alpha / rank` (default: `2 * rank`). For rank-stabilised
         adapters give `alpha * rank ** 0.5`.
     - `target`: a regular expression, searched in the path of each layer's weight as
         `jax.tree_util.keystr(path, simple=True, separator=".")` writes it, such as
-        `"layers.attention.query.weight"`. By default every linear layer but the unembedding.
-    - `key`: for $A$.
+        `"layers.attention.query.weight"` (default: every linear layer but the unembedding).
+    - `key`: the random key of the initial $A$.
 
     **Raises:**
 
-    `ValueError` where `target` matches no linear layer (listing those it could match), `rank` or
-    `alpha` is not positive, or `policy` has adapters already.
+    `ValueError` if `target` matches no linear layer (the error lists the candidates), if `rank` or
+    `alpha` is not positive, or if `policy` already has adapters.
 
     ??? cite
 
@@ -117,7 +118,7 @@ def lora_filter(policy: PyTree) -> PyTree:
 
     **Raises:**
 
-    `ValueError` where `policy` has no adapters.
+    `ValueError` if `policy` has no adapters.
     """
     if not adapters(policy):
         raise ValueError("`policy` has no adapters to select; add them with `add_lora`.")
@@ -134,14 +135,14 @@ def lora_filter(policy: PyTree) -> PyTree:
 def without_lora(policy: Policy) -> Policy:
     """The policy without its adapters: the base itself, not a copy.
 
-    For `reference_of=`, where the base is the reference at no memory. Where it is the adapters as
-    they were at the start, see `pin_lora`.
+    Use it as `reference_of=` if the base is the reference, which then takes no memory. If the
+    reference has adapters of its own, use `pin_lora` and `pinned_lora`.
     """
     return _replace(policy, lambda lora: lora.base)
 
 
 def pin_lora(policy: Policy) -> Policy:
-    """Keeps the adapters as they are now beside those that are trained, for `pinned_lora`.
+    """Stores a copy of the current adapters in the policy, for `pinned_lora`.
 
     ```python
     policy = models.pin_lora(models.load_lora(base, "adapter"))
@@ -151,28 +152,28 @@ def pin_lora(policy: Policy) -> Policy:
 
     **Raises:**
 
-    `ValueError` where `policy` has no adapters.
+    `ValueError` if `policy` has no adapters.
     """
     if not adapters(policy):
         raise ValueError("`policy` has no adapters to pin; add them with `add_lora`.")
 
     def pin(lora: LoRA) -> LoRA:
-        # Copies: one buffer cannot be donated for both.
-        kept = jnp.array(lora.down, copy=True), jnp.array(lora.up, copy=True)
-        return LoRA(lora.base, lora.down, lora.up, lora.scale, kept)
+        # Copies, since a buffer that is shared cannot be donated.
+        pinned = jnp.array(lora.down, copy=True), jnp.array(lora.up, copy=True)
+        return LoRA(lora.base, lora.down, lora.up, lora.scale, pinned)
 
     return _replace(policy, pin)
 
 
 def pinned_lora(policy: Policy) -> Policy:
-    """The policy with its adapters as they were when `pin_lora` kept them.
+    """The policy with the adapters that `pin_lora` stored.
 
-    For `reference_of=`, where training goes on from adapters, and the policy that they made is the
-    reference. The base is the policy's own.
+    Use it as `reference_of=` if training continues from adapters and the policy with the initial
+    adapters is the reference. The base is shared with the policy.
 
     **Raises:**
 
-    `ValueError` where `policy` has no adapters that are pinned.
+    `ValueError` if `policy` has no pinned adapters.
     """
     if not adapters(policy):
         raise ValueError("`policy` has no adapters; add them with `add_lora`.")
@@ -188,7 +189,7 @@ def pinned_lora(policy: Policy) -> Policy:
 def merge_lora(policy: Policy) -> Policy:
     """The policy with its adapters added into the weights, rounded to the weights' dtype.
 
-    Quantised weights are decoded before, also those that have no adapter.
+    All quantised weights are decoded first, also those without an adapter.
     """
 
     def merge(lora: LoRA):
@@ -199,27 +200,27 @@ def merge_lora(policy: Policy) -> Policy:
 
 
 def adapters(policy: PyTree) -> dict[str, LoRA]:
-    """All adapters of a policy, by the path of the layer that they are beside.
+    """All adapters of a policy, by the path of their layer.
 
     **Raises:**
 
-    `ValueError` if two layers have one path, as a dictionary's key that holds a dot can make it.
+    `ValueError` if two layers have the same path, because a dictionary has a key with a dot.
     """
     nodes = jax.tree_util.tree_leaves_with_path(policy, is_leaf=_is_lora)
-    found = [(leaf_name(path), node) for path, node in nodes if _is_lora(node)]
-    by_path = dict(found)
-    if len(by_path) < len(found):
-        paths = [path for path, _ in found]
-        twice = sorted({path for path in paths if paths.count(path) > 1})
+    pairs = [(leaf_name(path), node) for path, node in nodes if _is_lora(node)]
+    by_path = dict(pairs)
+    if len(by_path) < len(pairs):
+        paths = [path for path, _ in pairs]
+        shared = sorted({path for path in paths if paths.count(path) > 1})
         raise ValueError(
-            f"`policy` must have one path for each adapter; got two at {', '.join(twice)}. Rename "
-            "the keys of its dictionaries so that they hold no dot."
+            f"`policy` must have one path for each adapter; got two at {', '.join(shared)}. Rename "
+            "the keys of its dictionaries so that they contain no dot."
         )
     return by_path
 
 
 def check_no_adapters(policy: PyTree) -> None:
-    """Raises if there are adapters already."""
+    """Raises if the policy already has adapters."""
     if adapters(policy):
         raise ValueError("`policy` has adapters already; merge them first, with `merge_lora`.")
 
@@ -230,7 +231,7 @@ def is_linear(node: Any) -> bool:
 
 
 def weight_shape(layer: Any) -> jax.ShapeDtypeStruct:
-    """Shape and dtype of a linear layer's weight; nothing is decoded."""
+    """The shape and dtype of a linear layer's weight, without decoding it."""
     stored = layer.stored if isinstance(layer, Quantized) else layer.weight
     return jax.ShapeDtypeStruct(stored.shape, stored.dtype)
 
@@ -257,4 +258,4 @@ def _adapter(layer: Any, rank: int, scale: float, key: PRNGKeyArray) -> LoRA:
 def _check_positive(**values: float | int | None) -> None:
     for name, value in values.items():
         if value is not None and not value > 0:
-            raise ValueError(f"`{name}` must be positive, got {value}.")
+            raise ValueError(f"`{name}` must be positive; got {value}.")

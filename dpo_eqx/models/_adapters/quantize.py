@@ -1,7 +1,7 @@
-"""Linear layers whose weights are held with 8 or 4 bits, in any Equinox module, by tree surgery.
+"""Quantises linear layers of any Equinox module to 8 or 4 bits, by tree surgery.
 
-How a weight becomes codes and scales is in `formats.py`. They are frozen: what is trained on such
-a base are adapters, or what is not quantised.
+`formats.py` encodes and decodes weights. Quantised weights are frozen: training changes adapters,
+or the layers that are not quantised.
 """
 
 from typing import Any, TypeVar
@@ -17,17 +17,17 @@ Policy = TypeVar("Policy")
 
 
 class Quantized(eqx.Module):
-    """A linear layer whose weight is held in fewer bits, and decoded each time it is called.
+    """A linear layer whose weight is stored in fewer bits and decoded on each call.
 
-    It is called as the layer is, and computes in the dtype of its input. The decoded weight is
-    never kept for the backward pass, which decodes it once more: where layers are stacked and run
-    by `lax.scan`, one layer's exists at a time. Gradients flow to the input and the bias; there is
-    none of the weight.
+    It is called like the layer, and computes in the dtype of its input. The decoded weight is not
+    stored for the backward pass, which decodes it again: if `lax.scan` runs stacked layers, only
+    one layer's decoded weight exists at a time. Gradients flow to the input and the bias, but not
+    to the weight.
 
     **Arguments:**
 
-    - `layer`: the layer, without its weight.
-    - `stored`: the weight, stacked along leading axes or not.
+    - `layer`: the linear layer, without its weight.
+    - `stored`: the encoded weight, stacked along leading axes or not.
     """
 
     layer: Any
@@ -36,21 +36,22 @@ class Quantized(eqx.Module):
     def __call__(
         self, x: Float[Array, "*batch in"], *, key: PRNGKeyArray | None = None
     ) -> Float[Array, "*batch out"]:
+        # Without the checkpoint, the decoded weight would be a residual of the product.
         return eqx.filter_checkpoint(_call)(self, x)
 
     @staticmethod
     def of(layer: Any) -> "Quantized":
-        """The layer with its weight, which is stored already, apart from the rest."""
+        """A quantised layer from a layer whose weight is already encoded."""
         return Quantized(_with_weight(layer, None), layer.weight)
 
     @property
     def weight(self) -> Float[Array, "*layers out in"]:
-        """The decoded weight, in the dtype that it had."""
+        """The decoded weight, in its original dtype."""
         return self.stored.decode()
 
     @property
     def bias(self) -> Array | None:
-        """The layer's own."""
+        """The bias of the layer."""
         return self.layer.bias
 
     def plain(self) -> Any:
@@ -59,30 +60,31 @@ class Quantized(eqx.Module):
 
 
 def quantize(policy: Policy, format: str, *, target: str | None = None) -> Policy:
-    """Holds the weights of linear layers of any Equinox module in 8 or 4 bits, frozen.
+    """Stores the weights of linear layers of any Equinox module in 8 or 4 bits, frozen.
 
     ```python
     policy = models.quantize(policy, "nf4")
     policy = models.add_lora(policy, rank=16, key=key)
     ```
 
-    Codes and scales are integers, so that no filter of floating-point arrays trains them.
-    `models.load(path, quantize=...)` gives the same and never holds the whole weights.
+    Codes and scales are integers, so that no filter of floating-point arrays selects them for
+    training. `models.load(path, quantize=...)` gives the same result without ever holding all
+    unquantised weights.
 
     **Arguments:**
 
-    - `policy`: holds layers of ours or `eqx.nn.Linear`, stacked along leading axes or not, with
-        adapters or without.
-    - `format`: `"int8"`, one scale for each output, or `"nf4"`, 4-bit NormalFloats with a scale
-        for each 64 weights. They take 1 and 0.56 bytes a weight.
+    - `policy`: a pytree with linear layers, this library's or `eqx.nn.Linear`, stacked along
+        leading axes or not, with adapters or without.
+    - `format`: `"int8"`, with one scale per output, or `"nf4"`, 4-bit NormalFloats with one scale
+        per 64 weights. They take 1 and 0.56 bytes per weight.
     - `target`: a regular expression, searched in the path of each layer's weight as in
-        `add_lora`. By default every linear layer but the unembedding. One that is quantised gets
-        an adapter from `add_lora` as all others do.
+        `add_lora` (default: every linear layer but the unembedding). `add_lora` adds adapters to
+        quantised layers, too.
 
     **Raises:**
 
-    `ValueError` where `target` matches no linear layer that is not quantised yet, or the format
-    is another.
+    `ValueError` if `target` matches no linear layer that is not yet quantised, or the format is
+    unknown.
 
     ??? cite
 
@@ -103,9 +105,9 @@ def quantize(policy: Policy, format: str, *, target: str | None = None) -> Polic
 
 
 def dequantize(policy: Policy) -> Policy:
-    """The policy with its quantised weights decoded, in the dtype that they had.
+    """The policy with its quantised weights decoded, in their original dtype.
 
-    Adapters stay; `merge_lora` decodes and merges.
+    Adapters stay; `merge_lora` decodes the weights and merges the adapters.
     """
     return jax.tree.map(
         lambda node: node.plain() if isinstance(node, Quantized) else node,
@@ -125,7 +127,7 @@ def holds_quantized(policy: PyTree) -> bool:
 
 
 def check_format(name: str, format: str) -> None:
-    """Raises if there is no such format; `name` is the argument's."""
+    """Raises if the format is unknown; `name` is the name of the argument."""
     if format not in FORMATS:
         raise ValueError(f"`{name}` must be one of {', '.join(FORMATS)}; got {format!r}.")
 

@@ -1,6 +1,6 @@
-"""What must hold before the first tensor of a checkpoint is read.
+"""Checks of a checkpoint before its first tensor is read.
 
-All problems are found at once, and named with what was expected and what was found.
+One error lists all problems, each with what was expected and what was found.
 """
 
 import dataclasses
@@ -16,42 +16,42 @@ from .families import FAMILIES
 from .folder import CONFIG, DTYPES, Weights
 from .tensor_sources import LeafSource
 
-# Constants that older checkpoints hold beside their parameters.
+# Constants that older checkpoints store next to their parameters.
 _CONSTANTS = re.compile(r"rotary_emb\.inv_freq$|(^|\.)h\.\d+\.attn\.(bias|masked_bias)$")
 
 
 def check_tensors(weights: Weights, sources: dict[str, LeafSource], tied: bool) -> None:
-    """Raises if tensors are missing, extra, of another shape or of a dtype we cannot read."""
+    """Raises if tensors are missing or extra, or have a wrong shape or an unsupported dtype."""
     expected = {
         name: source.source.stored_shape(source.shape)
         for source in sources.values()
         for name in source.tensors
     }
-    found = weights.shapes
-    extra = {name for name in found.keys() - expected.keys() if not _CONSTANTS.search(name)}
+    stored = weights.shapes
+    extra = {name for name in stored.keys() - expected.keys() if not _CONSTANTS.search(name)}
     if tied:
-        # `with_tying_of` has seen that it is the embedding once more.
+        # `with_tying_of` has checked that it is a copy of the embedding.
         extra.discard("lm_head.weight")
     problems = [
-        f"missing: {name}, of shape {expected[name]}" for name in expected.keys() - found.keys()
+        f"missing: {name}, of shape {expected[name]}" for name in expected.keys() - stored.keys()
     ]
-    problems += [f"extra: {name}, of shape {found[name]}" for name in extra]
-    for name in expected.keys() & found.keys():
-        if found[name] != expected[name]:
-            problems.append(f"mis-shaped: {name} should be {expected[name]}, is {found[name]}")
+    problems += [f"extra: {name}, of shape {stored[name]}" for name in extra]
+    for name in expected.keys() & stored.keys():
+        if stored[name] != expected[name]:
+            problems.append(f"mis-shaped: {name} should be {expected[name]}, is {stored[name]}")
         if weights.dtypes[name] not in DTYPES:
             problems.append(f"{name} is of dtype {weights.dtypes[name]}, not of {list(DTYPES)}")
     if problems:
         raise ValueError(
-            f"The tensors in {weights.folder} are not those that its {CONFIG} asks for. "
+            f"The tensors in {weights.folder} do not match its {CONFIG}. "
             + shorten(sorted(problems))
         )
 
 
 def with_tying_of(weights: Weights, config: Config) -> Config:
-    """The configuration, not tied if embedding and unembedding are both there and differ.
+    """The configuration, untied if both embedding and unembedding are stored and differ.
 
-    `transformers` does the same, with a warning too.
+    It then warns. `transformers` does the same.
     """
     names = FAMILIES[config.family].names
     unembedding, embedding = (names[name].tensor(0, "weight") for name in ("head", "embedding"))
@@ -63,14 +63,14 @@ def with_tying_of(weights: Weights, config: Config) -> Config:
         return config
     warnings.warn(
         f"`tie_word_embeddings` is true in {weights.folder / CONFIG}, but {unembedding} differs "
-        f"from {embedding}. Both are used, as in `transformers`; set it to false there to say so.",
+        f"from {embedding}. Both are used, as in `transformers`; set it to false to silence this.",
         stacklevel=3,
     )
     return dataclasses.replace(config, tied=False)
 
 
 def check_tokenizer(origin: Origin, vocab: int) -> None:
-    """Raises if the tokenizer has ids that the vocabulary has not."""
+    """Raises if the tokenizer has ids outside the vocabulary."""
     if "tokenizer.json" not in origin.files:
         return
     tokenizer = json.loads(origin.files["tokenizer.json"])
@@ -87,6 +87,6 @@ def check_tokenizer(origin: Origin, vocab: int) -> None:
 
 
 def shorten(problems: list[str], limit: int = 12) -> str:
-    """The first of many problems, and how many more there are."""
-    more = f"; and {len(problems) - limit} more" if len(problems) > limit else ""
-    return "; ".join(problems[:limit]) + more + "."
+    """The first `limit` problems in one line, and the number of further ones."""
+    remainder = f"; and {len(problems) - limit} more" if len(problems) > limit else ""
+    return "; ".join(problems[:limit]) + remainder + "."

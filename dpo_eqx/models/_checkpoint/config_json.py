@@ -1,6 +1,6 @@
-"""A `config.json` read into a `Config`, and a `Config` written as one, by the families' tables.
+"""Reads a `config.json` into a `Config` and writes it back, by the families' tables.
 
-Neither touches a file: the one takes, the other returns the parsed contents.
+Neither touches a file: reading takes the parsed contents, and writing returns them.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ def family_of(values: Mapping[str, Any]) -> Family:
 
     **Raises:**
 
-    `ValueError` that lists the known ones where it is another.
+    `ValueError` if the family is unknown; the error lists the known ones.
     """
     name = values.get("model_type")
     if name not in FAMILIES:
@@ -28,9 +28,9 @@ def family_of(values: Mapping[str, Any]) -> Family:
 
 
 def read_config(values: Mapping[str, Any]) -> Config:
-    """The configuration that the contents of a `config.json` stand for.
+    """The configuration that the contents of a `config.json` describe.
 
-    Keys that are missing get the defaults of `transformers`.
+    Missing keys get the defaults of `transformers`.
 
     ```python
     config = models.read_config({"model_type": "qwen3", "hidden_size": 1024, ...})
@@ -38,23 +38,23 @@ def read_config(values: Mapping[str, Any]) -> Config:
 
     **Arguments:**
 
-    - `values`: the parsed `config.json`, in the older or the newer way of writing it.
+    - `values`: the parsed `config.json`, with the older or the newer names of keys.
 
     **Raises:**
 
-    `ValueError` on an unknown family (listing the known ones), on a value that is not of its key's
-    kind, on anything not built, and on keys that the family does not read and that may change the
-    logits. Keys that cannot, of training, generation or labels, are passed over.
+    `ValueError` if the family is unknown (the error lists the known ones), a value has the wrong
+    type, a setting is not supported, or a key that the family does not read may change the logits.
+    Keys that cannot change the logits (training, generation, labels) are ignored.
     """
     family = family_of(values)
     if values.get("quantization_config"):
         raise ValueError(
-            "`quantization_config`: checkpoints that are stored quantised are not built. Save "
-            "one with its weights in float32, float16 or bfloat16."
+            "`quantization_config`: quantised checkpoints are not supported. Save the model "
+            "with its weights in float32, float16 or bfloat16."
         )
     read = family.reads()
     check_kinds({key: values[key] for key in sorted(values.keys() & read)}, KINDS, "config.json")
-    # Where both names are there, `transformers` sets the alias last.
+    # If both names are present, the alias wins, as in `transformers`.
     aliases = {key: values[a] for a, key in family.aliases().items() if a in values}
     settings = {**family.defaults, **values, **aliases}
     fields = {field: settings[key] for key, field in family.keys.items()}
@@ -76,7 +76,7 @@ def write_config(config: Config) -> dict[str, Any]:
 
     **Raises:**
 
-    `ValueError` where the family has no way to say what `config` says.
+    `ValueError` if the family's `config.json` has no key for a setting of `config`.
     """
     family = FAMILIES[config.family]
     values = {
@@ -85,6 +85,7 @@ def write_config(config: Config) -> dict[str, Any]:
         **{key: getattr(config, field) for key, field in family.keys.items()},
         **family.write(config),
     }
+    # Read back what was written: a setting that the family cannot store shows as a difference.
     again = dataclasses.replace(read_config(values), remat=config.remat, fused=config.fused)
     lost = [
         f"`{field.name}` ({getattr(config, field.name)!r})"
@@ -92,12 +93,12 @@ def write_config(config: Config) -> dict[str, Any]:
         if getattr(again, field.name) != getattr(config, field.name)
     ]
     if lost:
-        raise ValueError(f"Checkpoints of {config.family!r} cannot say {', '.join(lost)}.")
+        raise ValueError(f"Checkpoints of {config.family!r} cannot store {', '.join(lost)}.")
     return values
 
 
 def _in_keys(message: str, family: Family) -> str:
-    """An error about fields of `Config`, in the names of the keys that they were read from."""
+    """An error about fields of `Config`, with the names of the keys that they were read from."""
     for key, field in family.keys.items():
         message = message.replace(f"`{field}`", f"`{key}`")
     return message
@@ -107,7 +108,7 @@ _FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 
 
 def _plain(name: str, value: Any) -> Any:
-    """A JSON value as the field wants it: null for its default, whole numbers as floats."""
+    """A JSON value in the field's type: null becomes the default, whole numbers become floats."""
     default = _FIELDS[name].default
     if value is None and _FIELDS[name].type in (int, float):
         return default

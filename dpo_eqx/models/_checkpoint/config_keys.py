@@ -1,6 +1,6 @@
 """The keys of a `config.json` that a family does not read: which may be ignored, which may not.
 
-Keys that a family does read are in `families.py`; what values they may have, in `config_values.py`.
+`families.py` lists the keys that a family does read, and `config_values.py` their valid values.
 """
 
 import re
@@ -10,11 +10,11 @@ from typing import Any
 from .._decoder.config import Config
 from .config_values import shown
 
-# They say how a model was trained or is run, what its tokens and labels are called, or how to
-# generate with it.
+# Keys about training, running, generation, and the names of tokens and labels. None changes the
+# logits.
 _HARMLESS = frozenset(
     [
-        # All of `transformers`.
+        # Keys of every configuration of `transformers`.
         *("architectures", "dtype", "torch_dtype", "name_or_path", "use_cache", "return_dict"),
         *("use_return_dict", "torchscript", "gradient_checkpointing", "chunk_size_feed_forward"),
         *("id2label", "label2id", "num_labels", "problem_type", "finetuning_task", "prefix"),
@@ -36,11 +36,11 @@ _HARMLESS = frozenset(
         *("encoder_repetition_penalty", "num_assistant_tokens", "num_assistant_tokens_schedule"),
         *("assistant_confidence_threshold", "assistant_lookbehind", "target_lookbehind"),
         *("num_beam_groups", "diversity_penalty", "max_new_tokens", "cache_implementation"),
-        # Lengths that the tokenizer or the training went by.
+        # Lengths used by the tokenizer or in training.
         *("model_max_length", "max_sequence_length", "max_seq_len", "seq_length", "n_ctx"),
-        # Old GPT-2; its `reorder_and_upcast_attn` is how the scores are computed, not which.
+        # Old GPT-2; `reorder_and_upcast_attn` only changes the precision of the scores.
         *("n_special", "predict_special_tokens", "reorder_and_upcast_attn"),
-        # Notes of programs that wrote the file.
+        # Notes by programs that wrote the file.
         *("unsloth_fixed", "is_llama_config"),
     ]
 )
@@ -49,9 +49,9 @@ _HARMLESS_NAMES = re.compile(
     r"|^(bos|eos|pad|unk|sep|cls|mask)_token$"
 )
 
-# Values by which a key asks for nothing. Of all other keys they are null, false and what is empty.
+# Values that switch a key's feature off. For keys not listed here: null, false and empty values.
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    # Null is false to `transformers`.
+    # Not null, which `transformers` reads as false.
     "is_causal": (True,),
     "scale_attn_weights": (True,),
     **dict.fromkeys(
@@ -63,7 +63,7 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     ),
 }
 
-# Keys of other families, which say nothing new if they agree with this field of the configuration.
+# Keys of other families. They are redundant if they agree with this field of the configuration.
 _SAME = {
     **dict.fromkeys(["hidden_act", "hidden_activation", "activation_function"], "activation"),
     **dict.fromkeys(["hidden_size", "n_embd", "d_model"], "width"),
@@ -83,13 +83,13 @@ _SAME = {
 
 
 def check_unread(values: Mapping[str, Any], read: Set[str], config: Config) -> None:
-    """Raises if keys that are not read may change the logits, and names them.
+    """Raises if unread keys may change the logits; the error names them.
 
     **Arguments:**
 
     - `values`: the parsed `config.json`.
     - `read`: the keys that the family reads.
-    - `config`: what they were read as.
+    - `config`: the configuration read from `values`.
     """
     _check_code(values)
     unread = {
@@ -98,16 +98,16 @@ def check_unread(values: Mapping[str, Any], read: Set[str], config: Config) -> N
         if key not in read and key != "auto_map" and not _is_idle(key, value, values, config)
     }
     if unread:
-        said = ", ".join(f"`{key}` ({shown(unread[key])})" for key in sorted(unread))
+        listed = ", ".join(f"`{key}` ({shown(unread[key])})" for key in sorted(unread))
         raise ValueError(
             f"The family {config.family!r} does not read these keys of config.json, which may "
-            f"change what the model computes: {said}. If it computes the same without them, take "
-            "them out of config.json; else it cannot be loaded here."
+            f"change what the model computes: {listed}. If the model computes the same without "
+            "them, remove them from config.json; otherwise the model is not supported."
         )
 
 
 def _is_idle(key: str, value: Any, values: Mapping[str, Any], config: Config) -> bool:
-    """Whether a key that is not read changes no logits."""
+    """Whether an unread key leaves the logits as they are."""
     if key in _HARMLESS or _HARMLESS_NAMES.search(key):
         return True
     if key in _NEUTRAL:
@@ -117,23 +117,23 @@ def _is_idle(key: str, value: Any, values: Mapping[str, Any], config: Config) ->
     if key in _SAME:
         return _equal(value, getattr(config, _SAME[key]))
     if key in ("sliding_window", "max_window_layers"):
-        # Without windows this is what they would be if they were used.
+        # Without windows these are only the values for when windows are on.
         return not values.get("use_sliding_window", key == "sliding_window")
     return key == "layer_types" and all(kind == "full_attention" for kind in value)
 
 
 def _equal(value: Any, other: Any) -> bool:
-    # 1 == True in Python, and not in a file.
+    # 1 == True in Python, but not in JSON.
     return isinstance(value, bool) == isinstance(other, bool) and value == other
 
 
 def _check_code(values: Mapping[str, Any]) -> None:
-    """Raises if the checkpoint brings a model of its own, as code."""
+    """Raises if the checkpoint contains Python code for its own model."""
     code = values.get("auto_map")
     models = [key for key in code if key.startswith("AutoModel")] if isinstance(code, dict) else []
     if models:
         raise ValueError(
             f"`auto_map` in config.json names code of the checkpoint's own for {', '.join(models)} "
-            f"({shown(code)}), which is never run here. If the model is that of "
-            f"`transformers` for {values.get('model_type')!r}, take `auto_map` out of config.json."
+            f"({shown(code)}), which is never run. If the model computes the same as the class of "
+            f"`transformers` for {values.get('model_type')!r}, remove `auto_map` from config.json."
         )

@@ -1,6 +1,6 @@
-"""What values the keys of a `config.json` may have: the kind of each key, and its check.
+"""Valid values of the keys of a `config.json`: the kind of each key, and its check.
 
-What a key means is not known here; what belongs together is checked by `Config`.
+`config_json.py` interprets the keys, and `Config` checks that their values fit each other.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """A kind of value: how an error calls it, and whether a value is of it."""
+    """A kind of value: its name in an error, and a predicate for values of this kind."""
 
     wanted: str
     holds: Callable[[Any], bool]
@@ -31,7 +31,7 @@ def _is_number(x: Any) -> bool:
 
 
 def _are_texts(x: Any) -> bool:
-    return isinstance(x, list | tuple) and all(isinstance(each, str) for each in x)
+    return isinstance(x, list | tuple) and all(isinstance(item, str) for item in x)
 
 
 SIZE = Kind("a positive integer", lambda x: _is_integer(x) and x > 0)
@@ -51,7 +51,7 @@ def _each(kind: Kind, *keys: str) -> dict[str, Kind]:
     return dict.fromkeys(keys, kind)
 
 
-# Of all families: a key has one meaning wherever it occurs.
+# One table for all families: a key has the same meaning in each of them.
 KINDS = {
     **_each(SIZE, "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"),
     **_each(SIZE, "intermediate_size", "max_position_embeddings"),
@@ -76,11 +76,11 @@ KINDS = {
 
 
 def check_kinds(values: Mapping[str, Any], kinds: Mapping[str, Kind], where: str) -> None:
-    """Raises if values are not of their kinds, naming each; keys without a kind pass.
+    """Raises if values are not of their kinds; the error names each. Keys without a kind pass.
 
     **Arguments:**
 
-    - `where`: the name of the file, or of the key that holds them.
+    - `where`: the name of the file, or of the key, that holds the values.
     """
     check_all(
         f"`{key}` in {where} must be {kinds[key].wanted}; got {shown(value)}"
@@ -90,13 +90,13 @@ def check_kinds(values: Mapping[str, Any], kinds: Mapping[str, Kind], where: str
 
 
 def check_all(problems: Iterable[str]) -> None:
-    """Raises if there are problems, with all of them in one error."""
-    found = list(problems)
-    if found:
-        raise ValueError("; ".join(found) + ".")
+    """Raises one error with all problems, if there are any."""
+    messages = list(problems)
+    if messages:
+        raise ValueError("; ".join(messages) + ".")
 
 
 def shown(value: Any, limit: int = 60) -> str:
-    """A value in a message, cut to a length that can be read."""
+    """A value as an error shows it, cut to a readable length."""
     text = repr(value)
     return text if len(text) <= limit else f"{text[:limit]}..."

@@ -1,7 +1,7 @@
-"""The families as data: what the keys of their `config.json` are in our terms, and their defaults.
+"""The families as data: the field of `Config` for each key of `config.json`, and the defaults.
 
-The few keys that need more than a table are read and written by `family_keys.py`; the parameters'
-names are in `tensor_names.py`.
+`family_keys.py` reads and writes the few keys that need more than a table. The names of the
+parameters are in `tensor_names.py`.
 """
 
 import dataclasses
@@ -22,12 +22,12 @@ class Family:
     **Arguments:**
 
     - `architecture`: the class that `transformers` loads it with.
-    - `names`: where the parameters lie.
-    - `defaults`: of the keys of its `config.json`.
-    - `keys`: fields of `Config` by the key that holds them.
-    - `fixed`: fields that no key decides.
-    - `read`: the remaining fields, from the keys; raises on what is not built.
-    - `write`: the remaining keys, from a `Config`.
+    - `names`: the module of a checkpoint that holds each parameter.
+    - `defaults`: the default of each key of its `config.json`.
+    - `keys`: the field of `Config` for each key.
+    - `fixed`: fields with one value for the whole family.
+    - `read`: returns the remaining fields, from the keys; raises if a setting is not supported.
+    - `write`: returns the remaining keys, from a `Config`.
     """
 
     architecture: str
@@ -39,16 +39,16 @@ class Family:
     write: Callable[[Config], dict[str, Any]]
 
     def aliases(self) -> dict[str, str]:
-        """Other names of its keys, by the names that are used here."""
+        """For each other name of a key, the name in `keys`."""
         return {other: key for key, other in _ALIASES.items() if key in self.defaults}
 
     def reads(self) -> frozenset[str]:
-        """All keys of a `config.json` that it reads."""
+        """All keys of a `config.json` that the family reads."""
         rotary = () if "rotary" in self.fixed else ROTARY_KEYS
         return frozenset({"model_type", *self.defaults, *self.aliases(), *rotary})
 
 
-# What `transformers` calls keys of GPT-2 in all other families, and reads there too.
+# GPT-2's names of keys, and the names in all other families. `transformers` reads either for GPT-2.
 _ALIASES = {
     "n_embd": "hidden_size",
     "n_layer": "num_hidden_layers",

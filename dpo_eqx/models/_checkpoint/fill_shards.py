@@ -1,6 +1,6 @@
-"""Arrays filled from a file, tensor by tensor, on the devices where they are to be.
+"""Fills arrays from a file, tensor by tensor, directly on their devices.
 
-What is read is the caller's; nothing here knows about checkpoints.
+The caller passes a function that reads; nothing here depends on checkpoints.
 """
 
 import functools
@@ -19,14 +19,14 @@ Sharding = jax.sharding.Sharding
 
 
 def leaf_dtype(dtype: Any, stored: list[str]) -> np.dtype:
-    """The dtype of a leaf: `dtype` where given, else the widest of what is stored."""
+    """The dtype of a leaf: `dtype` if given, else the widest of the stored dtypes."""
     kinds = {DTYPES[name] for name in stored}
     # Layers of different dtypes share one array: float32 holds both float16 and bfloat16.
     mixed = "float64" if "float64" in kinds else "float32"
     wanted = jnp.dtype(dtype or (mixed if len(kinds) > 1 else kinds.pop()))
     if jax.dtypes.canonicalize_dtype(wanted) != wanted:
         raise ValueError(
-            "`dtype` is float64, which JAX holds only where `jax_enable_x64` is set; set it, or "
+            "`dtype` is float64, which JAX supports only if `jax_enable_x64` is set; set it, or "
             "choose `dtype=jnp.float32`."
         )
     return wanted
@@ -38,10 +38,10 @@ def fill(
     stacked: bool,
     read: Callable[[int, Index], np.ndarray],
 ) -> Array:
-    """An array of which each device gets its own part, layer by layer where they are stacked."""
+    """An array with each device's shard read on its own, layer by layer if layers are stacked."""
     if sharding is None:
-        whole = tuple((0, size) for size in leaf.shape)
-        return _fill_shard(leaf.dtype, whole, None, stacked, read)
+        full_index = tuple((0, size) for size in leaf.shape)
+        return _fill_shard(leaf.dtype, full_index, None, stacked, read)
     shards = [
         _fill_shard(leaf.dtype, _bounds(index or (), leaf.shape), device, stacked, read)
         for device, index in sharding.addressable_devices_indices_map(leaf.shape).items()
@@ -55,13 +55,14 @@ def fill_encoded(
     read: Callable[[int], np.ndarray],
     encode: Callable[[Array], PyTree],
 ) -> PyTree:
-    """Stacks of what `encode` makes of the tensor of each layer, of which one at a time is held.
+    """Encodes layer by layer into stacked arrays, with one tensor in memory at a time.
 
     **Arguments:**
 
-    - `like`: what `encode` returns, as shapes and dtypes with a leading axis of layers.
-    - `places`: a sharding for each of its leaves, or `None`.
-    - `read`: the whole tensor of a layer.
+    - `like`: the result of `encode`, as shapes and dtypes with a leading axis of layers.
+    - `places`: a sharding for each leaf of `like`, or `None`.
+    - `read`: returns the whole tensor of a layer.
+    - `encode`: encodes the tensor of one layer.
     """
     shapes, treedef = jax.tree.flatten(like)
     stacks = [
@@ -72,21 +73,27 @@ def fill_encoded(
     for layer in range(shapes[0].shape[0]):
         parts = jax.tree.leaves(encode(read(layer)))
         for i, part in enumerate(parts):
-            # From the host, since it goes to whichever devices the stack is on.
+            # By way of the host, since the stack may be on other devices.
             stacks[i] = _set(stacks[i], layer, np.asarray(part)).block_until_ready()
     placed = [jax.device_put(stack, place) for stack, place in zip(stacks, places, strict=True)]
     return jax.tree.unflatten(treedef, placed)
 
 
-def _fill_shard(dtype, index: Index, device, stacked: bool, read) -> Array:
+def _fill_shard(
+    dtype: np.dtype,
+    index: Index,
+    device: jax.Device | None,
+    stacked: bool,
+    read: Callable[[int, Index], np.ndarray],
+) -> Array:
     if not stacked:
         return jax.device_put(jnp.asarray(read(0, index).astype(dtype, copy=False)), device)
-    (first, last), *rest = index
+    (first, last), *other_axes = index
     shape = tuple(stop - start for start, stop in index)
     stack = jnp.zeros(shape, dtype, device=device)
     for layer in range(first, last):
-        tensor = read(layer, tuple(rest)).astype(dtype, copy=False)
-        # Waits, since tensors in flight are memory.
+        tensor = read(layer, tuple(other_axes)).astype(dtype, copy=False)
+        # Wait: otherwise several tensors would be in memory at once.
         stack = _set(stack, layer - first, jax.device_put(tensor, device)).block_until_ready()
     return stack
 

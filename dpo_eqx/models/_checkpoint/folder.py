@@ -1,6 +1,6 @@
 """A checkpoint folder on disk: which files it has, and its tensors, read lazily.
 
-What the tensors mean is in `tensor_names.py`; a pickle is never opened.
+`tensor_names.py` maps tensors to parameters. A pickle is never opened.
 """
 
 import contextlib
@@ -21,8 +21,8 @@ from .tensor_names import Index
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 TEMPLATES = "additional_chat_templates"
-# What travels with a policy, as patterns: the tokenizer in all of the forms that `transformers`
-# reads, its chat templates, and how to generate.
+# Patterns of the files that are copied with a policy: the tokenizer in every form that
+# `transformers` reads, its chat templates, and the generation settings.
 CARRIED = (
     "generation_config.json",
     "tokenizer.json",
@@ -53,15 +53,16 @@ DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat1
 
 
 def resolve(path: str | os.PathLike[str], files: Sequence[str] = ()) -> Path:
-    """A local folder: `path` itself, or where `huggingface_hub` puts the repository of that name.
+    """A local folder: `path` itself, or the hub repository of that name, downloaded.
 
     **Arguments:**
 
-    - `files`: patterns of those to fetch; by default a checkpoint's.
+    - `path`: a local folder, or a name on the Hugging Face hub.
+    - `files`: patterns of the files to download; by default a checkpoint's.
 
     **Raises:**
 
-    `FileNotFoundError` where there is neither.
+    `FileNotFoundError` if there is neither.
     """
     folder = Path(path)
     if folder.is_dir():
@@ -81,12 +82,13 @@ def _download(name: str, patterns: list[str]) -> Path:
         return Path(hub.snapshot_download(name, allow_patterns=patterns))
     except Exception as error:
         raise FileNotFoundError(
-            f"`path` {name!r} is no local folder, and huggingface_hub could not fetch it: {error}"
+            f"`path` {name!r} is not a local folder, and huggingface_hub could not fetch it: "
+            f"{error}"
         ) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The contents of a JSON file; errors name it."""
+    """The contents of a JSON file; errors name the file."""
     if not path.is_file():
         raise FileNotFoundError(
             f"A checkpoint needs `{path.name}`; there is none in {path.parent}.{_hint(path)}"
@@ -97,57 +99,57 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"`{path.name}` in {path.parent} is not JSON: {error}.") from None
     if not isinstance(values, dict):
         raise ValueError(
-            f"`{path.name}` in {path.parent} must hold an object, of keys and values; it holds "
+            f"`{path.name}` in {path.parent} must hold an object of keys and values; it holds "
             f"{values!r:.40}. Fetch or save it again."
         )
     return values
 
 
 def _hint(path: Path) -> str:
-    """What the folder is of the two that are taken for each other."""
+    """A hint if a model was given for an adapter, or an adapter for a model."""
     if path.name == CONFIG and path.with_name(ADAPTER_CONFIG).is_file():
         return " It holds an adapter: load the base, and give this folder to `models.load_lora`."
     if path.name == ADAPTER_CONFIG and path.with_name(CONFIG).is_file():
-        return " It holds a whole model, and no adapter."
+        return " It holds a whole model, not an adapter."
     return ""
 
 
 def read_origin(folder: Path) -> Origin:
-    """The small files that travel with a policy."""
+    """The small files that are copied with a policy."""
     return Origin(read_carried(folder), read_json(folder / CONFIG))
 
 
 def read_carried(folder: Path) -> dict[str, bytes]:
-    """Those of the files to be carried that are there, by name, in folders by `folder/name`."""
+    """The contents of the files to be copied, by name; in a subfolder by `folder/name`."""
     files = {file for pattern in CARRIED for file in folder.glob(pattern) if file.is_file()}
     contents = {file.relative_to(folder).as_posix(): file.read_bytes() for file in sorted(files)}
     return {name: content for name, content in contents.items() if not _is_pickle(content)}
 
 
 def is_carried(name: str) -> bool:
-    """Whether a file, or a folder, of this name is one that travels with a policy."""
+    """Whether a file or folder of this name is copied with a policy."""
     patterns = (pattern.split("/")[0] for pattern in CARRIED)
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _is_pickle(content: bytes) -> bool:
-    # Bare, or in the archive that PyTorch puts it in: whatever its name, it is no tokenizer.
+    # A bare pickle, or PyTorch's zip archive of one. It could run code, whatever its name.
     return content.startswith((b"\x80", b"PK\x03\x04"))
 
 
 class Weights:
-    """The tensors of a folder: names, shapes and dtypes at once, contents when asked for.
+    """The tensors of a folder: names, shapes and dtypes are read at once, contents on demand.
 
     **Arguments:**
 
-    - `folder`: holds `model.safetensors`, or several files and their index. Where both are there
-        the whole file counts, as in `transformers`.
-    - `file`: the name of another file that holds them all.
+    - `folder`: holds `model.safetensors`, or several files and their index. If it has both, the
+        single file counts, as in `transformers`.
+    - `file`: the name of the single file, if it is another.
 
     **Raises:**
 
-    `ValueError` or `FileNotFoundError` where a file is missing, truncated or a pickle, or the
-    index names what is not there.
+    `ValueError` or `FileNotFoundError` if a file is missing, truncated or a pickle, or if the
+    index names a tensor or file that does not exist.
     """
 
     def __init__(self, folder: Path, file: str = WEIGHTS):
@@ -160,7 +162,7 @@ class Weights:
                 held = set(opened.keys())
                 for name in sorted(named - held):
                     raise ValueError(f"{INDEX} says that {name!r} is in {path.name}; it is not.")
-                # One that lies in two files is read from that which the index names.
+                # A tensor that is in two files is read from the file that the index names.
                 for name in sorted(named | (held - self.files.keys())):
                     tensor = opened.get_slice(name)
                     self.files[name] = path
@@ -168,8 +170,8 @@ class Weights:
                     self.dtypes[name] = tensor.get_dtype()
 
     def read(self, name: str, index: Index | None = None) -> np.ndarray:
-        """A tensor, or the part of it at `index`, copied out of the file."""
-        # Opened anew each time, since the pages of a file that stays mapped count as memory.
+        """A tensor, or its part at `index`, copied out of the file."""
+        # Open the file anew each time: pages of a file that stays mapped count as memory.
         with _open(self.files[name]) as opened:
             if index is None:
                 return opened.get_tensor(name)
@@ -177,7 +179,7 @@ class Weights:
 
 
 def _weight_files(folder: Path, file: str) -> Mapping[Path, set[str]]:
-    """The files that hold weights, and what the index says of each."""
+    """The files that hold weights, and the tensors that the index lists for each."""
     if (folder / file).is_file():
         return {folder / file: set()}
     if file == WEIGHTS and (folder / INDEX).is_file():
@@ -186,29 +188,29 @@ def _weight_files(folder: Path, file: str) -> Mapping[Path, set[str]]:
     if pickles:
         raise ValueError(
             f"{folder} holds its weights as {', '.join(pickles)}: a pickle, which can run any code "
-            "when it is opened, so it is refused. Save it once more with `transformers`, or an "
-            "adapter with PEFT, which write safetensors."
+            "when it is opened, so it is refused. Save the weights as safetensors, a model with "
+            "`transformers` or an adapter with PEFT."
         )
     wanted = f"`{WEIGHTS}` or `{INDEX}`" if file == WEIGHTS else f"`{file}`"
     parts = sorted(p.name for p in folder.glob("*.safetensors"))
-    beside = f", only {', '.join(parts[:3])}" + " ..." * (len(parts) > 3) if parts else ""
-    raise FileNotFoundError(f"A checkpoint needs {wanted}; there is none in {folder}{beside}.")
+    hint = f", only {', '.join(parts[:3])}" + " ..." * (len(parts) > 3) if parts else ""
+    raise FileNotFoundError(f"A checkpoint needs {wanted}; there is none in {folder}{hint}.")
 
 
 def _indexed_files(folder: Path) -> Mapping[Path, set[str]]:
-    """The files that the index names, and the tensors that it says are in each."""
+    """The files that the index names, and the tensors that it lists for each."""
     index = read_json(folder / INDEX).get("weight_map")
     if not isinstance(index, dict) or not all(isinstance(part, str) for part in index.values()):
         raise ValueError(
-            f"`weight_map` of {INDEX} in {folder} must be an object of the file of each tensor; "
+            f"`weight_map` of {INDEX} in {folder} must map each tensor to its file; "
             f"got {shown(index)}. Fetch or save it again."
         )
     files: dict[Path, set[str]] = {}
     for name, part in index.items():
         if Path(part).name != part:
             raise ValueError(
-                f"{INDEX} in {folder} must name files beside it; it says that {name!r} is in "
-                f"{part!r}."
+                f"{INDEX} in {folder} must name files in the same folder; it says that {name!r} "
+                f"is in {part!r}."
             )
         files.setdefault(folder / part, set()).add(name)
     missing = sorted(file.name for file in files if not file.is_file())
@@ -227,7 +229,7 @@ def _open(file: Path) -> Iterator[Any]:
         opened = safetensors.safe_open(file, framework="numpy")
     except safetensors.SafetensorError as error:
         raise ValueError(
-            f"{file} is no complete safetensors file ({error}); fetch or save it again."
+            f"{file} is not a complete safetensors file ({error}); fetch or save it again."
         ) from None
     with opened as tensors:
         yield tensors

@@ -1,6 +1,6 @@
-"""A Hugging Face checkpoint read into a `Transformer`, each tensor straight to its place.
+"""Reads a Hugging Face checkpoint into a `Transformer`, each tensor directly to its devices.
 
-Everything is checked before the first tensor is read, so that nothing is ever half loaded.
+All checks come before the first tensor is read, so that nothing is ever half loaded.
 """
 
 import dataclasses
@@ -43,26 +43,27 @@ def load(
     policy = models.load("Qwen/Qwen3-0.6B", dtype=jnp.bfloat16)
     ```
 
-    Tensors are read one at a time: peak memory is one copy of the weights, or of what they are
-    quantised to, and one tensor. The tokenizer's files are kept beside the policy, and
+    Tensors are read one at a time: peak memory is one copy of the weights (quantised, if
+    `quantize` is given) and one tensor. The policy carries the tokenizer's files, and
     `models.save` writes them again.
 
     **Arguments:**
 
     - `path`: a folder with `config.json` and safetensors, in one file or several with an index; or
         a name on the Hugging Face hub.
-    - `dtype`: of all parameters; by default each keeps that of the file, mostly bfloat16. To train
-        bfloat16 parameters, load them in float32 and give the step `compute_dtype=jnp.bfloat16`,
-        or wrap the optimiser in `dpx.master_weights`: small updates are rounded away otherwise.
-    - `sharding`: where the parameters go: one sharding for all, or a function of a leaf's path
+    - `dtype`: the dtype of all parameters; by default each keeps its dtype in the file, mostly
+        bfloat16. To train a bfloat16 checkpoint, load it in float32 and give the step
+        `compute_dtype=jnp.bfloat16`, or wrap the optimiser in `dpx.master_weights`: small updates
+        are rounded away otherwise.
+    - `sharding`: one sharding for all parameters, or a function of a leaf's path
         (`"layers.attention.query.weight"`) and of its shape and dtype, such as
-        `lambda path, leaf: NamedSharding(mesh, spec)`. Each device reads its own part only, but of
-        what is quantised, `"layers.attention.query.stored.codes"` and `".stored.scales"`, the
-        whole of one layer.
-    - `quantize`: `"int8"` or `"nf4"`, as `models.quantize` does it, of every linear layer but the
-        unembedding.
+        `lambda path, leaf: NamedSharding(mesh, spec)`. Each device reads only its own shard. If a
+        layer is quantised, its leaves are `"layers.attention.query.stored.codes"` and
+        `".stored.scales"`, and each device reads the whole tensor of one layer at a time.
+    - `quantize`: `"int8"` or `"nf4"` quantises every linear layer but the unembedding, as
+        `models.quantize` does.
     - `remat`: whether each layer is recomputed in the backward pass rather than stored.
-    - `fused`: whether attention in half precision goes through cuDNN's kernel on a GPU that has it.
+    - `fused`: whether half-precision attention uses cuDNN's kernel on a GPU that has it.
 
     **Returns:**
 
@@ -70,10 +71,16 @@ def load(
 
     **Raises:**
 
-    `ValueError` on an unknown family or format, a missing, extra or mis-shaped tensor, a truncated
-    file, a pickle, a vocabulary smaller than the tokenizer's, a configuration that is not built or
-    has values of the wrong kind, or keys that are not read here and may change the logits.
-    `FileNotFoundError` where there is no checkpoint.
+    `ValueError` if
+
+    - the family or format is unknown;
+    - a tensor is missing, extra or mis-shaped;
+    - a file is truncated or a pickle;
+    - the vocabulary is smaller than the tokenizer's;
+    - the configuration is not supported, has values of the wrong type, or has keys that are not
+      read and may change the logits.
+
+    `FileNotFoundError` if there is no checkpoint.
     """
     if quantize is not None:
         check_format("quantize", quantize)
@@ -84,6 +91,7 @@ def load(
     check_tokenizer(origin, config.vocab)
     weights = Weights(folder)
     config = with_tying_of(weights, config)
+    # The skeleton has shapes but no arrays, so that the checks need no memory for parameters.
     make = functools.partial(Transformer, config, origin=origin)
     skeleton = eqx.filter_eval_shape(make, key=jax.random.key(0))
     sources = sources_in(weights, skeleton)
@@ -107,7 +115,7 @@ def load(
 
 
 def _read_config(values: Mapping[str, Any], folder: Path) -> Config:
-    """The configuration of a folder, which errors name."""
+    """The configuration of a folder; errors name the file."""
     try:
         return read_config(values)
     except ValueError as error:
@@ -122,21 +130,21 @@ def _read_encoded(
     weights: Weights,
     form: type[Int8Weight] | type[NF4Weight],
 ) -> Int8Weight | NF4Weight:
-    """A stack of weights in `form`; `layer` is the path of the layers, with its last dot."""
+    """A stack of weights in `form`; `layer` is the path of the stacked layer and a dot."""
     like = eqx.filter_eval_shape(form.encode, leaf)
     places = [
         _place(sharding, f"{layer}stored.{leaf_name(path)}", part)
         for path, part in jax.tree_util.tree_leaves_with_path(like)
     ]
-    whole = tuple((0, size) for size in source.shape)
+    full_index = tuple((0, size) for size in source.shape)
 
     def read(number: int):
-        return source.read(weights, number, whole).astype(leaf.dtype, copy=False)
+        return source.read(weights, number, full_index).astype(leaf.dtype, copy=False)
 
     return fill_encoded(like, places, read, form.encode)
 
 
-def _place(sharding, path: str, leaf: jax.ShapeDtypeStruct) -> Sharding | None:
+def _place(sharding: Any, path: str, leaf: jax.ShapeDtypeStruct) -> Sharding | None:
     if sharding is None or isinstance(sharding, Sharding):
         return sharding
     return sharding(path, leaf)

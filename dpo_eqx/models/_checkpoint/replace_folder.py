@@ -1,6 +1,6 @@
-"""A folder replaced as a whole: never half of it over a good one.
+"""Replaces a folder as a whole, so that a failed write never damages a good checkpoint.
 
-It knows which files a checkpoint consists of only to leave all others where they are.
+Files that do not belong to a checkpoint stay in the folder.
 """
 
 import contextlib
@@ -14,15 +14,15 @@ from .folder import CONFIG, INDEX, is_carried
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A fresh folder to write into, which takes the place of `path` at the end.
+    """A fresh folder to write into, which replaces `path` at the end.
 
-    Where writing fails, `path` is as it was. Files in `path` that no checkpoint has, and folders,
-    are kept.
+    If writing fails, `path` stays as it was. Folders in `path`, and files that do not belong to a
+    checkpoint, are kept.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
-        # Folders for temporary files are for their owner alone; a checkpoint is not.
+        # `mkdtemp` lets only the owner in; others may read a checkpoint.
         fresh.chmod(0o755)
         yield fresh
         _swap(fresh, path)
@@ -37,9 +37,9 @@ def _swap(fresh: Path, path: Path) -> None:
     old = Path(tempfile.mkdtemp(prefix=f".{path.name}-old-", dir=path.parent))
     path.rename(old)
     fresh.rename(path)
-    for kept in old.iterdir():
-        if not _is_checkpoint(kept) and not (path / kept.name).exists():
-            kept.rename(path / kept.name)
+    for entry in old.iterdir():
+        if not _is_checkpoint(entry) and not (path / entry.name).exists():
+            entry.rename(path / entry.name)
     shutil.rmtree(old)
 
 

@@ -1,7 +1,7 @@
-"""The rotary embeddings of a `config.json`, in both of the ways they are written.
+"""The rotary embeddings of a `config.json`, in the older and the newer form.
 
 Older files have `rope_theta` and `rope_scaling` (its kind under `type` or `rope_type`), newer ones
-`rope_parameters`; where both are there `rope_scaling` goes first, as in `transformers`.
+`rope_parameters`. If a file has both, `rope_scaling` wins, as in `transformers`.
 """
 
 import math
@@ -22,7 +22,7 @@ from .config_values import (
     shown,
 )
 
-# The keys outside of the two dictionaries that are read too.
+# The two dictionaries, and the keys outside of them that are read.
 ROTARY_KEYS = (
     "rope_theta",
     "rope_scaling",
@@ -33,12 +33,12 @@ ROTARY_KEYS = (
 
 
 def read_rotary(values: Mapping[str, Any]) -> Rotary:
-    """The rotary embeddings that the keys of a `config.json` ask for.
+    """The rotary embeddings that the keys of a `config.json` describe.
 
     **Raises:**
 
-    `ValueError` on a kind that is not built, on a setting that is missing or is not of its kind,
-    and on one that the kind does not have.
+    `ValueError` if the kind is not supported, a setting is missing or has the wrong type, or the
+    kind does not have a setting.
     """
     name = "rope_scaling" if values.get("rope_scaling") else "rope_parameters"
     scaling = values.get(name) or {}
@@ -46,7 +46,7 @@ def read_rotary(values: Mapping[str, Any]) -> Rotary:
     if kind not in KINDS or any(isinstance(value, Mapping) for value in scaling.values()):
         raise ValueError(
             f"The rotary embedding must be one for all layers, of a type in {sorted(KINDS)}; got "
-            f"{dict(scaling)}, which is not built."
+            f"{dict(scaling)}, which is not supported."
         )
     check_kinds(scaling, _ROPE_KINDS, f"`{name}` of config.json")
     _check_settings(scaling, kind, name)
@@ -63,11 +63,11 @@ def read_rotary(values: Mapping[str, Any]) -> Rotary:
 
 
 def _check_settings(scaling: Mapping[str, Any], kind: str, name: str) -> None:
-    """Raises if the settings of `kind` are not all there, or there are others that ask for more."""
+    """Raises if a setting of `kind` is missing, or if there is one that `kind` does not have."""
     needed = set(_NEEDED[kind])
     missing = {key for key in needed if scaling.get(key) is None}
     if kind == "yarn" and "factor" in scaling:
-        # Null is the ratio of both lengths.
+        # A null factor means the ratio of the two lengths.
         missing -= {"factor"}
     if missing:
         raise ValueError(
@@ -75,37 +75,37 @@ def _check_settings(scaling: Mapping[str, Any], kind: str, name: str) -> None:
             f"in `{name}` of config.json; got {dict(scaling)}."
         )
     known = {*needed, *_OPTIONAL.get(kind, ()), *_COMMON}
-    other = {
+    unknown = {
         key: value
         for key, value in scaling.items()
         if key not in known and value is not None and not (key == "factor" and value == 1)
     }
-    if other:
-        said = ", ".join(f"{key!r} ({shown(other[key])})" for key in sorted(other))
+    if unknown:
+        listed = ", ".join(f"{key!r} ({shown(unknown[key])})" for key in sorted(unknown))
         raise ValueError(
-            f"The rotary embedding of type {kind!r} has no {said}, which `{name}` of config.json "
-            "holds. Name the type that is meant as `rope_type`, or take the others out."
+            f"The rotary embedding of type {kind!r} has no {listed}, which `{name}` of config.json "
+            "holds. Name the intended type as `rope_type`, or remove these settings."
         )
 
 
 def read_whole_rotary(values: Mapping[str, Any]) -> Rotary:
-    """The same where the family always rotates the whole of each head.
+    """Does what `read_rotary` does, for a family that always rotates the whole of each head.
 
     **Raises:**
 
-    `ValueError` also where only a part is to be rotated.
+    `ValueError` as `read_rotary`, and if only a part is to be rotated.
     """
     rotary = read_rotary(values)
     if rotary.fraction != 1:
         raise ValueError(
             f"`partial_rotary_factor` must be 1 in the family {values['model_type']!r}; got "
-            f"{rotary.fraction}, which is not built."
+            f"{rotary.fraction}, which is not supported."
         )
     return rotary
 
 
 def write_rotary(config: Config) -> dict[str, Any]:
-    """The same keys from a configuration, in the older way and in the newer one."""
+    """The inverse of `read_rotary`: the keys, in the older and the newer form."""
     rotary = config.rotary
     if rotary is None:
         return {}
@@ -133,14 +133,14 @@ def _read_llama3(scaling: Mapping[str, Any], length: int, longest: int) -> dict[
 
 
 def _read_yarn(scaling: Mapping[str, Any], length: int, longest: int) -> dict[str, Any]:
-    given = scaling["factor"]
-    factor = longest / length if given is None else float(given)
+    stated = scaling["factor"]
+    factor = longest / length if stated is None else float(stated)
     amplitude = scaling.get("attention_factor")
     return {
         "factor": factor,
         "slow": float(scaling.get("beta_slow") or 1),
         "fast": float(scaling.get("beta_fast") or 32),
-        # Null is false to `transformers`, and only what is missing is true.
+        # `transformers` reads null as false, and a missing key as true.
         "truncate": bool(scaling.get("truncate", True)),
         "original_length": length,
         "amplitude": _amplitude(scaling, factor) if amplitude is None else float(amplitude),
@@ -171,7 +171,7 @@ _NEEDED = {
 _OPTIONAL = {
     "yarn": ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
 }
-# `finetuned` says that the model was trained with it, which changes nothing.
+# `finetuned` says that the model was trained with the scaling; it has no effect.
 _COMMON = (
     *("rope_type", "type", "rope_theta", "partial_rotary_factor"),
     *("original_max_position_embeddings", "finetuned"),

@@ -1,7 +1,7 @@
-"""A `Transformer` written as the folder that `transformers` loads, its tokenizer's files with it.
+"""Writes a `Transformer` as a folder that `transformers` loads, with its tokenizer's files.
 
-The names of the tensors are in `tensor_names.py`; how a finished folder takes its place is in
-`replace_folder.py`.
+`tensor_names.py` holds the names of the tensors. `replace_folder.py` moves the finished folder to
+its place.
 """
 
 import functools
@@ -35,8 +35,8 @@ def save(
 ) -> None:
     """Writes a policy as a folder that `models.load`, `transformers` and vLLM load.
 
-    The folder appears whole or not at all; what it holds beside a checkpoint's files stays. The
-    tokenizer's files are those of the folder that the policy was loaded from.
+    The folder appears complete or not at all. Other files in an existing folder stay. The
+    tokenizer's files come from the folder that the policy was loaded from.
 
     ```python
     models.save(policy, "trained")
@@ -44,31 +44,30 @@ def save(
 
     **Arguments:**
 
-    - `policy`: a `Transformer`, in the dtype that the files are to have. Adapters must be merged
-        into it before.
-    - `path`: the folder, made where it does not exist.
-    - `max_shard_size`: weights above it, in bytes, go into several files and an index.
-    - `tokenizer_from`: a folder or hub name whose tokenizer's files to write instead.
+    - `policy`: a `Transformer`, in the dtype to be written. Merge its adapters first.
+    - `path`: the folder, created if it does not exist.
+    - `max_shard_size`: the largest size of a file, in bytes. Larger weights are split into several
+        files with an index.
+    - `tokenizer_from`: a folder or hub name to take the tokenizer's files from instead.
 
     **Raises:**
 
-    `ValueError` if `policy` is no `Transformer`, has parameters that its family's checkpoints have
-    not, such as adapters, or quantised layers, or a configuration that they cannot say.
+    `ValueError` if `policy` is not a `Transformer`, has quantised layers or adapters, or has a
+    configuration that its family's checkpoints cannot store.
     """
     if not isinstance(policy, Transformer):
         raise ValueError(
-            "`policy` must be a `models.Transformer`, which alone has the form of a checkpoint; "
+            "`policy` must be a `models.Transformer`, since checkpoints hold no other module; "
             f"got {type(policy).__name__}. Write another Equinox module with "
             "`eqx.tree_serialise_leaves` or orbax, and adapters alone with `models.save_lora`."
         )
     if holds_quantized(policy):
         raise ValueError(
             "`policy` must be plain to be saved; it has quantised layers. Decode and merge them "
-            "before, with `models.merge_lora`, or write its adapters alone, with "
-            "`models.save_lora`."
+            "first with `models.merge_lora`, or write only its adapters with `models.save_lora`."
         )
     tensors = tensors_of(policy)
-    # What the family reads is written anew: an old key could say what no longer holds.
+    # Keys that the family reads are written anew, since their old values may be out of date.
     read = FAMILIES[policy.config.family].reads()
     config = {
         **{key: value for key, value in policy.origin.config.items() if key not in read},
@@ -85,7 +84,7 @@ def save(
 
 
 class Tensor(NamedTuple):
-    """One tensor to be written: its name, its size in bytes, and how to get it."""
+    """One tensor to be written: its name, its size in bytes, and a function that reads it."""
 
     name: str
     size: int
@@ -93,7 +92,7 @@ class Tensor(NamedTuple):
 
 
 def tensors_of(policy: Transformer) -> list[Tensor]:
-    """All tensors of the checkpoint, in the order of the layers; nothing is copied yet."""
+    """All tensors of the checkpoint, in the order of the layers, without copying their contents."""
     names = FAMILIES[policy.config.family].names
     parts: dict[tuple[str, str], list[tuple[Source, str, Any]]] = {}
     for keys, leaf in jax.tree_util.tree_leaves_with_path(policy):
@@ -101,15 +100,15 @@ def tensors_of(policy: Transformer) -> list[Tensor]:
         if path.rsplit(".", 1)[0] not in names:
             raise ValueError(
                 f"`policy` must be plain to be saved; the family {policy.config.family!r} has no "
-                f"place for {path!r}. Merge adapters before, with `models.merge_lora`."
+                f"place for {path!r}. Merge adapters first, with `models.merge_lora`."
             )
         source, suffix = source_of(names, path)
         parts.setdefault((source.module, suffix), []).append((source, path, leaf))
     tensors = []
-    for (_, suffix), found in parts.items():
-        found.sort(key=lambda part: part[0].part)
-        source, path, _ = found[0]
-        leaves = [leaf for _, _, leaf in found]
+    for (_, suffix), pieces in parts.items():
+        pieces.sort(key=lambda part: part[0].part)
+        source, path, _ = pieces[0]
+        leaves = [leaf for _, _, leaf in pieces]
         layers = range(policy.config.layers) if path.startswith("layers.") else (None,)
         for layer in layers:
             read = functools.partial(_read, source, leaves, layer)
@@ -120,8 +119,8 @@ def tensors_of(policy: Transformer) -> list[Tensor]:
 
 def _read(source: Source, leaves: list[Any], layer: int | None) -> np.ndarray:
     arrays = [np.asarray(leaf if layer is None else leaf[layer]) for leaf in leaves]
-    whole = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
-    return np.ascontiguousarray(whole.T if source.transposed else whole)
+    tensor = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+    return np.ascontiguousarray(tensor.T if source.transposed else tensor)
 
 
 def _write_weights(folder: Path, tensors: list[Tensor], limit: int) -> None:
@@ -139,7 +138,7 @@ def _write_weights(folder: Path, tensors: list[Tensor], limit: int) -> None:
 
 
 def shard(tensors: list[Tensor], limit: int) -> list[list[Tensor]]:
-    """Tensors in runs of at most `limit` bytes each, or of one tensor where it alone is larger."""
+    """Tensors in runs of at most `limit` bytes each; a larger tensor is a run of its own."""
     shards: list[list[Tensor]] = [[]]
     size = 0
     for tensor in tensors:
@@ -154,7 +153,7 @@ def shard(tensors: list[Tensor], limit: int) -> list[list[Tensor]]:
 def _write_shard(file: Path, tensors: list[Tensor]) -> None:
     safetensors = require("safetensors.numpy", extra="models")
     arrays = {tensor.name: tensor.read() for tensor in tensors}
-    # `transformers` refuses files that do not say who may read them.
+    # `transformers` refuses files without the metadata `format: "pt"`.
     safetensors.save_file(arrays, file, metadata={"format": "pt"})
 
 
@@ -163,5 +162,5 @@ def _write_json(file: Path, values: dict[str, Any]) -> None:
 
 
 def _dtype_keys(dtype: Any) -> dict[str, str]:
-    # The second is what `transformers` before 4.56 and vLLM read.
+    # `transformers` before 4.56 and vLLM read `torch_dtype`.
     return {"dtype": str(dtype), "torch_dtype": str(dtype)}

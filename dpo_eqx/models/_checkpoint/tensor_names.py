@@ -1,6 +1,6 @@
-"""Where each parameter lies in a Hugging Face checkpoint: one table per family.
+"""The place of each parameter in a Hugging Face checkpoint: one table per family.
 
-The tables are read both ways, by loading and by saving; nothing here touches a file.
+Both loading and saving read these tables; nothing here touches a file.
 """
 
 import dataclasses
@@ -12,13 +12,13 @@ Index = tuple[tuple[int, int], ...]
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A module of a checkpoint, or a part of one, that is a module of ours.
+    """A module of a checkpoint, or a part of one, that holds one of our modules.
 
     **Arguments:**
 
-    - `module`: its name, `{}` standing for the layer.
+    - `module`: its name, with `{}` for the number of the layer.
     - `transposed`: whether its weight is stored as `(in, out)`.
-    - `part`, `parts`: which of how many equal parts of its outputs is ours.
+    - `part`, `parts`: our module is the part number `part` of `parts` equal parts of its outputs.
     """
 
     module: str
@@ -31,20 +31,20 @@ class Source:
         return f"{self.module.format(layer)}.{suffix}"
 
     def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of the tensor, from that of our parameter in one layer."""
-        whole = (self.parts * shape[0], *shape[1:])
-        return whole[::-1] if self.transposed else whole
+        """The shape of the tensor, from the shape of our parameter in one layer."""
+        full_shape = (self.parts * shape[0], *shape[1:])
+        return full_shape[::-1] if self.transposed else full_shape
 
     def stored_index(self, index: Index, shape: tuple[int, ...]) -> Index:
-        """Where in the tensor our parameter's `index` lies."""
-        (start, stop), *rest = index
+        """The index into the tensor for an `index` into our parameter."""
+        (start, stop), *other_axes = index
         offset = self.part * shape[0]
-        shifted = ((start + offset, stop + offset), *rest)
+        shifted = ((start + offset, stop + offset), *other_axes)
         return shifted[::-1] if self.transposed else shifted
 
 
 def source_of(names: Mapping[str, Source], path: str) -> tuple[Source, str]:
-    """The source of the parameter at `path` such as `layers.attention.query.weight`; its suffix."""
+    """The source and the suffix of the parameter at `path`, as `layers.attention.query.weight`."""
     module, suffix = path.rsplit(".", 1)
     return names[module], suffix
 
@@ -87,7 +87,7 @@ PHI = {
     "norm": Source("model.final_layernorm"),
 }
 
-# GPT-2 stores its projections as (in, out), and queries, keys and values as one of them.
+# GPT-2 stores its projections as (in, out), with queries, keys and values fused into one.
 GPT2 = {
     "embedding": Source("transformer.wte"),
     "positions": Source("transformer.wpe"),

@@ -1,6 +1,6 @@
-"""Which tensors of a checkpoint make up each leaf of a policy, and how a part of one is read.
+"""Finds the tensors of a checkpoint that make up each leaf of a policy, and reads parts of them.
 
-The names themselves are in `tensor_names.py`.
+The names are in `tensor_names.py`.
 """
 
 import dataclasses
@@ -17,13 +17,13 @@ from .tensor_names import Index, Source, source_of
 
 @dataclasses.dataclass(frozen=True)
 class LeafSource:
-    """The tensors that make one leaf: a single one, or one for each layer.
+    """The tensors of one leaf: a single tensor, or one for each layer.
 
     **Arguments:**
 
-    - `tensors`: their names.
-    - `source`: which part of them is meant, and how it is stored.
-    - `shape`: of the leaf, in one layer.
+    - `tensors`: the names of the tensors.
+    - `source`: which part of each tensor is used, and how it is stored.
+    - `shape`: the shape of the leaf in one layer.
     - `stacked`: whether the leaf has a leading axis of layers.
     """
 
@@ -39,9 +39,9 @@ class LeafSource:
 
 
 def sources_in(weights: Weights, skeleton: Transformer) -> dict[str, LeafSource]:
-    """Where each leaf of `skeleton` lies in `weights`, by the leaf's path."""
+    """The tensors in `weights` of each leaf of `skeleton`, by the leaf's path."""
     names = FAMILIES[skeleton.config.family].names
-    # Base models are saved without the prefix that all tensors but the unembedding's have.
+    # Checkpoints of a base model lack the prefix, which all tensors but the unembedding have.
     prefix = names["embedding"].module.split(".")[0] + "."
     bare = not any(name.startswith(prefix) for name in weights.shapes)
     sources = {}
@@ -60,7 +60,7 @@ def sources_in(weights: Weights, skeleton: Transformer) -> dict[str, LeafSource]
 def _tied(
     weights: Weights, skeleton: Transformer, sources: dict[str, LeafSource]
 ) -> dict[str, LeafSource]:
-    """With the embedding from the unembedding, if they are tied and only that is there."""
+    """Reads the embedding from the unembedding, if they are tied and only the latter is stored."""
     embedding = sources["embedding.weight"]
     unembedding = FAMILIES[skeleton.config.family].names["head"].tensor(0, "weight")
     only = unembedding in weights.shapes and embedding.tensors[0] not in weights.shapes

@@ -1,4 +1,4 @@
 """The decoder: its configuration, layers, attention and sampling.
 
-Files of checkpoints are in `_checkpoint`.
+`_checkpoint` reads and writes the files of checkpoints.
 """

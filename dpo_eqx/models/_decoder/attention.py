@@ -1,11 +1,12 @@
-"""Attention of a row made as a `Layout` says, block by block: who sees whom, and the products.
+"""Attention over a row with a `Layout`, block by block: the masks and the products.
 
-A prompt attends to itself, a completion to the prompt and to itself; the mask over the whole row
-is never built.
+A prompt attends to itself, and a completion to the prompt and to itself. The mask over the whole
+row is never built.
 """
 
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -20,26 +21,29 @@ from .blockwise import blockwise, scores_of
 from .config import Config
 from .fused import fits, fused
 
-# Blocks of queries in a packed row. More of them leave out more keys that no query sees, and take
-# longer to compile.
+# Number of blocks of queries in a packed row. More blocks skip more keys that no query sees, but
+# take longer to compile.
 PACKED_BLOCKS = 4
 
 
 class Masks(eqx.Module):
-    """Who sees whom in each block of a layout: true where a query, first, sees a key, second.
+    """The attention mask of each block of a layout: true where a query (first) sees a key (second).
 
-    `prompt` is `None` where it is plainly causal, which fused kernels know how to do without a
-    mask. `completions` has one entry for each run of completions of equal width: their mask on
-    the prompt and, after it, on themselves.
+    **Arguments:**
+
+    - `prompt`: the prompt's mask on itself; `None` for a plain causal mask, which fused kernels
+        apply on their own. Shape `(prompt, prompt)`.
+    - `completions`: for each run of completions of equal width, their mask on the prompt and, after
+        it, on themselves. Each of shape `(completion, prompt + completion)`.
     """
 
     prompt: Bool[Array, "prompt prompt"] | None
-    # Each has widths of its own.
+    # `_`: the widths differ from run to run.
     completions: tuple[Bool[Array, "_ _"], ...]
 
 
 def masks(layout: Layout | PackedLayout, window: int | None) -> Masks:
-    """The masks of a layout for layers of one window; a packed row is one block."""
+    """The masks of a layout for layers with this window; a packed row is one block."""
     if isinstance(layout, PackedLayout):
         near = visible(layout.positions, layout.positions, window)
         return Masks(layout.mask() & near, ())
@@ -48,9 +52,12 @@ def masks(layout: Layout | PackedLayout, window: int | None) -> Masks:
     real = prompt < length
     completions = []
     for _, _, completion in _runs(layout):
-        own = length + jnp.arange(completion).astype(length.dtype)
-        on_prompt = jnp.broadcast_to(real, (completion, width)) & visible(own, prompt, window)
-        completions.append(jnp.concatenate([on_prompt, visible(own, own, window)], axis=1))
+        # Positions continue after the real tokens of the prompt, not after its padding.
+        positions = length + jnp.arange(completion).astype(length.dtype)
+        near = visible(positions, prompt, window)
+        on_prompt = jnp.broadcast_to(real, (completion, width)) & near  # (completion, prompt)
+        on_completion = visible(positions, positions, window)  # (completion, completion)
+        completions.append(jnp.concatenate([on_prompt, on_completion], axis=1))
     on_itself = None if window is None else visible(prompt, prompt, window)
     return Masks(on_itself, tuple(completions))
 
@@ -58,8 +65,8 @@ def masks(layout: Layout | PackedLayout, window: int | None) -> Masks:
 def visible(
     query: Integer[Array, " query"], key: Integer[Array, " key"], window: int | None
 ) -> Bool[Array, "query key"]:
-    """Whether the token at each query's position sees the one at each key's position."""
-    # In int32: a difference of unsigned positions would never be negative, and nothing masked.
+    """Whether each query's position sees each key's position: causal, and within the window."""
+    # In int32: a difference of unsigned positions is never negative, so nothing would be masked.
     distance = as_ids(query)[:, None] - as_ids(key)[None, :]
     causal = distance >= 0
     return causal if window is None else causal & (distance < window)
@@ -95,7 +102,7 @@ def attend_by_layout(
         own_query, own_key, own_value = (
             x[start : start + count * completion].reshape(count, completion, *x.shape[1:])
             for x in (query, key, value)
-        )
+        )  # each (count, completion, heads, head_width)
         output = attend(
             own_query,
             _behind(prompt_key, own_key),
@@ -108,18 +115,27 @@ def attend_by_layout(
     return jnp.concatenate(outputs)
 
 
-def _attend_packed(layout: PackedLayout, query, key, value, mask, *, config: Config, rng):
-    """Attention over a packed row: blocks of queries, each on the keys that they may reach."""
+def _attend_packed(
+    layout: PackedLayout,
+    query: Float[Array, "length heads head_width"],
+    key: Float[Array, "length key_heads head_width"],
+    value: Float[Array, "length key_heads head_width"],
+    mask: Any,  # (length, length) in bool; a packed row always has a mask
+    *,
+    config: Config,
+    rng: PRNGKeyArray | None,
+) -> Float[Array, "length heads head_width"]:
+    """Attention over a packed row: blocks of queries, each on the keys that they can reach."""
     block = -(-layout.length // PACKED_BLOCKS)
     starts = range(0, layout.length, block)
     outputs = []
-    for start, own in zip(starts, _split(rng, len(starts)), strict=True):
+    for start, block_rng in zip(starts, _split(rng, len(starts)), strict=True):
         queries = slice(start, min(start + block, layout.length))
-        # From an even one on: of an even number the fused kernel has a gradient.
+        # Start at an even key: the fused kernel has a gradient only for an even number of keys.
         first = max(start + 1 - layout.longest_pair, 0) // 2 * 2
         keys = slice(first, queries.stop)
         parts = query[None, queries], key[None, keys], value[None, keys], mask[queries, keys]
-        outputs.append(attend(*parts, config=config, rng=own)[0])
+        outputs.append(attend(*parts, config=config, rng=block_rng)[0])
     return jnp.concatenate(outputs)
 
 
@@ -132,9 +148,9 @@ def attend(
     config: Config,
     rng: PRNGKeyArray | None = None,
 ) -> Float[Array, "batch query heads head_width"]:
-    """Attention of grouped heads; causal where there is no mask.
+    """Attention with grouped heads; causal without a mask.
 
-    Scores and their softmax are float32 or wider.
+    Scores and their softmax are in float32 or wider.
     """
     scale, softcap = config.attention_scale, config.attention_softcap
     rng = rng if config.attention_dropout > 0 else None
@@ -143,6 +159,7 @@ def attend(
     if mask is None:
         mask = jnp.tri(query.shape[1], dtype=bool)
     groups = query.shape[2] // key.shape[2]
+    # (batch, query, key_heads, groups, head_width): the heads of a group share keys and values.
     grouped = query.reshape(*query.shape[:2], key.shape[2], groups, query.shape[3])
     output: Array = (
         blockwise(scale, softcap, grouped, key, value, mask)
@@ -152,16 +169,26 @@ def attend(
     return output.reshape(query.shape)
 
 
-def _dropped(query, key, value, mask, config: Config, rng: PRNGKeyArray):
-    """Attention some of whose weights are zero."""
+def _dropped(
+    query: Float[Array, "batch query key_heads groups head_width"],
+    key: Float[Array, "batch key key_heads head_width"],
+    value: Float[Array, "batch key key_heads head_width"],
+    mask: Bool[Array, "query key"],
+    config: Config,
+    rng: PRNGKeyArray,
+) -> Float[Array, "batch query key_heads groups head_width"]:
+    """Attention with dropout of its weights."""
     scale, softcap = config.attention_scale, config.attention_softcap
     scores, factor = scores_of(scale, softcap, query, key, mask)
     weights = dropout(jax.nn.softmax(factor * scores, axis=-1), config.attention_dropout, rng)
     return jnp.einsum("bkgts,bskh->btkgh", weights.astype(value.dtype), value)
 
 
-def _behind(prompt: Array, own: Array) -> Array:
-    """Each completion's rows behind those of the prompt."""
+def _behind(
+    prompt: Float[Array, "1 prompt key_heads head_width"],
+    own: Float[Array, "count completion key_heads head_width"],
+) -> Float[Array, "count both key_heads head_width"]:
+    """The prompt's keys or values followed by each completion's."""
     before = jnp.broadcast_to(prompt, (own.shape[0], *prompt.shape[1:]))
     return jnp.concatenate([before, own], axis=1)
 

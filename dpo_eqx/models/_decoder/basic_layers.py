@@ -1,6 +1,7 @@
-"""The pieces of a decoder that hold parameters: linear layers, norms, the embedding's lookup.
+"""The basic layers of a decoder that hold parameters: linear layers, norms, embeddings.
 
-Parameters may be of another dtype than the activations, which decide; nothing here mixes tokens.
+Results have the dtype of the activations, whatever the parameters' dtype; nothing here mixes
+tokens.
 """
 
 from collections.abc import Callable
@@ -15,7 +16,16 @@ from .config import Config
 
 
 class Linear(eqx.Module):
-    """An affine map of the last axis, `x @ weight.T + bias`, in the dtype of `x`."""
+    """An affine map of the last axis, `x @ weight.T + bias`, in the dtype of `x`.
+
+    **Arguments:**
+
+    - `out`: the size of the output. `weight` has shape `(out, width)` and is normal.
+    - `width`: the size of the input.
+    - `bias`: whether to add a bias, of shape `(out,)`, zero at first.
+    - `scale`: the standard deviation of the initial weight.
+    - `key`: the random key of the initial weight.
+    """
 
     weight: Float[Array, "out in"]
     bias: Float[Array, " out"] | None
@@ -30,7 +40,15 @@ class Linear(eqx.Module):
 
 
 class Norm(eqx.Module):
-    """Root-mean-square or layer normalisation of the last axis, in float32 or wider inside."""
+    """Root-mean-square or layer normalisation of the last axis, computed in float32 or wider.
+
+    **Arguments:**
+
+    - `width`: the size of the normalised axis. `weight`, and `bias` in layer normalisation, have
+        shape `(width,)`.
+    - `config`: its `norm` chooses the kind, `norm_eps` is added to the mean square, and
+        `norm_offset` to the weight.
+    """
 
     weight: Float[Array, " width"]
     bias: Float[Array, " width"] | None
@@ -44,6 +62,7 @@ class Norm(eqx.Module):
         self.offset = config.norm_offset
 
     def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
+        # A mean of squares would overflow in float16 and lose digits in bfloat16.
         wide = x.astype(at_least_float32(x.dtype))
         if self.bias is not None:
             wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
@@ -55,7 +74,15 @@ class Norm(eqx.Module):
 
 
 class Embedding(eqx.Module):
-    """A table of vectors by id."""
+    """A table of vectors by id.
+
+    **Arguments:**
+
+    - `count`: the number of ids.
+    - `width`: the size of a vector. `weight` has shape `(count, width)` and is normal, with a
+        standard deviation of 0.02.
+    - `key`: the random key of the initial table.
+    """
 
     weight: Float[Array, "count width"]
 
@@ -69,11 +96,15 @@ class Embedding(eqx.Module):
 def dropout(
     x: Float[Array, "*shape"], probability: float, key: PRNGKeyArray | None
 ) -> Float[Array, "*shape"]:
-    """Zeros with the probability, and scales what is left; nothing without a key."""
+    """Dropout: zeroes each number with this probability and scales up the rest.
+
+    Without a key, `x` stays as it is.
+    """
     if key is None or probability == 0:
         return x
-    kept = jax.random.bernoulli(key, 1 - probability, x.shape)
-    return jnp.where(kept, x / jnp.asarray(1 - probability, x.dtype), jnp.zeros_like(x))
+    is_kept = jax.random.bernoulli(key, 1 - probability, x.shape)
+    # Scaled up, so that the expected value stays the same.
+    return jnp.where(is_kept, x / jnp.asarray(1 - probability, x.dtype), jnp.zeros_like(x))
 
 
 def _gelu_tanh(x: Array) -> Array:

@@ -1,6 +1,6 @@
-"""The small files of a checkpoint that travel with its policy: tokenizer, generation settings.
+"""The small files of a checkpoint that a policy carries: tokenizer, generation settings.
 
-They are no part of what a policy computes; `models/_checkpoint/folder.py` reads and writes them.
+They do not affect what a policy computes; `models/_checkpoint/folder.py` reads and writes them.
 """
 
 import hashlib
@@ -9,17 +9,17 @@ from typing import Any
 
 
 class Origin:
-    """The files that `models.load` found beside the weights, for `models.save` to write again.
+    """The files that `models.load` found next to the weights, for `models.save` to write again.
 
-    It is compared by the content of the files: two policies with different tokenizers differ as
-    pytrees, so that a jitted step never hands one the tokenizer of the other. A policy without
-    any files is equal to all. It is no dataclass, since Equinox would print all the fields of one:
-    megabytes of a tokenizer, wherever its policy is printed.
+    Origins are compared by the content of their files: two policies with different tokenizers
+    differ as pytrees, so that a jitted step never gives a policy the wrong tokenizer. An origin
+    without files equals every other. It is a plain class, since Equinox prints all fields of a
+    dataclass: megabytes of tokenizer for each printed policy.
 
     **Arguments:**
 
-    - `files`: contents by name.
-    - `config`: the parsed `config.json`, of which the keys that we do not read are written again.
+    - `files`: the contents by name.
+    - `config`: the parsed `config.json`. Its keys that we do not read are written again.
     """
 
     __slots__ = ("config", "files")
@@ -36,7 +36,7 @@ class Origin:
         return not self.files or not other.files or self.files == other.files
 
     def __hash__(self) -> int:
-        # One value, since the one without files equals every other.
+        # One hash for all, since an origin without files equals every other.
         return hash(Origin)
 
     def __repr__(self) -> str:

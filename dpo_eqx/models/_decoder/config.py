@@ -1,6 +1,6 @@
-"""What a decoder is made of, as data: one frozen configuration for all families.
+"""The architecture of a decoder as data: one frozen configuration for all families.
 
-How a family's `config.json` becomes one of these is in `models/_checkpoint/families.py`.
+`models/_checkpoint/families.py` maps each family's `config.json` to it.
 """
 
 import dataclasses
@@ -14,16 +14,16 @@ class Rotary:
     **Arguments:**
 
     - `theta`: the base of the wavelengths.
-    - `fraction`: the part of each head that is rotated, from the front.
-    - `kind`: `"default"`, `"linear"`, `"llama3"` or `"yarn"`.
-    - `factor`: how many times longer sequences become by the scaling.
-    - `original_length`: the length the model was first trained on, in tokens; for `"llama3"` and
-        `"yarn"`.
-    - `low_frequency`, `high_frequency`: of `"llama3"`, in turns over `original_length`: slower
-        ones are stretched by `factor`, faster ones kept, those between interpolated.
-    - `slow`, `fast`: the same of `"yarn"`.
+    - `fraction`: the rotated fraction of each head, from its front.
+    - `kind`: the kind of scaling: `"default"` (none), `"linear"`, `"llama3"` or `"yarn"`.
+    - `factor`: the factor by which the scaling extends the sequence length.
+    - `original_length`: the sequence length before scaling, in tokens; for `"llama3"` and `"yarn"`.
+    - `low_frequency`, `high_frequency`: for `"llama3"`, in turns over `original_length`.
+        Frequencies below the range are divided by `factor`, those above it stay, and those inside
+        are interpolated.
+    - `slow`, `fast`: the same range for `"yarn"`.
     - `truncate`: whether `"yarn"` rounds that range to whole dimensions.
-    - `amplitude`: of the cosines and sines; 1 but for `"yarn"`.
+    - `amplitude`: the factor of cosines and sines; 1 except for `"yarn"`.
     """
 
     theta: float = 10000.0
@@ -41,41 +41,43 @@ class Rotary:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """The configuration of a `Transformer`; what is left out is as in Llama.
+    """The configuration of a `Transformer`; by default its architecture is Llama's.
 
     **Arguments:**
 
-    - `vocab`, `width`, `layers`, `heads`: the sizes of the vocabulary, of the residual stream, of
-        the stack and of attention.
-    - `key_heads`: heads of keys and values, a divisor of `heads`; by default `heads`.
-    - `head_width`: by default `width // heads`.
-    - `feed_forward`: the inner width; by default four times `width`.
-    - `max_length`: tokens that the model was made for; a limit where positions are learned.
-    - `family`: whose checkpoints it reads and writes, as `model_type` in their `config.json`.
+    - `vocab`: the size of the vocabulary.
+    - `width`: the width of the residual stream.
+    - `layers`: the number of layers.
+    - `heads`: the number of attention heads.
+    - `key_heads`: the number of heads of keys and values, a divisor of `heads` (default: `heads`).
+    - `head_width`: the width of a head (default: `width // heads`).
+    - `feed_forward`: the inner width of the feed-forward block (default: `4 * width`).
+    - `max_length`: the largest sequence length, in tokens; only enforced if positions are learned.
+    - `family`: the family of checkpoints it belongs to, `model_type` in their `config.json`.
     - `activation`: `"silu"`, `"gelu"`, `"gelu_new"`, `"gelu_pytorch_tanh"` or `"relu"`.
     - `gated`: whether the activation gates a second projection.
-    - `norm`: root-mean-square or layer normalisation, with `norm_eps`; `norm_offset` is added to
-        its weights.
+    - `norm`: root-mean-square or layer normalisation. `norm_eps` is added to the mean square, and
+        `norm_offset` to the weights.
     - `query_key_norm`: whether queries and keys are normalised, head by head.
     - `parallel`: whether attention and feed-forward read the same normalised input.
-    - `post_norms`: whether the output of both is normalised too.
-    - `rotary`: `None` for learned positions.
+    - `post_norms`: whether the outputs of attention and feed-forward are normalised, too.
+    - `rotary`: the rotary position embeddings; `None` for learned positions.
     - `query_bias`, `output_bias`, `feed_forward_bias`, `unembedding_bias`: which projections have
-        one; the first is that of queries, keys and values.
+        a bias; `query_bias` is for queries, keys and values.
     - `tied`: whether the unembedding is the embedding.
-    - `windows`: for each layer how many positions back a token sees, itself included; `None` for
-        all. By default `None` everywhere.
-    - `attention_scale`: of the scores; by default `head_width ** -0.5`.
-    - `attention_softcap`, `softcap`: of the scores and of the logits.
-    - `embedding_scale`: of the embedded tokens.
-    - `embedding_dropout`, `attention_dropout`, `residual_dropout`: probabilities; they apply
-        where the policy is given a key.
+    - `windows`: for each layer, the number of positions that a token sees, itself included; `None`
+        for all (default: `None` for each layer).
+    - `attention_scale`: the factor of the scores (default: `head_width ** -0.5`).
+    - `attention_softcap`, `softcap`: the soft caps of the scores and of the logits.
+    - `embedding_scale`: the factor of the embedded tokens.
+    - `embedding_dropout`, `attention_dropout`, `residual_dropout`: dropout probabilities. Dropout
+        applies only if the policy is called with a key.
     - `remat`: whether each layer is recomputed in the backward pass rather than stored.
-    - `fused`: whether attention in half precision goes through cuDNN's kernel on a GPU that has it.
+    - `fused`: whether half-precision attention uses cuDNN's kernel on a GPU that has it.
 
     **Raises:**
 
-    `ValueError` where the sizes do not fit each other.
+    `ValueError` if a size is not positive or the sizes do not fit each other.
     """
 
     vocab: int
@@ -113,6 +115,7 @@ class Config:
     fused: bool = True
 
     def __post_init__(self):
+        # Sizes first, since the defaults divide by them.
         check_sizes(self)
         self._default("key_heads", self.heads)
         self._default("head_width", self.width // self.heads)
@@ -122,15 +125,16 @@ class Config:
         check_fit(self)
 
     def _default(self, name: str, value: object) -> None:
+        # A frozen dataclass can only be set this way.
         if not getattr(self, name):
             object.__setattr__(self, name, value)
 
 
 def check_sizes(config: Config) -> None:
-    """Raises if a size is not positive, or one that has a default is negative."""
+    """Raises if a size is not positive, or negative if it has a default."""
     for name in ("vocab", "width", "layers", "heads", "max_length"):
         if not getattr(config, name) > 0:
-            raise ValueError(f"`{name}` must be positive, got {getattr(config, name)}.")
+            raise ValueError(f"`{name}` must be positive; got {getattr(config, name)}.")
     for name in ("key_heads", "head_width", "feed_forward"):
         if not getattr(config, name) >= 0:
             raise ValueError(
@@ -139,7 +143,7 @@ def check_sizes(config: Config) -> None:
 
 
 def check_fit(config: Config) -> None:
-    """Raises if heads, windows or rotated widths do not fit each other."""
+    """Raises if the numbers of heads, the windows or the rotated width do not fit."""
     if config.heads % config.key_heads:
         raise ValueError(
             f"`heads` must be a multiple of `key_heads`; got {config.heads} and {config.key_heads}."

@@ -1,6 +1,6 @@
-"""Attention through cuDNN's fused kernel, where there is one: no scores in memory at all.
+"""Attention with cuDNN's fused kernel, which keeps no scores in memory.
 
-For every other device, dtype and shape `blockwise.py` has the same function.
+For all other devices, dtypes and shapes, `blockwise.py` computes the same function.
 """
 
 from collections.abc import Callable
@@ -17,15 +17,15 @@ from ..._jax.partitioning import mesh_of
 from .blockwise import ATTENDED, blockwise
 
 KERNEL = "cudnn"
-# The widest head of which cuDNN has a gradient on every GPU since Ampere.
+# The widest head for which cuDNN has a gradient on every GPU since Ampere.
 WIDEST_HEAD = 128
 
 
 def fits(query: Array, key: Array, softcap: float | None) -> bool:
-    """Whether the kernel takes these: half precision, even lengths, no soft cap, a GPU of NVIDIA.
+    """Whether the kernel supports these arrays: half precision, even lengths, no soft cap, NVIDIA.
 
-    Not under automatic partitioning over several devices: JAX then wants queries and keys laid out
-    alike, which grouped heads need not be. Shapes as of `fused`.
+    It is false under automatic partitioning over several devices: JAX then requires one sharding
+    for queries and keys, which grouped heads need not have. The shapes are as in `fused`.
     """
     (length, _, head_width), keys = query.shape[1:], key.shape[1]
     mesh = mesh_of(query)
@@ -36,13 +36,13 @@ def fits(query: Array, key: Array, softcap: float | None) -> bool:
         and softcap is None
         and head_width % 8 == 0
         and head_width <= WIDEST_HEAD
-        # With a mask the kernel's gradient wants even lengths.
+        # With a mask, the kernel's gradient requires even lengths.
         and length % 2 == keys % 2 == 0
     )
 
 
 def has_kernel() -> bool:
-    """Whether JAX computes on a GPU of NVIDIA by default, of the generation of Ampere or later."""
+    """Whether the default device of JAX is an NVIDIA GPU of the Ampere generation or later."""
     device = jax.devices()[0]
     on_cuda = jax.default_backend() == "gpu" and "cuda" in device.client.platform_version
     return on_cuda and float(device.compute_capability) >= 8
@@ -56,15 +56,16 @@ def fused(
     value: Float[Array, "batch key key_heads head_width"],
     mask: Bool[Array, "query key"] | None,
 ) -> Float[Array, "batch query heads head_width"]:
-    """Attention of grouped heads.
+    """Attention with grouped heads.
 
-    The gradient runs the kernel's forward pass once more, for what the kernel's backward pass
-    needs of it. The kernel has no forward mode and no second derivative: those are of `blockwise`.
+    The gradient runs the kernel's forward pass again, since the kernel's backward pass needs its
+    residuals. The kernel has no forward mode and no second derivative: `blockwise` computes those.
 
     **Arguments:**
 
-    - `scale`: of the scores.
-    - `mask`: true where a query sees a key; `None` for causal.
+    - `scale`: the factor of the scores.
+    - `query`, `key`, `value`: in half precision. `heads` is a multiple of `key_heads`.
+    - `mask`: true where a query sees a key; `None` for a causal mask.
     """
     return _merging(partial(_attention, scale))(_batched(mask, query), query, key, value)
 
@@ -86,25 +87,39 @@ def _fused_jvp(scale, primals, tangents):
     return output, with_transpose(push, pull, tuple(tangents[:3]), output)
 
 
-def _unfused(scale, mask, query, key, value):
+def _unfused(
+    scale: float,
+    mask: Bool[Array, "query key"] | None,
+    query: Float[Array, "batch query heads head_width"],
+    key: Float[Array, "batch key key_heads head_width"],
+    value: Float[Array, "batch key key_heads head_width"],
+) -> Float[Array, "batch query heads head_width"]:
     if mask is None:
         mask = jnp.tri(query.shape[1], dtype=bool)
     grouped = query.reshape(*query.shape[:2], key.shape[2], -1, query.shape[3])
     return blockwise(scale, None, grouped, key, value, mask).reshape(query.shape)
 
 
-def _batched(mask, query):
+def _batched(
+    mask: Bool[Array, "query key"] | None, query: Float[Array, "batch query heads head_width"]
+) -> Bool[Array, "batch 1 query key"] | None:
     return None if mask is None else jnp.broadcast_to(mask, (query.shape[0], 1, *mask.shape))
 
 
-def _attention(scale, mask, query, key, value):
+def _attention(
+    scale: float,
+    mask: Bool[Array, "batch 1 query key"] | None,
+    query: Float[Array, "batch query heads head_width"],
+    key: Float[Array, "batch key key_heads head_width"],
+    value: Float[Array, "batch key key_heads head_width"],
+) -> Float[Array, "batch query heads head_width"]:
     return jax.nn.dot_product_attention(
         query, key, value, mask=mask, is_causal=mask is None, scale=scale, implementation=KERNEL
     )
 
 
 def _merging(function: Callable) -> Callable:
-    """`function` of arrays with a batch axis, to which a `vmap` adds its own.
+    """`function` of arrays with a batch axis, whose `vmap` rule merges the new axis into it.
 
     JAX's own rule for the kernel fails on a mask.
     """

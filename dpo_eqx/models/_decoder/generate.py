@@ -1,7 +1,6 @@
-"""Completions drawn from a policy, token by token, for a batch of prompts.
+"""Samples completions from a policy, token by token, for a batch of prompts.
 
-A `Transformer` keeps keys and values of what it has read; any other policy is run on the whole
-row for every token.
+A `Transformer` caches keys and values; any other policy runs on the whole row for each token.
 """
 
 import operator
@@ -40,35 +39,35 @@ def generate(
     key: PRNGKeyArray | None = None,
     eos: int | np.integer | Sequence[int | np.integer] | Array | np.ndarray | None = None,
 ) -> Tokens:
-    """Draws a completion for each prompt.
+    """Samples a completion for each prompt.
 
     ```python
     answers = models.generate(policy, prompt, max_new_tokens=64, temperature=0, eos=2)
     ```
 
-    It is jitted; shapes, `top_k`, `eos` and whether `temperature` is 0 are static. All rows stop
-    as soon as the last of them is done. Temperature goes before top-k, top-k before top-p.
+    The function is jitted; shapes, `top_k`, `eos` and whether `temperature` is 0 are static. It
+    stops as soon as all rows have ended. Temperature applies before top-k, and top-k before top-p.
 
     **Arguments:**
 
-    - `policy`: a `Transformer`, with adapters or without, or any callable from ids of shape
-        `(length,)` to logits of shape `(length, vocab)`, causal.
-    - `prompt`: padded on the right. Shape `(batch, length)`.
-    - `max_new_tokens`: the width of the result.
-    - `temperature`: divides the logits; 0 takes the likeliest token, without a key.
-    - `top_k`: draw among the `top_k` likeliest tokens.
-    - `top_p`: draw among the fewest tokens whose probabilities sum to `top_p`.
-    - `key`: each row and each token has its own key from it.
-    - `eos`: the id of the token that ends a completion, or several.
+    - `policy`: a `Transformer`, with adapters or without, or any causal callable from ids of shape
+        `(length,)` to logits of shape `(length, vocab)`.
+    - `prompt`: the prompts, padded on the right. Shape `(batch, length)`.
+    - `max_new_tokens`: the largest number of tokens in a completion, and the width of the result.
+    - `temperature`: the logits are divided by it; 0 takes the likeliest token and needs no key.
+    - `top_k`: sample from the `top_k` likeliest tokens (default: all).
+    - `top_p`: sample from the fewest tokens whose probabilities sum to `top_p` (default: all).
+    - `key`: the random key; each row and each token gets a key derived from it.
+    - `eos`: the id of the token that ends a completion, or several ids.
 
     **Returns:**
 
-    The new tokens only; the mask is true up to the end token, which it includes. Shape
+    Only the new tokens. The mask is true up to and including the end token. Shape
     `(batch, max_new_tokens)`.
 
     **Raises:**
 
-    `ValueError` where an argument is out of range, or a key is missing.
+    `ValueError` if an argument is out of range, or a key is missing.
     """
     check_is_policy(policy)
     _check_prompt(prompt)
@@ -108,6 +107,7 @@ def _generate(
         step, _, _, done, _, _ = carry
         return (step < steps) & ~done.all()
 
+    # All rows step together: a row that has ended writes masked-out tokens until the last one ends.
     def advance(carry):
         step, state, logits, done, ids, mask = carry
         token = jnp.where(done, ends[0] if ends else 0, pick(step, logits))
@@ -133,16 +133,16 @@ def _is_end(token: Int[Array, " batch"], ends: tuple[int, ...]) -> Bool[Array, "
 
 
 class _Cached(eqx.Module):
-    """Reads one row, keeping keys and values: those of the prompt first, the new ones behind.
+    """Reads one row and caches keys and values: first the prompt's, then the new tokens'.
 
-    The prompt's padding lies between and is never seen, as in a `Layout` of one completion.
+    The prompt's padding lies in between and is masked, as in a `Layout` with one completion.
     """
 
     policy: Transformer
     steps: int = eqx.field(static=True)
 
     def start(self, ids: Int[Array, " prompt"], length: Int[Array, ""]):
-        """Reads the prompt; the cache and the logits of the first new token."""
+        """Reads the prompt; returns the cache, and the logits of the first new token."""
         policy, config = self.policy, self.policy.config
         policy.check_length(ids.size + self.steps)
         layout = Layout(length, ids.size, ())
@@ -157,10 +157,11 @@ class _Cached(eqx.Module):
         return cache, policy.unembed(hidden[length - 1][None])[0]
 
     def advance(self, cache, token: Int[Array, ""], length: Int[Array, ""], step: Int[Array, ""]):
-        """Reads one new token; the cache with it, and the logits of the next."""
+        """Reads one new token; returns the updated cache, and the logits of the next token."""
         policy = self.policy
         slots = cache[0].shape[1]
         layout = Layout(length, slots - self.steps, (self.steps,))
+        # The position counts real tokens alone, while `slot` below counts the padding too.
         position = (length + step)[None].astype(layout.positions.dtype)
         real = layout.segments >= 0
 
@@ -184,18 +185,18 @@ class _Cached(eqx.Module):
 
 
 class _Uncached(eqx.Module):
-    """Runs any policy on the whole row for every token; the row is what it keeps."""
+    """Runs any policy on the whole row for each token; its state is the row."""
 
     policy: PyTree
     steps: int = eqx.field(static=True)
 
     def start(self, ids: Int[Array, " prompt"], length: Int[Array, ""]):
-        """The row with room for the new tokens, and the logits of the first."""
+        """The row with room for the new tokens, and the logits of the first of them."""
         row = jnp.concatenate([ids, jnp.zeros(self.steps, ids.dtype)])
         return row, self._logits(row)[length - 1]
 
     def advance(self, row, token: Int[Array, ""], length: Int[Array, ""], step: Int[Array, ""]):
-        """Writes one new token behind the others; the logits of the next."""
+        """Appends one new token; returns the row, and the logits of the next token."""
         row = row.at[length + step].set(token)
         return row, self._logits(row)[length + step]
 
@@ -210,7 +211,8 @@ def _ends(eos: Any) -> tuple[int, ...]:
         return tuple(operator.index(end) for end in several)
     except TypeError as error:
         raise ValueError(
-            f"`eos` must be the id of the token that ends a completion, or several; got {eos!r}."
+            "`eos` must be the id of the token that ends a completion, or several ids; got "
+            f"{eos!r}."
         ) from error
 
 
@@ -218,24 +220,24 @@ def _check_prompt(prompt: Any) -> None:
     if not isinstance(prompt, Tokens):
         raise ValueError(
             "`prompt` must be `dpx.Tokens(ids, mask)` of shape `(batch, length)`; got "
-            f"{described(prompt)}. A tokenizer turns text into ids; of those of one text it is "
-            "made by `dpx.Tokens(np.array([ids]), np.ones((1, len(ids)), bool))`."
+            f"{described(prompt)}. A tokenizer turns text into `ids`; for one text, give "
+            "`dpx.Tokens(np.array([ids]), np.ones((1, len(ids)), bool))`."
         )
     if prompt.ids.ndim != 2:
-        raise ValueError(f"`prompt` must have shape `(batch, length)`, got {prompt.ids.shape}.")
+        raise ValueError(f"`prompt` must have shape `(batch, length)`; got {prompt.ids.shape}.")
 
 
 def _check(max_new_tokens, temperature, top_k, top_p, key, is_greedy) -> None:
     if not max_new_tokens > 0:
-        raise ValueError(f"`max_new_tokens` must be positive, got {max_new_tokens}.")
+        raise ValueError(f"`max_new_tokens` must be positive; got {max_new_tokens}.")
     if isinstance(temperature, Real) and not float(temperature) >= 0:
-        raise ValueError(f"`temperature` must not be negative, got {temperature}.")
+        raise ValueError(f"`temperature` must not be negative; got {temperature}.")
     if top_k is not None and not top_k > 0:
-        raise ValueError(f"`top_k` must be positive, got {top_k}.")
+        raise ValueError(f"`top_k` must be positive; got {top_k}.")
     if isinstance(top_p, Real) and not 0 < float(top_p) <= 1:
-        raise ValueError(f"`top_p` must be in (0, 1], got {top_p}.")
+        raise ValueError(f"`top_p` must be in (0, 1]; got {top_p}.")
     if is_greedy:
         return
     if key is None:
-        raise ValueError("`key` is needed to draw tokens; give one, or `temperature=0`.")
+        raise ValueError("`key` is required to sample tokens; give one, or `temperature=0`.")
     check_key(key)

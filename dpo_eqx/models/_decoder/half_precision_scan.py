@@ -1,7 +1,7 @@
-"""Layers of a stack in bf16 or float16, read one at a time without widening the whole stack.
+"""Reads a stack of bf16 or float16 layers one at a time, without widening the whole stack.
 
-On CPUs XLA slices a bf16 array by way of float32: for a scanned stack it makes a float32 copy of
-all layers, 1.8 GB for 28 layers of width 1024. Integers it slices as they are.
+On CPUs, XLA converts a bf16 array to float32 to slice it: a scan over layers makes a float32 copy
+of the whole stack, 1.8 GB for 28 layers of width 1024. It slices integers directly.
 """
 
 import equinox as eqx
@@ -13,7 +13,7 @@ from ..._jax.mapped_axes import vary_alike
 
 
 def as_bits(stack: PyTree) -> PyTree:
-    """The bits of every narrow array, to be scanned over beside `stack`; `None` for the others."""
+    """The bits of each 16-bit array, to be scanned with `stack`; `None` for other leaves."""
 
     def bits(x):
         is_narrow = eqx.is_inexact_array(x) and jnp.finfo(x.dtype).bits == 16
@@ -23,10 +23,10 @@ def as_bits(stack: PyTree) -> PyTree:
 
 
 def from_bits(layer: PyTree, bits: PyTree, x: Array) -> PyTree:
-    """One layer, its narrow arrays read from their bits; gradients go to `layer` all the same.
+    """One layer, with its 16-bit arrays read from their bits; gradients still flow to `layer`.
 
-    `x` is what the layer is going to be applied to: under `shard_map` the gradients vary as it
-    does, and so must the parameters.
+    `x` is the layer's input: under `shard_map` the gradients vary over the same mesh axes as `x`,
+    so the parameters must vary over them, too.
     """
 
     def read(array, bits):

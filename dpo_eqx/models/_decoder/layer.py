@@ -1,6 +1,6 @@
-"""One layer of a decoder: attention, feed-forward, and how their norms and residuals are wired.
+"""One layer of a decoder: attention, feed-forward, their norms and the residual stream.
 
-What a query may see, and whether keys come from a cache, is the caller's: `attend` does it.
+The caller's function `attend` applies the mask and any cache.
 """
 
 from collections.abc import Callable
@@ -14,14 +14,22 @@ from .basic_layers import ACTIVATIONS, Linear, Norm, dropout
 from .config import Config
 from .rotary import rotate
 
-# The cosines and sines of every position of the row; `None` where positions are learned.
+# The cosines and sines of each position of the row; `None` if positions are learned.
 Tables = tuple[Float[Array, "length half"], Float[Array, "length half"]] | None
-# Queries, keys and values of one layer to its output, and whatever it keeps of them.
+# Maps queries, keys and values of one layer to its output, and to a cache of any form.
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
 
 
 class Attention(eqx.Module):
-    """The projections around attention, each head normalised and rotated where asked."""
+    """The projections of attention, with the norm and the rotation of each head if configured.
+
+    **Arguments:**
+
+    - `config`: gives the sizes, biases and norms. The weights of `query`, `key`, `value` and
+        `output` have shapes `(heads * head_width, width)`, `(key_heads * head_width, width)`
+        (twice) and `(width, heads * head_width)`.
+    - `key`: the random key of the initial weights.
+    """
 
     query: Linear
     key: Linear
@@ -48,17 +56,25 @@ class Attention(eqx.Module):
         query, key, value = (
             project(x).reshape(x.shape[0], -1, config.head_width)
             for project in (self.query, self.key, self.value)
-        )
+        )  # (length, heads, head_width), for keys and values (length, key_heads, head_width)
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
         if tables is not None:
             query, key = rotate(query, *tables), rotate(key, *tables)
-        output, kept = attend(query, key, value)
-        return self.output(output.reshape(x.shape[0], -1)), kept
+        output, cache = attend(query, key, value)  # (length, heads, head_width)
+        return self.output(output.reshape(x.shape[0], -1)), cache
 
 
 class FeedForward(eqx.Module):
-    """Up, activation, down; or with a gate beside the way up."""
+    """A feed-forward block: `down(activation(up(x)))`, or `down(activation(gate(x)) * up(x))`.
+
+    **Arguments:**
+
+    - `config`: gives the sizes, the activation, the biases, and whether there is a gate. The
+        weights of `gate` and `up` have shape `(feed_forward, width)`, and `down` has
+        `(width, feed_forward)`.
+    - `key`: the random key of the initial weights.
+    """
 
     gate: Linear | None
     up: Linear
@@ -86,7 +102,14 @@ class FeedForward(eqx.Module):
 
 
 class Layer(eqx.Module):
-    """Attention and feed-forward around the residual stream, in sequence or in parallel."""
+    """Attention and feed-forward on the residual stream, in sequence or in parallel.
+
+    **Arguments:**
+
+    - `config`: gives the sizes and biases, and which norms there are. Each norm has parameters of
+        shape `(width,)`.
+    - `key`: the random key of the initial weights.
+    """
 
     attention_norm: Norm
     attention: Attention
@@ -116,13 +139,14 @@ class Layer(eqx.Module):
         keys = (None, None) if key is None else jax.random.split(key)
         rate = config.residual_dropout
         normed = self.attention_norm(x)
-        mixed, kept = self.attention(normed, tables, attend, config=config)
+        mixed, cache = self.attention(normed, tables, attend, config=config)
         if self.attention_post_norm is not None:
             mixed = self.attention_post_norm(mixed)
         x = x + dropout(mixed, rate, keys[0])
+        # In a parallel layer there is no second norm: the feed-forward reads attention's input.
         if self.feed_forward_norm is not None:
             normed = self.feed_forward_norm(x)
         fed = self.feed_forward(normed, config=config)
         if self.feed_forward_post_norm is not None:
             fed = self.feed_forward_post_norm(fed)
-        return x + dropout(fed, rate, keys[1]), kept
+        return x + dropout(fed, rate, keys[1]), cache

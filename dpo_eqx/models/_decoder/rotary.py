@@ -1,6 +1,6 @@
 """Rotary position embeddings: the frequencies of each kind, and the rotation of a head.
 
-The frequencies are constants computed while tracing, so that no filter ever trains them.
+The frequencies are constants, computed while tracing, so that no filter selects them for training.
 """
 
 import math
@@ -15,7 +15,7 @@ from .config import Rotary
 def tables(
     rotary: Rotary, head_width: int, positions: Int[Array, " length"], dtype: jnp.dtype
 ) -> tuple[Float[Array, "length half"], Float[Array, "length half"]]:
-    """Cosines and sines of every position; `half` is half the rotated width."""
+    """The cosines and sines of each position; `half` is half the rotated width."""
     frequencies = jnp.asarray(KINDS[rotary.kind](rotary, head_width), dtype)
     angles = positions.astype(dtype)[:, None] * frequencies[None, :]
     amplitude = jnp.asarray(rotary.amplitude, dtype)
@@ -37,26 +37,26 @@ def rotate(
 
 
 def default(rotary: Rotary, head_width: int) -> np.ndarray:
-    """The frequencies in radians a token, fastest first."""
+    """The frequencies in radians per token, fastest first."""
     width = int(head_width * rotary.fraction)
     return 1.0 / rotary.theta ** (np.arange(0, width, 2) / width)
 
 
 def linear(rotary: Rotary, head_width: int) -> np.ndarray:
-    """All frequencies slower by one factor."""
+    """All frequencies divided by the factor."""
     return default(rotary, head_width) / rotary.factor
 
 
 def llama3(rotary: Rotary, head_width: int) -> np.ndarray:
-    """Slow frequencies slower by the factor, fast ones kept, a linear blend between."""
+    """Slow frequencies divided by the factor, fast ones unchanged, a linear blend in between."""
     frequencies = default(rotary, head_width)
     turns = rotary.original_length * frequencies / (2 * math.pi)
-    kept = (turns - rotary.low_frequency) / (rotary.high_frequency - rotary.low_frequency)
-    return _blend(frequencies, rotary.factor, kept)
+    unscaled = (turns - rotary.low_frequency) / (rotary.high_frequency - rotary.low_frequency)
+    return _blend(frequencies, rotary.factor, unscaled)
 
 
 def yarn(rotary: Rotary, head_width: int) -> np.ndarray:
-    """As `llama3`, but the blend is linear in the dimension, not in the frequency.
+    """Like `llama3`, but the blend is linear in the dimension, not in the frequency.
 
     ??? cite
 
@@ -74,14 +74,15 @@ def yarn(rotary: Rotary, head_width: int) -> np.ndarray:
     if rotary.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, width - 1)
-    # The published code keeps a range of no width from dividing by zero in this way.
+    # An empty range would divide by zero; the published code widens it by the same number.
     high = high + 0.001 if high == low else high
     return _blend(frequencies, rotary.factor, 1 - (np.arange(width // 2) - low) / (high - low))
 
 
-def _blend(frequencies: np.ndarray, factor: float, kept: np.ndarray) -> np.ndarray:
-    kept = np.clip(kept, 0, 1)
-    return kept * frequencies + (1 - kept) * frequencies / factor
+def _blend(frequencies: np.ndarray, factor: float, unscaled: np.ndarray) -> np.ndarray:
+    """A mixture of the frequencies, with weight `unscaled`, and of those divided by `factor`."""
+    unscaled = np.clip(unscaled, 0, 1)
+    return unscaled * frequencies + (1 - unscaled) * frequencies / factor
 
 
 KINDS = {"default": default, "linear": linear, "llama3": llama3, "yarn": yarn}

@@ -1,6 +1,6 @@
-"""The choice of the next token from logits: greedy, or drawn with temperature, top-k and top-p.
+"""Chooses the next token from logits: greedy, or sampled with temperature, top-k and top-p.
 
-Where the logits come from is in `generate.py`.
+`generate.py` computes the logits.
 """
 
 import jax
@@ -18,7 +18,7 @@ def choose(
     top_k: int | None,
     top_p: Number | None,
 ) -> Int[Array, ""]:
-    """The id of the next token; the likeliest where there is no key."""
+    """The id of the next token: sampled, or without a key the likeliest."""
     if key is None:
         return jnp.argmax(logits)
     logits = logits / jnp.asarray(temperature, logits.dtype)
@@ -30,16 +30,17 @@ def choose(
 
 
 def keep_top_k(logits: Float[Array, " vocab"], top_k: int) -> Float[Array, " vocab"]:
-    """-inf for all but the `top_k` largest, and those that equal the last of them."""
+    """The logits with -inf for all but the `top_k` largest; ties with the smallest of them stay."""
     least = jax.lax.top_k(logits, min(top_k, logits.size))[0][-1]
     return jnp.where(logits >= least, logits, -jnp.inf)
 
 
 def keep_top_p(logits: Float[Array, " vocab"], top_p: Number) -> Float[Array, " vocab"]:
-    """-inf for all but the fewest tokens whose probabilities sum to `top_p` or more."""
+    """The logits with -inf for all but the fewest tokens whose probabilities sum to `top_p`."""
     order = jnp.argsort(logits, descending=True)
     probabilities = jax.nn.softmax(logits[order])
-    # What stands before a token; the first token has nothing before it, so one always stays.
+    # The probability of all likelier tokens: 0 for the likeliest one, which therefore always stays.
     before = jnp.cumsum(probabilities) - probabilities
-    kept = before < jnp.asarray(top_p, logits.dtype)
-    return jnp.full_like(logits, -jnp.inf).at[order].set(jnp.where(kept, logits[order], -jnp.inf))
+    is_kept = before < jnp.asarray(top_p, logits.dtype)
+    ordered = jnp.where(is_kept, logits[order], -jnp.inf)
+    return jnp.full_like(logits, -jnp.inf).at[order].set(ordered)

@@ -1,6 +1,6 @@
 """The decoder: embedding, a scanned stack of layers, unembedding, for one sequence at a time.
 
-The pieces are in `layer.py`; which family they add up to is data, a `Config`.
+`layer.py` has one layer; a `Config` chooses the family.
 """
 
 from collections.abc import Callable
@@ -27,11 +27,11 @@ from .blockwise import ATTENDED
 from .companion_files import Origin
 from .config import Config
 from .half_precision_scan import as_bits, from_bits
-from .layer import Layer
+from .layer import Layer, Tables
 
-# What a layer keeps for the backward pass: the outputs of its products with weights, and of its
-# attention. What lies between is computed again where it is used, which costs less than to write
-# and read it.
+# The residuals of a layer for the backward pass: the outputs of its matrix products with weights,
+# and of its attention. Everything in between is recomputed, which is faster than writing and
+# reading it.
 KEPT = jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     jax.checkpoint_policies.save_only_these_names(ATTENDED),
@@ -41,9 +41,9 @@ KEPT = jax.checkpoint_policies.save_from_both_policies(
 class Transformer(eqx.Module):
     """A decoder of one of the families, for one sequence; `jax.vmap` it over a batch.
 
-    It offers `FastPolicy`. Layers are stacked: each leaf of `layers` has a leading axis of
-    `config.layers`, and `lax.scan` runs them, so that compile time does not grow with depth.
-    Dropout applies where a key is given, and nowhere else.
+    It implements `FastPolicy`. Layers are stacked: each leaf of `layers` has a leading axis of
+    size `config.layers`, and `lax.scan` runs them, so that compile time does not grow with depth.
+    Dropout applies only if a key is given.
 
     ```python
     config = models.Config(vocab=256, width=128, layers=4, heads=4)
@@ -53,9 +53,10 @@ class Transformer(eqx.Module):
 
     **Arguments:**
 
-    - `config`: what it is made of.
-    - `key`: for the initial parameters, in float32.
-    - `origin`: the files that travel with a checkpoint; `models.load` fills it.
+    - `config`: the architecture and all sizes. `embedding.weight` has shape `(vocab, width)`, and
+        so has `head.weight`, if the unembedding is not tied.
+    - `key`: the random key of the initial parameters, which are float32.
+    - `origin`: the tokenizer and other files of a checkpoint; `models.load` fills it.
     """
 
     embedding: Embedding
@@ -84,12 +85,12 @@ class Transformer(eqx.Module):
     def __call__(
         self, ids: Integer[Array | np.ndarray, " length"], *, key: PRNGKeyArray | None = None
     ) -> Float[Array, "length vocab"]:
-        """The logits of each next token, in float32 or wider.
+        """The logits of the token after each position, in float32 or wider.
 
         **Arguments:**
 
         - `ids`: token ids, integers of any dtype. Shape `(length,)`.
-        - `key`: for dropout; without one there is none.
+        - `key`: the random key of dropout; without it no dropout applies.
         """
         layout = Layout(jnp.asarray(ids.size), ids.size, ())
         return self.unembed(self.hidden(ids, layout, key=key))
@@ -102,11 +103,17 @@ class Transformer(eqx.Module):
         *,
         key: PRNGKeyArray | None = None,
     ) -> Float[Array, "length width"]:
-        """The last hidden states of a row made as `layout` says, normalised.
+        """The last hidden states of a row with this layout, normalised.
+
+        **Arguments:**
+
+        - `ids`: token ids, integers of any dtype. Shape `(length,)`.
+        - `layout`: the positions in the row, and which tokens attend to which.
+        - `key`: the random key of dropout; without it no dropout applies.
 
         **Raises:**
 
-        `ValueError` where positions are learned and the row may be longer than they are.
+        `ValueError` if positions are learned and the row may be longer than `config.max_length`.
         """
         self.check_length(layout.longest)
 
@@ -130,19 +137,19 @@ class Transformer(eqx.Module):
         cache: Any = None,
         key: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, "length width"], Any]:
-        """The whole stack, with attention as the caller wants it.
+        """Runs the whole stack, with an attention function from the caller.
 
         **Arguments:**
 
-        - `ids`, `positions`: tokens and where they stand. Shape `(length,)`.
-        - `attend`: `(query, key, value, masks, cache, rng) -> (output, cache)` of one layer.
-        - `masks_of`: the masks that `attend` gets, from the window of a layer.
-        - `cache`: a pytree with a leading axis of layers, one slice of which each layer gets.
-        - `key`: for dropout.
+        - `ids`, `positions`: the tokens and their positions. Shape `(length,)`.
+        - `attend`: `(query, key, value, masks, cache, rng) -> (output, cache)` for one layer.
+        - `masks_of`: returns the masks for `attend`, from the window of a layer.
+        - `cache`: a pytree with a leading axis of layers; each layer gets its slice.
+        - `key`: the random key of dropout; without it no dropout applies.
 
         **Returns:**
 
-        The normalised hidden states, and what every `attend` kept, stacked.
+        The normalised hidden states, and the caches that `attend` returned, stacked.
         """
         config = self.config
         first, key = (None, None) if key is None else jax.random.split(key)
@@ -151,8 +158,7 @@ class Transformer(eqx.Module):
         tables = self._tables(positions, x.dtype)
         masks_in, which = by_layer(masks_of, config.windows)
         arrays, static = eqx.partition(self.layers, eqx.is_array)
-        # Without rematerialisation what is read from bits would be stored, as a copy, for each
-        # layer.
+        # Without rematerialisation, each layer would store a copy of what it reads from bits.
         bits = as_bits(arrays) if config.remat else None
 
         def body(x, inputs):
@@ -164,13 +170,14 @@ class Transformer(eqx.Module):
 
             arrays = arrays if bits is None else from_bits(arrays, bits, x)
             layer = eqx.combine(arrays, static)
-            x, kept = layer(keep_rows(x), tables, attend_here, config=config, key=key)
-            return keep_rows(x), kept
+            x, new_cache = layer(keep_rows(x), tables, attend_here, config=config, key=key)
+            return keep_rows(x), new_cache
 
-        # Inside a scan common subexpressions are no danger, and to prevent them is slow.
+        # In a scan, common subexpressions cannot undo the recomputation, and preventing them is
+        # slow.
         body = jax.checkpoint(body, prevent_cse=False, policy=None if config.remat else KEPT)
-        x, kept = jax.lax.scan(body, x, (arrays, bits, which, cache, keys))
-        return self.norm(x), kept
+        x, new_caches = jax.lax.scan(body, x, (arrays, bits, which, cache, keys))
+        return self.norm(x), new_caches
 
     @partial(automatic, like=1)
     def unembed(self, hidden: Float[Array, "length width"]) -> Float[Array, "length vocab"]:
@@ -180,21 +187,21 @@ class Transformer(eqx.Module):
 
     @property
     def unembedding(self) -> Float[Array, "vocab width"]:
-        """The output embedding of each token: the embedding itself where they are tied."""
+        """The output embedding of each token; if they are tied, the embedding itself."""
         return self.embedding.weight if self.head is None else self.head.weight
 
     @property
     def unembedding_bias(self) -> Float[Array, " vocab"] | None:
-        """Added to the logits, where the family has it."""
+        """The bias of the logits, if the family has one."""
         return None if self.head is None else self.head.bias
 
     @property
     def softcap(self) -> float | None:
-        """The soft cap of the logits, where the family has it."""
+        """The soft cap of the logits, if the family has one."""
         return self.config.softcap
 
     def check_length(self, length: int) -> None:
-        """Raises if positions are learned and there are fewer than `length`."""
+        """Raises if positions are learned and are fewer than `length`."""
         if self.positions is not None and length > self.config.max_length:
             raise ValueError(
                 f"This policy has learned positions for rows of at most {self.config.max_length} "
@@ -202,13 +209,15 @@ class Transformer(eqx.Module):
                 "their widths together stay within it."
             )
 
-    def _embed(self, ids, positions):
+    def _embed(
+        self, ids: Int[Array, " length"], positions: Int[Array, " length"]
+    ) -> Float[Array, "length width"]:
         x = self.embedding(ids)
         if self.config.embedding_scale != 1:
             x = x * jnp.asarray(self.config.embedding_scale, x.dtype)
         return x if self.positions is None else x + self.positions(positions).astype(x.dtype)
 
-    def _tables(self, positions, dtype):
+    def _tables(self, positions: Int[Array, " length"], dtype: jnp.dtype) -> Tables:
         config = self.config
         if config.rotary is None:
             return None
@@ -219,16 +228,16 @@ class Transformer(eqx.Module):
 def by_layer(
     masks_of: Callable[[int | None], Any], windows: tuple[int | None, ...]
 ) -> tuple[Callable[[Any], Any], Int[Array, " layers"] | None]:
-    """The masks of each layer: a function of what the scan over layers hands out, and that.
+    """A function that picks the masks of a layer, and its argument for each layer of the scan.
 
-    One window for all layers is known while tracing. Where windows differ, each distinct mask is
-    built once and a layer picks its own.
+    If all layers have one window, the argument is `None`. Otherwise each distinct mask is built
+    once, and the argument is the number of the layer's mask.
     """
     kinds = tuple(dict.fromkeys(windows))
     if len(kinds) == 1:
         only = masks_of(kinds[0])
         return lambda which: only, None
-    # A window that nothing exceeds, since masks that are to be stacked must all be there.
+    # An endless window in place of `None`, since only masks of one structure can be stacked.
     endless = jnp.iinfo(jnp.int32).max
     stacked = jax.tree.map(
         lambda *masks: jnp.stack(masks), *(masks_of(w or int(endless)) for w in kinds)

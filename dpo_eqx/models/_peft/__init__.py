@@ -1,4 +1,4 @@
-"""Adapters in the files of PEFT.
+"""Adapters in the file format of PEFT, Hugging Face's library of adapters.
 
 The adapters themselves are in `_adapters`.
 """

@@ -1,9 +1,9 @@
-"""Adapters of any Equinox module, named by the paths of their layers, for which PEFT has no names.
+"""Adapters of any Equinox module, named by the paths of their layers.
 
-Files are in `files.py`; adapters that PEFT has names for are there too.
+PEFT has no names for them. `files.py` reads and writes the files, also those in PEFT's own format.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -22,14 +22,14 @@ _FORMAT, _VERSION = "dpo_eqx", 1
 
 
 def is_by_path(values: Mapping[str, Any]) -> bool:
-    """Whether an `adapter_config.json` is of adapters by path."""
+    """Whether an `adapter_config.json` describes adapters by path."""
     return values.get("format") == _FORMAT
 
 
 def write_by_path(
     found: Mapping[str, LoRA], base: str | None
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """The tensors, and the contents of the `adapter_config.json`, of adapters by path."""
+    """The tensors and the contents of `adapter_config.json` for adapters by path."""
     tensors: dict[str, np.ndarray] = {}
     for path, lora in found.items():
         tensors[_name(path, "down")] = np.ascontiguousarray(lora.down)
@@ -46,16 +46,17 @@ def write_by_path(
 
 
 def read_by_path(policy: Policy, values: Mapping[str, Any], weights: Weights) -> Policy:
-    """The policy with the adapters of a folder, new ones or in the place of those that it has.
+    """The policy with the adapters of a folder, added or replacing those that it has.
 
     **Arguments:**
 
+    - `policy`: the policy, without adapters or with the same adapters.
     - `values`: the contents of the folder's `adapter_config.json`.
-    - `weights`: its tensors.
+    - `weights`: the folder's tensors.
 
     **Raises:**
 
-    `ValueError` if the adapters are of other layers, shapes, ranks or scales than the policy's.
+    `ValueError` if layers, shapes, ranks or scales of the adapters differ from the policy's.
     """
     settings = _settings(values)
     is_node = _is_lora if adapters(policy) else is_linear
@@ -71,62 +72,62 @@ def read_by_path(policy: Policy, values: Mapping[str, Any], weights: Weights) ->
 
 
 def _settings(values: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """Rank and scale of each adapter, by the path of its layer."""
+    """The rank and scale of each adapter, by the path of its layer."""
     if values.get("version") != _VERSION:
         raise ValueError(
-            f"`version` in {ADAPTER_CONFIG} must be {_VERSION}, of adapters by path; got "
-            f"{values.get('version')!r}. A newer dpo_eqx may read it."
+            f"`version` in {ADAPTER_CONFIG} must be {_VERSION}; got {values.get('version')!r}. "
+            "A newer dpo_eqx may read it."
         )
-    found = values.get("adapters")
-    check_kinds({"adapters": found}, {"adapters": OBJECT}, ADAPTER_CONFIG)
-    settings = dict(found or {})
+    entries = values.get("adapters")
+    check_kinds({"adapters": entries}, {"adapters": OBJECT}, ADAPTER_CONFIG)
+    settings = dict(entries or {})
     check_kinds(settings, dict.fromkeys(settings, OBJECT), f"`adapters` of {ADAPTER_CONFIG}")
-    for path, each in settings.items():
+    for path, setting in settings.items():
         wanted = {"rank": SIZE, "scale": POSITIVE}
         where = f"`adapters` of {ADAPTER_CONFIG}, at {path!r},"
-        check_kinds({key: each.get(key) for key in wanted}, wanted, where)
+        check_kinds({key: setting.get(key) for key in wanted}, wanted, where)
     return settings
 
 
 def _check(
     settings: Mapping[str, Mapping[str, Any]], nodes: Mapping[str, Any], weights: Weights
 ) -> None:
-    """Raises if adapters and layers do not fit each other, or the tensors are not theirs."""
+    """Raises if the adapters do not fit the layers, or the tensors do not fit the adapters."""
     problems = [f"no linear layer at {path!r}" for path in settings.keys() - nodes.keys()]
     expected: dict[str, tuple[int, ...]] = {}
     for path in settings.keys() & nodes.keys():
         rank, scale, node = settings[path]["rank"], settings[path]["scale"], nodes[path]
         if _is_lora(node) and (node.down.shape[-2], node.scale) != (rank, scale):
             problems.append(
-                f"rank {rank} and scale {scale} at {path!r}, where `policy` has "
+                f"rank {rank} and scale {scale} at {path!r}, but `policy` has rank and scale "
                 f"{node.down.shape[-2]} and {node.scale}"
             )
         *lead, out, width = weight_shape(node.base if _is_lora(node) else node).shape
         expected[_name(path, "down")] = (*lead, rank, width)
         expected[_name(path, "up")] = (*lead, out, rank)
     problems += [
-        f"none for the adapter that `policy` has at {path!r}"
+        f"no tensors for the adapter that `policy` has at {path!r}"
         for path in nodes.keys() - settings.keys()
         if _is_lora(nodes[path])
     ]
     if not problems:
         problems = _tensor_problems(expected, weights)
     if problems:
-        there = ", ".join(map(repr, sorted(nodes))) or "none"
+        paths = ", ".join(map(repr, sorted(nodes))) or "none"
         raise ValueError(
             f"The adapters in {weights.folder} do not fit `policy`: {shorten(sorted(problems))} "
-            f"Give the module that they were saved from, with its adapters or without any. It has "
-            f"layers at: {there}."
+            "Give the module that they were saved from, with its adapters or without any. "
+            f"`policy` has layers at: {paths}."
         )
 
 
 def _tensor_problems(expected: Mapping[str, tuple[int, ...]], weights: Weights) -> list[str]:
-    found = weights.shapes
-    problems = [f"missing: {n}, of shape {expected[n]}" for n in expected.keys() - found.keys()]
-    problems += [f"extra: {n}, of shape {found[n]}" for n in found.keys() - expected.keys()]
-    for name in expected.keys() & found.keys():
-        if found[name] != expected[name]:
-            problems.append(f"mis-shaped: {name} should be {expected[name]}, is {found[name]}")
+    shapes = weights.shapes
+    problems = [f"missing: {n}, of shape {expected[n]}" for n in expected.keys() - shapes.keys()]
+    problems += [f"extra: {n}, of shape {shapes[n]}" for n in shapes.keys() - expected.keys()]
+    for name in expected.keys() & shapes.keys():
+        if shapes[name] != expected[name]:
+            problems.append(f"mis-shaped: {name} should be {expected[name]}, is {shapes[name]}")
         if weights.dtypes[name] not in DTYPES:
             problems.append(f"{name} is of dtype {weights.dtypes[name]}, not of {list(DTYPES)}")
     return problems
@@ -135,12 +136,13 @@ def _tensor_problems(expected: Mapping[str, tuple[int, ...]], weights: Weights) 
 def _array(x: np.ndarray) -> Array:
     if jax.dtypes.canonicalize_dtype(x.dtype) != x.dtype:
         raise ValueError(
-            f"The adapters are {x.dtype}, which JAX holds only if `jax_enable_x64` is set; set it."
+            f"The adapters are {x.dtype}, which JAX supports only if `jax_enable_x64` is set; set "
+            "it."
         )
     return jnp.asarray(x)
 
 
-def _nodes(policy: PyTree, is_node: Any) -> dict[str, Any]:
+def _nodes(policy: PyTree, is_node: Callable[[Any], bool]) -> dict[str, Any]:
     nodes = jax.tree_util.tree_leaves_with_path(policy, is_leaf=is_node)
     return {leaf_name(path): node for path, node in nodes if is_node(node)}
 

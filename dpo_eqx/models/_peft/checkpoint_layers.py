@@ -1,6 +1,7 @@
-"""Which layers of ours are one linear layer of a checkpoint, and how adapters follow from that.
+"""Maps our linear layers to linear layers of a checkpoint, and splits or joins their adapters.
 
-GPT-2 has its queries, keys and values in one; elsewhere it is one each. Files are in `files.py`.
+GPT-2 fuses queries, keys and values into one layer; other families have one layer for each.
+`files.py` reads and writes the files.
 """
 
 import dataclasses
@@ -16,7 +17,7 @@ from .._decoder.transformer import Transformer
 
 
 class Pair(NamedTuple):
-    """The adapters of one linear layer in each of the stacked layers, on the host."""
+    """The adapters of one linear layer, stacked over the layers of the decoder, on the host."""
 
     down: Float[np.ndarray, "layers rank in"]
     up: Float[np.ndarray, "layers out rank"]
@@ -25,15 +26,15 @@ class Pair(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-    """A linear layer of a checkpoint, in each of its layers where there are several.
+    """A linear layer of a checkpoint, in every layer of the decoder.
 
     **Arguments:**
 
-    - `module`: its name, `{}` standing for the layer.
-    - `layers`: how many.
-    - `stacked`: whether ours have a leading axis of layers.
-    - `parts`: the paths of our layers that are the equal parts of its outputs, `None` for one that
-        is not there.
+    - `module`: its name, with `{}` for the number of the layer.
+    - `layers`: the number of layers.
+    - `stacked`: whether our parameters have a leading axis of layers.
+    - `parts`: the paths of our layers, each one an equal part of its outputs; `None` for a part
+        without an adapter.
     - `transposed`: whether its weight is stored as `(in, out)`.
     """
 
@@ -49,7 +50,7 @@ class Site:
 
 
 def sites_of(policy: Transformer, paths: Iterable[str]) -> list[Site]:
-    """The linear layers of the checkpoint that those of ours at `paths` are, or are parts of."""
+    """The linear layers of the checkpoint that hold our layers at `paths`."""
     names = FAMILIES[policy.config.family].names
     found: dict[str, dict[int, tuple[str, Source]]] = {}
     for path in paths:
@@ -59,7 +60,7 @@ def sites_of(policy: Transformer, paths: Iterable[str]) -> list[Site]:
 
 
 def short_names(policy: Transformer) -> dict[str, str]:
-    """For each module the shortest end of its name that no other module's name has."""
+    """For each module, the shortest end of its name that is unique."""
     modules = {source.module for source in FAMILIES[policy.config.family].names.values()}
     ends = [module.rsplit(".", 1)[-1] for module in modules]
     return {
@@ -71,26 +72,26 @@ def short_names(policy: Transformer) -> dict[str, str]:
 def split(site: Site, pair: Pair) -> dict[str, Pair]:
     """The adapter of each of our layers, by its path.
 
-    The parts share $A$, of which each gets a copy, and have their own rows of $B$. Where no column
-    of $B$ serves two parts, as `join` writes them, each part gets its own columns and what goes
-    with them of $A$.
+    The parts share $A$ (each gets a copy) and have their own rows of $B$. If no column of $B$
+    serves two parts, as in the result of `join`, each part gets only its own columns of $B$ and
+    the matching rows of $A$.
     """
     ups = np.split(pair.up, len(site.parts), axis=1)
     served = np.array([np.any(up != 0, axis=(0, 1)) for up in ups])
     apart = len(ups) > 1 and bool(np.all(served.sum(axis=0) == 1))
     pairs = {}
-    for path, up, own in zip(site.parts, ups, served, strict=True):
-        columns = own if apart else np.ones_like(own)
+    for path, up, nonzero in zip(site.parts, ups, served, strict=True):
+        columns = nonzero if apart else np.ones_like(nonzero)
         if path is not None and columns.any():
             pairs[path] = Pair(pair.down[:, columns], up[:, :, columns], pair.scale)
     return pairs
 
 
 def join(site: Site, pairs: Mapping[str, Pair]) -> Pair:
-    """The adapter of the whole from those of its parts, exactly.
+    """The adapter of the whole layer, exactly equal to the adapters of its parts.
 
-    Parts with one $A$ keep it. Else all $A$ lie below each other, and $B$ is made of blocks: the
-    rank of the whole is the sum of theirs.
+    If all parts share one $A$, the whole keeps it. Otherwise the $A$ are stacked below each other
+    and $B$ is block diagonal: the rank of the whole is the sum of the parts' ranks.
     """
     present = [pairs[path] for path in site.parts if path is not None]
     first = present[0]
@@ -110,6 +111,7 @@ def join(site: Site, pairs: Mapping[str, Pair]) -> Pair:
             pair = pairs[path]
             end = column + pair.up.shape[2]
             rows = slice(number * out, (number + 1) * out)
+            # The whole has one scale, so the ratio of the scales goes into $B$.
             up[:, rows, column:end] = pair.up * (pair.scale / first.scale)
             column = end
     return Pair(np.concatenate([pair.down for pair in present], axis=1), up, first.scale)

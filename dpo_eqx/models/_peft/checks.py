@@ -1,6 +1,6 @@
-"""What must hold before the first tensor of an adapter is read.
+"""Checks of an adapter before its first tensor is read.
 
-All problems are found at once, and named with what was expected and what was found.
+One error lists all problems, each with what was expected and what was found.
 """
 
 from collections.abc import Mapping
@@ -20,12 +20,12 @@ _PREFIX = "base_model.model."
 
 
 def tensor_name(module: str, letter: str) -> str:
-    """The name in an adapter of $A$ or $B$, the `letter`, of the module of this name."""
+    """The name of a module's $A$ or $B$ in an adapter's file; `letter` is A or B."""
     return f"{_PREFIX}{module}.lora_{letter}.weight"
 
 
 def check_sites(config: PeftConfig, known: list[Site], sites: list[Site]) -> None:
-    """Raises if no layer has an adapter, or those of one stack are not of one rank and scale."""
+    """Raises if no layer has an adapter, or if rank or scale differ within a stack of layers."""
     if not sites:
         names = ", ".join(site.module.format("*") for site in known)
         raise ValueError(
@@ -38,7 +38,7 @@ def check_sites(config: PeftConfig, known: list[Site], sites: list[Site]) -> Non
             raise ValueError(
                 "`rank_pattern` and `alpha_pattern` must give all layers of "
                 f"{site.module.format('*')} one rank and scale, since they are stacked; got "
-                f"{sorted(kinds)}. Merge the adapter into its base with PEFT, and load that."
+                f"{sorted(kinds)}. Merge the adapter into its base with PEFT, and load the result."
             )
 
 
@@ -49,7 +49,7 @@ def check_tensors(
     shapes: Mapping[str, jax.ShapeDtypeStruct],
     policy: Transformer,
 ) -> None:
-    """Raises if tensors are missing, extra, of other shapes or ranks, or of another dtype."""
+    """Raises if tensors are missing or extra, or have a wrong shape, rank or dtype."""
     copies = _copies(weights, policy)
     expected: dict[str, tuple[int, ...]] = {}
     for site in sites:
@@ -58,26 +58,26 @@ def check_tensors(
             rank = config.rank_of(name)
             expected[tensor_name(name, "A")] = rank, width
             expected[tensor_name(name, "B")] = out * len(site.parts), rank
-    found = weights.shapes
-    problems = [f"missing: {n}, of shape {expected[n]}" for n in expected.keys() - found.keys()]
+    stored = weights.shapes
+    problems = [f"missing: {n}, of shape {expected[n]}" for n in expected.keys() - stored.keys()]
     problems += [
-        f"extra: {n}, of shape {found[n]}" for n in found.keys() - expected.keys() - copies.keys()
+        f"extra: {n}, of shape {stored[n]}" for n in stored.keys() - expected.keys() - copies.keys()
     ]
     problems += [f"{n} differs from the policy's" for n, is_same in copies.items() if not is_same]
-    for name in expected.keys() & found.keys():
-        problems += _differences(name, expected[name], found[name], weights.dtypes[name])
+    for name in expected.keys() & stored.keys():
+        problems += _differences(name, expected[name], stored[name], weights.dtypes[name])
     if problems:
         raise ValueError(
-            f"The tensors in {weights.folder} are not those that its {ADAPTER_CONFIG} and "
-            f"`policy` ask for. {shorten(sorted(problems))} Give the base that the adapter was "
-            "trained on; one of other layers than linear ones is to be merged into it with PEFT."
+            f"The tensors in {weights.folder} do not match its {ADAPTER_CONFIG} and `policy`. "
+            f"{shorten(sorted(problems))} Give the base that the adapter was trained on. An "
+            "adapter of layers that are not linear has to be merged into its base with PEFT."
         )
 
 
 def _copies(weights: Weights, policy: Transformer) -> dict[str, bool]:
-    """The base's own embedding and unembedding, which PEFT may add: whether they are the policy's.
+    """Whether each copy of the base's embedding or unembedding equals the policy's, by its name.
 
-    It does so where the unembedding has an adapter.
+    PEFT adds these copies if the unembedding has an adapter.
     """
     parameters = {
         "embedding.weight": policy.embedding.weight,
@@ -85,17 +85,18 @@ def _copies(weights: Weights, policy: Transformer) -> dict[str, bool]:
         "head.bias": policy.unembedding_bias,
     }
     names = FAMILIES[policy.config.family].names
-    same = {}
-    for path, ours in parameters.items():
+    is_equal = {}
+    for path, parameter in parameters.items():
         source, suffix = source_of(names, path)
         for name in (f"{source.module}.{suffix}", f"{source.module}.base_layer.{suffix}"):
-            if f"{_PREFIX}{name}" in weights.shapes and ours is not None:
-                theirs = weights.read(f"{_PREFIX}{name}").astype(ours.dtype)
-                same[f"{_PREFIX}{name}"] = np.array_equal(theirs, ours)
-    return same
+            if f"{_PREFIX}{name}" in weights.shapes and parameter is not None:
+                copy = weights.read(f"{_PREFIX}{name}").astype(parameter.dtype)
+                is_equal[f"{_PREFIX}{name}"] = np.array_equal(copy, parameter)
+    return is_equal
 
 
 def _differences(name: str, want: tuple[int, ...], got: tuple[int, ...], dtype: str) -> list[str]:
+    # $A$ has its rank along the first axis, $B$ along the second.
     axis = 0 if ".lora_A." in name else 1
     if dtype not in DTYPES:
         return [f"{name} is of dtype {dtype}, not of {list(DTYPES)}"]

@@ -1,6 +1,6 @@
 """PEFT's `adapter_config.json`: which linear layers have an adapter, of which rank and scale.
 
-The tensors are in `files.py`. What has no exact counterpart here is refused, by its key.
+`files.py` reads the tensors. Settings without an exact counterpart raise; the error names the key.
 """
 
 import dataclasses
@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-# They say how an adapter came about or how it is run, and nothing of what it computes.
+# Keys about how an adapter was trained or is run. None changes what it computes.
 _WITHOUT_EFFECT = frozenset(
     [
         "auto_mapping",
@@ -46,22 +46,23 @@ _READ = frozenset(
         "use_rslora",
     ]
 )
-# Others begin by changing the weights of the base, by which such an adapter is meant.
+# Other initialisations modify the base weights, so their adapters only fit that modified base.
 _STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PeftConfig:
-    """What an `adapter_config.json` says, and which modules it means.
+    """The contents of an `adapter_config.json`, and the modules that it selects.
 
     **Arguments:**
 
-    - `rank`, `alpha`: where no pattern says otherwise.
+    - `rank`, `alpha`: the defaults of modules that no pattern matches.
     - `stabilised`: whether the scale is `alpha / sqrt(rank)` rather than `alpha / rank`.
-    - `targets`: the ends of names of modules, or a regular expression for whole ones.
-    - `excluded`: the same, for those left out.
-    - `layers`: numbers of layers, `None` for all; `layer_names`: of the list that they are of.
-    - `ranks`, `alphas`: by regular expressions for the ends of names.
+    - `targets`: the ends of names of modules, or a regular expression for whole names.
+    - `excluded`: modules without an adapter, in the same form.
+    - `layers`: the numbers of the layers with adapters; `None` for all.
+    - `layer_names`: the names of the lists that `layers` counts in.
+    - `ranks`, `alphas`: ranks and alphas by regular expressions for the ends of names.
     """
 
     rank: int
@@ -89,7 +90,7 @@ class PeftConfig:
         return _by_pattern(self.ranks, module, self.rank)
 
     def scale_of(self, module: str) -> float:
-        """What the adapter's term is multiplied by."""
+        """The factor of the adapter's term."""
         rank = self.rank_of(module)
         alpha = _by_pattern(self.alphas, module, self.alpha)
         return alpha / (math.sqrt(rank) if self.stabilised else rank)
@@ -97,18 +98,18 @@ class PeftConfig:
     def _layer(self, module: str) -> int | None:
         patterns = [rf"(?:^|.*?\.){name}\.(\d+)\." for name in self.layer_names]
         for pattern in patterns or [r".*?\.[^.]*\.(\d+)\."]:
-            found = re.match(pattern, module)
-            if found:
-                return int(found[1])
+            match = re.match(pattern, module)
+            if match:
+                return int(match[1])
         return None
 
 
 def read_peft(values: Mapping[str, Any]) -> PeftConfig:
-    """The configuration that the contents of an `adapter_config.json` stand for.
+    """The configuration that the contents of an `adapter_config.json` describe.
 
     **Raises:**
 
-    `ValueError` where the adapter is of another kind than LoRA, or asks for what is not built.
+    `ValueError` if the adapter is not LoRA, or has settings that are not supported.
     """
     _check_kind(values)
     _check_built(values)
@@ -140,7 +141,7 @@ def read_peft(values: Mapping[str, Any]) -> PeftConfig:
 def write_peft(
     ranks: Mapping[str, int], scales: Mapping[str, float], *, transposed: bool, base: str | None
 ) -> dict[str, Any]:
-    """The contents of an `adapter_config.json` for adapters by the names, or ends, of modules."""
+    """The contents of an `adapter_config.json` for adapters by modules' names or ends of names."""
     names = sorted(ranks)
     alphas = {name: _plain(scales[name] * ranks[name]) for name in names}
     rank, alpha = ranks[names[0]], alphas[names[0]]
@@ -168,8 +169,9 @@ def _check_kind(values: Mapping[str, Any]) -> None:
     kind = values.get("peft_type")
     if kind != "LORA":
         raise ValueError(
-            f"The adapter must be of the kind LORA; its `peft_type` is {kind!r}, which is not "
-            "built. Where PEFT can merge it into its base (`merge_and_unload`), load the result."
+            f"`peft_type` of the adapter's configuration must be `LORA`; got {kind!r}, which is "
+            "not supported. If PEFT can merge the adapter into its base (`merge_and_unload`), "
+            "load the result."
         )
 
 
@@ -180,10 +182,10 @@ def _check_built(values: Mapping[str, Any]) -> None:
     if values.get("init_lora_weights") not in _STARTS:
         unknown["init_lora_weights"] = values["init_lora_weights"]
     if unknown:
-        said = ", ".join(f"`{key}` ({unknown[key]!r})" for key in sorted(unknown))
+        listed = ", ".join(f"`{key}` ({unknown[key]!r})" for key in sorted(unknown))
         raise ValueError(
-            f"The adapter's configuration asks for what is not built: {said}. Merge it into its "
-            "base with PEFT, and load that."
+            f"The adapter's configuration has settings that are not supported: {listed}. Merge the "
+            "adapter into its base with PEFT, and load the result."
         )
 
 
@@ -216,5 +218,5 @@ def _listed(names: str | Iterable[str]) -> tuple[str, ...]:
 
 
 def _plain(number: float) -> float | int:
-    # `lora_alpha` is declared an integer, and mostly is one.
+    # PEFT declares `lora_alpha` as an integer, which it mostly is.
     return round(number) if abs(number - round(number)) < 1e-9 else number

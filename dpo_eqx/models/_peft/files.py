@@ -1,9 +1,8 @@
-"""Adapters read and written as folders: PEFT's `adapter_config.json` and safetensors, or our own.
+"""Reads and writes folders of adapters: PEFT's `adapter_config.json` and safetensors, or our own.
 
-Our own is for modules that PEFT has no names for; it is in `adapter_paths.py`. What PEFT's
-configuration means is in `config.py`; which of our layers are which of the checkpoint's,
-and what becomes of three layers that are one there, in `checkpoint_layers.py`; what is refused in
-`checks.py`.
+`adapter_paths.py` has our own format, for modules that PEFT has no names for. For PEFT's format,
+`config.py` interprets the configuration, `checkpoint_layers.py` maps our layers to the
+checkpoint's, and `checks.py` rejects what does not fit.
 """
 
 import json
@@ -33,24 +32,25 @@ from .config import PeftConfig, read_peft, write_peft
 
 
 def load_lora(policy: Policy, path: str | os.PathLike[str]) -> Policy:
-    """Puts the adapters beside the layers of a policy that PEFT, or `save_lora`, has written.
+    """Adds the adapters of a folder, which PEFT or `save_lora` wrote, to the layers of a policy.
 
     ```python
     policy = models.load_lora(models.load("Qwen/Qwen3-0.6B", quantize="nf4"), "run/adapter")
     ```
 
-    They compute what they do in PEFT, but for `lora_dropout`, which is not applied. A layer of the
-    stack that has no adapter gets one of zeros, $A$ and $B$, which no gradient moves. GPT-2's
-    queries, keys and values, one layer in its checkpoints, get an adapter each.
+    They compute the same as in PEFT, except that `lora_dropout` is not applied. If only some layers
+    of a stack have an adapter, the others get one with $A$ and $B$ zero, which no gradient
+    changes. GPT-2's queries, keys and values are one layer in its checkpoints; each gets its own
+    adapter.
 
-    Adapters that `save_lora` has written of any other Equinox module are found by the paths of its
-    layers, and come back bit by bit. Such a module may have the same adapters already, whose place
-    they take.
+    Adapters of any other Equinox module, which `save_lora` wrote, are found by the paths of its
+    layers and loaded bit for bit. Such a module may already have the same adapters, which are
+    replaced.
 
     **Arguments:**
 
-    - `policy`: the base that the adapter is for, quantised or not, without adapters; for an adapter
-        of PEFT, a `Transformer`.
+    - `policy`: the base that the adapter was trained on, quantised or not, without adapters. For
+        an adapter of PEFT it must be a `Transformer`.
     - `path`: a folder with `adapter_config.json` and `adapter_model.safetensors`; or a name on
         the Hugging Face hub.
 
@@ -60,10 +60,14 @@ def load_lora(policy: Policy, path: str | os.PathLike[str]) -> Policy:
 
     **Raises:**
 
-    `ValueError` where the adapter is of another kind than LoRA or asks for what is not built, is
-    for other layers or shapes than the policy's, or has another rank than its configuration says;
-    where it is a pickle, and where the policy has adapters already. `FileNotFoundError` where
-    there is none.
+    `ValueError` if
+
+    - the adapter is not LoRA, or has settings that are not supported;
+    - its layers or shapes differ from the policy's, or its rank from its configuration;
+    - it is stored as a pickle;
+    - the policy already has adapters.
+
+    `FileNotFoundError` if there is no adapter.
     """
     folder = resolve(path, (ADAPTER, ADAPTER_CONFIG))
     values = read_json(folder / ADAPTER_CONFIG)
@@ -72,8 +76,8 @@ def load_lora(policy: Policy, path: str | os.PathLike[str]) -> Policy:
     if not isinstance(policy, Transformer):
         raise ValueError(
             "`policy` must be a `models.Transformer` for an adapter of PEFT, which names layers of "
-            f"its checkpoints; got {type(policy).__name__}. For another Equinox module give the "
-            "folder that `models.save_lora` has written of it."
+            f"its checkpoints; got {type(policy).__name__}. For another Equinox module give a "
+            "folder that `models.save_lora` wrote."
         )
     return _load_peft(policy, folder, read_peft(values))
 
@@ -94,45 +98,46 @@ def _load_peft(policy: Transformer, folder: Path, config: PeftConfig) -> Transfo
 
 
 def save_lora(policy: PyTree, path: str | os.PathLike[str], *, base: str | None = None) -> None:
-    """Writes the adapters of a policy, alone, as a folder that PEFT, vLLM and `load_lora` load.
+    """Writes only the adapters of a policy, as a folder that PEFT, vLLM and `load_lora` load.
 
     ```python
     models.save_lora(policy, "adapter", base="Qwen/Qwen3-0.6B")
     ```
 
-    They are exactly those of the policy. Where GPT-2's queries, keys and values have adapters of
-    their own, that of the layer which they are in its checkpoints has the sum of their ranks.
+    The file is exactly equivalent to the policy's adapters. GPT-2's queries, keys and values are
+    one layer in its checkpoints: if their adapters do not share $A$, that layer's adapter has the
+    sum of their ranks.
 
-    PEFT has names for the layers of a `Transformer` alone. The adapters of any other Equinox module
+    PEFT has names only for the layers of a `Transformer`. The adapters of any other Equinox module
     are written by the paths of their layers, such as `"mlp.layers.0"`, for `load_lora`.
 
     **Arguments:**
 
-    - `policy`: with adapters, on a base of whatever form.
-    - `path`: the folder, made where it does not exist; other files in it stay.
+    - `policy`: a policy with adapters, on any base, quantised or not.
+    - `path`: the folder, created if it does not exist; other files in it stay.
     - `base`: the name or folder of the base model, for PEFT to find it.
 
     **Raises:**
 
-    `ValueError` where the policy has no adapters, or two of one path.
+    `ValueError` if the policy has no adapters, or two adapters with one path.
     """
-    found = adapters(policy)
-    if not found:
+    by_path = adapters(policy)
+    if not by_path:
         raise ValueError("`policy` has no adapters to save; add them with `add_lora`.")
     if (
         isinstance(policy, Transformer)
-        and found.keys() <= FAMILIES[policy.config.family].names.keys()
+        and by_path.keys() <= FAMILIES[policy.config.family].names.keys()
     ):
-        tensors, config = _in_peft(policy, found, base)
+        tensors, config = _in_peft(policy, by_path, base)
     else:
-        tensors, config = write_by_path(found, base)
+        tensors, config = write_by_path(by_path, base)
     _write(Path(path), tensors, config)
 
 
 def _in_peft(
     policy: Transformer, found: Mapping[str, LoRA], base: str | None
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """The tensors, and the contents of the `adapter_config.json`, as PEFT has them."""
+    """The tensors and the contents of `adapter_config.json`, in PEFT's format."""
     pairs = {name: _pair(lora) for name, lora in found.items()}
     tensors: dict[str, np.ndarray] = {}
     ranks: dict[str, int] = {}
@@ -141,12 +146,13 @@ def _in_peft(
     for site in sites:
         pair = join(site, pairs)
         live = [bool(down.any() or up.any()) for down, up in zip(*pair[:2], strict=True)]
-        whole = all(live) or not any(live)
+        # Adapters of zeros stand for layers that had none, unless all are zero.
+        all_layers = all(live) or not any(live)
         for layer, name in enumerate(site.names()):
-            if whole or live[layer]:
+            if all_layers or live[layer]:
                 tensors[tensor_name(name, "A")] = np.ascontiguousarray(pair.down[layer])
                 tensors[tensor_name(name, "B")] = np.ascontiguousarray(pair.up[layer])
-                name = short_names(policy)[site.module] if whole else name
+                name = short_names(policy)[site.module] if all_layers else name
                 ranks[name], scales[name] = pair.down.shape[1], pair.scale
     transposed = any(site.transposed for site in sites)
     return tensors, write_peft(ranks, scales, transposed=transposed, base=base)
@@ -159,7 +165,7 @@ def _linear_shapes(policy: Transformer) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def _read(weights: Weights, config: PeftConfig, site: Site) -> Pair:
-    """The adapters of a site in all layers, zero where a layer has none."""
+    """The adapters of a site in all layers; zeros for a layer without one."""
     names = site.names()
     has = [config.has(name) for name in names]
     first = names[has.index(True)]
@@ -168,8 +174,8 @@ def _read(weights: Weights, config: PeftConfig, site: Site) -> Pair:
         nothing = np.zeros(weights.shapes[tensor_name(first, letter)], np.float32)
         return np.stack(
             [
-                _wide(weights.read(tensor_name(name, letter))) if there else nothing
-                for name, there in zip(names, has, strict=True)
+                _wide(weights.read(tensor_name(name, letter))) if has_adapter else nothing
+                for name, has_adapter in zip(names, has, strict=True)
             ]
         )
 
@@ -192,7 +198,7 @@ def _pair(lora: LoRA) -> Pair:
 
 
 def _write(folder: Path, tensors: dict[str, np.ndarray], config: dict[str, Any]) -> None:
-    """Both files complete before either takes its place."""
+    """Writes both files completely before either replaces an old one."""
     safetensors = require("safetensors.numpy", extra="models")
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".adapter-", dir=folder) as name:
