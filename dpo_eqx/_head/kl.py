@@ -85,8 +85,8 @@ def linear_kl(
     - `unembedding`, `reference_unembedding`: of one vocabulary. Shape `(vocab, width)`.
     - `bias`, `softcap`, `reference_bias`, `reference_softcap`: as in `linear_token_log_probs`.
     - `chunk_size`: as in `linear_token_log_probs`.
-    - `axis_name`: a mapped axis over which both vocabularies are sharded alike; where gradients
-        may be taken is said at `linear_token_log_probs`.
+    - `axis_name`: a mapped axis over which both vocabularies are sharded alike. Gradients may be
+        taken as for `linear_token_log_probs`.
 
     **Returns:**
 
@@ -96,7 +96,7 @@ def linear_kl(
 
     **Raises:**
 
-    `ValueError` at trace time where shapes do not fit or a number is out of range.
+    `ValueError` at trace time if shapes do not fit or a number is out of range.
     """
     check_head(hidden, unembedding, softcap)
     check_head(reference_hidden, reference_unembedding, reference_softcap, "reference_")
@@ -135,7 +135,7 @@ def _kl(
         p, q = (tile.logits(hidden) for tile, hidden in zip(tiles, hiddens, strict=True))
         peak_p, offset, shrunk = raised(peak_p, p)
         shares = jnp.exp(p - offset[:, None])
-        # Where q is 0 and p is not. A product with a share would lose it if the share underflows.
+        # Here q is 0 and p is not. A product with a share would lose that if the share underflows.
         excluded = (q == -jnp.inf) & (p != -jnp.inf)
         difference = jnp.where(excluded, 0, _difference(p, q))
         moment = moment * shrunk + (shares * difference).sum(axis=-1)
@@ -207,7 +207,7 @@ def _push(axis_name: str | None, parts: int, heads: Heads, tokens: Any, tangents
 def _pull(axis_name: str | None, parts: int, heads: Heads, tokens: Any, cotangents: Any) -> Any:
     """The transpose of `_push`."""
     hiddens, live, kl, *_ = tokens
-    # They are 0 where not live, but for a NaN.
+    # At a token that is not live, a cotangent may be NaN.
     cotangents = jax.tree.map(lambda x: jnp.where(live, x, 0), cotangents)
     wide = kl.dtype
 

@@ -1,6 +1,6 @@
-"""The unembedding, and the vocabulary and the tokens in tiles: what is multiplied at a time.
+"""The unembedding, and its product with hidden states in tiles of tokens and vocabulary.
 
-What is made of the logits of a tile is in `linear.py`.
+`linear.py` and `kl.py` compute log-probabilities and divergences from the logits of these tiles.
 """
 
 import math
@@ -17,12 +17,12 @@ from jaxtyping import Array, Bool, DTypeLike, Float, Int
 from .._jax.dtypes import at_least_float32
 from .._jax.microbatches import Size, nearest_divisor, split
 
-# Logits held at once. A CPU is fastest where they stay in its cache, in 8 MiB of float32; an
-# accelerator where a product is large enough to fill it, here 256 MiB.
+# Logits held at once. A CPU is fastest if they stay in its cache: 8 MiB of float32. An accelerator
+# is fastest if a product is large enough to fill it: 256 MiB.
 LOGITS_AT_ONCE = {"cpu": 2**21}
 LOGITS_AT_ONCE_ELSEWHERE = 2**26
-# Tokens at once where the caller does not choose. With more, the part of the vocabulary that
-# goes with them gets thin.
+# Tokens at once, unless the caller chooses. More tokens leave room only for thin parts of the
+# vocabulary.
 TOKENS_AT_ONCE = 4096
 
 
@@ -37,13 +37,13 @@ class Unembedding(eqx.Module):
     def of(
         weight: Array | np.ndarray, bias: Array | np.ndarray | None, softcap: float | int | None
     ) -> "Unembedding":
-        """Of arrays of NumPy, too."""
+        """An unembedding from arrays of JAX or NumPy."""
         return Unembedding(
             jnp.asarray(weight), None if bias is None else jnp.asarray(bias), softcap
         )
 
     def logits(self, hidden: Float[Array, "chunk width"]) -> Float[Array, "chunk vocab"]:
-        """In float32 or wider, accumulated there too."""
+        """The logits, accumulated and returned in float32 or wider."""
         wide = at_least_float32(hidden.dtype)
         logits = jnp.einsum(
             "tw,vw->tv", hidden, self.weight.astype(hidden.dtype), preferred_element_type=wide
@@ -57,10 +57,13 @@ class Unembedding(eqx.Module):
         logits: Float[Array, "chunk vocab"],
         slopes: Float[Array, "chunk vocab"],
     ) -> tuple["Unembedding", Float[Array, "chunk width"]]:
-        """What slopes in the logits are in `self` and in `hidden`, in float32 or wider."""
+        """The pullback of `logits`: from its cotangent `slopes` those of `self` and `hidden`.
+
+        They are in float32 or wider.
+        """
         wide = logits.dtype
         if self.softcap is not None:
-            # Of a tanh, but for -inf, which is of another tile.
+            # The slope of tanh. A logit of -inf belongs to another tile, and its slope is 0.
             slopes = slopes * (1 - jnp.maximum(logits / self.softcap, -1) ** 2)
         narrow, weight = slopes.astype(hidden.dtype), self.weight.astype(hidden.dtype)
         in_hidden = jnp.einsum("tv,vw->tw", narrow, weight, preferred_element_type=wide)
@@ -69,8 +72,13 @@ class Unembedding(eqx.Module):
         return Unembedding(in_weight, in_bias, self.softcap), in_hidden
 
 
-def check_head(hidden, unembedding, softcap, side: str = "") -> None:
-    """Raises if these do not fit each other; the names of the arguments begin with `side`."""
+def check_head(
+    hidden: Array | np.ndarray,
+    unembedding: Array | np.ndarray,
+    softcap: float | int | None,
+    side: str = "",
+) -> None:
+    """Raises `ValueError` if the arguments, whose names begin with `side`, do not fit together."""
     if unembedding.ndim != 2 or unembedding.shape[1] != hidden.shape[-1]:
         raise ValueError(
             f"`{side}unembedding` must have shape `(vocab, width)` with the width of "
@@ -81,15 +89,15 @@ def check_head(hidden, unembedding, softcap, side: str = "") -> None:
 
 
 def check_chunk_size(chunk_size: int | None) -> None:
-    """Raises if it is no number of tokens."""
+    """Raises `ValueError` if it is not a number of tokens."""
     if chunk_size is not None and not chunk_size > 0:
         raise ValueError(f"`chunk_size` must be positive or None, got {chunk_size}.")
 
 
 class Tile(NamedTuple):
-    """A part of the vocabulary: its rows of the unembedding, and which tokens they are.
+    """A part of the vocabulary: some rows of the unembedding, and the ids of their tokens.
 
-    Rows that an earlier part has, too, have the id -1 and logits of -inf.
+    Rows that an earlier part contains already have the id -1 and logits of -inf.
     """
 
     head: Unembedding
@@ -101,7 +109,7 @@ class Tile(NamedTuple):
         return logits if self.is_own is None else jnp.where(self.is_own[None], logits, -jnp.inf)
 
     def holds(self, targets: Int[Array, " chunk"]) -> Bool[Array, "chunk part"]:
-        """Which row is the target's. A comparison, not a gather: vocabulary shards stay local."""
+        """Marks each target's row, by a comparison: a gather would not keep shards local."""
         return targets[:, None] == self.ids[None]
 
 
@@ -114,13 +122,13 @@ def in_chunks(chunk_size: int | None, vocab: int, *arrays: Array) -> tuple[tuple
     most = chunk_count(shape, chunk_size or TOKENS_AT_ONCE)[1]
     at_once = LOGITS_AT_ONCE.get(jax.default_backend(), LOGITS_AT_ONCE_ELSEWHERE)
     parts = _parts(vocab, most * vocab / at_once)
-    # Parts of a small vocabulary may be large: it is then fewer tokens.
+    # A small vocabulary cannot be split into thin parts, so a chunk has fewer tokens then.
     most = max(1, min(most, 4 * at_once * parts // vocab))
     return tuple(chunked(x, len(shape), most) for x in arrays), parts
 
 
 def chunked(x: Array, axes: int, most: int) -> Array:
-    """The tokens of `x`, its first `axes` axes, in chunks of at most `most`, zeros behind them."""
+    """The first `axes` axes of `x` as chunks of at most `most` tokens, padded with zeros."""
     count, chunk = chunk_count(x.shape[:axes], most)
     flat = x.reshape(math.prod(x.shape[:axes]), *x.shape[axes:])
     missing = count * chunk - flat.shape[0]
@@ -128,10 +136,10 @@ def chunked(x: Array, axes: int, most: int) -> Array:
 
 
 def chunk_count(shape: tuple[Size, ...], most: int) -> tuple[Size, int]:
-    """How many equal chunks of at most `most` tokens hold tokens of this shape, and their size.
+    """The number and the size of equal chunks, at most `most` tokens each, for this shape.
 
-    If a size is symbolic, as in `jax.export`, a chunk divides what the other sizes make: no
-    comparison of sizes needs the number then.
+    If a size is symbolic, as in `jax.export`, the chunk size divides the product of the other
+    sizes, so that no comparison needs the symbolic size.
     """
     fixed = math.prod(n for n in shape if not is_symbolic_dim(n))
     tokens = math.prod(shape)
@@ -143,9 +151,10 @@ def chunk_count(shape: tuple[Size, ...], most: int) -> tuple[Size, int]:
 
 
 def _parts(vocab: int, wanted: float) -> int:
-    """About as many parts as wanted: equal ones if the vocabulary has such a divisor.
+    """The number of parts, near `wanted`.
 
-    Otherwise the last part overlaps the one before.
+    The parts are equal if the vocabulary has such a divisor. Otherwise the last part overlaps the
+    part before it.
     """
     rows = vocab // _groups(vocab)
     wanted = min(max(wanted, 1.0), float(rows))
@@ -156,10 +165,10 @@ def _parts(vocab: int, wanted: float) -> int:
 
 
 def _groups(vocab: int) -> int:
-    """Of how many neighbouring groups of rows each part has an equal share.
+    """The number of groups of neighbouring rows; each part takes an equal share of every group.
 
-    Up to eight devices that hold the rows between them then share each part under automatic
-    partitioning. Parts of neighbouring rows would make them wait for one another.
+    Under automatic partitioning, up to eight devices that hold shards of the rows then share each
+    part. With parts of neighbouring rows they would wait for one another.
     """
     return math.gcd(vocab, 8)
 
@@ -180,8 +189,8 @@ def tile_at(
     place = _first(rows, parts, index).astype(dtype) + jnp.arange(size, dtype=dtype)
     group = device * groups + jnp.arange(groups, dtype=dtype)
     ids = (group[:, None] * rows + place[None]).reshape(-1)
-    # A CPU slices bf16 by way of float32. That the head seems to depend on the index keeps XLA from
-    # widening all of it once, before the loop.
+    # A CPU slices bf16 by way of float32. The barrier makes the head depend on the index, so that
+    # XLA cannot widen all of it before the loop.
     head, index = jax.lax.optimization_barrier((head, index))
     tile = part_at(head, index, parts)
     if rows % parts == 0:
@@ -191,7 +200,7 @@ def tile_at(
 
 
 def part_at(head: Unembedding, index: Int[Array, ""], parts: int) -> Unembedding:
-    """The rows of one part, of every group its own."""
+    """The rows of one part: its share of every group."""
 
     def rows_of(x):
         grouped = _grouped(x)
@@ -206,7 +215,7 @@ def part_at(head: Unembedding, index: Int[Array, ""], parts: int) -> Unembedding
 def put_back(
     head: Unembedding, in_tile: Unembedding, index: Int[Array, ""], parts: int
 ) -> Unembedding:
-    """`head` with the rows of one part; those that an earlier part has put, too, stay."""
+    """`head` with the rows of one part replaced, except rows that an earlier part has replaced."""
 
     def put(x, rows):
         grouped = _grouped(x)
@@ -228,7 +237,7 @@ def _grouped(x: Array) -> Array:
 
 
 def _first(rows: int, parts: int, index: Int[Array, ""]) -> Int[Array, ""]:
-    """Where a part begins in each group: the last one early enough to be as large as the others."""
+    """The first row of a part in each group; the last part starts early to have the same size."""
     size = -(-rows // parts)
     return jnp.minimum(index * size, rows - size)
 

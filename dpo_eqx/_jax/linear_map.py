@@ -1,7 +1,7 @@
-"""Linear maps with a transpose of their own, differentiable to any order and in both modes.
+"""Linear maps with a given transpose, differentiable to any order and in both modes.
 
-A `custom_vjp` has no forward mode. A `custom_jvp` has, and reverse mode transposes its tangent;
-that transpose is given here instead of derived.
+A `custom_vjp` has no forward mode. A `custom_jvp` has one, and reverse mode transposes its tangent.
+Here the caller gives that transpose, and JAX does not derive it.
 """
 
 from collections.abc import Callable
@@ -22,24 +22,25 @@ def with_transpose(
     r"""`push(operands)`; reverse mode computes its transpose as `pull`.
 
     For a loop over tiles the transpose that JAX derives is slow and needs much memory. Higher
-    derivatives, in what `push` closes over, come from the code of `push`.
+    derivatives, with respect to arrays that `push` closes over, come from the code of `push`.
 
-    With $L$ for `push`, the result is $y$ of the triangular system $u = x$, $y - L u = 0$, to which
-    `custom_linear_solve` gives all derivatives. `jax.custom_derivatives.linear_call` says it more
-    directly, but has neither `vmap` nor a derivative in what it closes over.
+    With $L$ for `push`, the result is $y$ in the triangular system $u = x$, $y - L u = 0$, of which
+    `custom_linear_solve` has all derivatives. `jax.custom_derivatives.linear_call` is more direct,
+    but supports neither `vmap` nor derivatives with respect to arrays that it closes over.
 
     **Arguments:**
 
-    - `push`: linear in its argument, a pytree of arrays. Bodies of loops are `per_tile`.
-    - `pull`: its transpose. From the cotangents of the result it gives one array for each of
-        `operands`, of the same shape and dtype.
-    - `operands`: a pytree of arrays, which vary over the same mapped axes.
-    - `like`: a pytree of arrays of the shapes and dtypes of the result.
+    - `push`: a function that is linear in its argument, a pytree of arrays. Wrap the bodies of its
+        loops in `per_tile`.
+    - `pull`: its transpose, from the cotangents of the result to a pytree like `operands`, with the
+        same shapes and dtypes.
+    - `operands`: a pytree of arrays that vary over the same mapped axes.
+    - `like`: a pytree of arrays with the shapes and dtypes of the result.
     """
 
     def system(unknowns):
         given, result = unknowns
-        # Tied both ways, for the transposed system is differentiated, too.
+        # Tied both ways, because the transposed system is differentiated too.
         pushed = push(_tied(given, result))
         return _tied((given, jax.tree.map(jnp.subtract, result, pushed)), pushed)
 
@@ -58,8 +59,8 @@ def with_transpose(
     return _tied(result, (given, result))
 
 
-# For the bodies of loops in `push`. The transpose that JAX derives would otherwise compute all that
-# does not depend on the operands first, for all tiles together: all logits, all scores.
+# For the bodies of loops in `push`. Otherwise the transpose that JAX derives first computes
+# everything that does not depend on the operands, for all tiles together: all logits, all scores.
 per_tile = partial(jax.checkpoint, prevent_cse=False)
 
 
@@ -73,11 +74,11 @@ def moving(tangents: Any) -> Any:
 
 
 def sum_parts(tree: Any, axis_name: str | None, like: Array) -> Any:
-    """The sum over a mapped axis of what each device adds, whose cotangents all devices hold.
+    """The sum of all devices' parts over a mapped axis. The cotangents are replicated.
 
-    `shard_map` with `check_vma=True`, where `like` varies over the axis, transposes a sum rightly.
-    Elsewhere JAX transposes a sum to a sum, which is too large here: all devices compute the same
-    from the result.
+    `shard_map` with `check_vma=True`, under which `like` varies over the axis, transposes a sum
+    correctly. Otherwise JAX transposes a sum to a sum. Here that would be too large by the number
+    of devices, because all of them compute the same from the result.
     """
     if axis_name is None or axis_name in varying_axes(like):
         return tree if axis_name is None else jax.lax.psum(tree, axis_name)
@@ -85,9 +86,9 @@ def sum_parts(tree: Any, axis_name: str | None, like: Array) -> Any:
 
 
 def share(tree: Any, axis_name: str | None, like: Array) -> Any:
-    """What all devices hold alike, for each to use in its own way: their cotangents are summed.
+    """A replicated `tree` that each device uses in a different way. The cotangents are summed.
 
-    Does nothing where `shard_map` tracks what varies: the cast in `vary_alike` does it then.
+    Does nothing if `shard_map` tracks which values vary: the cast in `vary_alike` sums them then.
     """
     if axis_name is None or axis_name in varying_axes(like):
         return tree
@@ -97,8 +98,8 @@ def share(tree: Any, axis_name: str | None, like: Array) -> Any:
 def _tied(tree: Any, to: Any) -> Any:
     """`tree`, as if each of its arrays depended on all arrays of `to`.
 
-    JAX transposes a linear solve only if all of its right-hand side depends on what is
-    differentiated. The sum of no entries is 0, and XLA leaves nothing of it.
+    JAX differentiates a linear solve only if every part of its right-hand side depends on the
+    differentiated arrays. The sum of no entries is 0, and XLA removes it.
     """
     nothing = [jax.lax.slice_in_dim(jnp.atleast_1d(x), 0, 0).sum() for x in jax.tree.leaves(to)]
 

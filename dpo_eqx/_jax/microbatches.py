@@ -1,7 +1,7 @@
-"""A leading axis split into equal parts, with stride, and put together again.
+"""Splits a leading axis into equal parts with a stride, and merges them again.
 
-With stride, because under automatic partitioning a part of neighbouring rows would live on few
-devices, and all the others would wait for it or compute it again.
+Parts of neighbouring rows would lie on few devices under automatic partitioning, and all the other
+devices would wait for them or compute them again.
 """
 
 import math
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from .explicit_meshes import whole_unless_split
 
-# A number, or in `jax.export` a symbolic one.
+# A number, or a symbolic one in `jax.export`.
 Size = Any
 
 
@@ -35,11 +35,11 @@ def merge(tree: Any) -> Any:
 def accumulate(
     function: Callable[[Any], tuple[Any, Any]], rows: Any, parts: int, zeros: Any
 ) -> tuple[Any, Any]:
-    """`function` on one part of `rows` after the other.
+    """Applies `function` to one part of `rows` after the other.
 
     **Returns:**
 
-    The sum of its first results, which begins with `zeros`; and its second results, one for each
+    The sum of its first results, which starts at `zeros`, and its second results, one for each
     row, in the order of `rows`.
     """
     if parts == 1:
@@ -54,7 +54,7 @@ def accumulate(
 
 
 def nearest_divisor(number: int, wanted: float) -> int:
-    """The divisor of `number` that is nearest to `wanted`, in ratio."""
+    """The divisor of `number` whose ratio to `wanted` is nearest to 1."""
     divisors = (n for n in range(1, number + 1) if number % n == 0)
     return min(divisors, key=lambda n: abs(math.log(n / max(wanted, 1))))
 

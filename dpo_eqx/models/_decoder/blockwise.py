@@ -1,6 +1,6 @@
-"""The products of attention and their gradient, a block of queries at a time.
+"""The products of attention and their derivatives, a block of queries at a time.
 
-Who sees whom is a mask that `attention.py` makes; dropout of the weights is there too.
+`attention.py` makes the mask, and applies dropout to the weights.
 """
 
 from functools import partial
@@ -15,10 +15,10 @@ from ..._jax.linear_map import per_tile, with_transpose
 from ..._jax.mapped_axes import vary_alike
 from ..._jax.microbatches import nearest_divisor
 
-# The name by which a policy of `jax.checkpoint` may keep what attention's backward pass needs.
+# The name of the residuals of attention's backward pass, for a policy of `jax.checkpoint`.
 ATTENDED = "attended"
-# Scores of one row held at once; there are as many rows as pairs. On a CPU what fits its cache,
-# elsewhere 64 MiB of float32.
+# Scores of one row held at once; there are as many rows as pairs. On a CPU they fit its cache,
+# elsewhere they take 64 MiB of float32.
 SCORES_AT_ONCE = {"cpu": 2**19}
 SCORES_AT_ONCE_ELSEWHERE = 2**24
 
@@ -31,22 +31,29 @@ def blockwise(
     value: Float[Array, "batch key key_heads head_width"],
     mask: Bool[Array, "query key"],
 ) -> Float[Array, "batch query key_heads groups head_width"]:
-    """Attention of heads in groups, each group of which shares a key and a value.
+    """Attention with grouped heads: the heads of a group share a key and a value.
 
-    The backward pass computes the weights again from each query's normaliser: to keep them costs
-    more, in memory and in time.
+    The backward pass computes the weights again from each query's normaliser. Storing them would
+    cost more memory and more time.
 
     **Arguments:**
 
-    - `scale`: of the scores; `softcap`: of the scaled scores, or `None`.
-    - `mask`: true where a query sees a key.
+    - `scale`: the factor of the scores.
+    - `softcap`: the soft cap of the scaled scores, or `None`.
+    - `query`, `key`, `value`: shapes `(batch, query, key_heads, groups, head_width)` and, for the
+        last two, `(batch, key, key_heads, head_width)`.
+    - `mask`: true where a query sees a key. Shape `(query, key)`.
+
+    **Returns:**
+
+    The weighted sums of values, in the shape of `query`.
     """
     return _attended(scale, softcap, query, key, value, mask)[0]
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _attended(scale, softcap, query, key, value, mask):
-    """The output and the normaliser of each query's scores: all that the derivatives need."""
+    """The output, and the normaliser of each query's scores for the derivatives."""
     size, length = _block_size(query, key), query.shape[1]
 
     def block(operands):
@@ -77,10 +84,11 @@ def _attended_jvp(scale, softcap, primals, tangents):
 
 
 def _push(scale, softcap, primals, results, tangents):
-    r"""What tangents of query, key and value are in the output and the normalisers.
+    r"""The tangents of the output and the normalisers, from those of query, key and value.
 
-    With $P$ the weights and $dS$ the tangents of the scores, a normaliser moves by their mean
-    under $P$, and the output $O$ by $(P \circ dS) V + P\,dV$ less that mean times $O$.
+    With weights $P$ and tangents $dS$ of the scores, the tangent of a normaliser is the mean of
+    $dS$ under $P$. The tangent of the output $O$ is $(P \circ dS) V + P\,dV$ minus that mean
+    times $O$.
     """
     query, key, value, mask = primals
     (output, normaliser), (in_query, in_key, in_value) = results, tangents
@@ -131,7 +139,7 @@ def _pull(scale, softcap, primals, results, cotangents):
         weights = jnp.exp(factor * scores - normaliser)
         slopes = scale * weights * (_product("btkgh,bskh->bksgt", cotangent, value) - mean)
         if softcap is not None:
-            # Scores are of a tanh here, but for masked ones.
+            # The slope of tanh. Masked scores are below -1.
             slopes = slopes * (1 - jnp.maximum(scores, -1) ** 2)
         slopes, weights = slopes.astype(narrow), weights.astype(narrow)
         in_query = _product("bksgt,bskh->btkgh", slopes, key).astype(narrow)
@@ -149,18 +157,19 @@ def _pull(scale, softcap, primals, results, cotangents):
 
 
 def scores_of(scale, softcap, query, key, mask, *, keys_first=False) -> tuple[Array, float]:
-    """What the softmax is of, in float32 or wider, but for a factor. Arguments as of `blockwise`.
+    """The scores, in float32 or wider, and a factor; the softmax is of their product.
 
-    The factor is left to be multiplied after the largest is subtracted: a product before it is
-    rounded in one program and not in another, as XLA fuses the two or not.
+    The caller multiplies by the factor after it subtracts the largest score. XLA may or may not
+    fuse an earlier product with the subtraction, so that its rounding would differ from program to
+    program. The other arguments are those of `blockwise`.
 
     **Returns:**
 
-    Scores of shape `(batch, key_heads, groups, query, key)`, or with `keys_first`, which is how the
-    backward pass wants them, `(batch, key_heads, key, groups, query)`; and the factor.
+    Scores of shape `(batch, key_heads, groups, query, key)`, or
+    `(batch, key_heads, key, groups, query)` with `keys_first`, as the backward pass needs them; and
+    the factor.
     """
-    # Here and in `blockwise` the operands of products stand in the order in which no scores are
-    # copied to transpose them.
+    # This order of the operands, here and in `blockwise`, avoids copies that transpose the scores.
     if keys_first:
         scores, mask = _product("btkgh,bskh->bksgt", query, key), mask.T[:, None]
     else:
@@ -174,23 +183,22 @@ def scores_of(scale, softcap, query, key, mask, *, keys_first=False) -> tuple[Ar
 
 
 def _at_most_zero(x: Array) -> Array:
-    """As it came, since none is larger.
+    """`x` itself: no entry is above 0.
 
-    On a CPU, XLA takes a largest score, a difference and an exponential together and has a kernel
-    of its own for them, with another exponential, but not where a gradient needs the largest too.
-    It does not look past this clamp, so that a policy and a reference of the same parameters agree
-    to the last bit.
+    On a CPU, XLA fuses the maximum, the difference and the exponential into a kernel with another
+    exponential, but not if a gradient needs the maximum too. This clamp prevents that fusion, so
+    that a policy and a reference with the same parameters agree to the last bit.
     """
     return jax.lax.clamp(jnp.finfo(x.dtype).min, x, jnp.zeros((), x.dtype))
 
 
 def _product(form: str, one: Array, other: Array) -> Array:
-    """An einsum accumulated and given in float32 or wider."""
+    """An einsum that is accumulated and returned in float32 or wider."""
     return jnp.einsum(form, one, other, preferred_element_type=at_least_float32(one.dtype))
 
 
 def _block_size(query: Array, key: Array) -> int:
-    """How many queries are taken at a time, so that not all scores are held at once."""
+    """The number of queries in a block, which bounds the scores held at once."""
     length = query.shape[1]
     heads = query.shape[0] * query.shape[2] * query.shape[3]
     at_once = SCORES_AT_ONCE.get(jax.default_backend(), SCORES_AT_ONCE_ELSEWHERE)
@@ -201,7 +209,7 @@ def _block_size(query: Array, key: Array) -> int:
 
 
 def _blocks(x: Array, size: int, axis: int) -> Array:
-    """Neighbours along `axis` together, zeros behind them, the blocks as a new first axis."""
+    """Blocks of neighbours along `axis`, padded with zeros, as a new first axis."""
     padding = [(0, 0)] * x.ndim
     padding[axis] = (0, -x.shape[axis] % size)
     blocked = jnp.pad(x, padding).reshape(*x.shape[:axis], -1, size, *x.shape[axis + 1 :])
