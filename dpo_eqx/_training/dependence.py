@@ -13,6 +13,8 @@ import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 from jaxtyping import PyTree
 
+from .._jax.paths import leaf_name
+
 
 def dependent_paths(function: Callable[[Any], Any], tree: PyTree) -> list[str]:
     """The paths of the arrays in `function(tree)` that depend on an array of `tree`.
@@ -23,11 +25,7 @@ def dependent_paths(function: Callable[[Any], Any], tree: PyTree) -> list[str]:
     closed, arrays, _ = eqx.filter_make_jaxpr(lambda tree: _open_functions(function(tree)))(tree)
     dependent = _outputs(closed.jaxpr, [True] * len(closed.jaxpr.invars))
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(arrays)]
-    return [
-        jax.tree_util.keystr(path, simple=True, separator=".")
-        for path, depends in zip(paths, dependent, strict=True)
-        if depends
-    ]
+    return [leaf_name(path) for path, depends in zip(paths, dependent, strict=True) if depends]
 
 
 def _open_functions(tree: PyTree) -> PyTree:

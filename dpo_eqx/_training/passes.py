@@ -26,6 +26,7 @@ from .._jax.dtypes import in_dtype, in_dtypes_of, in_float32_at_least, is_narrow
 from .._jax.keys import Keys, own_keys
 from .._jax.mapped_axes import AxisName, total, vary
 from .._jax.microbatches import accumulate, check_divides
+from .._jax.paths import leaf_name
 from .._scoring.policy_checks import where_arrays_are
 from ..losses._marks import is_coupled
 from ..protocols import Loss, MetricsFunction, Score
@@ -152,7 +153,7 @@ def split_trainable(policy: PyTree, trainable: PyTree) -> tuple[PyTree, PyTree]:
         )
     for path, leaf in selected:
         if not eqx.is_inexact_array(leaf):
-            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            name = leaf_name(path)
             raise ValueError(
                 "`trainable` must select floating-point arrays only, which can be differentiated; "
                 f"it selects `{name}`, {leaf!r}."

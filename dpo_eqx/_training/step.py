@@ -17,6 +17,7 @@ from .._jax.dtypes import in_dtypes_of, in_float32_at_least
 from .._jax.keys import Keys
 from .._jax.mapped_axes import AxisName
 from .._jax.partitioning import beside_sweeps
+from .._jax.paths import leaf_name
 from .._scoring.score import score_pairs
 from ..protocols import Gradient, Loss, MetricsFunction, Score, Step
 from .extra_args import extra_args
@@ -221,6 +222,5 @@ def _check_opt_state(
 
 def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
     return {
-        jax.tree_util.keystr(path, simple=True, separator="."): jnp.shape(leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        leaf_name(path): jnp.shape(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }

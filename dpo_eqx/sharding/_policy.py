@@ -12,6 +12,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
+from .._jax.paths import leaf_name
 from ._rules import TRANSFORMER, Rules, spec_of
 
 Tree = TypeVar("Tree")
@@ -77,7 +78,7 @@ def shard_policy(policy: Tree, mesh: Mesh, *, rules: Rules | None = None) -> Tre
     place = placement(mesh, rules=rules)
 
     def put(path, leaf):
-        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        name = leaf_name(path)
         return put_on(leaf, place(name, leaf)) if isinstance(leaf, jax.Array | np.ndarray) else leaf
 
     return jax.tree_util.tree_map_with_path(put, policy)

@@ -16,6 +16,7 @@ from jaxtyping import PyTree
 
 from ... import models
 from ..._jax.dtypes import in_dtype, in_float32_at_least
+from ..._jax.paths import leaf_name
 from ...models._checkpoint.folder import CONFIG, DTYPES, Weights, read_json, resolve
 from ..settings.settings import Settings
 
@@ -113,7 +114,7 @@ def check_saved(policy: PyTree, settings: Settings) -> None:
     """
     for path, leaf in jax.tree_util.tree_leaves_with_path(eqx.filter(policy, eqx.is_inexact_array)):
         if leaf.dtype == np.float16 and not np.isfinite(leaf).all():
-            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            name = leaf_name(path)
             raise ValueError(
                 f"The finished model cannot be saved in float16: `{name}` has values beyond "
                 f"{np.finfo(np.float16).max}. The last checkpoint in {settings.output} is not "

@@ -2,8 +2,8 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
+from ...models._checkpoint.checks import token_ids
 from ...models._checkpoint.folder import resolve
 from .data import vocab_size
 
@@ -20,9 +20,9 @@ def check_one_vocabulary(model: str, other: str, flag: str) -> None:
             f"{other} has {sizes[1]}. Their distributions cannot be compared; give the model that "
             "training started from."
         )
-    tables = [_table(resolve(path)) for path in (model, other)]
-    if None not in tables and tables[0] != tables[1]:
-        token = sorted(set(tables[0].items()) ^ set(tables[1].items()))[0][0]
+    ours, theirs = (_table(resolve(path)) for path in (model, other))
+    if ours is not None and theirs is not None and ours != theirs:
+        token = sorted(set(ours.items()) ^ set(theirs.items()))[0][0]
         raise ValueError(
             f"`{flag}` must have the vocabulary of `--model`: their tokenizers differ, for "
             f"instance in {token!r}. Give the model that training started from."
@@ -41,14 +41,7 @@ def has_tokenizer(model: str) -> bool:
     return any((resolve(model) / name).is_file() for name in names)
 
 
-def _table(folder: Path) -> Any:
+def _table(folder: Path) -> dict[str, int] | None:
     """The ids of all tokens in `tokenizer.json`; `None` if the folder has no such file."""
     path = folder / "tokenizer.json"
-    if not path.is_file():
-        return None
-    tokenizer = json.loads(path.read_text(encoding="utf-8"))
-    tokens = tokenizer.get("model", {}).get("vocab")
-    # A unigram model lists its tokens in the order of their ids.
-    ids = tokens if isinstance(tokens, dict) else {row[0]: i for i, row in enumerate(tokens or [])}
-    added = tokenizer.get("added_tokens") or []
-    return ids | {token["content"]: token["id"] for token in added}
+    return token_ids(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import re
 import warnings
+from typing import Any
 
 import numpy as np
 
@@ -73,17 +74,21 @@ def check_tokenizer(origin: Origin, vocab: int) -> None:
     """Raises if the tokenizer has ids outside the vocabulary."""
     if "tokenizer.json" not in origin.files:
         return
-    tokenizer = json.loads(origin.files["tokenizer.json"])
-    tokens = {token["content"]: token["id"] for token in tokenizer.get("added_tokens") or []}
-    table = tokenizer.get("model", {}).get("vocab")
-    # A unigram model lists its tokens in the order of their ids.
-    tokens |= table if isinstance(table, dict) else {row[0]: i for i, row in enumerate(table or [])}
+    tokens = token_ids(json.loads(origin.files["tokenizer.json"]))
     largest = max(tokens, key=lambda token: tokens[token], default=None)
     if largest is not None and tokens[largest] >= vocab:
         raise ValueError(
             f"`vocab_size` must be above every id of the tokenizer; it is {vocab}, and "
             f"{largest!r} has the id {tokens[largest]}. Resize the embedding, or remove the token."
         )
+
+
+def token_ids(tokenizer: dict[str, Any]) -> dict[str, int]:
+    """The id of each token, from the content of a `tokenizer.json`."""
+    table = tokenizer.get("model", {}).get("vocab")
+    # A unigram model lists its tokens in the order of their ids.
+    ids = table if isinstance(table, dict) else {row[0]: i for i, row in enumerate(table or [])}
+    return ids | {token["content"]: token["id"] for token in tokenizer.get("added_tokens") or []}
 
 
 def shorten(problems: list[str], limit: int = 12) -> str:
