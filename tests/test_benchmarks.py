@@ -48,6 +48,7 @@ def three_losses(training) -> list[float]:
     return losses
 
 
+@pytest.mark.slow
 def test_ours_and_plain_jax_have_the_same_losses(tmp_path):
     write_checkpoints(TINY, tmp_path)
     files = [tmp_path / name for name in ("policy", "reference")]

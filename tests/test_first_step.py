@@ -106,9 +106,9 @@ def policy(request):
         ("bfloat16", 1),
         pytest.param("bfloat16", 2, marks=pytest.mark.slow),
         pytest.param("float32", 1, marks=pytest.mark.slow),
-        ("float32", 2),
+        pytest.param("float32", 2, marks=pytest.mark.slow),
         pytest.param("float64", 1, marks=pytest.mark.slow),
-        ("float64", 2),
+        pytest.param("float64", 2, marks=pytest.mark.slow),
     ],
 )
 def test_the_first_loss_is_log_two(policy, dtype, microbatches):

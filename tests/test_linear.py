@@ -72,11 +72,13 @@ def test_every_part_of_the_vocabulary_counts(tiny_tiles, chunk_size, softcap):
 def check_chunks(chunk_size, softcap):
     operands, targets, slopes = example()
     plain, chunked = objectives(targets, slopes, softcap, chunk_size=chunk_size)
-    want = jax.value_and_grad(plain, (0, 1, 2))(*operands)
+    want = jax.jit(jax.value_and_grad(plain, (0, 1, 2)))(*operands)
     assert_close(jax.jit(jax.value_and_grad(chunked, (0, 1, 2)))(*operands), want, 1e-13)
 
 
-@pytest.mark.parametrize(("shape", "vocab"), [((1,), 1), ((1, 1), 9), ((3, 1, 2), 2)])
+@pytest.mark.parametrize(
+    ("shape", "vocab"), [((1,), 1), pytest.param((1, 1), 9, marks=pytest.mark.slow), ((3, 1, 2), 2)]
+)
 def test_small_shapes(shape, vocab):
     (hidden, unembedding, _), targets, slopes = example(shape, vocab)
     plain, chunked = objectives(targets, slopes, None, chunk_size=2)
@@ -119,7 +121,13 @@ def derivatives(function, *operands):
     )
 
 
-@pytest.mark.parametrize("settings", [(11, 2.0, 2), (16, None, None)], ids=["overlap", "whole"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param((11, 2.0, 2), id="overlap", marks=pytest.mark.slow),
+        pytest.param((16, None, None), id="whole"),
+    ],
+)
 def test_every_mode_and_order_at_slopes_of_zero(tiny_tiles, settings):
     vocab, softcap, chunk_size = settings
     operands, targets, _ = example((5,), vocab)
@@ -151,9 +159,14 @@ def test_every_mode_and_order_at_slopes_of_zero(tiny_tiles, settings):
 
 def test_linearize_of_the_hidden_states_alone(tiny_tiles):
     (hidden, head, _), targets, _ = example((3,))
-    got = jax.linearize(lambda h: dpx.linear_token_log_probs(h, head, targets), hidden)[1]
-    want = jax.jvp(lambda h: from_logits(h, head, None, targets, None), (hidden,), (hidden**2,))
-    np.testing.assert_allclose(got(hidden**2), want[1], rtol=1e-12)
+
+    @jax.jit
+    def both(hidden, along):
+        got = jax.linearize(lambda h: dpx.linear_token_log_probs(h, head, targets), hidden)[1]
+        want = jax.jvp(lambda h: from_logits(h, head, None, targets, None), (hidden,), (along,))
+        return got(along), want[1]
+
+    np.testing.assert_allclose(*both(hidden, hidden**2), rtol=1e-12)
 
 
 @pytest.mark.parametrize("vocab", [7, 31, 32003, 50257, 32008, 151936])
@@ -191,6 +204,7 @@ def test_a_symbolic_number_of_rows():
         np.testing.assert_allclose(exported.call(hidden[:n], targets[:n]), want, rtol=1e-13)
 
 
+@pytest.mark.slow  # compiles derivatives of derivatives
 def test_both_modes_of_both_orders(tiny_tiles):
     operands, targets, slopes = example((3,))
     _, chunked = objectives(targets, slopes, 2.0, chunk_size=2)
@@ -217,8 +231,8 @@ def test_a_masked_token_with_a_bad_hidden_state_contributes_nothing(bad):
         log_probs = dpx.linear_token_log_probs(hidden, head[0], targets, bias=head[1])
         return dpx.sequence_log_probs(log_probs, mask)
 
-    got = jax.value_and_grad(masked, (0, 1, 2))(spoiled, *head)
-    assert_close(got, jax.value_and_grad(masked, (0, 1, 2))(hidden, *head), 1e-15)
+    gradient = jax.jit(jax.value_and_grad(masked, (0, 1, 2)))
+    assert_close(gradient(spoiled, *head), gradient(hidden, *head), 1e-15)
     assert np.isnan(dpx.linear_token_log_probs(spoiled, head[0], targets)[2])
 
 
@@ -309,13 +323,13 @@ class TestShardedVocabulary:
     @property
     def want(self):
         plain, _ = objectives(self.targets, self.slopes, 2.0)
-        return jax.value_and_grad(plain, (0, 1, 2))(*self.operands)
+        return jax.jit(jax.value_and_grad(plain, (0, 1, 2)))(*self.operands)
 
     def local(self, hidden, unembedding, bias, targets, slopes):
         log_probs = self.over_tensor(hidden, unembedding, targets, bias=bias, softcap=2.0)
         return (slopes * log_probs).sum()
 
-    @pytest.mark.parametrize("check_vma", [True, False])
+    @pytest.mark.parametrize("check_vma", [True, pytest.param(False, marks=pytest.mark.slow)])
     def test_gradient_inside(self, check_vma):
         def inside(hidden, *rest):
             # The parameters vary over `data` from here on, as `make_grad` sees to.

@@ -39,6 +39,7 @@ class LogProbVariants(chex.TestCase, parameterized.TestCase):
 def test_gradients():
     logits, targets, mask = example()
 
+    @jax.jit
     def summed(logits):
         return dpx.sequence_log_probs(dpx.token_log_probs(logits, targets), mask).sum()
 
@@ -62,6 +63,7 @@ def test_a_masked_row_of_bad_logits_contributes_nothing(bad):
     logits[2] = bad
     mask = np.arange(5) != 2
 
+    @jax.jit
     def summed(logits):
         return dpx.sequence_log_probs(dpx.token_log_probs(logits, targets), mask)
 

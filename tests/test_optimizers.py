@@ -168,6 +168,7 @@ def test_value_gradient_and_function_are_exact(name, check_vma):
         optimizer = recorder(asked)
         return dpx.make_step(loss, optimizer, score=score, **options), optimizer.init(POLICY)
 
+    @jax.jit
     def direct(policy):
         ours, theirs = score(policy, BATCH), score(REFERENCE, BATCH)
         return (BATCH.weight * loss(ours, theirs).loss).sum() / BATCH.weight.sum()

@@ -80,7 +80,10 @@ def value_and_gradient(policy, batch, score, slopes):
     return log_probs, gradient
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize(
+    "name",
+    [*(pytest.param(n, marks=pytest.mark.slow) for n in ("window", "learned")), "mask", "windows"],
+)
 def test_equals_each_sequence_alone(name):
     policy = POLICIES[name]
     slopes = np.random.default_rng(1).normal(size=(2, len(ROWS)))

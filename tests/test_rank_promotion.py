@@ -78,7 +78,7 @@ def test_a_step(standard_promotion, policy, loss):
 
 def test_comparisons_and_counts():
     policy = Perceptron(jax.random.key(0))
-    sides = dpx.compare(policy, policy, BATCH)
+    sides = eqx.filter_jit(dpx.compare)(policy, policy, BATCH)
     counted = dpx.count_preferences(sides.policy, jnp.zeros(2), (sides.chosen_kl, sides.chosen_kl))
     assert counted.mean()["win_rate"] == 0.5
 

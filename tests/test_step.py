@@ -333,7 +333,7 @@ def test_narrow_parameters_keep_their_dtype_and_their_gradients_are_float32(
     assert not eqx.tree_equal(new_policy, policy)
 
 
-@pytest.mark.parametrize("microbatches", [1, 2])
+@pytest.mark.parametrize("microbatches", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_memory_falls_with_the_number_of_microbatches(microbatches):
     batch = random_batch(pairs=32, prompt=32, completion=64)
     policy = Attention(jax.random.key(0), width=16, length=256)

@@ -121,6 +121,7 @@ def test_a_finished_run_is_saved_once_more_in_another_dtype(narrow, whole, tmp_p
     assert len(lines_of(tmp_path / "run")) == RUN["steps"], "nothing is trained again"
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_has_the_same_bits(narrow, whole, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         at_line(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))

@@ -108,6 +108,7 @@ def killed_and_resumed(tmp_path, compiled, kinds):
     return number + 1
 
 
+@pytest.mark.slow
 def test_killed_while_a_checkpoint_is_written(tmp_path, compiled):
     killed_and_resumed(tmp_path, compiled, [kill_while_writing])
 

@@ -67,7 +67,9 @@ def check_alone(page):
     assert len(names) == len(set(names))
 
 
-@pytest.mark.parametrize("steps", [1, pytest.param(20, marks=pytest.mark.slow), 150])
+@pytest.mark.parametrize(
+    "steps", [pytest.param(n, marks=pytest.mark.slow) if n != 1 else n for n in (1, 20, 150)]
+)
 def test_a_run_of_any_length(steps, tmp_path, capsys):
     folder = written(tmp_path / "run", steps)
     status, out, err = report(capsys, folder)
@@ -97,6 +99,7 @@ def test_a_run_of_100000_steps(tmp_path, capsys):
     assert (folder / "report.html").stat().st_size < 1e6
 
 
+@pytest.mark.slow
 def test_several_runs(tmp_path, capsys, monkeypatch):
     folders = [written(tmp_path / "a", 3), written(tmp_path / "b", 5)]
     monkeypatch.chdir(tmp_path)

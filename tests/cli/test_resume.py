@@ -91,6 +91,7 @@ def json_lines(run):
     return [json.loads(line) for line in whole_lines]
 
 
+@pytest.mark.slow
 def test_a_crash_before_the_first_checkpoint(tmp_path, whole, monkeypatch):
     def crash():
         raise KeyboardInterrupt
@@ -102,6 +103,7 @@ def test_a_crash_before_the_first_checkpoint(tmp_path, whole, monkeypatch):
     go_on(tmp_path, whole)
 
 
+@pytest.mark.slow
 def test_a_full_disk(tmp_path, whole, compiled):
     write_data(tmp_path / "eval.jsonl", 5, 1)
     same_bits = {"JAX_ENABLE_X64": "1", "JAX_COMPILATION_CACHE_DIR": str(compiled)}

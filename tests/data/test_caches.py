@@ -157,8 +157,9 @@ def test_the_reference_is_computed_once_and_right(tmp_path):
     again = data.cache_reference(policy, rows, batch_size=7, folder=tmp_path, score=score_pairs)
     assert list(cached) == list(again)
     assert len(list(tmp_path.iterdir())) == 1
+    precompute = eqx.filter_jit(dpx.precompute_reference)
     for batch in data.batches(cached, batch_size=8, seed=1):
-        want = dpx.precompute_reference(policy, batch)
+        want = precompute(policy, batch)
         chex.assert_trees_all_close(batch.reference.chosen, want.chosen, rtol=1e-5, atol=1e-5)
         chex.assert_trees_all_close(batch.reference.rejected, want.rejected, rtol=1e-5, atol=1e-5)
         chex.assert_trees_all_equal(batch.reference.chosen_length, want.chosen_length)

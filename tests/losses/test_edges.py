@@ -203,8 +203,9 @@ def test_no_nan_and_finite_slopes(name, grid_of, dtype):
         assert (got["loss"][:, 1] == got["loss"][0, 1]).all()
 
 
+@pytest.mark.slow
 @table
-@pytest.mark.parametrize("dtype", [jnp.float32, pytest.param(jnp.float64, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 def test_finite_curvatures(name, grid_of, dtype):
     grid, got = grid_of(dtype), found(name, grid_of, dtype, dtype, second=True)
     sure = defined(name, grid)

@@ -17,15 +17,15 @@ TOLERANCE = 1e-9
 want = functools.cache(lambda name: plainly(COUPLED[name]))
 
 
-# Each loss once, each road at least once; the slow test below is the whole product.
+# Each road once by default, each loss with the slow ones; the slow test below is the product.
 @pytest.mark.parametrize(
     ("name", "road", "devices", "microbatches"),
     [
         ("aot", "shard_map", 8, 2),
-        ("aot_unpaired", "pmap", 2, 1),
-        ("beta_dpo", "automatic", 8, 2),
+        pytest.param(*("aot_unpaired", "pmap", 2, 1), marks=pytest.mark.slow),
+        pytest.param(*("beta_dpo", "automatic", 8, 2), marks=pytest.mark.slow),
         ("kto", "shard_map_unchecked", 2, 4),
-        ("bco", "shard_map", 2, 1),
+        pytest.param(*("bco", "shard_map", 2, 1), marks=pytest.mark.slow),
         ("bco_pair", "pmap", 8, 4),
         ("centred", "automatic", 1, 4),
     ],

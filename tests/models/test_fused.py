@@ -112,7 +112,9 @@ def test_a_mask_for_each_row():
 
 
 @pytest.mark.usefixtures("in_place_of_the_kernel")
-@pytest.mark.parametrize("settings", [{}, {"windows": (4, None), "remat": True}])
+@pytest.mark.parametrize(
+    "settings", [pytest.param({}, marks=pytest.mark.slow), {"windows": (4, None), "remat": True}]
+)
 def test_gradient_of_the_loss(settings):
     batch = random_batch(pairs=4)
 
@@ -159,7 +161,7 @@ def test_a_step_on_a_gpu_calls_the_kernel():
         ({"fused": False}, {}),
         ({"attention_softcap": 20.0}, {}),
         ({"head_width": 12}, {}),
-        ({"head_width": 136}, {}),
+        pytest.param({"head_width": 136}, {}, marks=pytest.mark.slow),
         ({}, {"compute_dtype": jnp.float32}),
         ({}, {"prompt": 7, "completion": 8}),
     ],

@@ -120,7 +120,7 @@ SEVEN = {"llama", "mistral-sliding", "qwen2", "qwen3", "gpt2", "phi", "gemma2"}
 @pytest.mark.parametrize(
     "folder",
     [
-        pytest.param(path, id=path.name, marks=() if path.name == "gpt2" else pytest.mark.slow)
+        pytest.param(path, id=path.name, marks=() if path.name == "qwen3" else pytest.mark.slow)
         for path in CHECKPOINTS
         if path.name in SEVEN
     ],

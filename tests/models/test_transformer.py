@@ -107,7 +107,7 @@ def test_bf16_keeps_its_residual_stream(policy):
     [
         ({}, 1),
         pytest.param({"layers": 1}, 1, marks=pytest.mark.slow),
-        ({"attention_softcap": 20.0}, 4),
+        pytest.param({"attention_softcap": 20.0}, 4, marks=pytest.mark.slow),
     ],
 )
 def test_the_first_margins_are_zero_to_the_last_bit(kind, microbatches):

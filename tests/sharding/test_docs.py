@@ -9,6 +9,7 @@ import pytest
 
 from ..policies import assert_close
 
+pytestmark = pytest.mark.slow  # the page runs one step in many ways, each compiled by itself
 PAGE = Path(__file__).parents[2] / "docs" / "devices.md"
 
 
