@@ -128,3 +128,52 @@ def test_the_first_loss_is_log_two(policy, dtype, microbatches):
     stored = dataclasses.replace(batch, reference=precompute(policy, batch, **options))
     _, precomputed = grad(policy, stored)
     assert abs(precomputed["loss"] - np.log(2)) < BOUNDS[dtype]
+
+
+class Casting(eqx.Module):
+    """A policy that casts inside itself: its parameters do not tell in which dtype it computes."""
+
+    policy: Decoder
+
+    def __call__(self, ids):
+        narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), self.policy)
+        return narrow(ids).astype(jnp.float32)
+
+
+class FastCasting(Casting):
+    """The same with the fast path."""
+
+    policy: FastDecoder
+
+    @property
+    def unembedding(self):
+        return self.policy.unembedding.astype(jnp.bfloat16)
+
+    def hidden(self, ids, layout, *, key=None):
+        narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), self.policy)
+        return narrow.hidden(ids, layout, key=key)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param((Casting, "unrolled"), marks=pytest.mark.slow),
+        pytest.param((Casting, "scanned"), marks=pytest.mark.slow),
+        (FastCasting, "fast"),
+    ],
+    ids=lambda kind: kind[1],
+)
+@pytest.mark.parametrize("microbatches", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_policies_that_cast_inside_themselves(kind, microbatches):
+    wrap, name = kind
+    policy = wrap(POLICIES[name]())
+    batch = random_batch(pairs=4, prompt=8, completion=20, weight=None)
+    options = {"microbatches": microbatches}
+    grad = eqx.filter_jit(dpx.make_grad(dpo, **options))
+    _, live = grad(policy, batch, policy)
+    precompute = eqx.filter_jit(dpx.precompute_reference)
+    stored = dataclasses.replace(batch, reference=precompute(policy, batch, **options))
+    _, precomputed = grad(policy, stored)
+    for metrics in (live, precomputed):
+        assert abs(metrics["loss"] - np.log(2)) < BOUNDS["bfloat16"]
+        assert metrics["grad_norm"] > 0

@@ -55,7 +55,9 @@ def make_grad(
         split. Sums run over all devices of the axis, and every device gets the whole gradient.
     - `compute_dtype`: the dtype to which the policy and the reference are cast for the forward
         pass. Gradients stay in the parameters' dtype, float32 at least. Complex arrays stay
-        complex, complex64 at least.
+        complex, complex64 at least. The first loss of DPO is log 2 in every dtype, because a policy
+        with narrow arrays is checkpointed: its forward pass is then compiled alike for policy and
+        reference. Wrap the call of a policy that casts inside itself in `eqx.filter_checkpoint`.
     - `reference_of`: makes the reference from the policy, as `models.without_lora` does. It is
         traced once more, to check that no array of the reference depends on trained arrays.
     - `metrics`: a function of the form
