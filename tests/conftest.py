@@ -1,5 +1,6 @@
-"""Settings of every test: eight virtual CPU devices, float64, shapes checked, no dtype promoted."""
+"""Settings of every test: eight virtual CPU devices, float64, shapes checked, nothing promoted."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -22,6 +23,7 @@ import pytest
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
 chex.set_n_cpu_devices(8)
 
 jaxtyping.install_import_hook("dpo_eqx", "beartype.beartype")
@@ -50,5 +52,6 @@ def bounded_programs():
     """
     yield
     maps = Path("/proc/self/maps")
-    if maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
+    if maps.exists() and maps.read_bytes().count(b"\n") > 10_000:
         jax.clear_caches()
+        gc.collect()

@@ -77,13 +77,18 @@ class Attention(eqx.Module):
     def __call__(self, ids):
         layout = dpx.Layout(jnp.asarray(ids.size), ids.size, ())
         logits = self.hidden(ids, layout) @ self.unembedding.T
-        logits = logits if self.unembedding_bias is None else logits + self.unembedding_bias
+        logits = add_bias(logits, self.unembedding_bias)
         return logits if self.softcap is None else self.softcap * jnp.tanh(logits / self.softcap)
 
     def hidden(self, ids, layout, *, key=None):
         x = self.tokens[ids] + self.positions[layout.positions]
         scores = jnp.where(layout.mask(), x @ self.query @ x.T, -jnp.inf)
         return x + jax.nn.softmax(scores, axis=-1) @ x @ self.value
+
+
+def add_bias(logits, bias):
+    """`logits + bias` of vectors along the last axis, without an implicit promotion of ranks."""
+    return logits if bias is None else logits + jnp.expand_dims(bias, range(logits.ndim - 1))
 
 
 class Plain(eqx.Module):

@@ -34,7 +34,7 @@ class Complex(eqx.Module):
     def __call__(self, ids):
         x = self.table[ids]
         before = jnp.concatenate([jnp.zeros_like(x[:1]), x[:-1]])
-        return jnp.real(x + self.decay * before) @ self.head.T
+        return jnp.real(x + self.decay[None] * before) @ self.head.T
 
 
 POLICY, REFERENCE = Complex(jax.random.key(0)), Complex(jax.random.key(1))

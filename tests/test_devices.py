@@ -75,7 +75,7 @@ def on_mesh(function, mesh=MESH, rows=ROWS):
     return jax.jit(jax.shard_map(function, mesh=mesh, in_specs=(P(), rows), out_specs=P()))
 
 
-@pytest.mark.parametrize("microbatches", [1, 2])
+@pytest.mark.parametrize("microbatches", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_shard_map(alone, batch, check_vma, microbatches):
     loss, want = alone
@@ -89,7 +89,7 @@ def test_shard_map(alone, batch, check_vma, microbatches):
     assert_close(jax.jit(step)(arrays(POLICY), batch, arrays(REFERENCE)), want, TOLERANCE)
 
 
-@pytest.mark.parametrize("microbatches", [1, 2])
+@pytest.mark.parametrize("microbatches", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_pmap(alone, batch, microbatches):
     loss, want = alone
     step = jax.pmap(
@@ -128,7 +128,7 @@ def sharded(batch, mesh=MESH):
     return jax.device_put(batch, NamedSharding(mesh, P("data")))
 
 
-@pytest.mark.parametrize("microbatches", [1, 2])
+@pytest.mark.parametrize("microbatches", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_automatic_partitioning(alone, batch, microbatches):
     loss, want = alone
     step = eqx.filter_jit(dpx.make_step(loss, SGD, microbatches=microbatches))
@@ -138,7 +138,7 @@ def test_automatic_partitioning(alone, batch, microbatches):
 
 
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
-@pytest.mark.parametrize("microbatches", [2, 4])
+@pytest.mark.parametrize("microbatches", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_microbatches_on_one_device(loss, batch, microbatches):
     def gradient(count):
         return eqx.filter_jit(dpx.make_grad(loss, microbatches=count))(POLICY, batch, REFERENCE)

@@ -95,7 +95,10 @@ POLICIES = {
 }
 
 
-@pytest.fixture(params=POLICIES)
+@pytest.fixture(
+    params=[pytest.param(n, marks=pytest.mark.slow) for n in ("unrolled", "scanned")]
+    + ["fast", "recurrent"]
+)
 def policy(request):
     return POLICIES[request.param]()
 

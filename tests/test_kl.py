@@ -13,7 +13,7 @@ from jax.sharding import AxisType, PartitionSpec as P
 import dpo_eqx as dpx
 from dpo_eqx._head import tiles
 
-from .policies import Attention, Perceptron, Plain, assert_close, random_batch
+from .policies import Attention, Perceptron, Plain, add_bias, assert_close, random_batch
 
 VOCAB, WIDTHS = 16, (5, 3)
 
@@ -43,7 +43,7 @@ def brute_force(logits, reference_logits):
 
 def logits_of(hidden, unembedding, bias, softcap):
     logits = hidden @ unembedding.T
-    logits = logits if bias is None else logits + bias
+    logits = add_bias(logits, bias)
     return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
 
 

@@ -14,7 +14,7 @@ import dpo_eqx as dpx
 from dpo_eqx._head import tiles
 from dpo_eqx._head.linear import linear_collisions
 
-from .policies import assert_close
+from .policies import add_bias, assert_close
 
 VOCAB, WIDTH = 16, 5
 
@@ -32,7 +32,7 @@ def example(shape=(2, 7), vocab=VOCAB, dtype=jnp.float64):
 
 def from_logits(hidden, unembedding, bias, targets, softcap):
     logits = hidden @ unembedding.T
-    logits = logits if bias is None else logits + bias
+    logits = add_bias(logits, bias)
     logits = logits if softcap is None else softcap * jnp.tanh(logits / softcap)
     return dpx.token_log_probs(logits, targets)
 
@@ -290,7 +290,7 @@ def test_narrow_inputs_are_summed_in_float32(dtype, bound):
 def test_collisions_are_the_sum_of_squared_probabilities(tiny_tiles):
     (hidden, unembedding, bias), _, _ = example()
     got = linear_collisions(hidden, unembedding, bias=bias, softcap=2.0, chunk_size=3)
-    probs = jax.nn.softmax(2 * jnp.tanh((hidden @ unembedding.T + bias) / 2))
+    probs = jax.nn.softmax(2 * jnp.tanh(add_bias(hidden @ unembedding.T, bias) / 2))
     np.testing.assert_allclose(got, jnp.log((probs**2).sum(-1)), rtol=1e-12)
 
 

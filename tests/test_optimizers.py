@@ -28,7 +28,7 @@ def score(policy, batch, *, key=None):
 
     def total(tokens):
         ids = jnp.where(tokens.mask, tokens.ids, 0)
-        numbers = jnp.tanh(policy["table"][ids] * policy["scale"]).sum(-1)
+        numbers = jnp.tanh(policy["table"][ids] * policy["scale"][None, None]).sum(-1)
         return jnp.where(tokens.mask, numbers, 0).sum(-1)
 
     return dpx.PairLogProbs(total(batch.chosen), total(batch.rejected), weight=batch.weight)

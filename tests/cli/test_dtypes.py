@@ -134,6 +134,7 @@ def test_an_interrupted_run_has_the_same_bits(narrow, whole, tmp_path, monkeypat
     assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
 
 
+@pytest.mark.slow
 def test_half_precision_on_request_is_warned_of(narrow, tmp_path, capsys):
     assert small(tmp_path, model=narrow, **RUN | {"steps": 2}, dtype="bfloat16") == 0
     first, second = capsys.readouterr().err.splitlines()

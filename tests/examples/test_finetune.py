@@ -10,6 +10,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from dpo_eqx import models
 
@@ -59,6 +60,7 @@ def test_finetune(tmp_path, monkeypatch, capsys):
     assert len({(tmp_path / name / "tokenizer.json").read_bytes() for name in names}) == 1
 
 
+@pytest.mark.slow
 def test_a_bfloat16_checkpoint_learns_from_updates_that_bfloat16_would_round_away(
     tmp_path, monkeypatch, capsys
 ):

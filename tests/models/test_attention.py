@@ -37,7 +37,10 @@ def oracle(query, key, value, mask, scale, softcap):
 
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("softcap", [None, 2.0])
-@pytest.mark.parametrize(("dtype", "bound"), [(jnp.float64, 1e-13), (jnp.float32, 1e-6)])
+@pytest.mark.parametrize(
+    ("dtype", "bound"),
+    [(jnp.float64, 1e-13), pytest.param(jnp.float32, 1e-6, marks=pytest.mark.slow)],
+)
 def test_by_layout(window, softcap, dtype, bound):
     config = dataclasses.replace(CONFIG, attention_softcap=softcap)
     row = draw(LAYOUT.length, dtype)
@@ -75,7 +78,7 @@ def plain(query, key, value, mask, softcap):
 
 # With 150 the queries, of a prime number, go in blocks of 3 with 2 more as padding.
 @pytest.mark.parametrize(("length", "at_once"), [(6, 1), (6, 40), (7, 150), (6, 10**6)])
-@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("softcap", [pytest.param(None, marks=pytest.mark.slow), 2.0])
 def test_gradient_block_by_block(monkeypatch, length, at_once, softcap):
     monkeypatch.setitem(blockwise.SCORES_AT_ONCE, "cpu", at_once)
     config = dataclasses.replace(CONFIG, attention_softcap=softcap)

@@ -111,10 +111,9 @@ def test_a_mask_for_each_row():
     check(lambda config, *x: each(config, masks, *x), *operands())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_place_of_the_kernel")
-@pytest.mark.parametrize(
-    "settings", [pytest.param({}, marks=pytest.mark.slow), {"windows": (4, None), "remat": True}]
-)
+@pytest.mark.parametrize("settings", [{}, {"windows": (4, None), "remat": True}])
 def test_gradient_of_the_loss(settings):
     batch = random_batch(pairs=4)
 

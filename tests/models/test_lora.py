@@ -100,7 +100,8 @@ def test_any_equinox_module():
     assert np.abs(logits - call(merged, ids)).max() < 1e-5
 
 
-@pytest.mark.parametrize("dtype", [pytest.param(jnp.float32, marks=pytest.mark.slow), jnp.bfloat16])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_step_changes_adapters_only(dtype):
     base = models.load(FOLDER / "families" / "qwen3", dtype=dtype)
     policy = models.add_lora(base, rank=4, key=jax.random.key(0))

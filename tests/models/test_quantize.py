@@ -182,6 +182,7 @@ def test_gradients_are_those_on_the_decoded_weights(quantised):
     assert metrics["grad_norm"] > 0
 
 
+@pytest.mark.slow
 def test_over_a_mesh(quantised):
     """Codes and scales are split as the weights would be; the gradients are those of one device."""
     placed = sharding.shard_policy(models.pin_lora(quantised), MESH)
