@@ -31,6 +31,7 @@ class Records:
     - `source`: the source in words, for messages.
     - `columns`: maps our names to the names in the source.
     - `path`: the file or folder, if there is one; its content is the key of caches.
+    - `split`: the split that was asked for; it is part of that key.
     - `once`: whether the records can be read only once.
     - `in_memory`: whether the records are known to fit in memory.
     """
@@ -42,10 +43,11 @@ class Records:
         columns: Mapping[str, str | None],
         *,
         path: Path | None = None,
+        split: str | None = None,
         once: bool = False,
         in_memory: bool = True,
     ):
-        self._open, self._columns, self._path = open_records, columns, path
+        self._open, self._columns, self._path, self._split = open_records, columns, path, split
         self._form: Form | None = None
         self._once, self._spent = once, False
         self.source, self.in_memory = source, in_memory
@@ -86,10 +88,16 @@ class Records:
         return first
 
     def fingerprint(self) -> str | None:
-        """A digest of the files' content and of the column names; `None` without files."""
+        """A digest of all that decides the records: the files, the split and the column names.
+
+        It is `None` without files.
+        """
         if self._path is None:
             return None
-        return digest_files(files_of(self._path), self._columns)
+        files = files_of(self._path)
+        # The names within a folder decide which split a file belongs to.
+        names = [file.relative_to(self._path).as_posix() for file in files]
+        return digest_files(files, names, self._split, self._columns)
 
     def __str__(self):
         return f"{self.source}: {self.form}"
@@ -158,4 +166,5 @@ def _read_path(source: str | Path, columns: Mapping[str, str | None], split: str
     if not path.exists():
         return Records(opened, str(source), columns, in_memory=False)
     size = sum(file.stat().st_size for file in files_of(path))
-    return Records(opened, str(source), columns, path=path, in_memory=size <= IN_MEMORY_BYTES)
+    in_memory = size <= IN_MEMORY_BYTES
+    return Records(opened, str(source), columns, path=path, split=split, in_memory=in_memory)
