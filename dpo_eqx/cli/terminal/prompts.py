@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ...data._records.prompts import split_shared_prompt
-from ...data._records.records import check_ids, check_messages, check_text, is_redundant
+from ...data._records.records import is_redundant
 from ...data._records.sources import open_source
+from ...data._records.values import check_ids, check_messages, check_text
 from ...data._tokens.tokenizers import as_ids, encode_all, special_id, start_id_of
 from .texts import decode
 

@@ -4,10 +4,18 @@
 """
 
 import dataclasses
-import math
-from collections.abc import Callable, Iterable, Mapping
-from numbers import Real
+from collections.abc import Callable, Mapping
 from typing import Any
+
+from .nulls import without_nulls, without_nulls_in_tools
+from .values import (
+    check_ids,
+    check_label,
+    check_messages,
+    check_number,
+    check_text,
+    ticked,
+)
 
 FORMS = {
     "token ids": ("prompt_ids", "chosen_ids", "rejected_ids"),
@@ -61,9 +69,9 @@ class Form:
 
     def __str__(self):
         kind = "" if self.tokenized else ", conversations" if self.conversational else ", text"
-        parts = [f"{self.name}{kind}: {_ticked(self.columns)}"]
-        parts += [f"with {_ticked(self.numbers)}"] if self.numbers else []
-        parts += [f"not used: {_ticked(self.ignored)}"] if self.ignored else []
+        parts = [f"{self.name}{kind}: {ticked(self.columns)}"]
+        parts += [f"with {ticked(self.numbers)}"] if self.numbers else []
+        parts += [f"not used: {ticked(self.ignored)}"] if self.ignored else []
         return "; ".join(parts)
 
 
@@ -102,7 +110,7 @@ def _no_form(record: Mapping[str, Any], where: str) -> str:
     missing = [column for column in FORMS[nearest] if column not in record]
     return (
         f"{where} must have the columns of one form. The nearest is `{nearest}`, which needs "
-        f"{_ticked(FORMS[nearest])}; missing: {_ticked(missing)}; found: {_ticked(record)}. "
+        f"{ticked(FORMS[nearest])}; missing: {ticked(missing)}; found: {ticked(record)}. "
         f'If a column has another name, give it: `columns={{"{missing[0]}": "its name"}}`.'
     )
 
@@ -116,7 +124,7 @@ def rename(record: Mapping[str, Any], columns: Mapping[str, str | None], where: 
         elif name not in record:
             raise ValueError(
                 f"`columns` maps `{ours}` to `{name}`, which {where} does not have; found: "
-                f"{_ticked(record)}."
+                f"{ticked(record)}."
             )
     moved = {name for name in columns.values() if name is not None}
     kept = {name: value for name, value in renamed.items() if name not in moved}
@@ -137,8 +145,8 @@ def check_columns(columns: Mapping[str, str | None] | None) -> dict[str, str | N
         return {ours: name for name, ours in columns.items() if ours is not None}
     unknown = [name for name in columns if name not in KNOWN]
     raise ValueError(
-        f"`columns` must map our names to the file's names; {_ticked(unknown)} is not one of our "
-        f"names: {_ticked(sorted(KNOWN))}."
+        f"`columns` must map our names to the file's names; {ticked(unknown)} is not one of our "
+        f"names: {ticked(sorted(KNOWN))}."
     )
 
 
@@ -153,7 +161,7 @@ def check_record(record: Mapping[str, Any], form: Form, where: str) -> dict[str,
         if record.get(column) is None:
             raise ValueError(
                 f"`{column}` is missing in {where}, which is read as {form}; found: "
-                f"{_ticked(name for name, value in record.items() if value is not None)}."
+                f"{ticked(name for name, value in record.items() if value is not None)}."
             )
     for column in NUMBERS:
         # A column that only later records have would be lost silently.
@@ -164,7 +172,12 @@ def check_record(record: Mapping[str, Any], form: Form, where: str) -> dict[str,
             )
     checked = {c: _checker(c, form)(record[c], f"`{c}` in {where}") for c in form.columns}
     checked |= {c: check_number(c, record[c], f"`{c}` in {where}") for c in form.numbers}
-    return checked | {c: record[c] for c in TEMPLATE if record.get(c) is not None}
+    return checked | _for_template(record)
+
+
+def _for_template(record: Mapping[str, Any]) -> dict[str, Any]:
+    cleaned = {"tools": without_nulls_in_tools, "chat_template_kwargs": without_nulls}
+    return {c: cleaned[c](record[c]) for c in TEMPLATE if record.get(c) is not None}
 
 
 def _checker(column: str, form: Form) -> Callable[[Any, str], Any]:
@@ -173,93 +186,3 @@ def _checker(column: str, form: Form) -> Callable[[Any, str], Any]:
     if form.tokenized:
         return check_ids
     return check_messages if form.conversational else check_text
-
-
-def check_text(value: Any, what: str) -> str:
-    """`value` if it is text that can be encoded, else a `ValueError`."""
-    if not isinstance(value, str):
-        raise ValueError(f"{what} must be text; got {found(value)}.")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{what} must be text that has a UTF-8 form; character {error.start} is the lone "
-            f"surrogate {value[error.start]!r}. Repair or drop the record."
-        ) from None
-    return value
-
-
-def check_messages(value: Any, what: str) -> list[dict[str, Any]]:
-    """`value` if it is a list of messages with a role and a content, else a `ValueError`.
-
-    Keys with the value `None` are left out: a columnar file adds them if any message has the key.
-    """
-    if not isinstance(value, list):
-        raise ValueError(
-            f"{what} must be a list of messages like the other records'; got {found(value)}."
-        )
-    return [_check_message(message, f"message {i} of {what}") for i, message in enumerate(value)]
-
-
-def _check_message(message: Any, what: str) -> dict[str, Any]:
-    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-        raise ValueError(f"{what} must be a mapping with a `role` of text; got {found(message)}.")
-    content = message.get("content")
-    if isinstance(content, str):
-        check_text(content, f"`content` of {what}")
-    elif content is not None and not isinstance(content, list):
-        raise ValueError(f"`content` of {what} must be text; got {found(content)}.")
-    elif content is None and "tool_calls" not in message:
-        raise ValueError(f"{what} must have a `content`; got {found(dict(message))}.")
-    return {key: item for key, item in message.items() if item is not None}
-
-
-def check_ids(value: Any, what: str) -> list[int]:
-    """`value` as a list of token ids, else a `ValueError`."""
-    value = value.tolist() if hasattr(value, "tolist") else value
-    if not isinstance(value, list | tuple) or not all(type(i) is int for i in value):
-        raise ValueError(f"{what} must be a list of integers; got {found(value)}.")
-    if any(not 0 <= i < 2**31 for i in value):
-        worst = next(i for i in value if not 0 <= i < 2**31)
-        raise ValueError(f"{what} must hold token ids from 0 to 2**31 - 1; got {worst}.")
-    return list(value)
-
-
-def check_label(value: Any, what: str) -> bool:
-    """`value` as a boolean, also from 0 and 1, else a `ValueError`."""
-    value = value.item() if hasattr(value, "item") else value
-    if type(value) not in (bool, int) or value not in (0, 1):
-        raise ValueError(
-            f"{what} must be true (a desirable completion) or false; got {found(value)}."
-        )
-    return bool(value)
-
-
-def check_number(column: str, value: Any, what: str) -> float:
-    """`value` as a finite number in the range of its column, else a `ValueError`."""
-    value = value.item() if hasattr(value, "item") else value
-    # First a float: an integer of a thousand digits passes comparisons, but converting it raises.
-    number = _as_float(value)
-    if not math.isfinite(number):
-        raise ValueError(f"{what} must be a finite number; got {found(value)}.")
-    if (column == "weight" and number < 0) or (column == "beta" and not number > 0):
-        rule = "not be negative" if column == "weight" else "be positive"
-        raise ValueError(f"{what} must {rule}; got {value}.")
-    return number
-
-
-def _as_float(value: Any) -> float:
-    try:
-        return float(value) if isinstance(value, Real) and type(value) is not bool else math.nan
-    except OverflowError:
-        return math.inf
-
-
-def found(value: Any) -> str:
-    """A value in words for an error: the beginning of its text, and its type."""
-    text = repr(value)
-    return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"
-
-
-def _ticked(names: Iterable[Any]) -> str:
-    return ", ".join(f"`{name}`" for name in names) or "none"

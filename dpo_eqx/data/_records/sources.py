@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ..._extras import require
-from .records import found
+from .nulls import AddedDefaults
+from .values import found
 
 Located = tuple[str, Mapping[str, Any]]
 
@@ -134,9 +135,10 @@ def _parquet(path: Path) -> Iterator[Located]:
     number = 0
     try:
         with parquet.ParquetFile(path) as file:
+            added = AddedDefaults(file.schema_arrow)
             for batch in file.iter_batches(batch_size=1024):
                 for record in batch.to_pylist():
-                    yield f"row {number} of {path}", record
+                    yield f"row {number} of {path}", added.removed(record)
                     number += 1
     except (OSError, require("pyarrow", extra="data").ArrowException) as error:
         raise ValueError(f"{path} cannot be read after row {number}: {error}.") from error
@@ -175,8 +177,10 @@ def located(records: Iterable[Any], source: str) -> Iterator[Located]:
 
     `ValueError` if a record is not a mapping.
     """
+    schema = getattr(getattr(records, "features", None), "arrow_schema", None)
+    added = AddedDefaults(schema or ())
     for number, record in enumerate(records):
         where = f"record {number} of {source}"
         if not isinstance(record, Mapping):
             raise ValueError(f"{where} must be a mapping of columns by name; got {found(record)}.")
-        yield where, record
+        yield where, added.removed(record)
