@@ -12,6 +12,7 @@ from ...data._records.prompts import split_shared_prompt
 from ...data._records.records import is_redundant
 from ...data._records.sources import open_source
 from ...data._records.values import check_ids, check_messages, check_text
+from ...data._tokens.parts import has_parts, join_parts, roles_with_parts
 from ...data._tokens.tokenizers import as_ids, encode_all, special_id, start_id_of
 from .texts import decode
 
@@ -64,6 +65,8 @@ def encode_prompt(tokenizer: Any, prompt: Prompt, where: str, *, chat: bool) -> 
             "take a model with a template."
         )
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if has_parts(messages):
+        messages = join_parts(messages, roles_with_parts(tokenizer, {}))
     try:
         ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True)
     except Exception as error:  # a template can raise anything

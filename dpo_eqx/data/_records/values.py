@@ -44,11 +44,25 @@ def _check_message(message: Any, what: str) -> dict[str, Any]:
     content = message.get("content")
     if isinstance(content, str):
         check_text(content, f"`content` of {what}")
-    elif content is not None and not isinstance(content, list):
+    elif isinstance(content, list):
+        for number, part in enumerate(content):
+            _check_part(part, f"part {number} of `content` of {what}")
+    elif content is not None:
         raise ValueError(f"`content` of {what} must be text; got {found(content)}.")
     elif content is None and "tool_calls" not in message:
         raise ValueError(f"{what} must have a `content`; got {found(message)}.")
     return message
+
+
+def _check_part(part: Any, what: str) -> None:
+    """Raises `ValueError` if a part is not text, such as an image."""
+    is_text = isinstance(part, Mapping) and part.get("type", "text") == "text"
+    if not is_text or not isinstance(part.get("text"), str):
+        raise ValueError(
+            f'{what} must be text, as `{{"type": "text", "text": ...}}`; got {found(part)}. Models '
+            "here read text only: put text in its place, or leave the record out."
+        )
+    check_text(part["text"], what)
 
 
 def check_ids(value: Any, what: str) -> list[int]:

@@ -4,11 +4,13 @@
 """
 
 import dataclasses
+import functools
 import json
 from collections.abc import Mapping
 from typing import Any
 
 from .._records.records import Form
+from .parts import has_parts, join_parts, roles_with_parts
 from .tokenizers import as_ids, encode_all, special_id, start_id_of
 
 
@@ -26,6 +28,11 @@ class Encoder:
     eos_id: int | None = None
     start_id: int | None = None
     template: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @functools.cached_property
+    def roles_with_parts(self) -> frozenset[str]:
+        """The roles whose content the chat template takes in parts; it costs a few renderings."""
+        return roles_with_parts(self.tokenizer, self.template)
 
 
 def make_encoder(
@@ -102,6 +109,8 @@ def render(
     record: dict[str, Any], part: tuple[list, ...], encoder: Encoder, number: int
 ) -> list[list[int]]:
     """The ids of the prompt with the generation prompt, and of each whole conversation."""
+    if any(map(has_parts, part)):
+        part = tuple(join_parts(messages, encoder.roles_with_parts) for messages in part)
     prompt, *completions = part
     record_arguments = record.get("chat_template_kwargs", {})
     tools = record.get("tools", encoder.template.get("tools"))
