@@ -4,9 +4,12 @@
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from .layouts import ANSWERS, as_conversation, columns_of_turns
+from .lost import check_no_sentence_lost, check_nothing_lost, is_prompt_name
 from .nulls import without_nulls, without_nulls_in_tools
 from .values import (
     check_ids,
@@ -32,7 +35,13 @@ ALIASES = {
     "ref_rejected_logps": "reference_rejected",
     "ref_logps": "reference_completion",
 }
-KNOWN = {*NUMBERS, *TEMPLATE, *ALIASES, *(name for form in FORMS.values() for name in form)}
+KNOWN = {
+    "system",
+    *NUMBERS,
+    *TEMPLATE,
+    *ALIASES,
+    *(name for form in FORMS.values() for name in form),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,12 +54,14 @@ class Form:
     - `conversational`: whether the completions are lists of messages rather than text.
     - `numbers`: the columns of numbers that every record has, such as `weight`.
     - `ignored`: the columns that nothing uses.
+    - `turns`: the columns of text that become turns of the conversation, such as `question`.
     """
 
     name: str
     conversational: bool = False
     numbers: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
+    turns: tuple[str, ...] = ()
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -67,9 +78,15 @@ class Form:
         """Whether the records hold token ids already."""
         return "prompt_ids" in self.columns
 
+    @functools.cached_property
+    def known(self) -> frozenset[str]:
+        """All columns that the first record had."""
+        return frozenset((*self.columns, *self.numbers, *self.ignored, *self.turns, *TEMPLATE))
+
     def __str__(self):
         kind = "" if self.tokenized else ", conversations" if self.conversational else ", text"
         parts = [f"{self.name}{kind}: {ticked(self.columns)}"]
+        parts += [f"turns from {ticked(self.turns)}"] if self.turns else []
         parts += [f"with {ticked(self.numbers)}"] if self.numbers else []
         parts += [f"not used: {ticked(self.ignored)}"] if self.ignored else []
         return "; ".join(parts)
@@ -79,25 +96,34 @@ def recognise(record: Mapping[str, Any], where: str) -> Form:
     """The form of `record`, whose columns already have our names.
 
     If the answers are whole conversations and the prompt is text, as in UltraFeedback, the prompt
-    is redundant, and the form is an implicit prompt.
+    is redundant, and the form is an implicit prompt. Columns such as `system` and `question` become
+    turns of a conversation: see `layouts.py`.
 
     **Raises:**
 
     `ValueError` if no form matches; the error lists the columns found and the nearest form's.
     """
-    # The order of `FORMS` decides: an explicit prompt has the columns of an implicit one, too.
-    names = [name for name, columns in FORMS.items() if all(c in record for c in columns)]
-    if not names:
-        raise ValueError(_no_form(record, where))
-    name, columns = names[0], FORMS[names[0]]
-    answers = [record[column] for column in columns if column in ("chosen", "completion")]
+    turns = columns_of_turns(record)
+    source, record = record, as_conversation(record, turns, where) if turns else record
+    name = form_name(record)
+    if name is None:
+        raise ValueError(_no_form(source, where))
+    answers = [record[column] for column in FORMS[name] if column in ("chosen", "completion")]
     conversational = any(isinstance(answer, list) for answer in answers)
     if name == "explicit prompt" and is_redundant(record["prompt"], answers[0]):
-        name, columns = "implicit prompt", FORMS["implicit prompt"]
-    wanted = set(columns)
+        name = "implicit prompt"
     numbers = tuple(column for column in NUMBERS if column in record)
-    ignored = tuple(str(c) for c in record if c not in {*wanted, *numbers, *TEMPLATE})
-    return Form(name, conversational, numbers, ignored)
+    used = {*FORMS[name], *numbers, *TEMPLATE}
+    ignored = tuple(str(column) for column in record if column not in used)
+    if name == "implicit prompt" and not conversational:
+        check_no_sentence_lost(record, ignored, where)
+    return Form(name, conversational, numbers, ignored, turns)
+
+
+def form_name(record: Mapping[str, Any]) -> str | None:
+    """The first of `FORMS` whose columns `record` has."""
+    # Their order decides: an explicit prompt has the columns of an implicit one, too.
+    return next((n for n, columns in FORMS.items() if all(c in record for c in columns)), None)
 
 
 def is_redundant(prompt: Any, answer: Any) -> bool:
@@ -139,11 +165,14 @@ def check_columns(columns: Mapping[str, str | None] | None) -> dict[str, str | N
     `ValueError` if neither all its keys nor all its values are our names.
     """
     columns = dict(columns or {})
-    if all(name in KNOWN for name in columns):
-        return columns
-    if all(name in KNOWN for name in columns.values()):
-        return {ours: name for name, ours in columns.items() if ours is not None}
-    unknown = [name for name in columns if name not in KNOWN]
+    # Any column can be left out, also one that has no name here.
+    mapped = {name: other for name, other in columns.items() if other is not None}
+    left_out: dict[str, str | None] = {name: None for name in columns if name not in mapped}
+    if all(name in KNOWN for name in mapped):
+        return mapped | left_out
+    if all(name in KNOWN for name in mapped.values()):
+        return {ours: name for name, ours in mapped.items()} | left_out
+    unknown = [name for name in mapped if name not in KNOWN]
     raise ValueError(
         f"`columns` must map our names to the file's names; {ticked(unknown)} is not one of our "
         f"names: {ticked(sorted(KNOWN))}."
@@ -157,22 +186,43 @@ def check_record(record: Mapping[str, Any], form: Form, where: str) -> dict[str,
 
     `ValueError` that names the column, the record, the requirement and the value.
     """
+    if form.turns:
+        record = as_conversation(record, form.turns, where)
     for column in (*form.columns, *form.numbers):
         if record.get(column) is None:
             raise ValueError(
                 f"`{column}` is missing in {where}, which is read as {form}; found: "
                 f"{ticked(name for name, value in record.items() if value is not None)}."
             )
-    for column in NUMBERS:
-        # A column that only later records have would be lost silently.
-        if column in record and column not in form.numbers and column not in form.ignored:
+    _check_no_new_column(record, form, where)
+    if not form.tokenized:
+        new = filter(is_prompt_name, record.keys() - form.known)
+        check_nothing_lost(record, (*form.ignored, *new), where)
+    checked = {c: _checker(c, form)(record[c], f"`{c}` in {where}") for c in form.columns}
+    checked |= {c: check_number(c, record[c], f"`{c}` in {where}") for c in form.numbers}
+    if form.conversational and "prompt" in checked:
+        checked |= _without_prompt(checked)
+    return checked | _for_template(record)
+
+
+def _without_prompt(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The answers without the turns of the prompt, if all of them repeat it."""
+    prompt = record["prompt"]
+    answers = {name: record[name] for name in ANSWERS if name in record}
+    if any(answer[: len(prompt)] != prompt for answer in answers.values()):
+        return answers
+    return {name: answer[len(prompt) :] for name, answer in answers.items()}
+
+
+def _check_no_new_column(record: Mapping[str, Any], form: Form, where: str) -> None:
+    """Raises `ValueError` if a column starts after the first record: it would be lost."""
+    new = (record.keys() - form.known) & KNOWN
+    for column in sorted(new, key=lambda name: (name != "prompt", name)):
+        if record[column] is not None:
             raise ValueError(
                 f"`{column}` is in {where} but not in the first record. Give it in every record, "
                 f'or leave it out: `columns={{"{column}": None}}`.'
             )
-    checked = {c: _checker(c, form)(record[c], f"`{c}` in {where}") for c in form.columns}
-    checked |= {c: check_number(c, record[c], f"`{c}` in {where}") for c in form.numbers}
-    return checked | _for_template(record)
 
 
 def _for_template(record: Mapping[str, Any]) -> dict[str, Any]:

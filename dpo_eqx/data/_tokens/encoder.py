@@ -55,7 +55,7 @@ def make_encoder(
     start = start_id_of(tokenizer)
     start = eos_id if start is None else start
     if form.conversational:
-        _check_template(tokenizer, template)
+        _check_template(tokenizer, template, form)
         return Encoder(tokenizer, start_id=start, template=template)
     if not append_eos or _adds(tokenizer, "", eos_id):
         return Encoder(tokenizer, start_id=start)
@@ -76,14 +76,17 @@ def _adds(tokenizer: Any, text: str, eos_id: int | None) -> bool:
     return eos_id is not None and encode_all(tokenizer, ["a" + text])[0][-1:] == [eos_id]
 
 
-def _check_template(tokenizer: Any, template: Mapping[str, Any]) -> None:
+def _check_template(tokenizer: Any, template: Mapping[str, Any], form: Form) -> None:
     has = hasattr(tokenizer, "apply_chat_template")
     if has and (getattr(tokenizer, "chat_template", True) or template.get("chat_template")):
         return
+    names = ", ".join(f"`{name}`" for name in form.turns)
+    # Somebody who has only columns of text would not look for conversations.
+    read_as_turns = f" Turns are read from {names}; `prompt` alone would be plain text."
     raise ValueError(
         f"`tokenizer` must have a chat template for conversations; {type(tokenizer).__name__} has "
         "none. Take a tokenizer with a template, set `tokenizer.chat_template`, or give "
-        '`template_arguments={"chat_template": ...}`.'
+        '`template_arguments={"chat_template": ...}`.' + read_as_turns * bool(names)
     )
 
 
