@@ -13,6 +13,7 @@ from .commands.inspect import inspect
 from .commands.report import report
 from .commands.train import train
 from .settings.parse import parse
+from .settings.words import in_flags
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "train": (lambda arguments: train(parse(arguments)), "train a policy on preferences"),
@@ -55,7 +56,7 @@ def _run(name: str, arguments: Sequence[str]) -> int:
         # suffice, the variable gives the traceback.
         if os.environ.get("DPO_EQX_TRACEBACK"):
             raise
-        print(f"dpo-eqx {name}: {error}", file=sys.stderr)
+        print(f"dpo-eqx {name}: {in_flags(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"dpo-eqx {name}: Interrupted.", file=sys.stderr)

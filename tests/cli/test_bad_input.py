@@ -202,3 +202,17 @@ def test_the_traceback_for_those_who_want_it(tmp_path, monkeypatch):
     monkeypatch.setenv("DPO_EQX_TRACEBACK", "1")
     with pytest.raises(ValueError, match="contradict"):
         small(tmp_path, reference_free=True, reference="x")
+
+
+def test_messages_have_the_words_of_the_command(models, tmp_path, capsys):
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps({"Aufgabe": "Why is it so?", "chosen": "So.", "rejected": "No."}))
+    args = ["inspect", "--model", str(models("llama")), "--data"]
+    assert main([*args, str(path)]) == 2
+    error = capsys.readouterr().err
+    assert "give `--columns prompt=Aufgabe`" in error
+    assert "leave it out: `--columns Aufgabe=`" in error
+    assert "columns={" not in error
+    assert main([*args, str(path), "--columns", "Aufgabe="]) == 0
+    assert main([*args, str(tmp_path / "none.jsonl")]) == 2
+    assert "`--data` must be a file" in capsys.readouterr().err

@@ -75,6 +75,30 @@ def test_the_key_is_the_content(tmp_path, monkeypatch):
     assert changed[3][0][-1] != rows[-1]
 
 
+def test_each_split_has_its_own_cache(tmp_path, monkeypatch):
+    import datasets
+
+    parts = {"train": RECORDS[:12], "test": RECORDS[12:]}
+    saved, cache = tmp_path / "saved", tmp_path / "cache"
+    datasets.DatasetDict(
+        {name: datasets.Dataset.from_list(records) for name, records in parts.items()}
+    ).save_to_disk(saved)
+    want = {name: data.tokenize(records, BYTES)[0] for name, records in parts.items()}
+    for name in ("train", "test", "train"):
+        rows, report = data.tokenize(data.read(saved, split=name), BYTES, cache=cache)
+        assert list(rows) == want[name]
+        assert report.kept == len(want[name])
+    assert list(data.tokenize(data.read(saved), BYTES, cache=cache)[0]) == want["train"]
+
+    # Sets that are too large for memory are cached without being asked.
+    monkeypatch.setenv("DPO_EQX_CACHE", str(tmp_path / "large"))
+    monkeypatch.setattr("dpo_eqx.data._records.read.IN_MEMORY_BYTES", 0)
+    for name in ("train", "test"):
+        rows, _ = data.tokenize(data.read(saved, split=name), BYTES)
+        assert isinstance(rows, data.TokenCache)
+        assert list(rows) == want[name]
+
+
 def test_a_stream_is_tokenised_once_into_the_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("DPO_EQX_CACHE", str(tmp_path))
     rows, report = data.tokenize((record for record in RECORDS), BYTES)

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from ...data._records.prompts import split_shared_prompt
-from ...data._records.records import check_ids, check_messages, check_text, is_redundant
+from ...data._records.records import check_record, form_name, recognise
 from ...data._records.sources import open_source
+from ...data._records.values import check_ids, check_messages, check_text
+from ...data._tokens.parts import has_parts, join_parts, roles_with_parts
 from ...data._tokens.tokenizers import as_ids, encode_all, special_id, start_id_of
 from .texts import decode
 
@@ -63,6 +65,8 @@ def encode_prompt(tokenizer: Any, prompt: Prompt, where: str, *, chat: bool) -> 
             "take a model with a template."
         )
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if has_parts(messages):
+        messages = join_parts(messages, roles_with_parts(tokenizer, {}))
     try:
         ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True)
     except Exception as error:  # a template can raise anything
@@ -94,16 +98,24 @@ def _records(path: str) -> Iterator[tuple[str, Prompt]]:
 def _prompt_of(record: Mapping[str, Any], where: str) -> Prompt:
     if "prompt_ids" in record:
         return check_ids(record["prompt_ids"], f"`prompt_ids` in {where}")
-    answers = [record.get(name) for name in ("chosen", "rejected")]
-    prompt = record.get("prompt")
-    if prompt is not None and not is_redundant(prompt, answers[0]):
-        return _checked(prompt, f"`prompt` in {where}")
-    if None in answers:
+    form = recognise(record, where) if _is_preference(record) else None
+    if form is not None:
+        checked = check_record(record, form, where)
+        if "prompt" in checked:
+            return checked["prompt"]
+        return split_shared_prompt(checked["chosen"], checked["rejected"])[0]
+    if record.get("prompt") is None:
         raise ValueError(
             f"{where} must have a `prompt`, or `chosen` and `rejected` that begin with it; found: "
             f"{', '.join(f'`{name}`' for name in record) or 'nothing'}."
         )
-    return split_shared_prompt(*(_checked(a, f"an answer in {where}") for a in answers))[0]
+    return _checked(record["prompt"], f"`prompt` in {where}")
+
+
+def _is_preference(record: Mapping[str, Any]) -> bool:
+    """Whether `train` would take the record."""
+    answers = [record.get(name) for name in ("chosen", "rejected")]
+    return None not in answers or form_name(record) == "unpaired"
 
 
 def _checked(value: Any, what: str) -> Any:

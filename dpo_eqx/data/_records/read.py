@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from .._fingerprint import digest_files
+from .folders import choose
 from .records import Form, check_columns, check_record, recognise, rename
-from .sources import Located, files_of, located, open_source
+from .sources import Located, files_of, is_saved, located, open_source
 
 logger = logging.getLogger("dpo_eqx.data")
 
@@ -31,6 +32,8 @@ class Records:
     - `source`: the source in words, for messages.
     - `columns`: maps our names to the names in the source.
     - `path`: the file or folder, if there is one; its content is the key of caches.
+    - `split`: the split that was asked for; it is part of that key, as is `subset`.
+    - `subset`: the subset of the data set that was asked for.
     - `once`: whether the records can be read only once.
     - `in_memory`: whether the records are known to fit in memory.
     """
@@ -42,10 +45,13 @@ class Records:
         columns: Mapping[str, str | None],
         *,
         path: Path | None = None,
+        split: str | None = None,
+        subset: str | None = None,
         once: bool = False,
         in_memory: bool = True,
     ):
         self._open, self._columns, self._path = open_records, columns, path
+        self._split, self._subset = split, subset
         self._form: Form | None = None
         self._once, self._spent = once, False
         self.source, self.in_memory = source, in_memory
@@ -72,7 +78,7 @@ class Records:
         if self._form is None:
             where, record = self._first()
             self._form = recognise(rename(record, self._columns, where), where)
-            logger.info("%s: %s", self.source, self._form)
+            logger.info("%s", self)
         return self._form
 
     def _first(self) -> Located:
@@ -86,13 +92,24 @@ class Records:
         return first
 
     def fingerprint(self) -> str | None:
-        """A digest of the files' content and of the column names; `None` without files."""
+        """A digest of all that decides the records: the files, the split and the column names.
+
+        It is `None` without files.
+        """
         if self._path is None:
             return None
-        return digest_files(files_of(self._path), self._columns)
+        files = files_of(self._path, self._split, self._subset)
+        # The names within a folder decide which split a file belongs to.
+        names = [file.relative_to(self._path).as_posix() for file in files]
+        return digest_files(files, names, self._split, self._subset, self._columns)
 
     def __str__(self):
-        return f"{self.source}: {self.form}"
+        return f"{self.source}{self._chosen_files()}: {self.form}"
+
+    def _chosen_files(self) -> str:
+        if self._path is None or self._path.is_file() or is_saved(self._path):
+            return ""
+        return f" ({choose(self._path, self._split, self._subset)})"
 
 
 def read(
@@ -100,6 +117,7 @@ def read(
     *,
     columns: Mapping[str, str | None] | None = None,
     split: str | None = None,
+    subset: str | None = None,
 ) -> Records:
     """Preference records from a file, a folder, a name of the Hugging Face hub, or an iterable.
 
@@ -124,7 +142,10 @@ def read(
     - `path_or_iterable`: the source. A generator can be read only once.
     - `columns`: maps our names to the names in the source, as in `{"prompt": "question"}`; the
         inverse mapping is understood too. `{"weight": None}` leaves a column out.
-    - `split`: the split of a dataset with several, by default `"train"`.
+    - `split`: the split of a data set with several, by default `"train"`. In a folder of files
+        their names and those of folders say `train`, `validation` or `test`, or `configs:` in
+        `README.md` lists them. Hidden files and metadata are never read.
+    - `subset`: the subset (`config_name`) of a data set with several.
 
     **Returns:**
 
@@ -137,7 +158,7 @@ def read(
     """
     columns = check_columns(columns)
     if isinstance(path_or_iterable, str | Path):
-        return _read_path(path_or_iterable, columns, split)
+        return _read_path(path_or_iterable, columns, split, subset)
     if not isinstance(path_or_iterable, Iterable) or isinstance(path_or_iterable, Mapping | bytes):
         raise ValueError(
             "`path_or_iterable` must be a path, a name of the Hugging Face hub or an iterable of "
@@ -153,9 +174,22 @@ def read(
     )
 
 
-def _read_path(source: str | Path, columns: Mapping[str, str | None], split: str | None) -> Records:
-    opened, path = open_source(source, split), Path(source)
+def _read_path(
+    source: str | Path,
+    columns: Mapping[str, str | None],
+    split: str | None,
+    subset: str | None,
+) -> Records:
+    opened, path = open_source(source, split, subset), Path(source)
     if not path.exists():
         return Records(opened, str(source), columns, in_memory=False)
-    size = sum(file.stat().st_size for file in files_of(path))
-    return Records(opened, str(source), columns, path=path, in_memory=size <= IN_MEMORY_BYTES)
+    size = sum(file.stat().st_size for file in files_of(path, split, subset))
+    return Records(
+        opened,
+        str(source),
+        columns,
+        path=path,
+        split=split,
+        subset=subset,
+        in_memory=size <= IN_MEMORY_BYTES,
+    )

@@ -13,16 +13,19 @@ from pathlib import Path
 from typing import Any
 
 from ..._extras import require
-from .records import found
+from .folders import SUFFIXES, choose
+from .nulls import AddedDefaults
+from .values import found
 
 Located = tuple[str, Mapping[str, Any]]
 
-SUFFIXES = (".jsonl", ".ndjson", ".json", ".gz", ".parquet")
 _BOM = b"\xef\xbb\xbf"
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
-def open_source(source: str | Path, split: str | None) -> Callable[[], Iterator[Located]]:
+def open_source(
+    source: str | Path, split: str | None, subset: str | None = None
+) -> Callable[[], Iterator[Located]]:
     """A function that opens an iterator over the records of a file, a folder or a name of the hub.
 
     **Raises:**
@@ -31,38 +34,37 @@ def open_source(source: str | Path, split: str | None) -> Callable[[], Iterator[
     """
     path = Path(source)
     if path.is_dir():
-        return _open_folder(path, split)
+        return _open_folder(path, split, subset)
     if path.is_file():
         return lambda: _file(path)
     if isinstance(source, str) and _HUB_NAME.fullmatch(source) and path.suffix not in SUFFIXES:
-        return lambda: _hub(source, split)
+        return lambda: _hub(source, split, subset)
     raise FileNotFoundError(
         f"`path_or_iterable` must be a file, a folder, a name of the Hugging Face hub "
         f"(`owner/name`) or an iterable of mappings; there is no `{source}`."
     )
 
 
-def files_of(path: Path) -> list[Path]:
-    """The data files at `path`: the file itself, or the files in the folder, sorted by name."""
+def files_of(path: Path, split: str | None, subset: str | None = None) -> list[Path]:
+    """The data files at `path`: the file itself, or the files of the split, sorted by name."""
     if path.is_file():
         return [path]
-    saved = ("*.arrow", "*.json") if _is_saved(path) else tuple(f"*{s}" for s in SUFFIXES)
-    return sorted({file for pattern in saved for file in path.rglob(pattern)})
+    if is_saved(path):
+        return sorted({file for pattern in ("*.arrow", "*.json") for file in path.rglob(pattern)})
+    return list(choose(path, split, subset).files)
 
 
-def _is_saved(path: Path) -> bool:
+def is_saved(path: Path) -> bool:
+    """Whether `datasets` has saved the folder."""
     return (path / "state.json").exists() or (path / "dataset_dict.json").exists()
 
 
-def _open_folder(path: Path, split: str | None) -> Callable[[], Iterator[Located]]:
-    if _is_saved(path):
+def _open_folder(
+    path: Path, split: str | None, subset: str | None
+) -> Callable[[], Iterator[Located]]:
+    if is_saved(path):
         return lambda: _saved(path, split)
-    files = files_of(path)
-    if not files:
-        raise FileNotFoundError(
-            f"`path_or_iterable` must be a folder that `datasets` has saved or one that holds "
-            f"files {', '.join(SUFFIXES)}; `{path}` is neither."
-        )
+    files = choose(path, split, subset).files
     return lambda: (located for file in files for located in _file(file))
 
 
@@ -134,9 +136,10 @@ def _parquet(path: Path) -> Iterator[Located]:
     number = 0
     try:
         with parquet.ParquetFile(path) as file:
+            added = AddedDefaults(file.schema_arrow)
             for batch in file.iter_batches(batch_size=1024):
                 for record in batch.to_pylist():
-                    yield f"row {number} of {path}", record
+                    yield f"row {number} of {path}", added.removed(record)
                     number += 1
     except (OSError, require("pyarrow", extra="data").ArrowException) as error:
         raise ValueError(f"{path} cannot be read after row {number}: {error}.") from error
@@ -147,10 +150,10 @@ def _saved(path: Path, split: str | None) -> Iterator[Located]:
     return located(_one_split(datasets.load_from_disk(str(path)), split, str(path)), str(path))
 
 
-def _hub(name: str, split: str | None) -> Iterator[Located]:
+def _hub(name: str, split: str | None, subset: str | None) -> Iterator[Located]:
     datasets = require("datasets", extra="data")
     try:
-        dataset = datasets.load_dataset(name, streaming=True)
+        dataset = datasets.load_dataset(name, subset, streaming=True)
     except Exception as error:  # `datasets` raises many kinds: missing, private, no network
         raise ValueError(
             f"`path_or_iterable` must be a file or a name of the Hugging Face hub; there is no "
@@ -175,8 +178,10 @@ def located(records: Iterable[Any], source: str) -> Iterator[Located]:
 
     `ValueError` if a record is not a mapping.
     """
+    schema = getattr(getattr(records, "features", None), "arrow_schema", None)
+    added = AddedDefaults(schema or ())
     for number, record in enumerate(records):
         where = f"record {number} of {source}"
         if not isinstance(record, Mapping):
             raise ValueError(f"{where} must be a mapping of columns by name; got {found(record)}.")
-        yield where, record
+        yield where, added.removed(record)

@@ -4,11 +4,13 @@
 """
 
 import dataclasses
+import functools
 import json
 from collections.abc import Mapping
 from typing import Any
 
 from .._records.records import Form
+from .parts import has_parts, join_parts, roles_with_parts
 from .tokenizers import as_ids, encode_all, special_id, start_id_of
 
 
@@ -26,6 +28,11 @@ class Encoder:
     eos_id: int | None = None
     start_id: int | None = None
     template: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @functools.cached_property
+    def roles_with_parts(self) -> frozenset[str]:
+        """The roles whose content the chat template takes in parts; it costs a few renderings."""
+        return roles_with_parts(self.tokenizer, self.template)
 
 
 def make_encoder(
@@ -48,7 +55,7 @@ def make_encoder(
     start = start_id_of(tokenizer)
     start = eos_id if start is None else start
     if form.conversational:
-        _check_template(tokenizer, template)
+        _check_template(tokenizer, template, form)
         return Encoder(tokenizer, start_id=start, template=template)
     if not append_eos or _adds(tokenizer, "", eos_id):
         return Encoder(tokenizer, start_id=start)
@@ -69,14 +76,17 @@ def _adds(tokenizer: Any, text: str, eos_id: int | None) -> bool:
     return eos_id is not None and encode_all(tokenizer, ["a" + text])[0][-1:] == [eos_id]
 
 
-def _check_template(tokenizer: Any, template: Mapping[str, Any]) -> None:
+def _check_template(tokenizer: Any, template: Mapping[str, Any], form: Form) -> None:
     has = hasattr(tokenizer, "apply_chat_template")
     if has and (getattr(tokenizer, "chat_template", True) or template.get("chat_template")):
         return
+    names = ", ".join(f"`{name}`" for name in form.turns)
+    # Somebody who has only columns of text would not look for conversations.
+    read_as_turns = f" Turns are read from {names}; `prompt` alone would be plain text."
     raise ValueError(
         f"`tokenizer` must have a chat template for conversations; {type(tokenizer).__name__} has "
         "none. Take a tokenizer with a template, set `tokenizer.chat_template`, or give "
-        '`template_arguments={"chat_template": ...}`.'
+        '`template_arguments={"chat_template": ...}`.' + read_as_turns * bool(names)
     )
 
 
@@ -102,6 +112,8 @@ def render(
     record: dict[str, Any], part: tuple[list, ...], encoder: Encoder, number: int
 ) -> list[list[int]]:
     """The ids of the prompt with the generation prompt, and of each whole conversation."""
+    if any(map(has_parts, part)):
+        part = tuple(join_parts(messages, encoder.roles_with_parts) for messages in part)
     prompt, *completions = part
     record_arguments = record.get("chat_template_kwargs", {})
     tools = record.get("tools", encoder.template.get("tools"))
