@@ -178,6 +178,7 @@ def test_a_recurrent_policy_under_shard_map():
     assert_close(got, want, TOLERANCE)
 
 
+@pytest.mark.slow
 def test_dropout_masks_do_not_depend_on_the_devices(batch):
     policy = Perceptron(jax.random.key(0), rate=0.5)
     key = jax.random.key(3)

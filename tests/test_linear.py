@@ -77,7 +77,12 @@ def check_chunks(chunk_size, softcap):
 
 
 @pytest.mark.parametrize(
-    ("shape", "vocab"), [((1,), 1), pytest.param((1, 1), 9, marks=pytest.mark.slow), ((3, 1, 2), 2)]
+    ("shape", "vocab"),
+    [
+        pytest.param((1,), 1, marks=pytest.mark.slow),
+        pytest.param((1, 1), 9, marks=pytest.mark.slow),
+        ((3, 1, 2), 2),
+    ],
 )
 def test_small_shapes(shape, vocab):
     (hidden, unembedding, _), targets, slopes = example(shape, vocab)

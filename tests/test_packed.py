@@ -162,6 +162,7 @@ def test_a_loss_that_couples_pairs_in_microbatches():
     assert_close(gradient(policy, packed, loss=loss, microbatches=2, **GIVEN), want, 1e-10)
 
 
+@pytest.mark.slow
 def test_noise_is_the_same_in_microbatches_and_on_devices():
     policy, key = Noisy(jax.random.key(0), dtype=np.float64), jax.random.key(2)
     want = gradient(policy, PACKED, key=key, **GIVEN)

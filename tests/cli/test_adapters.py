@@ -60,7 +60,9 @@ def test_adapter_and_model_are_the_same_policy(first):
     assert abs(lines_of(run)[0]["loss"] - np.log(2)) < 1e-6
 
 
-@pytest.mark.parametrize("which", ["adapter", pytest.param("base", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "which", [pytest.param(n, marks=pytest.mark.slow) for n in ("adapter", "base")]
+)
 def test_going_on_from_an_adapter(first, tmp_path, which, capsys):
     adapter = first / "run" / "adapter"
     given = {"lora": adapter, "lora_reference": which, "quantize": "nf4", "shuffle": False}

@@ -55,6 +55,7 @@ def test_by_layout(window, softcap, dtype, bound):
     assert np.abs(np.asarray(got) - want)[real].max() < bound
 
 
+@pytest.mark.slow
 def test_a_packed_pair_that_crosses_blocks_is_seen_to_its_first_token():
     # The last token of the longest pair, of 8, is the first of a block of 9.
     layout = PackedLayout(jnp.array([[1, 1, 0], [3, 2, 3], [4, 2, 1]]), 36, 6, 8)

@@ -141,6 +141,7 @@ def calls(policy, *, compute_dtype=jnp.bfloat16, prompt=6, completion=8, **optio
     return {name: names.count(name) for name in set(names)}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("on_gpu")
 def test_a_step_on_a_gpu_calls_the_kernel():
     # A prompt is causal and needs no mask, a completion needs one. Policy, reference, and twice in
