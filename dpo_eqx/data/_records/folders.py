@@ -5,7 +5,7 @@
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -67,11 +67,22 @@ def choose(folder: Path, split: str | None, subset: str | None = None) -> Chosen
             f"files {', '.join(SUFFIXES)}; `{folder}` is neither."
         )
     splits = _configured(folder, readable, subset) or _by_name(folder, readable)
-    name = split or ("train" if "train" in splits or len(splits) > 1 else next(iter(splits)))
-    if name not in splits:
-        raise ValueError(f"`split` must be one of {list(splits)} in {folder}; got {name!r}.")
+    name = choose_split(splits, split, str(folder))
     files = tuple(splits[name])
     return Chosen(folder, name, files, tuple(file for file in visible if file not in files))
+
+
+def choose_split(splits: Collection[str], split: str | None, source: str) -> str:
+    """The name of one split: `split`, else `train`, else the only one.
+
+    **Raises:**
+
+    `ValueError` if `source` does not have the split.
+    """
+    name = split or ("train" if "train" in splits or len(splits) > 1 else next(iter(splits)))
+    if name not in splits:
+        raise ValueError(f"`split` must be one of {list(splits)} in {source}; got {name!r}.")
+    return name
 
 
 def _is_visible(file: Path, folder: Path) -> bool:

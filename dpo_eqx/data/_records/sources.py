@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..._extras import require
-from .folders import SUFFIXES, choose
+from .folders import SUFFIXES, choose, choose_split
 from .nulls import AddedDefaults
 from .values import found
 
@@ -163,12 +163,8 @@ def _hub(name: str, split: str | None, subset: str | None) -> Iterator[Located]:
 
 
 def _one_split(dataset: Any, split: str | None, source: str) -> Iterable[Mapping[str, Any]]:
-    if not isinstance(dataset, dict):
-        return dataset
-    chosen = split or ("train" if "train" in dataset or len(dataset) > 1 else next(iter(dataset)))
-    if chosen not in dataset:
-        raise ValueError(f"`split` must be one of {list(dataset)} in {source}; got {chosen!r}.")
-    return dataset[chosen]
+    is_split = isinstance(dataset, dict)
+    return dataset[choose_split(dataset, split, source)] if is_split else dataset
 
 
 def located(records: Iterable[Any], source: str) -> Iterator[Located]:
