@@ -117,8 +117,9 @@ class FastPolicy(Protocol):
     logits are `hidden @ unembedding.T + unembedding_bias`, soft-capped as
     `softcap * tanh(logits / softcap)`. They must equal the logits that `policy(ids)` returns.
 
-    Two more attributes are optional: `unembedding_bias`, of shape `(vocab,)`, and `softcap`, a
-    number; `None` has the same effect as a missing attribute.
+    More attributes are optional: `unembedding_bias`, of shape `(vocab,)`, and `softcap`, a number;
+    `None` has the same effect as a missing attribute. If `rounds_alike` is true, the step does not
+    run the forward pass of a policy in half precision once more (`make_grad` says why it does).
 
     The shortest implementation attends through `layout.mask()` and takes positions from
     `layout.positions`. It then also runs on packed rows, whose `layout` is a `PackedLayout`:

@@ -136,3 +136,14 @@ def assert_close(got, want, tolerance):
     for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
         np.testing.assert_array_less(np.abs(x - y) / (1 + np.abs(y)), tolerance)
+
+
+def as_users_compile(function, *args):
+    """Under `jax.jit` without the flags of the tests, which change how XLA rounds."""
+    arrays, static = eqx.partition(args, lambda x: isinstance(x, jax.Array | np.ndarray))
+
+    def of_arrays(arrays):
+        return eqx.filter(function(*eqx.combine(arrays, static)), eqx.is_array)
+
+    flags = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
+    return jax.jit(of_arrays, compiler_options=flags)(arrays)

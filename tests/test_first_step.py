@@ -15,7 +15,7 @@ import pytest
 import dpo_eqx as dpx
 from dpo_eqx.losses import dpo
 
-from .policies import VOCAB, Recurrent, random_batch
+from .policies import VOCAB, Recurrent, as_users_compile, random_batch
 
 BOUNDS = {"float64": 1e-12, "float32": 1e-6, "bfloat16": 1e-5}
 
@@ -180,3 +180,58 @@ def test_policies_that_cast_inside_themselves(kind, microbatches):
     for metrics in (live, precomputed):
         assert abs(metrics["loss"] - np.log(2)) < BOUNDS["bfloat16"]
         assert metrics["grad_norm"] > 0
+
+
+class OfEquinox(eqx.Module):
+    """A policy of Equinox's own layers. In bfloat16 a CPU, too, rounds it as its gradient needs."""
+
+    embedding: eqx.nn.Embedding
+    norms: list[eqx.nn.LayerNorm]
+    attention: list[eqx.nn.MultiheadAttention]
+    mlp: list[eqx.nn.MLP]
+    head: eqx.nn.Linear
+    rounds_alike: bool = eqx.field(static=True)
+
+    def __init__(self, key, *, rounds_alike=False, width=32, layers=2):
+        keys = jax.random.split(key, 2 * layers + 2)
+        self.embedding = eqx.nn.Embedding(VOCAB, width, key=keys[0])
+        self.norms = [eqx.nn.LayerNorm(width) for _ in range(2 * layers)]
+        self.attention = [eqx.nn.MultiheadAttention(2, width, key=k) for k in keys[2::2]]
+        self.mlp = [eqx.nn.MLP(width, width, 64, 1, jax.nn.gelu, key=k) for k in keys[3::2]]
+        self.head = eqx.nn.Linear(width, VOCAB, key=keys[1])
+        self.rounds_alike = rounds_alike
+
+    def __call__(self, ids):
+        x = jax.vmap(self.embedding)(ids)
+        mask = jnp.tri(ids.size, dtype=bool)
+        norms = iter(self.norms)
+        for attention, mlp in zip(self.attention, self.mlp, strict=True):
+            normed = jax.vmap(next(norms))(x)
+            x = x + attention(normed, normed, normed, mask=mask)
+            x = x + jax.vmap(mlp)(jax.vmap(next(norms))(x))
+        return jax.vmap(self.head)(x)
+
+
+def test_log_ratios_in_bf16_are_zero_to_the_last_bit():
+    policy = OfEquinox(jax.random.key(0))
+    batch = random_batch(pairs=4, prompt=8, completion=20, weight=None)
+
+    def ratios(log_probs, reference, _):
+        moved = jax.tree.map(lambda x, y: jnp.abs(x - y), log_probs, reference)
+        return {"ratios": moved.chosen + moved.rejected}
+
+    grad = dpx.make_grad(dpo, compute_dtype=jnp.bfloat16, metrics=ratios)
+    _, metrics = as_users_compile(grad, policy, batch, policy)
+    assert metrics["ratios"] == 0
+
+
+@pytest.mark.parametrize(
+    ("rounds_alike", "dtype", "again"),
+    [(False, jnp.bfloat16, True), (True, jnp.bfloat16, False), (False, None, False)],
+)
+def test_which_forward_passes_run_once_more(rounds_alike, dtype, again):
+    policy = OfEquinox(jax.random.key(0), rounds_alike=rounds_alike, layers=1)
+    batch = random_batch(pairs=2, prompt=3, completion=2)
+    grad = dpx.make_grad(dpo, compute_dtype=dtype)
+    jaxpr, *_ = eqx.filter_make_jaxpr(grad)(policy, batch, policy)
+    assert any(e.primitive.name.startswith(("remat", "checkpoint")) for e in jaxpr.eqns) == again

@@ -1,6 +1,7 @@
 """The decoder as a policy: depth and windows, dropout, rematerialisation, dtypes, `shard_map`."""
 
 import dataclasses
+from functools import partial
 
 import equinox as eqx
 import jax
@@ -12,13 +13,15 @@ from jax.sharding import PartitionSpec as P
 import dpo_eqx as dpx
 from dpo_eqx import losses, models
 
-from ..policies import random_batch
+from ..policies import as_users_compile, random_batch
 from .golden import FOLDER, ragged_batch
 
 CONFIG = models.Config(
     vocab=96, width=16, layers=3, heads=4, key_heads=2, windows=(3, None, 3), query_key_norm=True
 )
 IDS = jnp.arange(20)
+SIZES = {"vocab": 96, "width": 96, "layers": 2, "heads": 4}
+GPT = {"norm": "layer", "gated": False, "query_bias": True, "feed_forward_bias": True}
 
 
 @pytest.fixture(scope="module")
@@ -103,19 +106,23 @@ def test_bf16_keeps_its_residual_stream(policy):
 
 
 @pytest.mark.parametrize(
-    ("kind", "microbatches"),
+    ("kind", "microbatches", "dtype"),
     [
-        ({}, 1),
-        pytest.param({"layers": 1}, 1, marks=pytest.mark.slow),
-        pytest.param({"attention_softcap": 20.0}, 4, marks=pytest.mark.slow),
+        ({}, 1, None),
+        pytest.param({}, 1, jnp.bfloat16, marks=pytest.mark.slow),
+        pytest.param({"layers": 1}, 1, None, marks=pytest.mark.slow),
+        pytest.param({"attention_softcap": 20.0}, 4, None, marks=pytest.mark.slow),
+        pytest.param({"remat": True}, 4, jnp.bfloat16, marks=pytest.mark.slow),
+        pytest.param({**GPT, "tied": False}, 2, jnp.bfloat16, marks=pytest.mark.slow),
+        pytest.param({"query_key_norm": True}, 1, jnp.float16, marks=pytest.mark.slow),
     ],
 )
-def test_the_first_margins_are_zero_to_the_last_bit(kind, microbatches):
-    sizes = {"vocab": 96, "width": 96, "layers": 2, "heads": 4}
-    policy = models.Transformer(models.Config(**{**sizes, **kind}), key=jax.random.key(0))
+def test_the_first_margins_are_zero_to_the_last_bit(kind, microbatches, dtype):
+    policy = models.Transformer(models.Config(**{**SIZES, **kind}), key=jax.random.key(0))
     batch = random_batch(pairs=32, prompt=16, completion=24, weight=None)
-    log_probs = as_users_compile(dpx.precompute_reference, policy, batch)
-    grad = dpx.make_grad(losses.dpo, microbatches=microbatches)
+    precompute = partial(dpx.precompute_reference, compute_dtype=dtype)
+    log_probs = as_users_compile(precompute, policy, batch)
+    grad = dpx.make_grad(losses.dpo, microbatches=microbatches, compute_dtype=dtype)
     _, live = as_users_compile(grad, policy, batch, dpx.snapshot(policy))
     precomputed = dataclasses.replace(batch, reference=log_probs)
     for metrics in live, as_users_compile(grad, policy, precomputed)[1]:
@@ -123,15 +130,41 @@ def test_the_first_margins_are_zero_to_the_last_bit(kind, microbatches):
         assert metrics["rewards/accuracies"] == 0.5
 
 
-def as_users_compile(function, *args):
-    """Under `jax.jit` without the flags of the tests, which change how XLA rounds."""
-    arrays, static = eqx.partition(args, eqx.is_array_like)
+@pytest.mark.parametrize("kind", [{}, GPT, {"query_key_norm": True}], ids=["llama", "gpt", "qk"])
+@pytest.mark.parametrize("rank", [None, 2])
+def test_products_in_half_precision_are_rounded_at_once(kind, rank):
+    """A GPU showed what happens otherwise; the compiler for a CPU rounds alike anyway."""
+    policy = models.Transformer(models.Config(**{**SIZES, **kind}), key=jax.random.key(0))
+    policy = policy if rank is None else models.add_lora(policy, rank=rank, key=jax.random.key(1))
 
-    def of_arrays(arrays):
-        return eqx.filter(function(*eqx.combine(arrays, static)), eqx.is_array)
+    floats, static = eqx.partition(policy, eqx.is_inexact_array)
 
-    flags = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
-    return jax.jit(of_arrays, compiler_options=flags)(arrays)
+    def hidden(floats, ids):
+        layout = dpx.Layout(jnp.asarray(20), 20, ())
+        return eqx.combine(floats, static).hidden(ids, layout)
+
+    narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), floats)
+    found = products_with_weights(jax.make_jaxpr(hidden)(narrow, IDS).jaxpr)
+    assert len(found) == (7 if kind != GPT else 6) * (1 if rank is None else 3)
+    assert set(found) == {"optimization_barrier"}
+
+
+def products_with_weights(jaxpr):
+    """The primitive that takes the result of each product without batch axes."""
+    found = []
+    for i, equation in enumerate(jaxpr.eqns):
+        values = jax.tree.leaves(tuple(equation.params.values()), is_leaf=is_jaxpr)
+        for each in filter(is_jaxpr, values):
+            found += products_with_weights(getattr(each, "jaxpr", each))
+        if equation.primitive.name == "dot_general":
+            has_batch = equation.params["dimension_numbers"][1] != ((), ())
+            users = [e for e in jaxpr.eqns[i:] if equation.outvars[0] in e.invars]
+            found += [] if has_batch else [user.primitive.name for user in users]
+    return found
+
+
+def is_jaxpr(x):
+    return hasattr(x, "eqns") or hasattr(x, "jaxpr")
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from ..._jax.dtypes import at_least_float32
 from ..._jax.paths import leaf_name
+from ..._jax.rounding import rounded
 from .linear_layers import is_plain_linear, linear_paths, replace_at
 from .quantize import Quantized, dequantize, is_quantized
 
@@ -44,8 +45,8 @@ class LoRA(eqx.Module):
     def __call__(
         self, x: Float[Array, "*batch in"], *, key: PRNGKeyArray | None = None
     ) -> Float[Array, "*batch out"]:
-        low = x @ self.down.astype(x.dtype).T
-        return self.base(x) + self.scale * (low @ self.up.astype(x.dtype).T)
+        low = rounded(x @ self.down.astype(x.dtype).T)
+        return self.base(x) + self.scale * rounded(low @ self.up.astype(x.dtype).T)
 
     @property
     def weight(self) -> Float[Array, "*layers out in"]:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from ..._jax.dtypes import at_least_float32
+from ..._jax.rounding import rounded
 from .config import Config
 
 
@@ -35,7 +36,7 @@ class Linear(eqx.Module):
         self.bias = jnp.zeros(out, jnp.float32) if bias else None
 
     def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
-        y = x @ self.weight.astype(x.dtype).T
+        y = rounded(x @ self.weight.astype(x.dtype).T)
         return y if self.bias is None else y + jnp.broadcast_to(self.bias.astype(x.dtype), y.shape)
 
 

@@ -10,6 +10,7 @@ import equinox as eqx
 import jax
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from ..._jax.rounding import rounded
 from .basic_layers import ACTIVATIONS, Linear, Norm, dropout
 from .config import Config
 from .rotary import rotate
@@ -61,6 +62,9 @@ class Attention(eqx.Module):
             query, key = self.query_norm(query), self.key_norm(key)
         if tables is not None:
             query, key = rotate(query, *tables), rotate(key, *tables)
+            # Faster on a GPU: otherwise float32 would be written before the rotation, and read
+            # again for each block of the layout.
+            query, key = rounded((query, key))
         output, cache = attend(query, key, value)  # (length, heads, head_width)
         return self.output(output.reshape(x.shape[0], -1)), cache
 

@@ -17,7 +17,7 @@ from ..._arrays.layout import Layout
 from ..._arrays.packed import PackedLayout
 from ..._arrays.tokens import as_ids
 from ..._head.tiles import Unembedding
-from ..._jax.dtypes import at_least_float32
+from ..._jax.dtypes import at_least_float32, is_narrow
 from ..._jax.explicit_meshes import automatic
 from ..._jax.partitioning import keep_rows
 from . import rotary
@@ -177,7 +177,10 @@ class Transformer(eqx.Module):
         # slow.
         body = jax.checkpoint(body, prevent_cse=False, policy=None if config.remat else KEPT)
         x, new_caches = jax.lax.scan(body, x, (arrays, bits, which, cache, keys))
-        return self.norm(x), new_caches
+        # In half precision the norm is recomputed too: nothing that it keeps for the backward pass
+        # then changes how the forward pass rounds.
+        norm = eqx.filter_checkpoint(self.norm) if is_narrow(x) else self.norm
+        return norm(x), new_caches
 
     @partial(automatic, like=1)
     def unembed(self, hidden: Float[Array, "length width"]) -> Float[Array, "length vocab"]:
@@ -199,6 +202,11 @@ class Transformer(eqx.Module):
     def softcap(self) -> float | None:
         """The soft cap of the logits, if the family has one."""
         return self.config.softcap
+
+    @property
+    def rounds_alike(self) -> bool:
+        """True: the forward pass rounds at the same places, whether it is differentiated or not."""
+        return True
 
     def check_length(self, length: int) -> None:
         """Raises if positions are learned and are fewer than `length`."""
