@@ -48,7 +48,15 @@ def three_losses(training) -> list[float]:
     return losses
 
 
+@pytest.fixture
+def implicit_ranks():
+    """Plain JAX is written as most users write it: with vectors that broadcast."""
+    with jax.numpy_rank_promotion("allow"):
+        yield
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("implicit_ranks")
 def test_ours_and_plain_jax_have_the_same_losses(tmp_path):
     write_checkpoints(TINY, tmp_path)
     files = [tmp_path / name for name in ("policy", "reference")]
@@ -104,6 +112,7 @@ def test_a_system_that_fails_is_told_of(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("implicit_ranks")
 def test_memory_prints_what_is_planned(capsys):
     memory.main(["--quick", "--lengths", "8"])
     last = capsys.readouterr().out.splitlines()[-1].strip("| ").split(" | ")
