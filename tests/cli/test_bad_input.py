@@ -7,6 +7,8 @@ import re
 import pytest
 
 from dpo_eqx.cli import main
+from dpo_eqx.cli.compose.data import prepare
+from dpo_eqx.cli.settings.settings import Settings
 
 from .runs import DATA, GOLDEN, train
 from .small import small, write_data
@@ -216,3 +218,54 @@ def test_messages_have_the_words_of_the_command(models, tmp_path, capsys):
     assert main([*args, str(path), "--columns", "Aufgabe="]) == 0
     assert main([*args, str(tmp_path / "none.jsonl")]) == 2
     assert "`--data` must be a file" in capsys.readouterr().err
+
+
+def folder_of_two_splits(folder):
+    folder.mkdir()
+    for name in ("train", "test"):
+        (folder / f"{name}.jsonl").write_text(record(prompt=f"{name}!") + "\n")
+    return folder
+
+
+def test_splits_are_chosen_by_flags(models, tmp_path, capsys):
+    folder = folder_of_two_splits(tmp_path / "set")
+    args = ["--model", str(models("llama")), "--data", str(folder)]
+    assert main(["inspect", *args, "--split", "test"]) == 0
+    assert "(test: test.jsonl; not read: train.jsonl)" in capsys.readouterr().out
+    assert main(["inspect", *args, "--split", "dev"]) == 2
+    assert "`--split` must be one of ['test', 'train']" in capsys.readouterr().err
+
+    args = ["train", *args, "--output", str(tmp_path / "run"), "--eval-data"]
+    assert main([*args, str(folder), "--eval-split", "dev"]) == 2
+    assert "`--eval-split` must be one of ['test', 'train']" in capsys.readouterr().err
+    assert main([*args, str(tmp_path / "none")]) == 2
+    assert "`--eval-data` must be a file" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_held_out_data_are_other_data(models, tmp_path, capsys):
+    folder = folder_of_two_splits(tmp_path / "set")
+    args = ["train", "--model", str(models("llama")), "--output", str(tmp_path / "run")]
+    same = [
+        [str(folder), "--eval-data", str(folder)],
+        [str(folder), "--eval-data", f"{folder}/../set", "--eval-split", "train"],
+        [str(folder), "--split", "test", "--eval-data", str(folder / "test.jsonl")],
+    ]
+    for sources in same:
+        assert main([*args, "--data", *sources]) == 2
+        assert "`--eval-data` must hold other rows than `--data`" in capsys.readouterr().err
+
+
+def test_the_held_out_split_is_read(tmp_path):
+    folder = str(folder_of_two_splits(tmp_path / "set"))
+    settings = Settings(
+        model="",
+        data=folder,
+        eval_data=folder,
+        eval_split="test",
+        output=tmp_path,
+        tokenizer="bytes",
+    )
+    rows = [prepare(folder, settings, 258, held_out=h).rows[0] for h in (False, True)]
+    texts = [bytes(row["prompt_ids"][1:]).decode() for row in rows]
+    assert texts == ["train!", "test!"]

@@ -32,6 +32,8 @@ class Generate(Loading):
     """Prompts to answer, one or several."""
     data: str | None = None
     """A file of prompts: a `.txt` with one on each line, records with `prompt`, or preferences."""
+    split: str | None = None
+    """The split of `--data`, if it has several (default: train)."""
     compare: str | None = None
     """Another model with the same vocabulary, whose answers are shown next to the first model's."""
     limit: int | None = None
@@ -69,7 +71,7 @@ def generate(arguments: Sequence[str]) -> None:
     if flags.compare is not None:
         check_one_vocabulary(flags.model, flags.compare, "--compare")
     located = [("`--prompt`", prompt) for prompt in flags.prompt]
-    located += [] if flags.data is None else read_prompts(flags.data, flags.limit)
+    located += [] if flags.data is None else read_prompts(flags.data, flags.limit, flags.split)
     tokenizer = load_tokenizer(flags.model, flags.tokenizer)
     prompts = [encode_prompt(tokenizer, p, where, chat=flags.chat) for where, p in located]
     texts = [shown(tokenizer, prompt) for _, prompt in located]

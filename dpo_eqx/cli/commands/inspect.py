@@ -75,7 +75,12 @@ def inspect(arguments: Sequence[str]) -> None:
     flags = parse_flags(Inspect, "inspect", arguments)
     _check(flags)
     columns = split_pairs(flags.columns, "--columns")
-    source = data.read(flags.data, columns={ours: name or None for ours, name in columns.items()})
+    source = data.read(
+        flags.data,
+        columns={ours: name or None for ours, name in columns.items()},
+        split=flags.split,
+        subset=flags.subset,
+    )
     records = list(itertools.islice(source, max(flags.scan, *(n + 1 for n in flags.rows), 1)))
     tokenizer = _tokenizer(flags, tokenized=source.form.tokenized)
     encoder = None if source.form.tokenized else tokenizer

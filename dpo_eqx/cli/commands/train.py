@@ -172,8 +172,8 @@ def _prepare_all(settings: Settings, loss: Loss) -> list[Prepared]:
     vocab = vocab_size(settings.model)
     paths = [settings.data, *([settings.eval_data] if settings.eval_data else [])]
     prepared = []
-    for path in paths:
-        source = prepare(path, settings, vocab)
+    for number, path in enumerate(paths):
+        source = prepare(path, settings, vocab, held_out=number > 0)
         if source.form.unpaired != is_unpaired(loss):
             kind = "single completions" if is_unpaired(loss) else "pairs"
             raise ValueError(

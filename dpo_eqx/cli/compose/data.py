@@ -41,16 +41,21 @@ def vocab_size(model: str) -> int:
     return models.read_config(read_json(folder / CONFIG)).vocab
 
 
-def prepare(path: str, settings: Settings, vocab: int) -> Prepared:
+def prepare(path: str, settings: Settings, vocab: int, *, held_out: bool = False) -> Prepared:
     """Reads and tokenises the preferences at `path`.
+
+    **Arguments:**
+
+    - `held_out`: whether these are the preferences of `--eval-data`.
 
     **Raises:**
 
     `ValueError` or `FileNotFoundError` if there are no preferences at `path`, if a record is
     invalid, or if no row is left to learn from.
     """
-    columns = split_pairs(settings.columns, "--columns")
-    records = data.read(path, columns={ours: theirs or None for ours, theirs in columns.items()})
+    records = _read(path, settings, held_out=held_out)
+    if held_out:
+        _check_apart(records, settings)
     form = records.form
     _check_numbers(form, settings)
     rows, report = data.tokenize(
@@ -71,6 +76,39 @@ def prepare(path: str, settings: Settings, vocab: int) -> Prepared:
             "column with `--columns weight=`, or give some rows a positive weight."
         )
     return Prepared(rows, report, form, records.fingerprint())
+
+
+def _read(path: str, settings: Settings, *, held_out: bool) -> data.Records:
+    columns = split_pairs(settings.columns, "--columns")
+    try:
+        records = data.read(
+            path,
+            columns={ours: theirs or None for ours, theirs in columns.items()},
+            split=settings.eval_split if held_out else settings.split,
+            # Held-out data of another source have their own subsets.
+            subset=settings.subset if path == settings.data else None,
+        )
+        _ = records.form  # a wrong split of a saved folder is found only now
+    except (ValueError, FileNotFoundError) as error:
+        raise type(error)(_in_flags_of_source(str(error), held_out=held_out)) from error
+    return records
+
+
+def _in_flags_of_source(message: str, *, held_out: bool) -> str:
+    """`message` with the flags of the training data or of the held-out data."""
+    prefix = "--eval-" if held_out else "--"
+    for name, word in {"path_or_iterable": "data", "split": "split"}.items():
+        message = message.replace(f"`{name}`", f"`{prefix}{word}`")
+    return message
+
+
+def _check_apart(held_out: data.Records, settings: Settings) -> None:
+    """Raises `ValueError` if the held-out preferences are those that the run trains on."""
+    if held_out.place() == _read(settings.data, settings, held_out=False).place():
+        raise ValueError(
+            f"`--eval-data` must hold other rows than `--data`; both are {held_out.source}. Give "
+            "another file, or another split of it by `--eval-split`."
+        )
 
 
 def data_facts(prepared: Sequence[Prepared]) -> dict[str, object]:

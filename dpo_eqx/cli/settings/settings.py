@@ -32,6 +32,12 @@ class Settings:
     the end."""
     tokenizer: str | None = None
     """A folder or hub name of the tokenizer (default: the model's); `bytes` is the built-in one."""
+    split: str | None = None
+    """The split of `--data`, if it has several (default: train)."""
+    eval_split: str | None = None
+    """The split of `--eval-data`, if it has several (default: train)."""
+    subset: str | None = None
+    """The subset of `--data`, if it has several; the `config_name` on the hub."""
     columns: tuple[str, ...] = ()
     """Names of columns in the data, as `prompt=question` for a column `question` that holds the
     prompts. `weight=` ignores the column `weight`."""

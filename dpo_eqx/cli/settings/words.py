@@ -7,6 +7,8 @@ _WORDS = [
     (r'columns=\{"([^"`]+)": "([^"`]+)"\}', r"--columns \1=\2"),
     (r"`columns`", "`--columns`"),
     (r"`path_or_iterable`", "`--data`"),
+    (r"`split`", "`--split`"),
+    (r"`subset`", "`--subset`"),
 ]
 
 

@@ -19,8 +19,10 @@ from .texts import decode
 Prompt = str | list
 
 
-def read_prompts(path: str, limit: int | None) -> list[tuple[str, Prompt]]:
-    """The first `limit` prompts of a file, each with its place in words.
+def read_prompts(
+    path: str, limit: int | None, split: str | None = None
+) -> list[tuple[str, Prompt]]:
+    """The first `limit` prompts of a file, or of a split of a folder, each with its place in words.
 
     A `.txt` file holds a prompt on each line. Other files hold records with `prompt` (text or
     messages), with `prompt_ids`, or with `chosen` and `rejected` that share a prompt.
@@ -30,7 +32,7 @@ def read_prompts(path: str, limit: int | None) -> list[tuple[str, Prompt]]:
     `ValueError` or `FileNotFoundError` if there is no prompt.
     """
     is_text = Path(path).suffix == ".txt" and Path(path).is_file()
-    found = _lines(Path(path)) if is_text else _records(path)
+    found = _lines(Path(path)) if is_text else _records(path, split)
     prompts = list(itertools.islice(found, limit))
     if not prompts:
         raise ValueError(f"`--data` must hold a prompt at least; {path} holds none.")
@@ -91,8 +93,8 @@ def _lines(path: Path) -> Iterator[tuple[str, Prompt]]:
     return ((f"line {n} of {path}", line) for n, line in enumerate(lines, 1) if line.strip())
 
 
-def _records(path: str) -> Iterator[tuple[str, Prompt]]:
-    return ((where, _prompt_of(record, where)) for where, record in open_source(path, None)())
+def _records(path: str, split: str | None) -> Iterator[tuple[str, Prompt]]:
+    return ((where, _prompt_of(record, where)) for where, record in open_source(path, split)())
 
 
 def _prompt_of(record: Mapping[str, Any], where: str) -> Prompt:

@@ -12,7 +12,15 @@ from typing import Any
 from .._fingerprint import digest_files
 from .folders import choose
 from .records import Form, check_columns, check_record, recognise, rename
-from .sources import Located, files_of, is_saved, located, open_source
+from .sources import (
+    Located,
+    check_not_given,
+    files_of,
+    is_saved,
+    located,
+    open_source,
+    saved_split,
+)
 
 logger = logging.getLogger("dpo_eqx.data")
 
@@ -103,6 +111,14 @@ class Records:
         names = [file.relative_to(self._path).as_posix() for file in files]
         return digest_files(files, names, self._split, self._subset, self._columns)
 
+    def place(self) -> tuple[object, ...]:
+        """The files and the split that are read: the same for the same records."""
+        if self._path is None:
+            return self.source, self._split, self._subset
+        files = files_of(self._path, self._split, self._subset)
+        split = saved_split(self._path, self._split) if is_saved(self._path) else None
+        return *(file.resolve() for file in files), split
+
     def __str__(self):
         return f"{self.source}{self._chosen_files()}: {self.form}"
 
@@ -164,6 +180,9 @@ def read(
             "`path_or_iterable` must be a path, a name of the Hugging Face hub or an iterable of "
             f"mappings; got {type(path_or_iterable).__name__}. If it maps splits, give one."
         )
+    if split != str(getattr(path_or_iterable, "split", None)):
+        check_not_given("an iterable of records", split=split)
+    check_not_given("an iterable of records", subset=subset)
     source = "`path_or_iterable`"
     return Records(
         lambda: located(path_or_iterable, source),

@@ -36,6 +36,7 @@ def open_source(
     if path.is_dir():
         return _open_folder(path, split, subset)
     if path.is_file():
+        check_not_given(f"the file {path}", split=split, subset=subset)
         return lambda: _file(path)
     if isinstance(source, str) and _HUB_NAME.fullmatch(source) and path.suffix not in SUFFIXES:
         return lambda: _hub(source, split, subset)
@@ -59,11 +60,40 @@ def is_saved(path: Path) -> bool:
     return (path / "state.json").exists() or (path / "dataset_dict.json").exists()
 
 
+def check_not_given(what: str, **choices: str | None) -> None:
+    """Raises `ValueError` if `split` or `subset` is given for a source that has only one."""
+    for name, value in choices.items():
+        if value is not None:
+            raise ValueError(
+                f"`{name}` is for a folder or a data set with several; got {value!r} for {what}. "
+                "Leave it out."
+            )
+
+
+def saved_split(path: Path, split: str | None) -> str | None:
+    """The split that is read of a folder that `datasets` has saved; `None` if it has no splits.
+
+    **Raises:**
+
+    `ValueError` if the folder does not have `split`.
+    """
+    several = path / "dataset_dict.json"
+    if several.exists():
+        return choose_split(json.loads(several.read_text())["splits"], split, str(path))
+    # A part of a split, `train[:10%]`, counts as that split.
+    only = (json.loads((path / "state.json").read_text()).get("_split") or "").partition("[")[0]
+    if split != only:
+        check_not_given(f"{path}, which holds one data set of {only or 'no split'}", split=split)
+    return only or None
+
+
 def _open_folder(
     path: Path, split: str | None, subset: str | None
 ) -> Callable[[], Iterator[Located]]:
     if is_saved(path):
-        return lambda: _saved(path, split)
+        check_not_given(f"{path}, which `datasets` has saved", subset=subset)
+        name = saved_split(path, split)
+        return lambda: _saved(path, name)
     files = choose(path, split, subset).files
     return lambda: (located for file in files for located in _file(file))
 
