@@ -22,7 +22,8 @@ class Settings:
     """The model to train: a folder with `config.json`, safetensors and a tokenizer, or a hub
     name."""
     data: str
-    """Preferences: JSON Lines (plain or gzip), Parquet, a folder, or a hub name."""
+    """Preferences: JSON Lines, JSON, CSV, TSV, Parquet or Arrow (plain or compressed), a folder, or
+    a hub name."""
     output: Path
     """The folder of the run, for settings, metrics, checkpoints and the finished model."""
     reference: str | None = None

@@ -23,7 +23,8 @@ class Source:
     model: str
     """A folder with `config.json`, safetensors and a tokenizer, or a hub name."""
     data: str
-    """Preferences: JSON Lines (plain or gzip), Parquet, a folder, or a hub name."""
+    """Preferences: JSON Lines, JSON, CSV, TSV, Parquet or Arrow (plain or compressed), a folder, or
+    a hub name."""
     tokenizer: str | None = None
     """A folder or hub name of the tokenizer (default: the model's); `bytes` is the built-in one."""
     split: str | None = None

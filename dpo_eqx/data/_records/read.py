@@ -137,8 +137,10 @@ def read(
 ) -> Records:
     """Preference records from a file, a folder, a name of the Hugging Face hub, or an iterable.
 
-    Files are JSON Lines, plain or gzipped, or Parquet; the content decides, not the name. The form
-    is recognised from the columns of the first record; `str(records)` and the log report it:
+    Files are JSON Lines, a list in JSON, CSV, TSV, Parquet or Arrow, plain or compressed by gzip,
+    bzip2, xz or Zstandard. The content decides, not the name; only a table of text must be named
+    `.csv` or `.tsv`. The form is recognised from the columns of the first record; `str(records)`
+    and the log report it:
 
     | form | columns |
     |---|---|
