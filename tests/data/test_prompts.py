@@ -113,9 +113,9 @@ LOST = [
     ([{"query": QUESTION} | ANSWERS], "query", "line 1"),
     ([{"Aufgabe": QUESTION} | ANSWERS], "Aufgabe", "line 1"),
     ([{"问题": "水獭在哪里睡觉", "chosen": "水上", "rejected": "不知道"}], "问题", "line 1"),
-    ([{"messages": [WHY]} | ANSWERS], "messages", "line 1"),
+    ([{"prompt": "Sum up:", "messages": [WHY]} | ANSWERS], "messages", "line 1"),
     (
-        [{"conversations": [{"from": "human", "value": QUESTION}]} | ANSWERS],
+        [{"prompt": [BRIEF], "conversations": [{"from": "human", "value": QUESTION}]} | ANSWERS],
         "conversations",
         "line 1",
     ),

@@ -10,6 +10,7 @@ from typing import Any
 
 from ...data._records.prompts import split_shared_prompt
 from ...data._records.records import check_record, form_name, recognise
+from ...data._records.shapes import first_of
 from ...data._records.sources import open_source
 from ...data._records.values import check_ids, check_messages, check_text
 from ...data._tokens.parts import has_parts, join_parts, roles_with_parts
@@ -100,6 +101,7 @@ def _records(path: str, split: str | None) -> Iterator[tuple[str, Prompt]]:
 def _prompt_of(record: Mapping[str, Any], where: str) -> Prompt:
     if "prompt_ids" in record:
         return check_ids(record["prompt_ids"], f"`prompt_ids` in {where}")
+    record = first_of(record, where)
     form = recognise(record, where) if _is_preference(record) else None
     if form is not None:
         checked = check_record(record, form, where)

@@ -27,7 +27,14 @@ FORMS = {
     "unpaired": ("prompt", "completion", "label"),
     "implicit prompt": ("chosen", "rejected"),
 }
-NUMBERS = ("weight", "beta", "reference_chosen", "reference_rejected", "reference_completion")
+NUMBERS = (
+    "weight",
+    "beta",
+    "offset",
+    "reference_chosen",
+    "reference_rejected",
+    "reference_completion",
+)
 TEMPLATE = ("tools", "chat_template_kwargs")
 # TRL's names for precomputed log-probabilities of the reference.
 ALIASES = {

@@ -40,6 +40,8 @@ class Report:
     - `examples`: for each reason the first five records that it applies to, by number from 0.
     - `without_row`: the numbers of all dropped records.
     - `tokens`: the tokens of prompts and completions in all rows.
+    - `left_out`: the number of records and answers of the source that are not among these
+        records, by reason.
     - `cache`: the folder that holds the rows, if they are on disk.
     """
 
@@ -50,6 +52,7 @@ class Report:
     counts: dict[str, int] = dataclasses.field(default_factory=collections.Counter)
     examples: dict[str, list[int]] = dataclasses.field(default_factory=dict)
     without_row: list[int] = dataclasses.field(default_factory=list)
+    left_out: dict[str, int] = dataclasses.field(default_factory=dict)
     cache: Path | None = None
 
     @property
@@ -91,6 +94,7 @@ class Report:
         lines = [
             self.form,
             f"{self.read} records: {self.kept} rows kept, {dropped} dropped; {self.tokens} tokens",
+            *(f"  left out {n}: {what}" for what, n in self.left_out.items()),
             *(self._line("dropped", reason) for reason in self.dropped),
             *(self._line("cut", reason) for reason in self.cut),
             *(self._line("note", reason) for reason in self.noted),

@@ -86,7 +86,7 @@ def tokenize(
     limits = Limits(max_length, max_prompt_length, max_completion_length)
     template = {"tools": tools, **(template_arguments or {})}
     encoder = make_encoder(tokenizer, records.form, append_eos, eos_token_id, template)
-    report = Report(form=str(records))
+    report = Report(form=str(records), left_out=records.left_out)
     rows = _rows(records, encoder, limits, report, strict=strict, vocab_size=vocab_size)
     if records.in_memory and cache is None:
         return list(rows), report
