@@ -17,9 +17,8 @@ from ...data._batches.collate import pair_batch, unpaired_batch
 from ...data._tokens.report import CUT, DROPPED, REASONS
 from ...data._tokens.rows import Row, completions_of
 from ...data._tokens.tokenizers import special_id
-from ..compose.data import load_tokenizer, vocab_size
+from ..compose.data import load_tokenizer, reading, vocab_size
 from ..compose.vocabulary import has_tokenizer
-from ..settings.options import split_pairs
 from ..settings.shared_flags import Source, parse_flags
 from ..terminal.display import say
 from ..terminal.texts import counted, pieces, special_names
@@ -74,10 +73,9 @@ def inspect(arguments: Sequence[str]) -> None:
     """
     flags = parse_flags(Inspect, "inspect", arguments)
     _check(flags)
-    columns = split_pairs(flags.columns, "--columns")
     source = data.read(
         flags.data,
-        columns={ours: name or None for ours, name in columns.items()},
+        **reading(flags.as_training()),
         split=flags.split,
         subset=flags.subset,
     )
@@ -90,6 +88,7 @@ def inspect(arguments: Sequence[str]) -> None:
     }
     vocab = vocab_size(flags.model)
     rows, report = data.tokenize(records, encoder, vocab_size=vocab, **limits)
+    report.left_out = source.left_out
 
     def look(number: int) -> Look:
         return look_at(number, records[number], encoder, limits)

@@ -7,11 +7,13 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from ... import data, models
+from ... import data, losses, models
 from ...data._records.records import Form
+from ...data._tokens.rows import PER_PAIR
 from ...models._checkpoint.folder import ADAPTER_CONFIG, CONFIG, read_json, resolve
 from ..settings.options import split_pairs
 from ..settings.settings import Settings
+from .loss import keywords
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,11 +81,10 @@ def prepare(path: str, settings: Settings, vocab: int, *, held_out: bool = False
 
 
 def _read(path: str, settings: Settings, *, held_out: bool) -> data.Records:
-    columns = split_pairs(settings.columns, "--columns")
     try:
         records = data.read(
             path,
-            columns={ours: theirs or None for ours, theirs in columns.items()},
+            **reading(settings),
             split=settings.eval_split if held_out else settings.split,
             # Held-out data of another source have their own subsets.
             subset=settings.subset if path == settings.data else None,
@@ -92,6 +93,21 @@ def _read(path: str, settings: Settings, *, held_out: bool) -> data.Records:
     except (ValueError, FileNotFoundError) as error:
         raise type(error)(_in_flags_of_source(str(error), held_out=held_out)) from error
     return records
+
+
+def reading(settings: Settings) -> dict[str, Any]:
+    """The arguments of `data.read` that decide how records become pairs."""
+    columns = split_pairs(settings.columns, "--columns")
+    if settings.offset_column is not None:
+        columns |= {"offset": settings.offset_column}
+    options = split_pairs(settings.loss_options, "--loss-options")
+    takes_offset = any("offset" in keywords(losses.BY_NAME[name]) for name in settings.loss)
+    return {
+        "columns": {ours: theirs or None for ours, theirs in columns.items()},
+        "pairs": settings.pairs,
+        "ties": settings.ties,
+        "offset_from_scores": takes_offset and "offset" not in options.keys() | columns.keys(),
+    }
 
 
 def _in_flags_of_source(message: str, *, held_out: bool) -> str:
@@ -160,6 +176,7 @@ def _check_numbers(form: Form, settings: Settings) -> None:
             "`--beta` and the column `beta` of the data contradict each other; leave out the flag, "
             "or ignore the column with `--columns beta=`."
         )
+    _check_per_pair(form, settings)
     columns = [name for name in form.numbers if name.startswith("reference_")]
     flags = {
         "--reference": settings.reference is not None,
@@ -171,4 +188,21 @@ def _check_numbers(form: Form, settings: Settings) -> None:
             raise ValueError(
                 f"`{name}` and the column `{columns[0]}` of the data contradict each other; leave "
                 f"out the flag, or ignore the columns with `--columns {'= '.join(columns)}=`."
+            )
+
+
+def _check_per_pair(form: Form, settings: Settings) -> None:
+    """Raises `ValueError` if a column is an argument of the loss that no given loss has."""
+    known = {name for loss in settings.loss for name in keywords(losses.BY_NAME[loss])}
+    options = split_pairs(settings.loss_options, "--loss-options")
+    for name in PER_PAIR:
+        if name in form.numbers and name not in known:
+            raise ValueError(
+                f"The column `{name}` of the data is for a loss with `{name}`, and `--loss "
+                f"{' '.join(settings.loss)}` has none. Leave the column out by `--columns {name}=`."
+            )
+        if name in form.numbers and name in options:
+            raise ValueError(
+                f"`--loss-options {name}` and the column `{name}` of the data contradict each "
+                f"other; leave out the option, or the column by `--columns {name}=`."
             )

@@ -101,16 +101,17 @@ def _bind(loss: Loss, values: dict[str, Any]) -> Loss:
 
 
 def _takes(loss: Loss, name: str) -> bool:
-    return name in _keywords(loss)
+    return name in keywords(loss)
 
 
-def _keywords(loss: Loss) -> list[str]:
+def keywords(loss: Loss) -> list[str]:
+    """The names of the hyper-parameters of a loss."""
     parameters = inspect.signature(loss).parameters.values()
     return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
 
 
 def _known(terms: list[Loss]) -> str:
-    names = {f"`{name}`" for term in terms for name in _keywords(term)}
+    names = {f"`{name}`" for term in terms for name in keywords(term)}
     return ", ".join(sorted(names)) or "none"
 
 

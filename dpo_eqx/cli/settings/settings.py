@@ -42,6 +42,14 @@ class Settings:
     columns: tuple[str, ...] = ()
     """Names of columns in the data, as `prompt=question` for a column `question` that holds the
     prompts. `weight=` ignores the column `weight`."""
+    pairs: Literal["best-worst", "all", "best-rest"] = "best-worst"
+    """The pairs of several answers with scores or ranks: the best and the worst one, all of unequal
+    worth, or the best one with every worse one."""
+    ties: Literal["drop", "half"] = "drop"
+    """Two answers of equal worth: leave them out, or train both pairs with the weight 0.5."""
+    offset_column: str | None = None
+    """The column of the offset of `--loss odpo` (default: the difference of the scores,
+    if the data have any)."""
 
     loss: tuple[str, ...] = ("sigmoid",)
     """One loss, or several that are added up: sigmoid, ipo, robust, hinge, simpo, kto, ..."""

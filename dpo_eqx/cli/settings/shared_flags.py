@@ -34,6 +34,11 @@ class Source:
     columns: tuple[str, ...] = ()
     """Names of columns in the data, as `prompt=question` for a column `question` that holds the
     prompts. `weight=` ignores the column `weight`."""
+    pairs: Literal["best-worst", "all", "best-rest"] = "best-worst"
+    """The pairs of several answers with scores or ranks: the best and the worst one, all of unequal
+    worth, or the best one with every worse one."""
+    ties: Literal["drop", "half"] = "drop"
+    """Two answers of equal worth: leave them out, or train both pairs with the weight 0.5."""
     max_length: int | None = None
     """Largest number of tokens of prompt plus completion; a longer completion loses its end. A row
     is dropped if its prompt alone fills the limit."""

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from .turns import as_messages, is_messages
+from .turns import as_messages, is_messages, listed
 from .values import found, ticked
 
 PAIRS = ("best-worst", "all", "best-rest")
@@ -54,7 +54,7 @@ def ranking_of(record: Mapping[str, Any]) -> Ranking | None:
     if "chosen" in record and "rejected" in record:
         return _several_rejected() if _are_answers(record["rejected"]) else None
     for column in _ANSWERS:
-        answers = record.get(column)
+        answers = listed(record.get(column))
         if isinstance(answers, list) and answers:
             found_here = _of_mappings(column, answers) or _beside(column, answers, record)
             if found_here is not None:
@@ -85,7 +85,9 @@ def _of_mappings(column: str, answers: list[Any]) -> Ranking | None:
 def _beside(column: str, answers: list[Any], record: Mapping[str, Any]) -> Ranking | None:
     """Answers whose scores are a list in another column, such as `scores`."""
     names = (*_SCORES, *_RANKS)
-    score = next((c for n in names for c in (f"{n}s", n) if isinstance(record.get(c), list)), None)
+    score = next(
+        (c for n in names for c in (f"{n}s", n) if isinstance(listed(record.get(c)), list)), None
+    )
     if score is None or not all(isinstance(a, str) or is_messages(a) for a in answers):
         return None
 
@@ -135,6 +137,7 @@ def _content(answer: Any, text: str, what: str) -> Any:
 
 
 def _list(value: Any, what: str) -> list[Any]:
+    value = listed(value)
     if not isinstance(value, list):
         raise ValueError(f"{what} must be a list like the other records'; got {found(value)}.")
     return value

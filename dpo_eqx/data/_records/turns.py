@@ -83,11 +83,17 @@ def _call(content: Any) -> dict[str, Any]:
 
 def from_json_list(value: Any) -> list[Any] | None:
     """The texts of a list, which may be JSON text; `None` for other values."""
-    if isinstance(value, str) and value.startswith("["):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            return None
+    value = listed(value)
     if not isinstance(value, list) or not value:
         return None
     return value if all(item is None or isinstance(item, str) for item in value) else None
+
+
+def listed(value: Any) -> Any:
+    """The list that `value` holds as JSON text, as in a table of text; else `value` itself."""
+    if not isinstance(value, str) or not value.startswith("["):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return value
