@@ -115,5 +115,11 @@ def test_flags_choose_the_pairs(models, tmp_path, capsys):
     assert "5 records: 5 rows kept" in out
     assert "with `weight`" in out
     assert "left out" not in out
+    path.write_text("".join(json.dumps(ANSWERS | {"lang": x}) + "\n" for x in ("en", "de", "en")))
+    _, out, _ = run(capsys, *flags, "--where", "lang=en")
+    assert "2 records: 2 rows kept" in out
+    assert "left out 1: records that are not of lang=en" in out
+    status, _, err = run(capsys, *flags, "--where", "language=en")
+    one_message(status, err, "inspect", "`--where` names `language`, which line 1")
     status, _, err = run(capsys, *flags, "--columns", "responses=")
     one_message(status, err, "inspect", "must have the columns of one form")

@@ -104,6 +104,7 @@ def reading(settings: Settings) -> dict[str, Any]:
     takes_offset = any("offset" in keywords(losses.BY_NAME[name]) for name in settings.loss)
     return {
         "columns": {ours: theirs or None for ours, theirs in columns.items()},
+        "where": split_pairs(settings.where, "--where"),
         "pairs": settings.pairs,
         "ties": settings.ties,
         "offset_from_scores": takes_offset and "offset" not in options.keys() | columns.keys(),

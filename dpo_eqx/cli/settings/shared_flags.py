@@ -34,6 +34,8 @@ class Source:
     columns: tuple[str, ...] = ()
     """Names of columns in the data, as `prompt=question` for a column `question` that holds the
     prompts. `weight=` ignores the column `weight`."""
+    where: tuple[str, ...] = ()
+    """Values that columns must have, as `lang=en`; other records are left out."""
     pairs: Literal["best-worst", "all", "best-rest"] = "best-worst"
     """The pairs of several answers with scores or ranks: the best and the worst one, all of unequal
     worth, or the best one with every worse one."""

@@ -7,6 +7,7 @@ _WORDS = [
     (r'columns=\{"([^"`]+)": "([^"`]+)"\}', r"--columns \1=\2"),
     (r"`columns`", "`--columns`"),
     (r"`path_or_iterable`", "`--data`"),
+    (r"`where` names", "`--where` names"),
     (r"`(pairs|ties)` must", r"`--\1` must"),
     (r"`split`", "`--split`"),
     (r"`subset`", "`--subset`"),

@@ -4,6 +4,7 @@ A file of preferences can also serve as a file of prompts, with the prompts that
 """
 
 import itertools
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from ...data._records.prompts import split_shared_prompt
 from ...data._records.records import check_record, form_name, recognise
 from ...data._records.shapes import first_of
 from ...data._records.sources import open_source
+from ...data._records.threads import assembled
 from ...data._records.values import check_ids, check_messages, check_text
 from ...data._tokens.parts import has_parts, join_parts, roles_with_parts
 from ...data._tokens.tokenizers import as_ids, encode_all, special_id, start_id_of
@@ -95,7 +97,8 @@ def _lines(path: Path) -> Iterator[tuple[str, Prompt]]:
 
 
 def _records(path: str, split: str | None) -> Iterator[tuple[str, Prompt]]:
-    return ((where, _prompt_of(record, where)) for where, record in open_source(path, split)())
+    records = assembled(open_source(path, split)(), {}, Counter())
+    return ((where, _prompt_of(record, where)) for where, record in records)
 
 
 def _prompt_of(record: Mapping[str, Any], where: str) -> Prompt:

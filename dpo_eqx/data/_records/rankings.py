@@ -15,6 +15,7 @@ PAIRS = ("best-worst", "all", "best-rest")
 
 # Columns that hold the answers, the keys of an answer's text, and those of its score.
 _ANSWERS = ("completions", "answers", "responses", "generations", "candidates", "outputs")
+_ANSWERS += ("replies",)  # OpenAssistant, as `threads.py` makes them
 _TEXTS = ("response", "answer", "text", "completion", "content", "output", "generation", "messages")
 _SCORES = ("overall_score", "score", "pm_score", "rating", "reward")
 _RANKS = ("rank", "ranking")

@@ -23,6 +23,7 @@ from .sources import (
     open_source,
     saved_split,
 )
+from .threads import assembled
 
 logger = logging.getLogger("dpo_eqx.data")
 
@@ -83,8 +84,11 @@ class Records:
             )
         self._spent = self._once
         self.left_out.clear()
-        for where, record in self._shaped(self._open()):
+        for where, record in self._shaped(self._assembled(self._open())):
             yield check_record(record, form, where)
+
+    def _assembled(self, records: Iterable[Located]) -> Iterator[Located]:
+        return assembled(records, dict(self._options.where), self.left_out)
 
     def _shaped(self, records: Iterable[Located]) -> Iterator[Located]:
         """The records with our columns: for each record of the source one, several or none."""
@@ -121,7 +125,7 @@ class Records:
                 taken.append(record)
                 yield record
 
-        first = next(self._shaped(noted()), None)
+        first = next(self._shaped(self._assembled(noted())), None)
         if first is None:
             reasons = "".join(f"; left out {n}: {what}" for what, n in self.left_out.items())
             raise ValueError(f"{self.source} holds no records; one is required at least{reasons}.")
@@ -174,6 +178,7 @@ def read(
     pairs: str = "best-worst",
     ties: str = "drop",
     offset_from_scores: bool = False,
+    where: Mapping[str, Any] | None = None,
 ) -> Records:
     """Preference records from a file, a folder, a name of the Hugging Face hub, or an iterable.
 
@@ -195,7 +200,8 @@ def read(
     log-probabilities of the reference (`reference_chosen` and `reference_rejected`, or
     `reference_completion`; TRL's names are understood), and, for the chat template, `tools` and
     `chat_template_kwargs`. Public layouts become these forms: other names of columns, ShareGPT's
-    messages, two answers with a verdict, several answers with scores or ranks.
+    messages, two answers with a verdict, several answers with scores or ranks, and OpenAssistant's
+    messages and trees, which are read into memory.
 
     **Arguments:**
 
@@ -213,6 +219,8 @@ def read(
     - `offset_from_scores`: whether the difference of both scores becomes `offset`, as
         `losses.odpo` takes it. The scores are those of several answers, or columns such as
         `score_chosen`.
+    - `where`: values that columns of the source must have, as in `{"lang": "en"}`. Other records
+        are left out.
 
     **Returns:**
 
@@ -224,7 +232,7 @@ def read(
     file, line, column and what was found.
     """
     columns = check_columns(columns)
-    options = Options(pairs, ties, offset_from_scores)
+    options = Options(pairs, ties, offset_from_scores, tuple((where or {}).items()))
     check_options(options)
     if isinstance(path_or_iterable, str | Path):
         return _read_path(path_or_iterable, columns, split, subset, options)

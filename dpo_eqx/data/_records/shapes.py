@@ -38,11 +38,13 @@ class Options:
     - `ties`: `drop` leaves out two answers that are equally good; `half` gives both pairs of them
         the weight 0.5.
     - `offset_from_scores`: whether the difference of scores becomes the column `offset`.
+    - `where`: columns of the source and the values that they must have.
     """
 
     pairs: str = "best-worst"
     ties: str = "drop"
     offset_from_scores: bool = False
+    where: tuple[tuple[str, Any], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
