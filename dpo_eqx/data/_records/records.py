@@ -139,7 +139,9 @@ def is_redundant(prompt: Any, answer: Any) -> bool:
 
 
 def _no_form(record: Mapping[str, Any], where: str) -> str:
-    nearest = max(FORMS, key=lambda name: sum(c in record for c in FORMS[name]) / len(FORMS[name]))
+    # Without any of their columns, nobody meant token ids, although they come first.
+    forms = [n for n in FORMS if not n.endswith("ids") or any(c in record for c in FORMS[n])]
+    nearest = max(forms, key=lambda name: sum(c in record for c in FORMS[name]) / len(FORMS[name]))
     missing = [column for column in FORMS[nearest] if column not in record]
     return (
         f"{where} must have the columns of one form. The nearest is `{nearest}`, which needs "
