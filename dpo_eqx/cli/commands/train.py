@@ -18,7 +18,14 @@ from ..._scoring.score import score_pairs, score_unpaired
 from ..._training.evaluate import make_eval
 from ..._training.step import make_step
 from ..compose import policy as policies
-from ..compose.data import Prepared, data_facts, make_batches, prepare, vocab_size
+from ..compose.data import (
+    Prepared,
+    data_facts,
+    learned_positions,
+    make_batches,
+    prepare,
+    vocab_size,
+)
 from ..compose.dtypes import (
     Dtypes,
     check_saved,
@@ -170,10 +177,11 @@ def _load(
 def _prepare_all(settings: Settings, loss: Loss) -> list[Prepared]:
     """The training data and, if given, the held-out data."""
     vocab = vocab_size(settings.model)
+    positions = learned_positions(settings.model, settings.reference)
     paths = [settings.data, *([settings.eval_data] if settings.eval_data else [])]
     prepared = []
     for number, path in enumerate(paths):
-        source = prepare(path, settings, vocab, held_out=number > 0)
+        source = prepare(path, settings, vocab, positions=positions, held_out=number > 0)
         if source.form.unpaired != is_unpaired(loss):
             kind = "single completions" if is_unpaired(loss) else "pairs"
             raise ValueError(
