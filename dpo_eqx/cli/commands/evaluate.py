@@ -28,6 +28,7 @@ from ..settings.check import check_positive
 from ..settings.options import dtype_of
 from ..settings.settings import Dtype
 from ..settings.shared_flags import Loading, Source, check_writable, parse_flags
+from ..settings.words import in_flags
 from ..terminal.display import display, say
 
 Rows = dict[str, np.ndarray]
@@ -75,7 +76,7 @@ def evaluate(arguments: Sequence[str]) -> None:
             f"`--data` must hold pairs; {flags.data} holds {prepared.form}. Give a file with "
             "columns for chosen and rejected completions."
         )
-    say(str(prepared.report))
+    say(in_flags(str(prepared.report)))
     policy = flags.load(flags.model, lora=flags.lora)
     reference = _reference(flags, policy)
     measure = make_measure(flags.beta, flags.compute_dtype)

@@ -18,14 +18,7 @@ from ..._scoring.score import score_pairs, score_unpaired
 from ..._training.evaluate import make_eval
 from ..._training.step import make_step
 from ..compose import policy as policies
-from ..compose.data import (
-    Prepared,
-    data_facts,
-    learned_positions,
-    make_batches,
-    prepare,
-    vocab_size,
-)
+from ..compose.data import Prepared, data_facts, make_batches
 from ..compose.dtypes import (
     Dtypes,
     check_saved,
@@ -37,6 +30,7 @@ from ..compose.dtypes import (
 )
 from ..compose.loss import Loss, compose_loss, is_unpaired, needs_reference
 from ..compose.optimizer import compose_optimizer, compose_schedule, learning_rates
+from ..compose.preferences import prepare_all
 from ..report.probe import Probe, make_probe
 from ..run import devices, hosts
 from ..run.checkpoints import Checkpoints
@@ -48,6 +42,7 @@ from ..run.state import State, restored, to_save
 from ..run.updates import UpdateWatch
 from ..settings.check import check, check_hosts
 from ..settings.settings import Settings
+from ..settings.words import in_flags
 from ..terminal.display import display, no_display
 from .report import try_report
 
@@ -69,7 +64,7 @@ def _train(settings: Settings) -> None:
     # Loading a model takes long. Errors in settings and data are found before, on every process.
     loss, prepared, mesh = hosts.together(functools.partial(_prepare, settings, folder))
     hosts.compare(settings, {"jax": jax.__version__} | data_facts(prepared))
-    say("\n".join(str(source.report) for source in prepared))
+    say(in_flags("\n".join(str(source.report) for source in prepared)))
 
     policy, reference, trainable, dtypes, finish = hosts.together(
         functools.partial(_load, settings, prepared[0], needs_reference(loss), mesh)
@@ -128,7 +123,7 @@ def _prepare(settings: Settings, folder: Folder) -> tuple[Loss, list[Prepared], 
     check(settings)
     folder.check(settings)
     loss = compose_loss(settings)
-    return loss, _prepare_all(settings, loss), devices.mesh_of(settings)
+    return loss, prepare_all(settings, loss), devices.mesh_of(settings)
 
 
 def total_steps(settings: Settings, steps_per_epoch: int) -> int:
@@ -172,25 +167,6 @@ def _load(
     finish = functools.partial(finished, saved=dtypes.saved, trainable=trainable, loaded=loaded)
     policy = keep_trained_wide(policy, trainable, settings)
     return policy, reference, trainable, dtypes, finish
-
-
-def _prepare_all(settings: Settings, loss: Loss) -> list[Prepared]:
-    """The training data and, if given, the held-out data."""
-    vocab = vocab_size(settings.model)
-    positions = learned_positions(settings.model, settings.reference)
-    paths = [settings.data, *([settings.eval_data] if settings.eval_data else [])]
-    prepared = []
-    for number, path in enumerate(paths):
-        source = prepare(path, settings, vocab, positions=positions, held_out=number > 0)
-        if source.form.unpaired != is_unpaired(loss):
-            kind = "single completions" if is_unpaired(loss) else "pairs"
-            raise ValueError(
-                f"`--loss {' '.join(settings.loss)}` needs {kind}, and {path} holds "
-                f"{source.form}. Give kto, bco or apo_zero_unpaired for single completions, any "
-                "other loss for pairs."
-            )
-        prepared.append(source)
-    return prepared
 
 
 def _carry_out(run: Run, state: State, folder: Folder, prepared: Prepared, probe: Probe) -> None:

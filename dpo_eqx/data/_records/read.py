@@ -65,6 +65,10 @@ class Records:
         self.source, self.in_memory = source, in_memory
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (record for _, record in self.located())
+
+    def located(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """The same records, each with its place in words, such as `line 3 of a.jsonl`."""
         form = self.form
         if self._spent:
             raise ValueError(
@@ -73,7 +77,7 @@ class Records:
             )
         self._spent = self._once
         for where, record in self._open():
-            yield check_record(rename(record, self._columns, where), form, where)
+            yield where, check_record(rename(record, self._columns, where), form, where)
 
     @property
     def form(self) -> Form:
