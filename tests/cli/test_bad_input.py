@@ -1,8 +1,10 @@
 """Bad input: one clear message on stderr, status 2, no traceback, nothing written."""
 
+import io
 import json
 import os
 import re
+import sys
 
 import pytest
 
@@ -196,6 +198,15 @@ def test_an_extra_that_is_missing(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("dpo_eqx._extras.importlib.import_module", missing)
     assert main(["train", "--help"]) == 2
     assert 'pip install "dpo-eqx[train]"' in capsys.readouterr().err
+
+
+def test_a_terminal_with_few_characters_ends_no_command(monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr(sys, "stdout", stream)
+    assert main(["--help"]) == 0
+    print("Z\xfcrich \u6c49 \U0001f642", end="")
+    stream.flush()
+    assert stream.buffer.getvalue().endswith(b"Z\xfcrich ? ?")
 
 
 def test_commands(capsys):
