@@ -36,6 +36,7 @@ from ..run import devices, hosts
 from ..run.checkpoints import Checkpoints
 from ..run.folder import Folder, facts_of
 from ..run.hosts import say
+from ..run.late_metrics import SIDES, without_sides
 from ..run.loop import Run, loop, make_advance
 from ..run.sinks import Numbers, no_sinks, open_sinks
 from ..run.state import State, restored, to_save
@@ -142,7 +143,9 @@ def evaluate_all(
         placed = (devices.put_batch(batch, mesh) for batch in batches)
         parts = (evaluate(state.policy, batch, state.reference) for batch in placed)
         metrics = functools.reduce(operator.add, parts)
-    return {f"eval/{name}": float(value) for name, value in metrics.mean().items()}
+    absent = [side for side in SIDES if not metrics.counts[f"logps/{side}"] > 0]
+    means = without_sides({n: float(value) for n, value in metrics.mean().items()}, absent)
+    return {f"eval/{name}": value for name, value in means.items()}
 
 
 def _load(

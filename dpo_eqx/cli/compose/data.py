@@ -23,6 +23,7 @@ class Prepared:
     - `report`: counts of the records that were kept, cut and dropped.
     - `form`: the form of the records.
     - `fingerprint`: the fingerprint of the files; `None` if the source has no files.
+    - `mismatched`: whether batches of single completions have the mismatched ones of KTO.
     - `positions`: the largest number of tokens of a row; `None` if positions are not learned.
     """
 
@@ -31,6 +32,7 @@ class Prepared:
     form: Form
     fingerprint: str | None
     positions: int | None = None
+    mismatched: bool = True
 
 
 def vocab_size(model: str) -> int:
@@ -187,6 +189,7 @@ def make_batches(
         epochs=None if training else 1,
         buckets=settings.buckets,
         max_length=min(limits, default=None),
+        kl=prepared.mismatched,
         process_index=share[0],
         process_count=share[1],
     )
