@@ -1,8 +1,10 @@
 """Bad input: one clear message on stderr, status 2, no traceback, nothing written."""
 
+import io
 import json
 import os
 import re
+import sys
 
 import pytest
 
@@ -84,7 +86,7 @@ def test_strict(case, models, tmp_path, capsys):
         max_length=40,
         strict=True,
     )
-    bad(capsys, tmp_path, f"`strict` allows no row .*record 1 .*{message}", status)
+    bad(capsys, tmp_path, f"`--strict` allows no row .*record 1 .*{message}", status)
 
 
 def test_no_row_is_left(models, tmp_path, capsys):
@@ -114,13 +116,18 @@ def test_a_tokenizer_beyond_the_vocabulary(models, tmp_path, capsys):
         data=DATA / "llama" / "dataset.jsonl",
         output=tmp_path / "run",
     )
-    bad(capsys, tmp_path, "must give ids below `vocab_size`, 96", status)
+    bad(
+        capsys,
+        tmp_path,
+        "`--tokenizer` must give ids below 96, .* of `--model`",
+        status,
+    )
 
 
 def test_ids_beyond_the_vocabulary(tmp_path, capsys):
     ids = {"prompt_ids": [1], "chosen_ids": [2, 96], "rejected_ids": [3]}
     (tmp_path / "data.jsonl").write_text(json.dumps(ids) + "\n")
-    bad(capsys, tmp_path, "`vocab_size`, 96; record 0 .* has 96", small(tmp_path))
+    bad(capsys, tmp_path, "below 96, .*; record 0 .* has 96", small(tmp_path))
 
 
 CASES = {
@@ -191,6 +198,15 @@ def test_an_extra_that_is_missing(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("dpo_eqx._extras.importlib.import_module", missing)
     assert main(["train", "--help"]) == 2
     assert 'pip install "dpo-eqx[train]"' in capsys.readouterr().err
+
+
+def test_a_terminal_with_few_characters_ends_no_command(monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr(sys, "stdout", stream)
+    assert main(["--help"]) == 0
+    print("Z\xfcrich \u6c49 \U0001f642", end="")
+    stream.flush()
+    assert stream.buffer.getvalue().endswith(b"Z\xfcrich ? ?")
 
 
 def test_commands(capsys):
@@ -269,3 +285,22 @@ def test_the_held_out_split_is_read(tmp_path):
     rows = [prepare(folder, settings, 258, held_out=h).rows[0] for h in (False, True)]
     texts = [bytes(row["prompt_ids"][1:]).decode() for row in rows]
     assert texts == ["train!", "test!"]
+
+
+def test_text_that_the_template_leaves_out_is_told_before_training(models, tmp_path, capsys):
+    """The template has no tool calls: the first answer is only one, the second has one beside."""
+    call = {"function": {"name": "look", "arguments": {"at": "it"}}}
+    turns = [[{"role": "assistant", "content": text, "tool_calls": [call]}] for text in (None, "I")]
+    ask, no = [{"role": "user", "content": "?"}], [{"role": "assistant", "content": "No."}]
+    path = tmp_path / "data.jsonl"
+    records = [{"prompt": ask, "chosen": turn, "rejected": no} for turn in turns]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    args = ["--model", str(models("qwen3")), "--data", str(path)]
+    assert main(["inspect", *args]) == 0
+    shown = capsys.readouterr().out
+    gone = "the chat template leaves out all of an answer"
+    assert f"dropped 1: {gone} (records 0); line 1 of {path}, `chosen`\n" in shown
+    assert "lost 1: the chat template leaves out text of an answer (records 1); line 2 of" in shown
+    assert "record 0: dropped" in shown
+    status = train(model=models("qwen3"), data=path, output=tmp_path / "run", strict=True)
+    bad(capsys, tmp_path, f"`--strict` allows no row .* {re.escape(gone)} .line 1 of ", status)

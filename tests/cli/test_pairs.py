@@ -75,7 +75,7 @@ def test_scores_are_an_offset_only_for_a_loss_that_takes_one(settings, wanted):
 
 
 WRONG = [
-    ({"offset_column": "margin"}, "The column `offset` .* and `--loss sigmoid` has none"),
+    ({"offset_column": "margin"}, "`--loss sigmoid` has no `offset`, and .* has a column `offset`"),
     ({"loss": ["odpo"], "offset_column": "gap"}, "maps `offset` to `gap`"),
     (
         {"loss": ["odpo"], "offset_column": "margin", "loss_options": ["offset=1"]},
@@ -90,13 +90,6 @@ def test_an_offset_that_has_no_use_is_an_error(settings, message, tmp_path, caps
     assert small(tmp_path, **ONCE, **settings) == 2
     assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "run").exists()
-
-
-def test_a_beta_that_no_loss_has_is_an_error(tmp_path, capsys):
-    write(tmp_path, {"beta": [0.5] * 10})
-    assert small(tmp_path, loss=["sft"], **ONCE) == 2
-    error = capsys.readouterr().err
-    assert "`--loss sft` has none. Leave the column out by `--columns beta=`." in error
 
 
 ANSWERS = {"prompt": "Why?", "responses": [" a", " b", " c"], "scores": [1, 3, 2]}

@@ -124,8 +124,8 @@ def test_conversations(name, tokenizer, tmp_path):
     assert not report.left_out
     path = tmp_path / "records.jsonl"
     path.write_text(json.dumps(CONVERSATIONS[name]))
-    ((where, prompt),) = read_prompts(str(path), None)
-    assert encode_prompt(tokenizer, prompt, where, chat=False) == row["prompt_ids"]
+    (prompt,) = read_prompts(str(path), None)
+    assert encode_prompt(tokenizer, prompt, chat=False) == row["prompt_ids"]
 
 
 @pytest.mark.parametrize("name", TEXTS)

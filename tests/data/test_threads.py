@@ -109,7 +109,7 @@ def test_ranked_replies_are_pairs(make, tmp_path):
     everything = data.read(path, pairs="all")
     assert len(list(everything)) == 4
     assert "answers in no pair" not in everything.left_out
-    prompts = sorted((prompt for _, prompt in read_prompts(str(path), None)), key=len)
+    prompts = sorted((prompt.value for prompt in read_prompts(str(path), None)), key=len)
     assert prompts == [record["prompt"] for record in got]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from ... import data, losses, models
 from ...data._records.records import Form
-from ...data._tokens.rows import PER_PAIR
+from ...data._tokens.rows import lengths_of
 from ...models._checkpoint.folder import ADAPTER_CONFIG, CONFIG, read_json, resolve
 from ..settings.options import split_pairs
 from ..settings.settings import Settings
@@ -24,36 +24,58 @@ class Prepared:
     - `report`: counts of the records that were kept, cut and dropped.
     - `form`: the form of the records.
     - `fingerprint`: the fingerprint of the files; `None` if the source has no files.
+    - `mismatched`: whether batches of single completions have the mismatched ones of KTO.
+    - `positions`: the largest number of tokens of a row; `None` if positions are not learned.
     """
 
     rows: Any
     report: data.Report
     form: Form
     fingerprint: str | None
+    positions: int | None = None
+    mismatched: bool = True
 
 
 def vocab_size(model: str) -> int:
     """The vocabulary size of the model in a folder; its weights are not read."""
+    return _config(model).vocab
+
+
+def learned_positions(*names: str | None) -> int | None:
+    """The fewest learned positions of the given models; `None` if none has learned positions."""
+    configs = [_config(name) for name in names if name is not None]
+    return min((c.max_length for c in configs if c.rotary is None), default=None)
+
+
+def _config(model: str) -> models.Config:
     folder = resolve(model)
     if (folder / ADAPTER_CONFIG).is_file() and not (folder / CONFIG).is_file():
         raise ValueError(
             f"`--model` must be a model; {model} holds adapters and no model. Give the model that "
             "they were trained on as `--model`, and this folder as `--lora`."
         )
-    return models.read_config(read_json(folder / CONFIG)).vocab
+    return models.read_config(read_json(folder / CONFIG))
 
 
-def prepare(path: str, settings: Settings, vocab: int, *, held_out: bool = False) -> Prepared:
+def prepare(
+    path: str,
+    settings: Settings,
+    vocab: int,
+    *,
+    positions: int | None = None,
+    held_out: bool = False,
+) -> Prepared:
     """Reads and tokenises the preferences at `path`.
 
     **Arguments:**
 
+    - `vocab`: the size of the vocabulary; `positions`: the number of learned positions, if any.
     - `held_out`: whether these are the preferences of `--eval-data`.
 
     **Raises:**
 
     `ValueError` or `FileNotFoundError` if there are no preferences at `path`, if a record is
-    invalid, or if no row is left to learn from.
+    invalid, if no row is left to learn from, or if a row is longer than `positions`.
     """
     records = _read(path, settings, held_out=held_out)
     if held_out:
@@ -77,7 +99,23 @@ def prepare(path: str, settings: Settings, vocab: int, *, held_out: bool = False
             f"`weight` is 0 in each row of {path}, so there is nothing to learn from; ignore the "
             "column with `--columns weight=`, or give some rows a positive weight."
         )
-    return Prepared(rows, report, form, records.fingerprint())
+    if positions is not None:
+        _check_fits(rows, report, positions, path)
+    return Prepared(rows, report, form, records.fingerprint(), positions)
+
+
+def _check_fits(rows: Any, report: data.Report, positions: int, path: str) -> None:
+    """Raises `ValueError` if a row has more tokens than there are learned positions."""
+    lengths = lengths_of(rows)
+    tokens = lengths[:, 0] + lengths[:, 1:].max(axis=1)
+    too_long = int((tokens > positions).sum())
+    if too_long:
+        number = report.numbers_of_rows()[tokens.argmax()]
+        raise ValueError(
+            f"The model has learned positions for {positions} tokens, and {too_long} of "
+            f"{len(tokens)} rows of {path} are longer: record {number} (from 0) has "
+            f"{tokens.max()}. Give `--max-length {positions}`."
+        )
 
 
 def _read(path: str, settings: Settings, *, held_out: bool) -> data.Records:
@@ -157,6 +195,8 @@ def make_batches(
     """
     # Evaluation runs a batch at once, so its batches are as small as a microbatch of training.
     parts = 1 if training else settings.microbatches
+    # A mismatched completion of KTO follows another prompt, so the two may be longer than any row.
+    limits = [n for n in (settings.max_length, prepared.positions) if n is not None]
     return data.batches(
         prepared.rows,
         batch_size=settings.batch_size // parts,
@@ -164,7 +204,8 @@ def make_batches(
         seed=settings.seed,
         epochs=None if training else 1,
         buckets=settings.buckets,
-        max_length=settings.max_length,
+        max_length=min(limits, default=None),
+        kl=prepared.mismatched,
         process_index=share[0],
         process_count=share[1],
     )
@@ -177,7 +218,13 @@ def _check_numbers(form: Form, settings: Settings) -> None:
             "`--beta` and the column `beta` of the data contradict each other; leave out the flag, "
             "or ignore the column with `--columns beta=`."
         )
-    _check_per_pair(form, settings)
+    if "offset" in form.numbers and "offset" in split_pairs(
+        settings.loss_options, "--loss-options"
+    ):
+        raise ValueError(
+            "`--loss-options offset` and the column `offset` of the data contradict each other; "
+            "leave out the option, or ignore the column with `--columns offset=`."
+        )
     columns = [name for name in form.numbers if name.startswith("reference_")]
     flags = {
         "--reference": settings.reference is not None,
@@ -189,21 +236,4 @@ def _check_numbers(form: Form, settings: Settings) -> None:
             raise ValueError(
                 f"`{name}` and the column `{columns[0]}` of the data contradict each other; leave "
                 f"out the flag, or ignore the columns with `--columns {'= '.join(columns)}=`."
-            )
-
-
-def _check_per_pair(form: Form, settings: Settings) -> None:
-    """Raises `ValueError` if a column is an argument of the loss that no given loss has."""
-    known = {name for loss in settings.loss for name in keywords(losses.BY_NAME[loss])}
-    options = split_pairs(settings.loss_options, "--loss-options")
-    for name in PER_PAIR:
-        if name in form.numbers and name not in known:
-            raise ValueError(
-                f"The column `{name}` of the data is for a loss with `{name}`, and `--loss "
-                f"{' '.join(settings.loss)}` has none. Leave the column out by `--columns {name}=`."
-            )
-        if name in form.numbers and name in options:
-            raise ValueError(
-                f"`--loss-options {name}` and the column `{name}` of the data contradict each "
-                f"other; leave out the option, or the column by `--columns {name}=`."
             )

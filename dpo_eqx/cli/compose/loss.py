@@ -67,6 +67,22 @@ def needs_reference(loss: Loss) -> bool:
     return False
 
 
+def needs_mismatched(loss: Loss) -> bool:
+    """Whether a loss of single completions uses completions of other prompts, as KTO does."""
+    numbers, counts = jnp.zeros(2, jnp.float32), jnp.ones(2, jnp.int32)
+    log_probs = UnpairedLogProbs(numbers, jnp.array([True, False]), None, counts, numbers)
+    try:
+        jax.eval_shape(lambda: loss(log_probs, log_probs).loss)
+    except ValueError:
+        return True
+    return False
+
+
+def takes_of_pairs(loss: Loss, name: str) -> bool:
+    """Whether `loss` can be given the hyper-parameter `name` for each pair."""
+    return any(_takes(part, name) for part in _functions(loss))
+
+
 def _hyper_parameters(settings: Settings) -> dict[str, tuple[Any, str]]:
     """The value of each given hyper-parameter, and the flag that gave it, by name."""
     values: dict[str, tuple[Any, str]] = {}

@@ -105,7 +105,8 @@ class Settings:
     max_completion_length: int | None = None
     """Largest number of tokens of a completion; a longer completion loses its end."""
     strict: bool = False
-    """Raise an error for a row that would be dropped or cut, or has two equal completions."""
+    """Raise an error for a row that would be dropped or cut, has two equal completions, or has text
+    that the chat template leaves out."""
     buckets: int = 4
     """Number of widths that prompts are padded to, and completions likewise. Fewer widths compile
     less and pad more."""

@@ -76,6 +76,10 @@ class Records:
         self.source, self.in_memory = source, in_memory
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (record for _, record in self.located())
+
+    def located(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """The same records, each with its place in words, such as `line 3 of a.jsonl`."""
         form = self.form
         if self._spent:
             raise ValueError(
@@ -85,7 +89,7 @@ class Records:
         self._spent = self._once
         self.left_out.clear()
         for where, record in self._shaped(self._assembled(self._open())):
-            yield check_record(record, form, where)
+            yield where, check_record(record, form, where)
 
     def _assembled(self, records: Iterable[Located]) -> Iterator[Located]:
         return assembled(records, dict(self._options.where), self.left_out)
