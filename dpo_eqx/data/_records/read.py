@@ -100,7 +100,7 @@ class Records:
             record = rename(source, self._columns, where)
             if self._shape is None:
                 self._shape = shape_of(record)
-            if self._shape == PLAIN and not self._options.offset_from_scores:
+            if self._shape is PLAIN and not self._options.offset_from_scores:
                 yield where, record
                 continue
             made = records_of(record, self._shape, self._options, where, self.left_out)
