@@ -302,6 +302,31 @@ def test_mismatched_completions_stay_within_the_length():
         assert (batch.prompt.mask.sum(axis=1) + batch.kl.mask.sum(axis=1)).max() <= 5
 
 
+class Counted(list):
+    """Rows that count how often one of them is read."""
+
+    reads = 0
+
+    def __getitem__(self, index):
+        self.reads += isinstance(index, int)
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("others", [[0], [700, 701]])
+def test_the_search_for_a_mismatch_is_linear(others):
+    """With one prompt in nearly all rows, each search would pass nearly all of them."""
+    count = 2000
+    rows = Counted(
+        {"prompt_ids": [2 if i in others else 1], "completion_ids": [i, 5], "label": True}
+        for i in range(count)
+    )
+    pairs = drawn(data.batches(rows, batch_size=100, seed=1))
+    assert len(pairs) == count
+    assert all((own in others) != (other in others) for own, other in pairs.items())
+    # Each row in its batch, its prompt and its partner, and once on the way of a search.
+    assert rows.reads < 12 * count
+
+
 def test_one_prompt_has_no_mismatch():
     rows = [row | {"prompt_ids": [1]} for row in KINDS]
     with pytest.raises(ValueError, match="`rows` must have two different prompts"):

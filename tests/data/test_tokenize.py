@@ -283,8 +283,8 @@ def test_no_template_or_a_failing_one_is_named(templated):
     )
     assert row == one(CONVERSATION, templated)[0]
     bad = {"chat_template": "{{ raise_exception('no user') }}"}
-    with pytest.raises(ValueError, match=r"Record 0 .* chat template: no user"):
-        one(CONVERSATION, templated, template_arguments=bad)
+    with pytest.raises(ValueError, match=r"refuses the conversation .*record 0 .*: no user"):
+        one(CONVERSATION, templated, template_arguments=bad, strict=True)
 
 
 def test_no_tokenizer_is_named(tmp_path):

@@ -18,7 +18,7 @@ from ..._scoring.score import score_pairs, score_unpaired
 from ..._training.evaluate import make_eval
 from ..._training.step import make_step
 from ..compose import policy as policies
-from ..compose.data import Prepared, data_facts, make_batches, prepare, vocab_size
+from ..compose.data import Prepared, data_facts, make_batches
 from ..compose.dtypes import (
     Dtypes,
     check_saved,
@@ -30,17 +30,20 @@ from ..compose.dtypes import (
 )
 from ..compose.loss import Loss, compose_loss, is_unpaired, needs_reference
 from ..compose.optimizer import compose_optimizer, compose_schedule, learning_rates
+from ..compose.preferences import prepare_all
 from ..report.probe import Probe, make_probe
 from ..run import devices, hosts
 from ..run.checkpoints import Checkpoints
 from ..run.folder import Folder, facts_of
 from ..run.hosts import say
+from ..run.late_metrics import SIDES, without_sides
 from ..run.loop import Run, loop, make_advance
 from ..run.sinks import Numbers, no_sinks, open_sinks
 from ..run.state import State, restored, to_save
 from ..run.updates import UpdateWatch
 from ..settings.check import check, check_hosts
 from ..settings.settings import Settings
+from ..settings.words import in_flags
 from ..terminal.display import display, no_display
 from .report import try_report
 
@@ -62,7 +65,7 @@ def _train(settings: Settings) -> None:
     # Loading a model takes long. Errors in settings and data are found before, on every process.
     loss, prepared, mesh = hosts.together(functools.partial(_prepare, settings, folder))
     hosts.compare(settings, {"jax": jax.__version__} | data_facts(prepared))
-    say("\n".join(str(source.report) for source in prepared))
+    say(in_flags("\n".join(str(source.report) for source in prepared)))
 
     policy, reference, trainable, dtypes, finish = hosts.together(
         functools.partial(_load, settings, prepared[0], needs_reference(loss), mesh)
@@ -121,7 +124,7 @@ def _prepare(settings: Settings, folder: Folder) -> tuple[Loss, list[Prepared], 
     check(settings)
     folder.check(settings)
     loss = compose_loss(settings)
-    return loss, _prepare_all(settings, loss), devices.mesh_of(settings)
+    return loss, prepare_all(settings, loss), devices.mesh_of(settings)
 
 
 def total_steps(settings: Settings, steps_per_epoch: int) -> int:
@@ -140,7 +143,9 @@ def evaluate_all(
         placed = (devices.put_batch(batch, mesh) for batch in batches)
         parts = (evaluate(state.policy, batch, state.reference) for batch in placed)
         metrics = functools.reduce(operator.add, parts)
-    return {f"eval/{name}": float(value) for name, value in metrics.mean().items()}
+    absent = [side for side in SIDES if not metrics.counts[f"logps/{side}"] > 0]
+    means = without_sides({n: float(value) for n, value in metrics.mean().items()}, absent)
+    return {f"eval/{name}": value for name, value in means.items()}
 
 
 def _load(
@@ -165,24 +170,6 @@ def _load(
     finish = functools.partial(finished, saved=dtypes.saved, trainable=trainable, loaded=loaded)
     policy = keep_trained_wide(policy, trainable, settings)
     return policy, reference, trainable, dtypes, finish
-
-
-def _prepare_all(settings: Settings, loss: Loss) -> list[Prepared]:
-    """The training data and, if given, the held-out data."""
-    vocab = vocab_size(settings.model)
-    paths = [settings.data, *([settings.eval_data] if settings.eval_data else [])]
-    prepared = []
-    for path in paths:
-        source = prepare(path, settings, vocab)
-        if source.form.unpaired != is_unpaired(loss):
-            kind = "single completions" if is_unpaired(loss) else "pairs"
-            raise ValueError(
-                f"`--loss {' '.join(settings.loss)}` needs {kind}, and {path} holds "
-                f"{source.form}. Give kto, bco or apo_zero_unpaired for single completions, any "
-                "other loss for pairs."
-            )
-        prepared.append(source)
-    return prepared
 
 
 def _carry_out(run: Run, state: State, folder: Folder, prepared: Prepared, probe: Probe) -> None:

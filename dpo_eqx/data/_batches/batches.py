@@ -40,6 +40,8 @@ class Batcher:
     dtype: DTypeLike
     kl: bool
     max_length: int
+    # The ends of searches for KTO's mismatched completions: see `mismatched`.
+    search_ends: dict[int, int] = dataclasses.field(default_factory=dict)
 
     def __call__(self, step: int) -> PreferenceBatch | UnpairedBatch:
         """The batch of a step, counted from the start of the first epoch."""
@@ -62,7 +64,9 @@ class Batcher:
 
     def _others(self, indices: Indices) -> Indices | None:
         """For KTO: the rows whose completions follow the prompts of `indices`."""
-        return mismatched(self.rows, indices, self.order.seed) if self.kl else None
+        return (
+            mismatched(self.rows, indices, self.order.seed, self.search_ends) if self.kl else None
+        )
 
     def _other_lengths(self, indices: Indices, others: Indices) -> Indices:
         # At least one token: a completion without tokens would have no log-probability.
