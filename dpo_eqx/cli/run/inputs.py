@@ -61,7 +61,7 @@ def check_same(
 def digest_weights(folder: Path) -> str:
     """A digest of the weights in a folder.
 
-    Of a file of more than 64 MB, its size and 256 parts of it are read: training changes all of
+    If a file has more than 64 MB, its size and 256 parts of it are read: training changes all of
     them, and reading many gigabytes would delay each start.
     """
     files = sorted(folder.glob("*.safetensors"))

@@ -134,6 +134,12 @@ def is_redundant(prompt: Any, answer: Any) -> bool:
 def _no_form(record: Mapping[str, Any], where: str) -> str:
     nearest = max(FORMS, key=lambda name: sum(c in record for c in FORMS[name]) / len(FORMS[name]))
     missing = [column for column in FORMS[nearest] if column not in record]
+    if len(missing) == len(FORMS[nearest]):
+        forms = "; ".join(ticked(columns) for columns in FORMS.values())
+        return (
+            f"{where} must have the columns of one form: {forms}; found: {ticked(record)}. If "
+            'columns have other names, give them: `columns={"chosen": "its name"}`.'
+        )
     return (
         f"{where} must have the columns of one form. The nearest is `{nearest}`, which needs "
         f"{ticked(FORMS[nearest])}; missing: {ticked(missing)}; found: {ticked(record)}. "
