@@ -331,3 +331,16 @@ def test_one_prompt_has_no_mismatch():
     rows = [row | {"prompt_ids": [1]} for row in KINDS]
     with pytest.raises(ValueError, match="`rows` must have two different prompts"):
         data.batches(rows, batch_size=4)
+
+
+def test_a_state_of_other_rows_of_the_same_lengths_is_refused():
+    rows = [{"prompt_ids": [1], "chosen_ids": [2, 3], "rejected_ids": [4]} for _ in range(4)]
+    with data.batches(rows, batch_size=2) as batches:
+        next(batches)
+        state = batches.get_state()
+    others = [*rows[:3], rows[3] | {"rejected_ids": [5]}]
+    with (
+        data.batches(others, batch_size=2) as batches,
+        pytest.raises(ValueError, match="`state` must come from batches of the same rows"),
+    ):
+        batches.set_state(state)

@@ -199,3 +199,11 @@ def test_bad_arguments_are_named(tmp_path):
         list(data.read([PAIR], columns={"prompt": "question"}))
     with pytest.raises(ValueError, match=r"must be a path, .*; got dict"):
         data.read(PAIR)
+
+
+def test_the_nearest_form_is_named_only_if_it_is_near():
+    with pytest.raises(ValueError, match=r"columns of one form: .*; found: `a`, `b`") as error:
+        list(data.read([{"a": 1, "b": 2}]))
+    assert "nearest" not in str(error.value)
+    with pytest.raises(ValueError, match="The nearest is `implicit prompt`"):
+        list(data.read([{"chosen": "x"}]))

@@ -5,7 +5,7 @@ It checks all of its input before it writes anything.
 
 import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import equinox as eqx
@@ -36,6 +36,7 @@ from ..run import devices, hosts
 from ..run.checkpoints import Checkpoints
 from ..run.folder import Folder, facts_of
 from ..run.hosts import say
+from ..run.inputs import check_same, digests_of
 from ..run.late_metrics import SIDES, without_sides
 from ..run.loop import Run, loop, make_advance
 from ..run.sinks import Numbers, no_sinks, open_sinks
@@ -70,6 +71,7 @@ def _train(settings: Settings) -> None:
     policy, reference, trainable, dtypes, finish = hosts.together(
         functools.partial(_load, settings, prepared[0], needs_reference(loss), mesh)
     )
+    inputs = digests_of(settings, prepared)
     if settings.precompute_reference:
         reference, prepared = policies.precompute(
             reference, policy, prepared, settings, dtypes.compute, mesh
@@ -116,7 +118,7 @@ def _train(settings: Settings) -> None:
     probe = make_probe(settings, prepared, loss, options, mesh)
     # A thread prepares the batches; leaving the context ends it, also after an error.
     with batches:
-        _carry_out(run, state, folder, prepared[0], probe)
+        _carry_out(run, state, folder, prepared[0], inputs, probe)
 
 
 def _prepare(settings: Settings, folder: Folder) -> tuple[Loss, list[Prepared], Mesh | None]:
@@ -172,14 +174,21 @@ def _load(
     return policy, reference, trainable, dtypes, finish
 
 
-def _carry_out(run: Run, state: State, folder: Folder, prepared: Prepared, probe: Probe) -> None:
+def _carry_out(
+    run: Run,
+    state: State,
+    folder: Folder,
+    prepared: Prepared,
+    inputs: Mapping[str, str | None],
+    probe: Probe,
+) -> None:
     """Trains from the last complete checkpoint to the end, and writes the model."""
     settings = run.settings
     start = run.checkpoints.latest() or 0
-    facts = facts_of(prepared, run.batches.shapes())
+    facts = facts_of(prepared, run.batches.shapes(), inputs)
     if start:
-        # `begin` replaces the facts of the earlier start, so the data are compared before.
-        _check_data(folder, prepared)
+        # `begin` replaces the facts of the earlier start, so the inputs are compared before.
+        check_same(folder.inputs(), inputs, folder.path)
         state = _restore(run, state, start)
         say(f"continued after step {start}")
     hosts.on_first(folder.begin, settings, facts, start)
@@ -254,16 +263,6 @@ def _watch(run: Run, state: State) -> UpdateWatch:
 def _tokenizer(settings: Settings) -> str | None:
     """The source of the tokenizer to save with the model; `None` for the model's own."""
     return None if settings.tokenizer == "bytes" else settings.tokenizer
-
-
-def _check_data(folder: Folder, prepared: Prepared) -> None:
-    """Raises `ValueError` if the data are not those with which the run started."""
-    fingerprint = folder.fingerprint()
-    if fingerprint is not None and fingerprint != prepared.fingerprint:
-        raise ValueError(
-            f"`--data` must have the same content as when the run in {folder.path} started; it has "
-            "changed. Give the same file, or another `--output`."
-        )
 
 
 def _summary(run: Run, state: State, reference: str, dtypes: Dtypes) -> str:

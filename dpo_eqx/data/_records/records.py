@@ -143,6 +143,12 @@ def _no_form(record: Mapping[str, Any], where: str) -> str:
     forms = [n for n in FORMS if not n.endswith("ids") or any(c in record for c in FORMS[n])]
     nearest = max(forms, key=lambda name: sum(c in record for c in FORMS[name]) / len(FORMS[name]))
     missing = [column for column in FORMS[nearest] if column not in record]
+    if len(missing) == len(FORMS[nearest]):
+        forms = "; ".join(ticked(columns) for columns in FORMS.values())
+        return (
+            f"{where} must have the columns of one form: {forms}; found: {ticked(record)}. If "
+            'columns have other names, give them: `columns={"chosen": "its name"}`.'
+        )
     return (
         f"{where} must have the columns of one form. The nearest is `{nearest}`, which needs "
         f"{ticked(FORMS[nearest])}; missing: {ticked(missing)}; found: {ticked(record)}. "

@@ -99,7 +99,7 @@ def encode_texts(parts: list[tuple[str, ...]], encoder: Encoder) -> list[list[li
     texts = [
         text
         for prompt, *completions in parts
-        for text in (prompt, *(prompt + _ended(c, encoder.eos_text) for c in completions))
+        for text in (prompt, *(_ended(prompt, c, encoder.eos_text) for c in completions))
     ]
     ids = iter(encode_all(encoder.tokenizer, texts))
     encoded = [[next(ids) for _ in part] for part in parts]
@@ -108,5 +108,7 @@ def encode_texts(parts: list[tuple[str, ...]], encoder: Encoder) -> list[list[li
     return [[prompt, *([*c, encoder.eos_id] for c in full)] for prompt, *full in encoded]
 
 
-def _ended(completion: str, eos: str) -> str:
-    return completion if completion.endswith(eos) else completion + eos
+def _ended(prompt: str, completion: str, eos: str) -> str:
+    """The whole text, which ends with one EOS, also if the EOS begins in the shared prompt."""
+    whole = prompt + completion
+    return whole if completion and whole.endswith(eos) else whole + eos

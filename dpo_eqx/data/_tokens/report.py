@@ -13,6 +13,7 @@ from jaxtyping import Int
 DROPPED = {
     "prompt_fills_max_length": "the prompt alone has `max_length` tokens or more",
     "no_completion_token": "a completion has no token at all",
+    "nothing_scored": "a completion of one token after an empty prompt: nothing of it is scored",
     "template_refused": "the chat template refuses the conversation",
     "answer_not_rendered": "the chat template leaves out all of an answer",
 }

@@ -19,7 +19,7 @@ from .report import CUT, DROPPED, LOST, REASONS, Account, Report
 from .rows import Row, Rows, completions_of
 from .store import open_cache, write_cache
 from .template import conversation_of, encode_conversations
-from .tokenizers import Tokenizer, fingerprint_of
+from .tokenizers import Tokenizer, fingerprint_of, without_limits
 from .truncate import Limits, truncate
 
 # Records tokenised at once: enough for a fast tokenizer's threads, few enough to stay in cache.
@@ -86,6 +86,7 @@ def tokenize(
     records need, if an id is not below `vocab_size`, and as described for `strict`.
     """
     records = records if isinstance(records, Records) else read(records)
+    tokenizer = without_limits(tokenizer)
     limits = Limits(max_length, max_prompt_length, max_completion_length)
     template = {"tools": tools, **(template_arguments or {})}
     encoder = make_encoder(tokenizer, records.form, append_eos, eos_token_id, template)
@@ -138,6 +139,8 @@ def _limited(
         return None, dropped
     _check_vocabulary(row, vocab_size, number)
     limited, cuts = truncate(row, limits)
+    if limited is not None and _scores_nothing(limited):
+        return None, ["nothing_scored"]
     return limited, cuts if limited is None else [*reasons, *cuts, *_looks(limited)]
 
 
@@ -192,6 +195,11 @@ def _shared(one: list[int], other: list[int]) -> int:
     if other[: len(one)] == one:  # the usual case, much faster than the loop
         return len(one)
     return next(i for i, a in enumerate(one) if i >= len(other) or a != other[i])
+
+
+def _scores_nothing(row: Row) -> bool:
+    """Whether a completion's only token follows no token, so that it is not scored."""
+    return not row["prompt_ids"] and any(len(row[name]) < 2 for name in completions_of(row))
 
 
 def _looks(row: Row) -> list[str]:
