@@ -34,8 +34,8 @@ TEXTS = {
         "line 2 of .*data.jsonl, column 30: .*found 'oh}'",
     ),
     "a missing column": (
-        '{"prompt": "Why?", "chosen": " So.", "worse": " No."}\n',
-        "missing: `rejected`; found: `prompt`, `chosen`, `worse`",
+        '{"prompt": "Why?", "chosen": " So.", "other": " No."}\n',
+        "missing: `rejected`; found: `prompt`, `chosen`, `other`",
     ),
     "a column missing later": (
         record() + '\n{"prompt": "Why?", "chosen": " So."}\n',
