@@ -34,3 +34,9 @@ def test_under_vmap_and_jit():
     masks = jax.jit(jax.vmap(lambda n: dpx.Layout(n, 3, (2,)).mask()))(lengths)
     for n, mask in zip(lengths, masks, strict=True):
         np.testing.assert_array_equal(mask, dpx.Layout(n, 3, (2,)).mask())
+
+
+def test_lengths_of_completions_are_held_in_int32():
+    layout = dpx.Layout(jnp.asarray(1), 3, (2, 2), np.array([1, 2], np.int64))
+    assert layout.completion_lengths.dtype == jnp.int32
+    assert dpx.Layout(jnp.asarray(1), 3, (2,)).completion_lengths is None

@@ -18,6 +18,12 @@ def _length(length: int | Integer[Array | np.ndarray, ""]) -> Int[Array, ""]:
     return as_ids(jnp.asarray(length))
 
 
+def _lengths(
+    lengths: Integer[Array | np.ndarray, " completions"] | None,
+) -> Int[Array, " completions"] | None:
+    return None if lengths is None else as_ids(jnp.asarray(lengths))
+
+
 class AbstractLayout(eqx.Module):
     """The interface of every layout, for a policy that attends through `mask()` and `positions`.
 
@@ -67,11 +73,17 @@ class Layout(AbstractLayout):
         in int32.
     - `prompt_width`, `completion_widths`: the static widths, for blockwise attention: the prompt
         attends to itself, and each completion to the prompt and to itself.
+    - `completion_lengths`: the number of real tokens of each completion, for a policy that has a
+        limited number of positions; `None` if it is unknown. Shape `(completions,)`, traced and
+        held in int32.
     """
 
     prompt_length: Int[Array, ""] = eqx.field(converter=_length)
     prompt_width: int = eqx.field(static=True)
     completion_widths: tuple[int, ...] = eqx.field(static=True)
+    completion_lengths: Int[Array, " completions"] | None = eqx.field(
+        converter=_lengths, default=None
+    )
 
     @property
     def length(self) -> int:

@@ -66,6 +66,12 @@ def _without_padding(tokens: Tokens) -> Tokens:
     return Tokens(jnp.where(context, as_ids(tokens.ids), 0), mask)
 
 
+def _sizes(completion: Tokens) -> Int[Array, " pairs"]:
+    """The number of tokens of each completion: the last scored one and all before it."""
+    places = jnp.arange(1, completion.mask.shape[1] + 1, dtype=jnp.int32)
+    return jnp.where(completion.mask, places, 0).max(axis=1, initial=0)
+
+
 def _plain_logits(
     policy: PyTree,
     prompts: Int[Array | np.ndarray, "pairs prompt"],
@@ -105,11 +111,13 @@ def _fast_hidden(
     """Runs the policy on each prompt with all its completions in one row, under `vmap`."""
     rows = jnp.concatenate([prompts, *(completion.ids for completion in completions)], axis=1)
     widths = tuple(completion.ids.shape[1] for completion in completions)
+    sizes = jnp.stack([_sizes(completion) for completion in completions], axis=1)
 
-    def one_row(row, length, key):
-        layout = Layout(length, prompts.shape[1], widths)
+    def one_row(row, length, sizes, key):
+        layout = Layout(length, prompts.shape[1], widths, sizes)
         returned = policy.hidden(keep_rows(row), layout, key=key)
         hidden = checked_hidden(policy, returned, row, policy.unembedding)  # (length, width)
         return keep_rows(hidden[layout.predicts[layout.prompt_width :]])
 
-    return jax.vmap(one_row, spmd_axis_name=row_axes(rows, policy, keys))(rows, lengths, keys)
+    over_rows = jax.vmap(one_row, spmd_axis_name=row_axes(rows, policy, keys))
+    return over_rows(rows, lengths, sizes, keys)

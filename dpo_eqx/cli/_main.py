@@ -3,6 +3,7 @@
 A command is a function of its arguments; this file lists all commands.
 """
 
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -31,6 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     - `arguments`: the command's name and its flags; by default the arguments of the process.
     """
+    _replace_what_cannot_be_shown()
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or ("--help",)
     if name in ("-h", "--help"):
         print(usage())
@@ -39,6 +41,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"dpo-eqx: There is no command {name!r}.\n{usage()}", file=sys.stderr)
         return 2
     return _run(name, rest)
+
+
+def _replace_what_cannot_be_shown() -> None:
+    """Lets a terminal with few characters show `?` for others, rather than end the command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="replace")
 
 
 def usage() -> str:

@@ -1,12 +1,16 @@
 """Bad input: one clear message on stderr, status 2, no traceback, nothing written."""
 
+import io
 import json
 import os
 import re
+import sys
 
 import pytest
 
 from dpo_eqx.cli import main
+from dpo_eqx.cli.compose.data import prepare
+from dpo_eqx.cli.settings.settings import Settings
 
 from .runs import DATA, GOLDEN, train
 from .small import small, write_data
@@ -30,8 +34,8 @@ TEXTS = {
         "line 2 of .*data.jsonl, column 30: .*found 'oh}'",
     ),
     "a missing column": (
-        '{"prompt": "Why?", "chosen": " So.", "worse": " No."}\n',
-        "missing: `rejected`; found: `prompt`, `chosen`, `worse`",
+        '{"prompt": "Why?", "chosen": " So.", "other": " No."}\n',
+        "missing: `rejected`; found: `prompt`, `chosen`, `other`",
     ),
     "a column missing later": (
         record() + '\n{"prompt": "Why?", "chosen": " So."}\n',
@@ -82,7 +86,7 @@ def test_strict(case, models, tmp_path, capsys):
         max_length=40,
         strict=True,
     )
-    bad(capsys, tmp_path, f"`strict` allows no row .*record 1 .*{message}", status)
+    bad(capsys, tmp_path, f"`--strict` allows no row .*record 1 .*{message}", status)
 
 
 def test_no_row_is_left(models, tmp_path, capsys):
@@ -112,13 +116,18 @@ def test_a_tokenizer_beyond_the_vocabulary(models, tmp_path, capsys):
         data=DATA / "llama" / "dataset.jsonl",
         output=tmp_path / "run",
     )
-    bad(capsys, tmp_path, "must give ids below `vocab_size`, 96", status)
+    bad(
+        capsys,
+        tmp_path,
+        "`--tokenizer` must give ids below 96, .* of `--model`",
+        status,
+    )
 
 
 def test_ids_beyond_the_vocabulary(tmp_path, capsys):
     ids = {"prompt_ids": [1], "chosen_ids": [2, 96], "rejected_ids": [3]}
     (tmp_path / "data.jsonl").write_text(json.dumps(ids) + "\n")
-    bad(capsys, tmp_path, "`vocab_size`, 96; record 0 .* has 96", small(tmp_path))
+    bad(capsys, tmp_path, "below 96, .*; record 0 .* has 96", small(tmp_path))
 
 
 CASES = {
@@ -191,6 +200,15 @@ def test_an_extra_that_is_missing(tmp_path, capsys, monkeypatch):
     assert 'pip install "dpo-eqx[train]"' in capsys.readouterr().err
 
 
+def test_a_terminal_with_few_characters_ends_no_command(monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr(sys, "stdout", stream)
+    assert main(["--help"]) == 0
+    print("Z\xfcrich \u6c49 \U0001f642", end="")
+    stream.flush()
+    assert stream.buffer.getvalue().endswith(b"Z\xfcrich ? ?")
+
+
 def test_commands(capsys):
     assert main(["trian"]) == 2
     assert "There is no command 'trian'" in capsys.readouterr().err
@@ -216,3 +234,73 @@ def test_messages_have_the_words_of_the_command(models, tmp_path, capsys):
     assert main([*args, str(path), "--columns", "Aufgabe="]) == 0
     assert main([*args, str(tmp_path / "none.jsonl")]) == 2
     assert "`--data` must be a file" in capsys.readouterr().err
+
+
+def folder_of_two_splits(folder):
+    folder.mkdir()
+    for name in ("train", "test"):
+        (folder / f"{name}.jsonl").write_text(record(prompt=f"{name}!") + "\n")
+    return folder
+
+
+def test_splits_are_chosen_by_flags(models, tmp_path, capsys):
+    folder = folder_of_two_splits(tmp_path / "set")
+    args = ["--model", str(models("llama")), "--data", str(folder)]
+    assert main(["inspect", *args, "--split", "test"]) == 0
+    assert "(test: test.jsonl; not read: train.jsonl)" in capsys.readouterr().out
+    assert main(["inspect", *args, "--split", "dev"]) == 2
+    assert "`--split` must be one of ['test', 'train']" in capsys.readouterr().err
+
+    args = ["train", *args, "--output", str(tmp_path / "run"), "--eval-data"]
+    assert main([*args, str(folder), "--eval-split", "dev"]) == 2
+    assert "`--eval-split` must be one of ['test', 'train']" in capsys.readouterr().err
+    assert main([*args, str(tmp_path / "none")]) == 2
+    assert "`--eval-data` must be a file" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_held_out_data_are_other_data(models, tmp_path, capsys):
+    folder = folder_of_two_splits(tmp_path / "set")
+    args = ["train", "--model", str(models("llama")), "--output", str(tmp_path / "run")]
+    same = [
+        [str(folder), "--eval-data", str(folder)],
+        [str(folder), "--eval-data", f"{folder}/../set", "--eval-split", "train"],
+        [str(folder), "--split", "test", "--eval-data", str(folder / "test.jsonl")],
+    ]
+    for sources in same:
+        assert main([*args, "--data", *sources]) == 2
+        assert "`--eval-data` must hold other rows than `--data`" in capsys.readouterr().err
+
+
+def test_the_held_out_split_is_read(tmp_path):
+    folder = str(folder_of_two_splits(tmp_path / "set"))
+    settings = Settings(
+        model="",
+        data=folder,
+        eval_data=folder,
+        eval_split="test",
+        output=tmp_path,
+        tokenizer="bytes",
+    )
+    rows = [prepare(folder, settings, 258, held_out=h).rows[0] for h in (False, True)]
+    texts = [bytes(row["prompt_ids"][1:]).decode() for row in rows]
+    assert texts == ["train!", "test!"]
+
+
+def test_text_that_the_template_leaves_out_is_told_before_training(models, tmp_path, capsys):
+    """The template has no tool calls: the first answer is only one, the second has one beside."""
+    call = {"function": {"name": "look", "arguments": {"at": "it"}}}
+    turns = [[{"role": "assistant", "content": text, "tool_calls": [call]}] for text in (None, "I")]
+    ask, no = [{"role": "user", "content": "?"}], [{"role": "assistant", "content": "No."}]
+    path = tmp_path / "data.jsonl"
+    records = [{"prompt": ask, "chosen": turn, "rejected": no} for turn in turns]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    args = ["--model", str(models("qwen3")), "--data", str(path)]
+    assert main(["inspect", *args]) == 0
+    shown = capsys.readouterr().out
+    gone = "the chat template leaves out all of an answer"
+    assert f"dropped 1: {gone} (records 0); line 1 of {path}, `chosen`\n" in shown
+    assert "lost 1: the chat template leaves out text of an answer (records 1); line 2 of" in shown
+    assert "record 0: dropped" in shown
+    status = train(model=models("qwen3"), data=path, output=tmp_path / "run", strict=True)
+    bad(capsys, tmp_path, f"`--strict` allows no row .* {re.escape(gone)} .line 1 of ", status)

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from dpo_eqx import data
+from dpo_eqx.cli.terminal import answers
 from dpo_eqx.cli.terminal.answers import ends_of
-from dpo_eqx.cli.terminal.prompts import encode_prompt, read_prompts
+from dpo_eqx.cli.terminal.prompts import Prompt, encode_prompt, read_prompts, stored
 from dpo_eqx.cli.terminal.texts import decode
 from dpo_eqx.models import load
 
@@ -98,13 +99,14 @@ def test_the_same_seed_gives_the_same_answers(models, capsys):
 
 def test_text_goes_through_the_chat_template(models):
     tokenizer = data.load_tokenizer(models("qwen3"))
-    ids = encode_prompt(tokenizer, "Why?", "here", chat=True)
-    turns = [{"role": "user", "content": "Why?"}]
-    assert ids == encode_prompt(tokenizer, turns, "here", chat=True)
+    text = Prompt("Why?", "here")
+    ids = encode_prompt(tokenizer, text, chat=True)
+    turns = Prompt([{"role": "user", "content": "Why?"}], "here")
+    assert ids == encode_prompt(tokenizer, turns, chat=True)
     assert tokenizer.decode(ids) == "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
-    assert tokenizer.decode(encode_prompt(tokenizer, "Why?", "here", chat=False)) == "Why?"
+    assert tokenizer.decode(encode_prompt(tokenizer, text, chat=False)) == "Why?"
     llama = data.load_tokenizer(models("llama"))
-    assert encode_prompt(llama, "Why?", "here", chat=True) == llama.encode("Why?")
+    assert encode_prompt(llama, text, chat=True) == llama.encode("Why?")
 
 
 @pytest.mark.parametrize("name", ["llama/dataset", "qwen3/dataset_conversational"])
@@ -112,8 +114,8 @@ def test_prompts_of_preferences_are_those_of_training(name, models):
     kind = name.split("/")[0]
     tokenizer = data.load_tokenizer(models(kind))
     rows, _ = data.tokenize(data.read(DATA / f"{name}.jsonl"), tokenizer)
-    located = read_prompts(str(DATA / f"{name}.jsonl"), None)
-    ids = [encode_prompt(tokenizer, p, where, chat=False) for where, p in located]
+    prompts = read_prompts(str(DATA / f"{name}.jsonl"), None)
+    ids = [encode_prompt(tokenizer, prompt, chat=True) for prompt in prompts]
     trained = [row["prompt_ids"] for row in rows]
     assert [one[: len(other)] for one, other in zip(ids, trained, strict=True)] == trained
     exact = sum(one == other for one, other in zip(ids, trained, strict=True))
@@ -122,13 +124,69 @@ def test_prompts_of_preferences_are_those_of_training(name, models):
 
 def test_files_of_prompts(tmp_path):
     (tmp_path / "p.txt").write_text("one\n\n two \n")
-    assert [p for _, p in read_prompts(str(tmp_path / "p.txt"), None)] == ["one", " two "]
+    assert [p.value for p in read_prompts(str(tmp_path / "p.txt"), None)] == ["one", " two "]
     answers = {"chosen": "Q: why? So.", "rejected": "Q: why? No."}
     lines = [{"prompt": "one"}, answers, {"prompt_ids": [1, 2]}]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    found = [p for _, p in read_prompts(str(tmp_path / "p.jsonl"), None)]
+    found = [p.value for p in read_prompts(str(tmp_path / "p.jsonl"), None)]
     assert found == ["one", "Q: why?", [1, 2]]
     assert len(read_prompts(str(tmp_path / "p.jsonl"), 2)) == 2
+
+
+def test_lines_of_text_end_at_line_feeds_alone(tmp_path):
+    path = tmp_path / "p.txt"
+    path.write_bytes("\ufeffone\r\ntwo\u2028more\x0cthree\n\n".encode())
+    prompts = read_prompts(str(path), None)
+    assert [p.value for p in prompts] == ["one", "two\u2028more\x0cthree"]
+    assert prompts[1].where == f"line 2 of {path}"
+
+
+TOOLS = [{"type": "function", "function": {"name": "look"}}]
+TURNS = [{"role": "user", "content": "Why?"}]
+ANSWERS = {name: [{"role": "assistant", "content": name}] for name in ("chosen", "rejected")}
+WITH_TEMPLATE = [
+    {"prompt": TURNS, "tools": TOOLS, "chat_template_kwargs": {"style": "short"}},
+    {"prompt": TURNS, "tools": json.dumps(TOOLS), "chat_template_kwargs": '{"style": "short"}'},
+    {"prompt": "Why?", "chosen": " So.", "rejected": " No."},
+    {"chosen": "Human: Why? So.", "rejected": "Human: Why? No."},
+    {"prompt": "Why?", "completion": " So.", "label": True},
+]
+
+
+@pytest.mark.parametrize("record", WITH_TEMPLATE)
+def test_prompts_get_what_training_gives_the_template(record, models, tmp_path):
+    tokenizer = data.load_tokenizer(models("qwen3"))
+    tokenizer.chat_template = "{{ style }}{{ tools }}" + tokenizer.chat_template
+    is_turns = isinstance(record.get("prompt"), list)
+    preference = record | ANSWERS if is_turns else record
+    (row,), _ = data.tokenize([preference], tokenizer)
+    assert ("short" in tokenizer.decode(row["prompt_ids"])) == is_turns
+    # Records of prompts alone get the same.
+    for kept in [preference, record] if is_turns else [preference]:
+        (tmp_path / "p.jsonl").write_text(json.dumps(kept))
+        (prompt,) = read_prompts(str(tmp_path / "p.jsonl"), None)
+        assert encode_prompt(tokenizer, prompt, chat=True) == row["prompt_ids"]
+
+
+def test_files_hold_the_text_itself(models, tmp_path, capsys, monkeypatch):
+    """Tabs, joiners and escapes of terminals: escaped on the screen alone."""
+    text = "a\tb\u200d\u200c\r\x1b[31m\nc"
+    monkeypatch.setattr(answers, "decode", lambda *_: text)
+    ask = [{"role": "system", "content": text}, {"role": "user", "content": "Why?"}]
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": ask}))
+    flags = ("--prompt", text, "--data", tmp_path / "p.jsonl", "--output", tmp_path / "a.jsonl")
+    status, out, _ = generate(capsys, models("qwen3"), *flags)
+    assert status == 0
+    rows = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert rows == [{"prompt": text, "answer": text}, {"prompt": ask, "answer": text}]
+    assert out.count("a\\tb\\u200d\\u200c\\r\\x1b[31m\nc") == 4
+    assert "\x1b" not in out
+
+
+def test_ids_are_stored_as_their_text(models):
+    tokenizer = data.load_tokenizer(models("llama"))
+    prompt = Prompt(tokenizer.encode("Why?"), "here")
+    assert stored(tokenizer, prompt) == "Why?"
 
 
 def test_where_answers_end(models, tmp_path):

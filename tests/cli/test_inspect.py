@@ -52,7 +52,7 @@ def test_every_boundary_is_where_trl_puts_it(case, models, capsys):
 
 def looks(models, name, **limits):
     tokenizer = data.load_tokenizer(models("llama"))
-    records = list(data.read(DATA / "collation" / name))
+    records = list(data.read(DATA / "collation" / name).located())
     return [look_at(i, record, tokenizer, limits) for i, record in enumerate(records)]
 
 
@@ -114,7 +114,7 @@ def test_plain_text(models, capsys):
     assert "  prompt     (<s>)(Explain)( briefly)" in first
     assert "(\\n)(Response)(:)\n  chosen     [ ][Y][es]" in first
     assert "[.][</s>]\n" in first
-    assert "prompt_cut: prompt cut to `max_prompt_length`, keeping its end" in dropped
+    assert "prompt_cut: prompt cut to `--max-prompt-length`, keeping its end" in dropped
     assert cut.startswith("2: kept, cut; prompt 20 tokens (2 cut off), chosen 20 tokens")
     assert "  prompt     {<s>}{Human}(:)( Where)" in cut
     assert "{.}{</s>}\n" in cut
@@ -129,7 +129,7 @@ def test_a_row_that_is_dropped_says_why(models, capsys):
     body = out.split("record 5: ")[1].split("\n\n")[0]
     assert body.startswith("dropped; prompt 166 tokens, chosen 51 tokens, rejected 9 tokens\n")
     assert re.search(r"prompt .* \.\.\. 66 more \.\.\. ", body)
-    assert "the prompt alone has `max_length` tokens or more" in body
+    assert "the prompt alone has `--max-length` tokens or more" in body
     assert "[" not in body.split("prompt  ")[1], "nothing of it is scored"
 
 
@@ -180,7 +180,7 @@ BAD = {
     "scan": (["--scan", "0"], "`--scan` must be positive; got 0"),
     "tokens": (["--tokens", "-1"], "`--tokens` must not be negative; got -1"),
     "a column": (["--columns", "prompt=question"], "maps `prompt` to `question`"),
-    "a limit": (["--max-length", "0"], "`max_length` must be a positive integer"),
+    "a limit": (["--max-length", "0"], "`--max-length` must be a positive integer"),
 }
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,10 +12,14 @@ import jax
 import numpy as np
 import pytest
 
-from dpo_eqx.cli.run import checkpoints, late_metrics as lines
+from dpo_eqx import losses
+from dpo_eqx.cli.compose.preferences import prepare_all
+from dpo_eqx.cli.run import checkpoints, inputs, late_metrics as lines
+from dpo_eqx.cli.run.inputs import check_same, digest_weights, digests_of
+from dpo_eqx.cli.settings.settings import Settings
 
 from .runs import lines_of, same_weights
-from .small import STEPS, check_each_step_once, small, write_data
+from .small import MODEL, STEPS, check_each_step_once, small, write_data
 
 VOLATILE = {"tokens_per_second"}
 
@@ -146,18 +151,90 @@ def test_finished_and_extended(tmp_path, whole, capsys):
 
 def test_another_run_is_not_continued(tmp_path, whole, capsys):
     write_data(tmp_path / "eval.jsonl", 5, 1)
+    model = shutil.copytree(MODEL, tmp_path / "model")
     with pytest.MonkeyPatch.context() as patch:
         at_line(patch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        assert small(tmp_path) == 0
+        assert small(tmp_path, model=model) == 0
     before = snapshot(tmp_path / "run")
-    assert small(tmp_path) == 2
+    assert small(tmp_path, model=model) == 2
     assert "holds a run already" in capsys.readouterr().err
-    assert small(tmp_path, resume=True, beta=0.2) == 2
+    assert small(tmp_path, model=model, resume=True, beta=0.2) == 2
     assert "`beta` was None, is 0.2" in capsys.readouterr().err
+    change_last_byte(model / "model.safetensors")
+    assert small(tmp_path, model=model, resume=True) == 2
+    assert "The weights of `--model` are others than when the run" in capsys.readouterr().err
     write_data(tmp_path / "data.jsonl", seed=3)
-    assert small(tmp_path, resume=True) == 2
+    assert small(tmp_path, model=model, resume=True) == 2
     assert "started; it has changed. Give the same file" in capsys.readouterr().err
     assert snapshot(tmp_path / "run") == before
+
+
+def change_last_byte(path):
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+
+def pairs(path, answer):
+    turns = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+    texts = {"prompt": "Why?", "chosen": answer, "rejected": "No."}
+    record = {name: [{"role": turns[name], "content": texts[name]}] for name in turns}
+    path.write_text(json.dumps(record))
+    return path
+
+
+def test_every_input_of_a_run_is_remembered(models, tmp_path):
+    """Held-out data, weights, and a chat template that changes without a change of length."""
+    model = shutil.copytree(models("qwen3"), tmp_path / "model")
+    reference = shutil.copytree(models("qwen3"), tmp_path / "reference")
+    held_out = pairs(tmp_path / "eval.jsonl", "So.")
+    settings = Settings(
+        model=str(model),
+        data=str(pairs(tmp_path / "data.jsonl", "Yes.")),
+        eval_data=str(held_out),
+        reference=str(reference),
+        output=tmp_path,
+    )
+
+    def digests():
+        return digests_of(settings, prepare_all(settings, losses.dpo))
+
+    def refused(change):
+        before = digests()
+        check_same(before, digests(), tmp_path)
+        change()
+        with pytest.raises(ValueError, match=r"run in .* started") as error:
+            check_same(before, digests(), tmp_path)
+        return str(error.value)
+
+    def in_template(old, new):
+        template = model / "chat_template.jinja"
+        text = template.read_text()
+        assert old in text
+        template.write_text(text.replace(old, new))
+
+    assert "`--eval-data` must have the same" in refused(lambda: pairs(held_out, "Oh."))
+    assert "weights of `--model`" in refused(lambda: change_last_byte(model / "model.safetensors"))
+    changed = refused(lambda: change_last_byte(reference / "model.safetensors"))
+    assert "weights of `--reference`" in changed
+    changed = refused(lambda: in_template("<|im_end|>", "<|im_endd>"))
+    assert "The tokens of `--data` are others" in changed
+    assert "today's date" in changed
+    # A run of an earlier version remembers its data alone.
+    check_same({"--data": digests()["--data"]}, digests(), tmp_path)
+
+
+def test_large_weights_are_sampled_over_their_whole_length(tmp_path, monkeypatch):
+    monkeypatch.setattr(inputs, "_WHOLE", 0)
+    path = tmp_path / "model.safetensors"
+    content = np.random.default_rng(0).bytes(2**21)
+    seen = set()
+    for changed in (None, 0, 2**20, 2**21 - 1):
+        altered = bytearray(content)
+        if changed is not None:
+            altered[changed] ^= 1
+        path.write_bytes(altered)
+        seen.add(digest_weights(tmp_path))
+    assert len(seen) == 4
 
 
 def snapshot(folder):

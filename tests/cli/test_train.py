@@ -1,6 +1,7 @@
 """What a run does and leaves: the reference's ways, adapters, evaluation, the folder."""
 
 import json
+import math
 
 import equinox as eqx
 import jax
@@ -10,6 +11,8 @@ import pytest
 
 import dpo_eqx as dpx
 from dpo_eqx import data, models
+from dpo_eqx.cli.compose.data import learned_positions, make_batches, prepare
+from dpo_eqx.cli.settings.settings import Settings
 
 from .runs import lines_of, same_weights, train, weights_of
 from .small import MODEL, STEPS, check_each_step_once, small, write_data
@@ -136,3 +139,47 @@ def test_a_model_with_its_tokenizer(models, tmp_path):
     assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
     ours, theirs = (data.load_tokenizer(path) for path in (folder, models("llama")))
     assert ours.encode("Why? So.") == theirs.encode("Why? So.")
+
+
+def write_lengths(path, lengths, **columns):
+    """Preferences of token ids with these numbers of prompt, chosen and rejected tokens."""
+    names = ("prompt_ids", "chosen_ids", "rejected_ids")
+    rows = [dict(zip(names, ([7] * n for n in row), strict=True)) for row in lengths]
+    path.write_text("".join(json.dumps(row | columns) + "\n" for row in rows))
+    return path
+
+
+def test_learned_positions_bound_tokens_and_not_padding(tmp_path):
+    """Together the widest prompt and the widest completion have more than the 256 positions."""
+    write_lengths(tmp_path / "data.jsonl", [(90, 10, 9), (5, 90, 80), (90, 90, 90), (90, 1, 166)])
+    assert small(tmp_path, batch_size=2, steps=1, dropout=False) == 0
+    assert column(tmp_path / "run", "loss") == pytest.approx([math.log(2)], abs=1e-5)
+
+
+def test_rows_that_are_too_long_are_known_before_the_first_step(tmp_path, capsys):
+    lengths = [(3, 4, 5), (90, 167, 9), (90, 3, 180), (7, 7, 7)]
+    path = write_lengths(tmp_path / "eval.jsonl", lengths)
+    assert small(tmp_path, eval_data=path) == 2
+    assert (
+        f"learned positions for 256 tokens, and 2 of 4 rows of {path} are longer: record 2 (from "
+        "0) has 270. Give `--max-length 256`."
+    ) in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    # The flag that the message gives helps.
+    settings = Settings(model=str(MODEL), data=str(path), output=tmp_path, max_length=256)
+    assert len(prepare(str(path), settings, 96, positions=256).rows) == 4
+
+
+def test_mismatched_completions_stay_within_the_learned_positions(tmp_path):
+    rows = [
+        {"prompt_ids": [1] * 250, "completion_ids": [2] * 6, "label": True},
+        {"prompt_ids": [3] * 6, "completion_ids": [4] * 250, "label": False},
+    ]
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = Settings(model=str(MODEL), data=str(path), output=tmp_path, batch_size=2)
+    prepared = prepare(str(path), settings, 96, positions=learned_positions(settings.model))
+    with make_batches(prepared, settings, training=True) as batches:
+        batch = next(batches)
+    mismatched = batch.prompt.mask.sum(axis=1) + batch.kl.mask.sum(axis=1)
+    assert sorted(mismatched) == [12, 256]

@@ -302,7 +302,45 @@ def test_mismatched_completions_stay_within_the_length():
         assert (batch.prompt.mask.sum(axis=1) + batch.kl.mask.sum(axis=1)).max() <= 5
 
 
+class Counted(list):
+    """Rows that count how often one of them is read."""
+
+    reads = 0
+
+    def __getitem__(self, index):
+        self.reads += isinstance(index, int)
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("others", [[0], [700, 701]])
+def test_the_search_for_a_mismatch_is_linear(others):
+    """With one prompt in nearly all rows, each search would pass nearly all of them."""
+    count = 2000
+    rows = Counted(
+        {"prompt_ids": [2 if i in others else 1], "completion_ids": [i, 5], "label": True}
+        for i in range(count)
+    )
+    pairs = drawn(data.batches(rows, batch_size=100, seed=1))
+    assert len(pairs) == count
+    assert all((own in others) != (other in others) for own, other in pairs.items())
+    # Each row in its batch, its prompt and its partner, and once on the way of a search.
+    assert rows.reads < 12 * count
+
+
 def test_one_prompt_has_no_mismatch():
     rows = [row | {"prompt_ids": [1]} for row in KINDS]
     with pytest.raises(ValueError, match="`rows` must have two different prompts"):
         data.batches(rows, batch_size=4)
+
+
+def test_a_state_of_other_rows_of_the_same_lengths_is_refused():
+    rows = [{"prompt_ids": [1], "chosen_ids": [2, 3], "rejected_ids": [4]} for _ in range(4)]
+    with data.batches(rows, batch_size=2) as batches:
+        next(batches)
+        state = batches.get_state()
+    others = [*rows[:3], rows[3] | {"rejected_ids": [5]}]
+    with (
+        data.batches(others, batch_size=2) as batches,
+        pytest.raises(ValueError, match="`state` must come from batches of the same rows"),
+    ):
+        batches.set_state(state)

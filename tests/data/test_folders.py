@@ -48,6 +48,32 @@ def test_names_say_the_split(names, train, test, tmp_path):
         assert read(folder, split="test") == test
 
 
+@pytest.mark.parametrize("name", ["split", "subset"])
+def test_one_file_has_no_splits(name, tmp_path):
+    fill(tmp_path, ["a.jsonl"])
+    with pytest.raises(ValueError, match=f"`{name}` is for a folder .* got 'test' for the file"):
+        data.read(tmp_path / "a.jsonl", **{name: "test"})
+
+
+@pytest.mark.parametrize("name", ["split", "subset"])
+def test_a_list_has_no_splits(name):
+    with pytest.raises(ValueError, match=f"`{name}` is for a folder .* for an iterable"):
+        data.read([{"prompt": "a", "chosen": "b", "rejected": "c"}], **{name: "test"})
+
+
+def test_a_saved_split_is_read_under_its_name_only(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    for split in (None, "test"):
+        rows = datasets.Dataset.from_list(
+            [{"prompt": "p", "chosen": "a", "rejected": "b"}], split=split
+        )
+        rows.save_to_disk(tmp_path / str(split))
+        assert read(tmp_path / str(split)) == ["p"]
+        with pytest.raises(ValueError, match=f"one data set of {split or 'no split'}"):
+            data.read(tmp_path / str(split), split="train")
+    assert read(tmp_path / "test", split="test") == ["p"]
+
+
 def test_it_says_which_files_are_read(tmp_path):
     text = str(data.read(fill(tmp_path, [TRAIN, TEST, "notes.csv"])))
     assert f"(train: {TRAIN}; not read: {TEST}, notes.csv): explicit prompt" in text

@@ -63,8 +63,8 @@ def test_parts_are_joined_unless_the_template_takes_them(template, want, tmp_pat
     # `generate` makes the same prompt.
     path = tmp_path / "prompts.jsonl"
     path.write_text(json.dumps(RECORD))
-    ((where, prompt),) = read_prompts(str(path), None)
-    assert encode_prompt(tokenizer, prompt, where, chat=True) == row["prompt_ids"]
+    (prompt,) = read_prompts(str(path), None)
+    assert encode_prompt(tokenizer, prompt, chat=True) == row["prompt_ids"]
 
 
 def test_the_keys_that_a_schema_added_to_parts_are_left_out(tmp_path):

@@ -63,8 +63,8 @@ def test_known_layouts_become_the_same_conversation(name, tokenizer, tmp_path):
     assert tokenizer.decode(row["rejected_ids"]) == ANSWERS["rejected"] + ";"
     path = tmp_path / "records.jsonl"
     path.write_text(json.dumps(record))
-    ((where, prompt),) = read_prompts(str(path), None)
-    assert encode_prompt(tokenizer, prompt, where, chat=False) == row["prompt_ids"]
+    (prompt,) = read_prompts(str(path), None)
+    assert encode_prompt(tokenizer, prompt, chat=False) == row["prompt_ids"]
 
 
 def test_texts_of_one_turn_are_lines(tokenizer):
@@ -113,9 +113,9 @@ LOST = [
     ([{"query": QUESTION} | ANSWERS], "query", "line 1"),
     ([{"Aufgabe": QUESTION} | ANSWERS], "Aufgabe", "line 1"),
     ([{"问题": "水獭在哪里睡觉", "chosen": "水上", "rejected": "不知道"}], "问题", "line 1"),
-    ([{"messages": [WHY]} | ANSWERS], "messages", "line 1"),
+    ([{"prompt": "Sum up:", "messages": [WHY]} | ANSWERS], "messages", "line 1"),
     (
-        [{"conversations": [{"from": "human", "value": QUESTION}]} | ANSWERS],
+        [{"prompt": [BRIEF], "conversations": [{"from": "human", "value": QUESTION}]} | ANSWERS],
         "conversations",
         "line 1",
     ),

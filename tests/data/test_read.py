@@ -142,7 +142,9 @@ RECORDS = [
         {"prompt": "a", "chosen": "b"},
         "nearest is `explicit prompt`.*missing: `rejected`; found: `p",
     ),
-    ({}, "found: none"),
+    ({}, "must have the columns of one form: .*; found: none"),
+    ({"info": "a", "summaries": ["b", "c"]}, "one form: .*; found: `info`, `summaries`"),
+    ({"prompt_ids": [1], "chosen_ids": [2]}, "nearest is `token ids`.*missing: `rejected_ids`"),
     (PAIR | {"weight": -1}, "`weight` in record 0 .* must not be negative; got -1"),
     (PAIR | {"weight": float("nan")}, "`weight` .* must be a finite number; got nan"),
     (PAIR | {"weight": 10**400}, "`weight` .* must be a finite number; got 1000"),
@@ -197,3 +199,11 @@ def test_bad_arguments_are_named(tmp_path):
         list(data.read([PAIR], columns={"prompt": "question"}))
     with pytest.raises(ValueError, match=r"must be a path, .*; got dict"):
         data.read(PAIR)
+
+
+def test_the_nearest_form_is_named_only_if_it_is_near():
+    with pytest.raises(ValueError, match=r"columns of one form: .*; found: `a`, `b`") as error:
+        list(data.read([{"a": 1, "b": 2}]))
+    assert "nearest" not in str(error.value)
+    with pytest.raises(ValueError, match="The nearest is `implicit prompt`"):
+        list(data.read([{"chosen": "x"}]))

@@ -283,8 +283,8 @@ def test_no_template_or_a_failing_one_is_named(templated):
     )
     assert row == one(CONVERSATION, templated)[0]
     bad = {"chat_template": "{{ raise_exception('no user') }}"}
-    with pytest.raises(ValueError, match=r"Record 0 .* chat template: no user"):
-        one(CONVERSATION, templated, template_arguments=bad)
+    with pytest.raises(ValueError, match=r"refuses the conversation .*record 0 .*: no user"):
+        one(CONVERSATION, templated, template_arguments=bad, strict=True)
 
 
 def test_no_tokenizer_is_named(tmp_path):
@@ -297,3 +297,32 @@ def test_no_notice_is_printed_that_pytorch_is_missing():
     run = functools.partial(subprocess.run, capture_output=True, text=True, check=True)
     result = run([sys.executable, "-c", command], cwd=Path(__file__).parents[2])
     assert result.stdout + result.stderr == ""
+
+
+def test_an_eos_that_begins_in_the_shared_prompt_occurs_once():
+    tokenizer = data.load_tokenizer(GOLDEN / "gpt2")
+    eos = tokenizer.eos_token
+    row, _ = one({"chosen": f"Hi {eos}", "rejected": f"Hi {eos[:3]}x"}, tokenizer)
+    assert tokenizer.decode(row["prompt_ids"] + row["chosen_ids"]) == f"Hi {eos}"
+    # A prompt that ends with the EOS still gets an answer, of the EOS alone.
+    row, _ = one(record(prompt=f"Hi{eos}", chosen=""), tokenizer)
+    assert row["chosen_ids"] == [tokenizer.eos_token_id]
+
+
+def test_a_completion_of_which_nothing_is_scored_is_dropped():
+    tokenizer = data.load_tokenizer(GOLDEN / "gpt2")  # has no BOS before the text
+    rows, report = data.tokenize([record(prompt="", rejected=""), record()], tokenizer)
+    assert (len(rows), report.dropped) == (1, {"nothing_scored": 1})
+    ids = {"prompt_ids": [], "completion_ids": [3], "label": True}
+    assert data.tokenize([ids], None)[1].dropped == {"nothing_scored": 1}
+
+
+def test_a_saved_truncation_and_padding_are_off():
+    tokenizers = pytest.importorskip("tokenizers")
+    plain = tokenizers.Tokenizer.from_file(str(GOLDEN / "gpt2" / "tokenizer.json"))
+    limited = tokenizers.Tokenizer.from_str(plain.to_str())
+    limited.enable_truncation(2)
+    limited.enable_padding(length=12)
+    rows = [one(record(), tokenizer, eos_token_id=0)[0] for tokenizer in (plain, limited)]
+    assert rows[0] == rows[1]
+    assert limited.truncation is not None, "the user's own stays as it is"

@@ -237,6 +237,22 @@ def test_all_files_of_the_tokenizer_travel_and_no_others(folder, tmp_path):
     assert not (tmp_path / "saved" / "additional_chat_templates").exists()
 
 
+@pytest.mark.parametrize("own", [None, '{"eos_token_id": 3}'])
+def test_generation_settings_stay_those_of_the_policy(own, folder, tmp_path):
+    """The other tokenizer's folder is that of another model, or has no such file."""
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "tokenizer.json").write_text("{}")
+    if own is None:
+        (other / "generation_config.json").write_text('{"eos_token_id": 4}')
+    else:
+        (folder / "generation_config.json").write_text(own)
+    models.save(models.load(folder), tmp_path / "saved", tokenizer_from=other)
+    path = tmp_path / "saved" / "generation_config.json"
+    assert (path.read_text() if path.exists() else None) == own
+    assert (tmp_path / "saved" / "tokenizer.json").read_text() == "{}"
+
+
 def test_a_policy_prints_no_tokenizer(folder):
     tokens = {f"<token {i}>": i for i in range(90)}
     (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": tokens}}) + " " * 10**6)

@@ -143,6 +143,19 @@ def test_errors(policy, prompt):
         models.generate(policy, dpx.Tokens(prompt.ids[0], prompt.mask[0]), max_new_tokens=1)
 
 
+def test_padding_of_prompts_needs_no_learned_position():
+    policy = models.load(FOLDER / "families" / "gpt2")
+    ids = np.arange(250)[None] % 90
+    prompts = [
+        dpx.Tokens(np.pad(ids, [(0, 0), (0, more)]), np.arange(250 + more)[None] < 250)
+        for more in (0, 30)
+    ]
+    one, other = (
+        models.generate(policy, prompt, max_new_tokens=6, temperature=0) for prompt in prompts
+    )
+    np.testing.assert_array_equal(one.ids, other.ids)
+
+
 def test_learned_positions_run_out(prompt):
     policy = models.load(FOLDER / "families" / "gpt2")
     with pytest.raises(ValueError, match="at most 256 tokens; got a row of up to 265"):

@@ -3,6 +3,7 @@
 import dataclasses
 from functools import partial
 
+import chex
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -196,6 +197,59 @@ def test_learned_positions_run_out():
     policy = models.load(FOLDER / "families" / "gpt2")
     with pytest.raises(ValueError, match="at most 256 tokens; got a row of up to 257"):
         policy(np.zeros(257, np.int64))
+
+
+def learned(max_length):
+    """A decoder with this many learned positions; the first ones are the same for each number."""
+    config = models.Config(vocab=31, width=8, layers=1, heads=2, rotary=None, max_length=max_length)
+    policy = models.Transformer(config, key=jax.random.key(0))
+    # Large and all different, so that a wrong position shows.
+    table = jax.random.normal(jax.random.key(1), (12, 8))
+    return eqx.tree_at(lambda p: p.positions.weight, policy, table[:max_length])
+
+
+def padded_pair(prompt, chosen, rejected, more):
+    """A batch of one pair with so many tokens, and `more` columns of padding in each part."""
+    width = max(chosen, rejected) + more
+    widths = ((prompt, prompt + more), (chosen, width), (rejected, width))
+    parts = [np.arange(w) * 7 % 31 for _, w in widths]
+    masks = [np.arange(w) < n for n, w in widths]
+    return dpx.PreferenceBatch(
+        *(dpx.Tokens(ids[None], mask[None]) for ids, mask in zip(parts, masks, strict=True))
+    )
+
+
+def test_padding_needs_no_learned_position():
+    """A row of exactly as many tokens as there are positions, padded far beyond them."""
+    policy, tokens = learned(8), (3, 5, 2)
+
+    @eqx.filter_jit
+    def value_and_gradient(policy, batch):
+        def total(policy):
+            log_probs = dpx.score_pairs(policy, batch)
+            return (log_probs.chosen - log_probs.rejected).sum(), log_probs
+
+        return eqx.filter_value_and_grad(total, has_aux=True)(policy)
+
+    (_, want), want_slope = value_and_gradient(policy, padded_pair(*tokens, 0))
+    (_, got), slope = value_and_gradient(policy, padded_pair(*tokens, 16))
+    chex.assert_tree_all_finite(slope)
+    np.testing.assert_allclose(got.chosen, want.chosen, rtol=1e-5)
+    np.testing.assert_allclose(got.rejected, want.rejected, rtol=1e-5)
+    arrays = (eqx.filter(x, eqx.is_array) for x in (slope, want_slope))
+    chex.assert_trees_all_close(*arrays, rtol=1e-4, atol=1e-5)
+
+
+def test_a_row_without_enough_learned_positions_is_nan():
+    """The rows are only known at run time; a row beside them that fits is right."""
+    # Of 7 tokens the last one is predicted, but nothing is predicted from it.
+    rows = [padded_pair(5, 3, 2, 2), padded_pair(5, 2, 3, 2)]
+    batch = jax.tree.map(lambda *x: np.concatenate(x), *rows)
+    batch = eqx.tree_at(lambda b: b.rejected.mask, batch, batch.rejected.mask & (np.arange(5) < 2))
+    score = eqx.filter_jit(dpx.score_pairs)
+    got, want = (score(learned(n), batch).chosen for n in (6, 12))
+    assert np.isnan(got[0])
+    np.testing.assert_allclose(got[1], want[1], rtol=1e-5)
 
 
 def test_errors():

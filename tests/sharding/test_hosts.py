@@ -6,6 +6,7 @@ import time
 import pytest
 
 from ..cli.runs import lines_of
+from ..cli.small import write_data
 from .processes import Processes, check_same
 
 
@@ -57,7 +58,7 @@ def test_processes_and_meshes(tmp_path, single, count, settings):
 )
 def test_settings_over_processes(tmp_path, settings):
     if "eval_every" in settings:
-        settings = {**settings, "eval_data": tmp_path / "data.jsonl"}
+        settings = {**settings, "eval_data": write_data(tmp_path / "eval.jsonl", 5, 1)}
     with Processes(tmp_path, 1, name="alone", **settings) as processes:
         alone = processes.finish()
     with Processes(tmp_path, 2, mesh="data=2,fsdp=2", **settings) as processes:

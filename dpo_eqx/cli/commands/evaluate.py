@@ -21,13 +21,14 @@ from ..._diagnosis.diagnose import diagnose
 from ..._diagnosis.preferences import Preferences, count_preferences
 from ..._jax.dtypes import in_dtype
 from ..._jax.inference_mode import in_inference
-from ..compose.data import Prepared, make_batches, prepare, vocab_size
+from ..compose.data import Prepared, learned_positions, make_batches, prepare, vocab_size
 from ..compose.vocabulary import check_one_vocabulary
 from ..run.folder import finite, replace_text
 from ..settings.check import check_positive
 from ..settings.options import dtype_of
 from ..settings.settings import Dtype
 from ..settings.shared_flags import Loading, Source, check_writable, parse_flags
+from ..settings.words import in_flags
 from ..terminal.display import display, say
 
 Rows = dict[str, np.ndarray]
@@ -68,13 +69,14 @@ def evaluate(arguments: Sequence[str]) -> None:
     settings = flags.as_training(
         reference=flags.reference, batch_size=flags.batch_size, beta=flags.beta
     )
-    prepared = prepare(flags.data, settings, vocab)
+    positions = learned_positions(flags.model, flags.reference)
+    prepared = prepare(flags.data, settings, vocab, positions=positions)
     if prepared.form.unpaired:
         raise ValueError(
             f"`--data` must hold pairs; {flags.data} holds {prepared.form}. Give a file with "
             "columns for chosen and rejected completions."
         )
-    say(str(prepared.report))
+    say(in_flags(str(prepared.report)))
     policy = flags.load(flags.model, lora=flags.lora)
     reference = _reference(flags, policy)
     measure = make_measure(flags.beta, flags.compute_dtype)

@@ -18,8 +18,8 @@ from ..settings.check import flag
 from ..settings.shared_flags import Loading, check_writable, parse_flags
 from ..terminal.answers import Answer, draw_answers
 from ..terminal.display import say
-from ..terminal.prompts import encode_prompt, read_prompts, shown
-from ..terminal.texts import counted, escaped
+from ..terminal.prompts import Prompt, encode_prompt, read_prompts, shown, stored
+from ..terminal.texts import counted, for_screen
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,12 +32,15 @@ class Generate(Loading):
     """Prompts to answer, one or several."""
     data: str | None = None
     """A file of prompts: a `.txt` with one on each line, records with `prompt`, or preferences."""
+    split: str | None = None
+    """The split of `--data`, if it has several (default: train)."""
     compare: str | None = None
     """Another model with the same vocabulary, whose answers are shown next to the first model's."""
     limit: int | None = None
     """Largest number of prompts to take from `--data` (default: all)."""
     chat: bool = True
-    """Put texts through the tokenizer's chat template, if it has one."""
+    """Put texts through the tokenizer's chat template, if it has one; texts of preferences stay as
+    in training."""
     max_tokens: int = 128
     """Largest number of tokens in an answer, which ends at the EOS if that is sampled first."""
     temperature: float = 1.0
@@ -53,7 +56,8 @@ class Generate(Loading):
     tokenizer: str | None = None
     """A folder or hub name of the tokenizer (default: the model's); `bytes` is the built-in one."""
     output: Path | None = None
-    """A JSON Lines file to write the answers to, in addition to showing them."""
+    """A JSON Lines file to write the prompts and answers to, in addition to showing them;
+    conversations are written as messages."""
 
 
 def generate(arguments: Sequence[str]) -> None:
@@ -68,19 +72,20 @@ def generate(arguments: Sequence[str]) -> None:
     vocab_size(flags.model)  # raises if there is no model
     if flags.compare is not None:
         check_one_vocabulary(flags.model, flags.compare, "--compare")
-    located = [("`--prompt`", prompt) for prompt in flags.prompt]
-    located += [] if flags.data is None else read_prompts(flags.data, flags.limit)
+    given = [Prompt(text, "`--prompt`") for text in flags.prompt]
+    given += [] if flags.data is None else read_prompts(flags.data, flags.limit, flags.split)
     tokenizer = load_tokenizer(flags.model, flags.tokenizer)
-    prompts = [encode_prompt(tokenizer, p, where, chat=flags.chat) for where, p in located]
-    texts = [shown(tokenizer, prompt) for _, prompt in located]
+    prompts = [encode_prompt(tokenizer, prompt, chat=flags.chat) for prompt in given]
     sides = [(flags.model, flags.lora)]
     sides += [] if flags.compare is None else [(flags.compare, None)]
     answers = [_answers_of(*side, prompts, tokenizer, flags) for side in sides]
     names = [" with ".join(filter(None, side)) for side in sides]
     by_prompt = list(zip(*answers, strict=True))
-    _show(texts, names, by_prompt)
+    # The file first: a terminal that cannot show the answers must not lose them.
     if flags.output is not None:
-        replace_text(flags.output, "".join(_lines(texts, by_prompt)))
+        values = [stored(tokenizer, prompt) for prompt in given]
+        replace_text(flags.output, "".join(_lines(values, by_prompt)))
+    _show([shown(tokenizer, prompt) for prompt in given], names, by_prompt)
 
 
 def _answers_of(
@@ -103,13 +108,13 @@ def _answers_of(
 def _show(texts: list[str], names: list[str], answers: list[tuple[Answer, ...]]) -> None:
     side_by_side = len(names) > 1 and sys.stdout.isatty()
     for number, (text, answer_row) in enumerate(zip(texts, answers, strict=True), 1):
-        say(f"=== prompt {number} of {len(texts)}\n{escaped(text, keep=chr(10))}")
+        say(f"=== prompt {number} of {len(texts)}\n{for_screen(text)}")
         titles = [f"{name} ({_length(a)})" for name, a in zip(names, answer_row, strict=True)]
         if side_by_side:
             _table(titles, answer_row)
             continue
         for title, answer in zip(titles, answer_row, strict=True):
-            say(f"--- {title}\n{answer.text}")
+            say(f"--- {title}\n{for_screen(answer.text)}")
 
 
 def _table(titles: list[str], answers: tuple[Answer, ...]) -> None:
@@ -117,7 +122,7 @@ def _table(titles: list[str], answers: tuple[Answer, ...]) -> None:
     for title in titles:
         table.add_column(title, ratio=1, overflow="fold")
     text = require("rich.text", extra="train").Text
-    table.add_row(*(text(answer.text) for answer in answers))
+    table.add_row(*(text(for_screen(answer.text)) for answer in answers))
     require("rich.console", extra="train").Console().print(table)
 
 
@@ -125,10 +130,10 @@ def _length(answer: Answer) -> str:
     return f"{counted(answer.tokens)}, {'ended' if answer.ended else 'cut off'}"
 
 
-def _lines(texts: list[str], answers: list[tuple[Answer, ...]]) -> Iterator[str]:
-    for text, answer_row in zip(texts, answers, strict=True):
+def _lines(prompts: list[Any], answers: list[tuple[Answer, ...]]) -> Iterator[str]:
+    for prompt, answer_row in zip(prompts, answers, strict=True):
         named = zip(("answer", "compared"), answer_row, strict=False)
-        line = {"prompt": text} | {name: answer.text for name, answer in named}
+        line = {"prompt": prompt} | {name: answer.text for name, answer in named}
         yield json.dumps(line) + "\n"
 
 

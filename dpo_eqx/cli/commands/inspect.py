@@ -17,10 +17,10 @@ from ...data._batches.collate import pair_batch, unpaired_batch
 from ...data._tokens.report import CUT, DROPPED, REASONS
 from ...data._tokens.rows import Row, completions_of
 from ...data._tokens.tokenizers import special_id
-from ..compose.data import load_tokenizer, vocab_size
+from ..compose.data import load_tokenizer, reading, vocab_size
 from ..compose.vocabulary import has_tokenizer
-from ..settings.options import split_pairs
 from ..settings.shared_flags import Source, parse_flags
+from ..settings.words import in_flags
 from ..terminal.display import say
 from ..terminal.texts import counted, pieces, special_names
 from ..terminal.tokens import LEGEND, Token, shortened, write, write_legend
@@ -58,6 +58,7 @@ class Look:
     number: int
     reasons: list[str]
     parts: list[Part]
+    places: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def dropped(self) -> bool:
@@ -74,9 +75,14 @@ def inspect(arguments: Sequence[str]) -> None:
     """
     flags = parse_flags(Inspect, "inspect", arguments)
     _check(flags)
-    columns = split_pairs(flags.columns, "--columns")
-    source = data.read(flags.data, columns={ours: name or None for ours, name in columns.items()})
-    records = list(itertools.islice(source, max(flags.scan, *(n + 1 for n in flags.rows), 1)))
+    source = data.read(
+        flags.data,
+        **reading(flags.as_training()),
+        split=flags.split,
+        subset=flags.subset,
+    )
+    count = max(flags.scan, *(n + 1 for n in flags.rows), 1)
+    records = list(itertools.islice(source.located(), count))
     tokenizer = _tokenizer(flags, tokenized=source.form.tokenized)
     encoder = None if source.form.tokenized else tokenizer
     limits = {
@@ -84,7 +90,9 @@ def inspect(arguments: Sequence[str]) -> None:
         for name in ("max_length", "max_prompt_length", "max_completion_length")
     }
     vocab = vocab_size(flags.model)
-    rows, report = data.tokenize(records, encoder, vocab_size=vocab, **limits)
+    scanned = data.Records(lambda: iter(records), str(source), {})
+    rows, report = data.tokenize(scanned, encoder, vocab_size=vocab, **limits)
+    report.left_out = source.left_out
 
     def look(number: int) -> Look:
         return look_at(number, records[number], encoder, limits)
@@ -94,28 +102,32 @@ def inspect(arguments: Sequence[str]) -> None:
     for number in numbers:
         _show(look(number), tokenizer, most=flags.tokens, with_ids=flags.ids)
     write_legend()
-    say("\n".join([f"{source}", *str(report).splitlines()[1:], *_ends(rows, tokenizer)]))
+    lines = [f"{source}", *str(report).splitlines()[1:], *_ends(rows, tokenizer)]
+    say(in_flags("\n".join(lines)))
 
 
-def look_at(number: int, record: dict[str, Any], tokenizer: Any, limits: dict[str, Any]) -> Look:
+def look_at(
+    number: int, record: tuple[str, dict[str, Any]], tokenizer: Any, limits: dict[str, Any]
+) -> Look:
     """What training would see of one record.
 
     **Arguments:**
 
-    - `number`: the record's number, from 0; `record`: the record, as `data.read` yields it.
+    - `number`: the record's number, from 0; `record`: its place in words, and the record.
     - `tokenizer`: the tokenizer; `None` if the record holds ids.
     - `limits`: the limits of lengths, as `data.tokenize` takes them.
     """
-    full, report = data.tokenize([record], tokenizer)
+    alone = data.Records(lambda: iter([record]), record[0], {})
+    full, report = data.tokenize(alone, tokenizer)
     if not full:
-        return Look(number, list(report.counts), [])
-    within, report = data.tokenize([record], tokenizer, **limits)
+        return Look(number, list(report.counts), [], report.places)
+    within, report = data.tokenize(alone, tokenizer, **limits)
     reasons = [reason for reason in REASONS if report.counts.get(reason)]
     if not within:
         names = ("prompt_ids", *completions_of(full[0]))
         parts = [Part(_name(n), full[0][n], ["cut"] * len(full[0][n])) for n in names]
-        return Look(number, reasons, parts)
-    return Look(number, reasons, list(_parts(full[0], within[0])))
+        return Look(number, reasons, parts, report.places)
+    return Look(number, reasons, list(_parts(full[0], within[0])), report.places)
 
 
 def _parts(full: Row, row: Row) -> Iterator[Part]:
@@ -161,7 +173,8 @@ def _show(look: Look, tokenizer: Any, *, most: int, with_ids: bool) -> None:
     )
     say(f"record {look.number}: {fate}; {lengths or 'no tokens'}")
     for reason in look.reasons:
-        say(f"  {reason}: {REASONS[reason]}")
+        place = f" ({look.places[reason]})" if reason in look.places else ""
+        say(in_flags(f"  {reason}: {REASONS[reason]}{place}"))
     for part in look.parts:
         tokens = list(shortened(_tokens(part, tokenizer), most))
         write(f"  {part.name:<10} ", tokens)

@@ -5,7 +5,7 @@ It checks all of its input before it writes anything.
 
 import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import equinox as eqx
@@ -18,7 +18,7 @@ from ..._scoring.score import score_pairs, score_unpaired
 from ..._training.evaluate import make_eval
 from ..._training.step import make_step
 from ..compose import policy as policies
-from ..compose.data import Prepared, data_facts, make_batches, prepare, vocab_size
+from ..compose.data import Prepared, data_facts, make_batches
 from ..compose.dtypes import (
     Dtypes,
     check_saved,
@@ -30,17 +30,21 @@ from ..compose.dtypes import (
 )
 from ..compose.loss import Loss, compose_loss, is_unpaired, needs_reference
 from ..compose.optimizer import compose_optimizer, compose_schedule, learning_rates
+from ..compose.preferences import prepare_all
 from ..report.probe import Probe, make_probe
 from ..run import devices, hosts
 from ..run.checkpoints import Checkpoints
 from ..run.folder import Folder, facts_of
 from ..run.hosts import say
+from ..run.inputs import check_same, digests_of
+from ..run.late_metrics import SIDES, without_sides
 from ..run.loop import Run, loop, make_advance
 from ..run.sinks import Numbers, no_sinks, open_sinks
 from ..run.state import State, restored, to_save
 from ..run.updates import UpdateWatch
 from ..settings.check import check, check_hosts
 from ..settings.settings import Settings
+from ..settings.words import in_flags
 from ..terminal.display import display, no_display
 from .report import try_report
 
@@ -62,11 +66,12 @@ def _train(settings: Settings) -> None:
     # Loading a model takes long. Errors in settings and data are found before, on every process.
     loss, prepared, mesh = hosts.together(functools.partial(_prepare, settings, folder))
     hosts.compare(settings, {"jax": jax.__version__} | data_facts(prepared))
-    say("\n".join(str(source.report) for source in prepared))
+    say(in_flags("\n".join(str(source.report) for source in prepared)))
 
     policy, reference, trainable, dtypes, finish = hosts.together(
         functools.partial(_load, settings, prepared[0], needs_reference(loss), mesh)
     )
+    inputs = digests_of(settings, prepared)
     if settings.precompute_reference:
         reference, prepared = policies.precompute(
             reference, policy, prepared, settings, dtypes.compute, mesh
@@ -113,7 +118,7 @@ def _train(settings: Settings) -> None:
     probe = make_probe(settings, prepared, loss, options, mesh)
     # A thread prepares the batches; leaving the context ends it, also after an error.
     with batches:
-        _carry_out(run, state, folder, prepared[0], probe)
+        _carry_out(run, state, folder, prepared[0], inputs, probe)
 
 
 def _prepare(settings: Settings, folder: Folder) -> tuple[Loss, list[Prepared], Mesh | None]:
@@ -121,7 +126,7 @@ def _prepare(settings: Settings, folder: Folder) -> tuple[Loss, list[Prepared], 
     check(settings)
     folder.check(settings)
     loss = compose_loss(settings)
-    return loss, _prepare_all(settings, loss), devices.mesh_of(settings)
+    return loss, prepare_all(settings, loss), devices.mesh_of(settings)
 
 
 def total_steps(settings: Settings, steps_per_epoch: int) -> int:
@@ -140,7 +145,9 @@ def evaluate_all(
         placed = (devices.put_batch(batch, mesh) for batch in batches)
         parts = (evaluate(state.policy, batch, state.reference) for batch in placed)
         metrics = functools.reduce(operator.add, parts)
-    return {f"eval/{name}": float(value) for name, value in metrics.mean().items()}
+    absent = [side for side in SIDES if not metrics.counts[f"logps/{side}"] > 0]
+    means = without_sides({n: float(value) for n, value in metrics.mean().items()}, absent)
+    return {f"eval/{name}": value for name, value in means.items()}
 
 
 def _load(
@@ -167,32 +174,21 @@ def _load(
     return policy, reference, trainable, dtypes, finish
 
 
-def _prepare_all(settings: Settings, loss: Loss) -> list[Prepared]:
-    """The training data and, if given, the held-out data."""
-    vocab = vocab_size(settings.model)
-    paths = [settings.data, *([settings.eval_data] if settings.eval_data else [])]
-    prepared = []
-    for path in paths:
-        source = prepare(path, settings, vocab)
-        if source.form.unpaired != is_unpaired(loss):
-            kind = "single completions" if is_unpaired(loss) else "pairs"
-            raise ValueError(
-                f"`--loss {' '.join(settings.loss)}` needs {kind}, and {path} holds "
-                f"{source.form}. Give kto, bco or apo_zero_unpaired for single completions, any "
-                "other loss for pairs."
-            )
-        prepared.append(source)
-    return prepared
-
-
-def _carry_out(run: Run, state: State, folder: Folder, prepared: Prepared, probe: Probe) -> None:
+def _carry_out(
+    run: Run,
+    state: State,
+    folder: Folder,
+    prepared: Prepared,
+    inputs: Mapping[str, str | None],
+    probe: Probe,
+) -> None:
     """Trains from the last complete checkpoint to the end, and writes the model."""
     settings = run.settings
     start = run.checkpoints.latest() or 0
-    facts = facts_of(prepared, run.batches.shapes())
+    facts = facts_of(prepared, run.batches.shapes(), inputs)
     if start:
-        # `begin` replaces the facts of the earlier start, so the data are compared before.
-        _check_data(folder, prepared)
+        # `begin` replaces the facts of the earlier start, so the inputs are compared before.
+        check_same(folder.inputs(), inputs, folder.path)
         state = _restore(run, state, start)
         say(f"continued after step {start}")
     hosts.on_first(folder.begin, settings, facts, start)
@@ -267,16 +263,6 @@ def _watch(run: Run, state: State) -> UpdateWatch:
 def _tokenizer(settings: Settings) -> str | None:
     """The source of the tokenizer to save with the model; `None` for the model's own."""
     return None if settings.tokenizer == "bytes" else settings.tokenizer
-
-
-def _check_data(folder: Folder, prepared: Prepared) -> None:
-    """Raises `ValueError` if the data are not those with which the run started."""
-    fingerprint = folder.fingerprint()
-    if fingerprint is not None and fingerprint != prepared.fingerprint:
-        raise ValueError(
-            f"`--data` must have the same content as when the run in {folder.path} started; it has "
-            "changed. Give the same file, or another `--output`."
-        )
 
 
 def _summary(run: Run, state: State, reference: str, dtypes: Dtypes) -> str:

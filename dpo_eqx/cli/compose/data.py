@@ -7,11 +7,13 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from ... import data, models
+from ... import data, losses, models
 from ...data._records.records import Form
+from ...data._tokens.rows import lengths_of
 from ...models._checkpoint.folder import ADAPTER_CONFIG, CONFIG, read_json, resolve
 from ..settings.options import split_pairs
 from ..settings.settings import Settings
+from .loss import keywords
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,35 +24,62 @@ class Prepared:
     - `report`: counts of the records that were kept, cut and dropped.
     - `form`: the form of the records.
     - `fingerprint`: the fingerprint of the files; `None` if the source has no files.
+    - `mismatched`: whether batches of single completions have the mismatched ones of KTO.
+    - `positions`: the largest number of tokens of a row; `None` if positions are not learned.
     """
 
     rows: Any
     report: data.Report
     form: Form
     fingerprint: str | None
+    positions: int | None = None
+    mismatched: bool = True
 
 
 def vocab_size(model: str) -> int:
     """The vocabulary size of the model in a folder; its weights are not read."""
+    return _config(model).vocab
+
+
+def learned_positions(*names: str | None) -> int | None:
+    """The fewest learned positions of the given models; `None` if none has learned positions."""
+    configs = [_config(name) for name in names if name is not None]
+    return min((c.max_length for c in configs if c.rotary is None), default=None)
+
+
+def _config(model: str) -> models.Config:
     folder = resolve(model)
     if (folder / ADAPTER_CONFIG).is_file() and not (folder / CONFIG).is_file():
         raise ValueError(
             f"`--model` must be a model; {model} holds adapters and no model. Give the model that "
             "they were trained on as `--model`, and this folder as `--lora`."
         )
-    return models.read_config(read_json(folder / CONFIG)).vocab
+    return models.read_config(read_json(folder / CONFIG))
 
 
-def prepare(path: str, settings: Settings, vocab: int) -> Prepared:
+def prepare(
+    path: str,
+    settings: Settings,
+    vocab: int,
+    *,
+    positions: int | None = None,
+    held_out: bool = False,
+) -> Prepared:
     """Reads and tokenises the preferences at `path`.
+
+    **Arguments:**
+
+    - `vocab`: the size of the vocabulary; `positions`: the number of learned positions, if any.
+    - `held_out`: whether these are the preferences of `--eval-data`.
 
     **Raises:**
 
     `ValueError` or `FileNotFoundError` if there are no preferences at `path`, if a record is
-    invalid, or if no row is left to learn from.
+    invalid, if no row is left to learn from, or if a row is longer than `positions`.
     """
-    columns = split_pairs(settings.columns, "--columns")
-    records = data.read(path, columns={ours: theirs or None for ours, theirs in columns.items()})
+    records = _read(path, settings, held_out=held_out)
+    if held_out:
+        _check_apart(records, settings)
     form = records.form
     _check_numbers(form, settings)
     rows, report = data.tokenize(
@@ -70,7 +99,71 @@ def prepare(path: str, settings: Settings, vocab: int) -> Prepared:
             f"`weight` is 0 in each row of {path}, so there is nothing to learn from; ignore the "
             "column with `--columns weight=`, or give some rows a positive weight."
         )
-    return Prepared(rows, report, form, records.fingerprint())
+    if positions is not None:
+        _check_fits(rows, report, positions, path)
+    return Prepared(rows, report, form, records.fingerprint(), positions)
+
+
+def _check_fits(rows: Any, report: data.Report, positions: int, path: str) -> None:
+    """Raises `ValueError` if a row has more tokens than there are learned positions."""
+    lengths = lengths_of(rows)
+    tokens = lengths[:, 0] + lengths[:, 1:].max(axis=1)
+    too_long = int((tokens > positions).sum())
+    if too_long:
+        number = report.numbers_of_rows()[tokens.argmax()]
+        raise ValueError(
+            f"The model has learned positions for {positions} tokens, and {too_long} of "
+            f"{len(tokens)} rows of {path} are longer: record {number} (from 0) has "
+            f"{tokens.max()}. Give `--max-length {positions}`."
+        )
+
+
+def _read(path: str, settings: Settings, *, held_out: bool) -> data.Records:
+    try:
+        records = data.read(
+            path,
+            **reading(settings),
+            split=settings.eval_split if held_out else settings.split,
+            # Held-out data of another source have their own subsets.
+            subset=settings.subset if path == settings.data else None,
+        )
+        _ = records.form  # a wrong split of a saved folder is found only now
+    except (ValueError, FileNotFoundError) as error:
+        raise type(error)(_in_flags_of_source(str(error), held_out=held_out)) from error
+    return records
+
+
+def reading(settings: Settings) -> dict[str, Any]:
+    """The arguments of `data.read` that decide how records become pairs."""
+    columns = split_pairs(settings.columns, "--columns")
+    if settings.offset_column is not None:
+        columns |= {"offset": settings.offset_column}
+    options = split_pairs(settings.loss_options, "--loss-options")
+    takes_offset = any("offset" in keywords(losses.BY_NAME[name]) for name in settings.loss)
+    return {
+        "columns": {ours: theirs or None for ours, theirs in columns.items()},
+        "where": split_pairs(settings.where, "--where"),
+        "pairs": settings.pairs,
+        "ties": settings.ties,
+        "offset_from_scores": takes_offset and "offset" not in options.keys() | columns.keys(),
+    }
+
+
+def _in_flags_of_source(message: str, *, held_out: bool) -> str:
+    """`message` with the flags of the training data or of the held-out data."""
+    prefix = "--eval-" if held_out else "--"
+    for name, word in {"path_or_iterable": "data", "split": "split"}.items():
+        message = message.replace(f"`{name}`", f"`{prefix}{word}`")
+    return message
+
+
+def _check_apart(held_out: data.Records, settings: Settings) -> None:
+    """Raises `ValueError` if the held-out preferences are those that the run trains on."""
+    if held_out.place() == _read(settings.data, settings, held_out=False).place():
+        raise ValueError(
+            f"`--eval-data` must hold other rows than `--data`; both are {held_out.source}. Give "
+            "another file, or another split of it by `--eval-split`."
+        )
 
 
 def data_facts(prepared: Sequence[Prepared]) -> dict[str, object]:
@@ -102,6 +195,8 @@ def make_batches(
     """
     # Evaluation runs a batch at once, so its batches are as small as a microbatch of training.
     parts = 1 if training else settings.microbatches
+    # A mismatched completion of KTO follows another prompt, so the two may be longer than any row.
+    limits = [n for n in (settings.max_length, prepared.positions) if n is not None]
     return data.batches(
         prepared.rows,
         batch_size=settings.batch_size // parts,
@@ -109,7 +204,8 @@ def make_batches(
         seed=settings.seed,
         epochs=None if training else 1,
         buckets=settings.buckets,
-        max_length=settings.max_length,
+        max_length=min(limits, default=None),
+        kl=prepared.mismatched,
         process_index=share[0],
         process_count=share[1],
     )
@@ -121,6 +217,13 @@ def _check_numbers(form: Form, settings: Settings) -> None:
         raise ValueError(
             "`--beta` and the column `beta` of the data contradict each other; leave out the flag, "
             "or ignore the column with `--columns beta=`."
+        )
+    if "offset" in form.numbers and "offset" in split_pairs(
+        settings.loss_options, "--loss-options"
+    ):
+        raise ValueError(
+            "`--loss-options offset` and the column `offset` of the data contradict each other; "
+            "leave out the option, or ignore the column with `--columns offset=`."
         )
     columns = [name for name in form.numbers if name.startswith("reference_")]
     flags = {

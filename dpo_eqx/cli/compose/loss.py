@@ -67,6 +67,22 @@ def needs_reference(loss: Loss) -> bool:
     return False
 
 
+def needs_mismatched(loss: Loss) -> bool:
+    """Whether a loss of single completions uses completions of other prompts, as KTO does."""
+    numbers, counts = jnp.zeros(2, jnp.float32), jnp.ones(2, jnp.int32)
+    log_probs = UnpairedLogProbs(numbers, jnp.array([True, False]), None, counts, numbers)
+    try:
+        jax.eval_shape(lambda: loss(log_probs, log_probs).loss)
+    except ValueError:
+        return True
+    return False
+
+
+def takes_of_pairs(loss: Loss, name: str) -> bool:
+    """Whether `loss` can be given the hyper-parameter `name` for each pair."""
+    return any(_takes(part, name) for part in _functions(loss))
+
+
 def _hyper_parameters(settings: Settings) -> dict[str, tuple[Any, str]]:
     """The value of each given hyper-parameter, and the flag that gave it, by name."""
     values: dict[str, tuple[Any, str]] = {}
@@ -101,16 +117,17 @@ def _bind(loss: Loss, values: dict[str, Any]) -> Loss:
 
 
 def _takes(loss: Loss, name: str) -> bool:
-    return name in _keywords(loss)
+    return name in keywords(loss)
 
 
-def _keywords(loss: Loss) -> list[str]:
+def keywords(loss: Loss) -> list[str]:
+    """The names of the hyper-parameters of a loss."""
     parameters = inspect.signature(loss).parameters.values()
     return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
 
 
 def _known(terms: list[Loss]) -> str:
-    names = {f"`{name}`" for term in terms for name in _keywords(term)}
+    names = {f"`{name}`" for term in terms for name in keywords(term)}
     return ", ".join(sorted(names)) or "none"
 
 

@@ -152,7 +152,9 @@ def _whole_steps(axes: Any, count: int) -> None:
 def _training(axes: Any, columns: Columns, series: Series) -> None:
     if series.metric not in columns:
         return
-    step, value = columns["step"], columns[series.metric]
+    # A step may lack a metric: a batch without rejected completions has no reward of them.
+    is_there = np.isfinite(columns[series.metric])
+    step, value = columns["step"][is_there], columns[series.metric][is_there]
     style = {"color": series.colour, "linestyle": series.style, "label": series.label}
     if len(step) <= MOST_POINTS:
         # If both values are the same, as at the first step, the open square shows around the point.

@@ -13,6 +13,7 @@ from typing import Any
 
 from ...data._tokens.report import CUT, DROPPED, REASONS
 from ..settings.settings import Settings
+from ..terminal.texts import for_screen
 from . import curves as curves
 from .panels import CURVES, cards, pair_panels
 from .read import Columns, Record
@@ -122,14 +123,19 @@ def _samples(record: Record, title: str) -> str:
         # The end of a prompt, since that is what the answer follows.
         prompt = prompt if len(prompt) <= 400 else f"... {prompt[-400:]}"
         answers = "".join(
-            f"<h4>{name}</h4><pre>{_text(sample['text'])}{'' if sample['ended'] else ' ...'}</pre>"
+            f"<h4>{name}</h4><pre>{_screen(sample['text'])}{' ...' * (not sample['ended'])}</pre>"
             for name, sample in zip(drawn, samples, strict=True)
         )
         answered.append(
-            f'<div class="sample"><h4>prompt</h4><pre>{_text(prompt)}</pre>{answers}</div>'
+            f'<div class="sample"><h4>prompt</h4><pre>{_screen(prompt)}</pre>{answers}</div>'
         )
     note = "Sampled at temperature 1 with the same random numbers; ... marks an answer cut off."
     return _section(title, note, f'<div class="cards">{"".join(answered)}</div>')
+
+
+def _screen(text: str) -> str:
+    """An answer or a prompt, in which control characters are escaped."""
+    return _text(for_screen(text))
 
 
 def _data(records: Sequence[Record]) -> str:

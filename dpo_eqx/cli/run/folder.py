@@ -88,14 +88,16 @@ class Folder:
         """The time and step of each start of the run, the first and every continuation."""
         return json.loads(self.run.read_text())["starts"] if self.run.exists() else []
 
-    def fingerprint(self) -> str | None:
-        """The fingerprint of the data of the run in this folder; `None` if it is unknown."""
-        facts = json.loads(self.run.read_text()) if self.run.exists() else {"data": {}}
-        return facts["data"].get("fingerprint")
+    def inputs(self) -> dict[str, str | None]:
+        """The digests of what the run in this folder reads, as far as they are known."""
+        facts = json.loads(self.run.read_text()) if self.run.exists() else {}
+        return facts.get("inputs") or {"--data": facts.get("data", {}).get("fingerprint")}
 
 
-def facts_of(prepared: Prepared, shapes: object) -> dict[str, Any]:
-    """The facts in `run.json`: versions, data, hardware."""
+def facts_of(
+    prepared: Prepared, shapes: object, inputs: Mapping[str, str | None]
+) -> dict[str, Any]:
+    """The facts in `run.json`: versions, data, digests of the inputs, hardware."""
     report = prepared.report
     devices = jax.devices()
     return {
@@ -109,6 +111,7 @@ def facts_of(prepared: Prepared, shapes: object) -> dict[str, Any]:
             "counts": dict(report.counts),
             "shapes": str(shapes),
         },
+        "inputs": dict(inputs),
         "hardware": {
             "platform": devices[0].platform,
             "device": devices[0].device_kind,

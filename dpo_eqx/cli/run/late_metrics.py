@@ -5,7 +5,7 @@
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -16,6 +16,9 @@ from ..._arrays.batches import PreferenceBatch
 from .sinks import Numbers, Sink
 
 TOKENS = "tokens"
+# The number of completions of each label, beside the metrics of a step on unpaired data.
+SIDES = ("chosen", "rejected")
+_COUNT = "count/"
 
 
 class Lines:
@@ -58,6 +61,8 @@ class Lines:
         (step, metrics, began), self._waiting = self._waiting, None
         line = {name: float(value) for name, value in metrics.items()}
         tokens = line.pop(TOKENS)
+        counts = {side: line.pop(_COUNT + side) for side in SIDES if _COUNT + side in line}
+        line = without_sides(line, [side for side, count in counts.items() if not count])
         # A step that was dispatched early begins only when the previous one has ended.
         began, self._ended = max(began, self._ended), time.perf_counter()
         line["learning_rate"] = float(self._rates[step - 1])
@@ -75,6 +80,22 @@ def tokens_of(batch: Any) -> Int[Array, ""]:
     real = jnp.asarray(batch.weight) > 0
     counts = [jnp.sum(part.mask & real[:, None], dtype=jnp.int32) for part in parts]
     return jnp.stack(counts).sum(dtype=jnp.int32)
+
+
+def sides_of(batch: Any) -> dict[str, Int[Array, ""]]:
+    """For unpaired data the completions of each label with positive weight; nothing for pairs."""
+    if isinstance(batch, PreferenceBatch):
+        return {}
+    label, real = jnp.asarray(batch.label), jnp.asarray(batch.weight) > 0
+    counts = (jnp.sum(real & side, dtype=jnp.int32) for side in (label, ~label))
+    return {_COUNT + side: count for side, count in zip(SIDES, counts, strict=True)}
+
+
+def without_sides(line: Mapping[str, float], absent: Sequence[str]) -> dict[str, float]:
+    """`line` without the means over completions of a label that no row has: they are not 0."""
+    names = {f"{kind}/{side}" for kind in ("rewards", "logps") for side in absent}
+    names |= {"rewards/margins"} if absent else set()
+    return {name: value for name, value in line.items() if name not in names}
 
 
 def _check_finite(step: int, line: Numbers) -> None:

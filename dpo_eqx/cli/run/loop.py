@@ -20,7 +20,7 @@ from ..._training.step import Step
 from ..settings.settings import Settings
 from .checkpoints import Checkpoints
 from .devices import put_batch
-from .late_metrics import TOKENS, Lines, tokens_of
+from .late_metrics import TOKENS, Lines, sides_of, tokens_of
 from .signals import Stop
 from .sinks import Sink
 from .state import State, to_save
@@ -64,7 +64,7 @@ def make_advance(step: Step, *, dropout: bool, mesh: Mesh | None = None) -> Adva
         batch, reference, key, number = frozen
         key = jax.random.fold_in(key, number) if dropout else None
         policy, opt_state, metrics = step(policy, opt_state, batch, reference, key=key)
-        return policy, opt_state, {**metrics, TOKENS: tokens_of(batch)}
+        return policy, opt_state, {**metrics, TOKENS: tokens_of(batch), **sides_of(batch)}
 
     def advance(state: State, batch: Any, number: int) -> tuple[State, dict[str, Any]]:
         frozen = put_batch(batch, mesh), state.reference, state.key, np.uint32(number)

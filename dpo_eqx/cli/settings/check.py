@@ -100,6 +100,8 @@ def _contradictions(settings: Settings) -> Iterator[str]:
     for one, has_one, other, has_other in exclusive:
         if has_one and has_other:
             yield f"{flag(one)} and {flag(other)} contradict each other; leave out one of them."
+    if s.eval_split is not None and s.eval_data is None:
+        yield "`--eval-split` is for held-out data, and this run has none; give `--eval-data` too."
     for name in ("lora_alpha", "lora_target"):
         if getattr(s, name) is not None and not lora:
             yield f"{flag(name)} is for adapters, and this run has none; give `--lora-rank` too."

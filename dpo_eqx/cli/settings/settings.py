@@ -22,7 +22,8 @@ class Settings:
     """The model to train: a folder with `config.json`, safetensors and a tokenizer, or a hub
     name."""
     data: str
-    """Preferences: JSON Lines (plain or gzip), Parquet, a folder, or a hub name."""
+    """Preferences: JSON Lines, JSON, CSV, TSV, Parquet or Arrow (plain or compressed), a folder, or
+    a hub name."""
     output: Path
     """The folder of the run, for settings, metrics, checkpoints and the finished model."""
     reference: str | None = None
@@ -32,9 +33,25 @@ class Settings:
     the end."""
     tokenizer: str | None = None
     """A folder or hub name of the tokenizer (default: the model's); `bytes` is the built-in one."""
+    split: str | None = None
+    """The split of `--data`, if it has several (default: train)."""
+    eval_split: str | None = None
+    """The split of `--eval-data`, if it has several (default: train)."""
+    subset: str | None = None
+    """The subset of `--data`, if it has several; the `config_name` on the hub."""
     columns: tuple[str, ...] = ()
     """Names of columns in the data, as `prompt=question` for a column `question` that holds the
     prompts. `weight=` ignores the column `weight`."""
+    where: tuple[str, ...] = ()
+    """Values that columns must have, as `lang=en`; other records are left out."""
+    pairs: Literal["best-worst", "all", "best-rest"] = "best-worst"
+    """The pairs of several answers with scores or ranks: the best and the worst one, all of unequal
+    worth, or the best one with every worse one."""
+    ties: Literal["drop", "half"] = "drop"
+    """Two answers of equal worth: leave them out, or train both pairs with the weight 0.5."""
+    offset_column: str | None = None
+    """The column of the offset of `--loss odpo` (default: the difference of the scores,
+    if the data have any)."""
 
     loss: tuple[str, ...] = ("sigmoid",)
     """One loss, or several that are added up: sigmoid, ipo, robust, hinge, simpo, kto, ..."""
@@ -88,7 +105,8 @@ class Settings:
     max_completion_length: int | None = None
     """Largest number of tokens of a completion; a longer completion loses its end."""
     strict: bool = False
-    """Raise an error for a row that would be dropped or cut, or has two equal completions."""
+    """Raise an error for a row that would be dropped or cut, has two equal completions, or has text
+    that the chat template leaves out."""
     buckets: int = 4
     """Number of widths that prompts are padded to, and completions likewise. Fewer widths compile
     less and pad more."""

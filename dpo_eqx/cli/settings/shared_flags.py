@@ -23,12 +23,24 @@ class Source:
     model: str
     """A folder with `config.json`, safetensors and a tokenizer, or a hub name."""
     data: str
-    """Preferences: JSON Lines (plain or gzip), Parquet, a folder, or a hub name."""
+    """Preferences: JSON Lines, JSON, CSV, TSV, Parquet or Arrow (plain or compressed), a folder, or
+    a hub name."""
     tokenizer: str | None = None
     """A folder or hub name of the tokenizer (default: the model's); `bytes` is the built-in one."""
+    split: str | None = None
+    """The split of `--data`, if it has several (default: train)."""
+    subset: str | None = None
+    """The subset of `--data`, if it has several; the `config_name` on the hub."""
     columns: tuple[str, ...] = ()
     """Names of columns in the data, as `prompt=question` for a column `question` that holds the
     prompts. `weight=` ignores the column `weight`."""
+    where: tuple[str, ...] = ()
+    """Values that columns must have, as `lang=en`; other records are left out."""
+    pairs: Literal["best-worst", "all", "best-rest"] = "best-worst"
+    """The pairs of several answers with scores or ranks: the best and the worst one, all of unequal
+    worth, or the best one with every worse one."""
+    ties: Literal["drop", "half"] = "drop"
+    """Two answers of equal worth: leave them out, or train both pairs with the weight 0.5."""
     max_length: int | None = None
     """Largest number of tokens of prompt plus completion; a longer completion loses its end. A row
     is dropped if its prompt alone fills the limit."""

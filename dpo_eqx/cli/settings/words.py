@@ -1,12 +1,27 @@
 """Messages of the library in the words of the command: flags in place of Python arguments."""
 
 import re
+from collections.abc import Callable
 
-_WORDS = [
+
+def _limit(match: re.Match[str]) -> str:
+    return f"`--max-{(match[1] or '').replace('_', '-')}length`"
+
+
+_WORDS: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r'columns=\{"([^"`]+)": None\}', r"--columns \1="),
     (r'columns=\{"([^"`]+)": "([^"`]+)"\}', r"--columns \1=\2"),
-    (r"`columns`", "`--columns`"),
+    (r", set `tokenizer\.chat_template`, or give\s+`template_arguments=[^`]*`", ""),
+    (r" or `append_eos=False`[^.]*", " or another tokenizer"),
+    (r"Give `eos_token_id=`, or another tokenizer", "Give another tokenizer"),
+    (r"below `vocab_size`, (\d+)", r"below \1, the size of the vocabulary of `--model`"),
+    (r"`(columns|strict|tokenizer)`", r"`--\1`"),
+    (r"`max_(prompt_|completion_)?length`", _limit),
     (r"`path_or_iterable`", "`--data`"),
+    (r"`where` names", "`--where` names"),
+    (r"`(pairs|ties)` must", r"`--\1` must"),
+    (r"`split`", "`--split`"),
+    (r"`subset`", "`--subset`"),
 ]
 
 

@@ -3,47 +3,74 @@
 A file of preferences can also serve as a file of prompts, with the prompts that `train` would use.
 """
 
+import dataclasses
 import itertools
+import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ...data._records.prompts import split_shared_prompt
 from ...data._records.records import check_record, form_name, recognise
+from ...data._records.shapes import first_of
 from ...data._records.sources import open_source
+from ...data._records.template_columns import check_for_template
+from ...data._records.threads import assembled
 from ...data._records.values import check_ids, check_messages, check_text
-from ...data._tokens.parts import has_parts, join_parts, roles_with_parts
-from ...data._tokens.tokenizers import as_ids, encode_all, special_id, start_id_of
+from ...data._tokens.encoder import Encoder
+from ...data._tokens.template import conversation_of, prompt_ids
+from ...data._tokens.tokenizers import encode_all, special_id, start_id_of
 from .texts import decode
 
-Prompt = str | list
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """A prompt to answer.
+
+    - `value`: text, messages, or ids.
+    - `where`: its place in words, for errors.
+    - `columns`: the record's `tools` and `chat_template_kwargs`, if it has them.
+    - `is_trained`: whether it is the prompt of a preference, whose text training reads as it is,
+        without the chat template.
+    """
+
+    value: str | list
+    where: str
+    columns: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    is_trained: bool = False
+
+    @property
+    def ids(self) -> list[int] | None:
+        """The prompt, if it is token ids already."""
+        if isinstance(self.value, list) and all(type(item) is int for item in self.value):
+            return self.value
+        return None
 
 
-def read_prompts(path: str, limit: int | None) -> list[tuple[str, Prompt]]:
-    """The first `limit` prompts of a file, each with its place in words.
+def read_prompts(path: str, limit: int | None, split: str | None = None) -> list[Prompt]:
+    """The first `limit` prompts of a file, or of a split of a folder.
 
     A `.txt` file holds a prompt on each line. Other files hold records with `prompt` (text or
-    messages), with `prompt_ids`, or with `chosen` and `rejected` that share a prompt.
+    messages), with `prompt_ids`, or preferences.
 
     **Raises:**
 
     `ValueError` or `FileNotFoundError` if there is no prompt.
     """
     is_text = Path(path).suffix == ".txt" and Path(path).is_file()
-    found = _lines(Path(path)) if is_text else _records(path)
+    found = _lines(Path(path)) if is_text else _records(path, split)
     prompts = list(itertools.islice(found, limit))
     if not prompts:
         raise ValueError(f"`--data` must hold a prompt at least; {path} holds none.")
     return prompts
 
 
-def encode_prompt(tokenizer: Any, prompt: Prompt, where: str, *, chat: bool) -> list[int]:
+def encode_prompt(tokenizer: Any, prompt: Prompt, *, chat: bool) -> list[int]:
     """The ids of a prompt, with the generation prompt of the chat template if one applies.
 
     **Arguments:**
 
-    - `prompt`: text, messages, or ids.
-    - `where`: the prompt's place in words, for errors.
     - `chat`: whether a text goes through the chat template, if there is one, as the user's turn.
 
     **Raises:**
@@ -51,65 +78,83 @@ def encode_prompt(tokenizer: Any, prompt: Prompt, where: str, *, chat: bool) -> 
     `ValueError` if there are messages but no template, or if the prompt is empty and cannot be
     replaced by a BOS or EOS.
     """
-    if isinstance(prompt, list) and all(type(item) is int for item in prompt):
-        return _not_empty(prompt, tokenizer, where)
+    value = prompt.value
+    if prompt.ids is not None:
+        return _not_empty(prompt.ids, tokenizer, prompt.where)
     has_template = bool(getattr(tokenizer, "chat_template", None))
-    if isinstance(prompt, str) and not (chat and has_template):
-        ids = encode_all(tokenizer, [prompt])[0]
+    if isinstance(value, str) and not (chat and has_template and not prompt.is_trained):
+        ids = encode_all(tokenizer, [value])[0]
         # The tokenizer may add an EOS by itself, after which a model would not answer.
         is_ended = len(ids) > 1 and ids[-1] == special_id(tokenizer, "eos")
-        return _not_empty(ids[:-1] if is_ended else ids, tokenizer, where)
+        return _not_empty(ids[:-1] if is_ended else ids, tokenizer, prompt.where)
     if not has_template:
         raise ValueError(
-            f"{where} is a conversation, and the tokenizer has no chat template. Give text, or "
-            "take a model with a template."
+            f"{prompt.where} is a conversation, and the tokenizer has no chat template. Give text, "
+            "or take a model with a template."
         )
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    if has_parts(messages):
-        messages = join_parts(messages, roles_with_parts(tokenizer, {}))
-    try:
-        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True)
-    except Exception as error:  # a template can raise anything
-        raise ValueError(f"{where} does not go through the chat template: {error}") from error
-    return as_ids(ids)
+    messages = [{"role": "user", "content": value}] if isinstance(value, str) else value
+    # The same functions as for training, so that the prompt is the same.
+    encoder = Encoder(tokenizer)
+    conversation = conversation_of(prompt.columns, (messages,), (), encoder, prompt.where)
+    return prompt_ids(conversation, encoder)
 
 
 def shown(tokenizer: Any, prompt: Prompt) -> str:
     """A prompt for people to read: the text, the turns, or the decoded ids."""
-    if isinstance(prompt, str):
-        return prompt
-    if all(type(item) is int for item in prompt):
-        return decode(tokenizer, prompt)
-    return "\n".join(f"[{turn['role']}] {turn.get('content')}" for turn in prompt)
+    if isinstance(prompt.value, str):
+        return prompt.value
+    if prompt.ids is not None:
+        return decode(tokenizer, prompt.ids)
+    return "\n".join(f"[{turn['role']}] {_content(turn)}" for turn in prompt.value)
 
 
-def _lines(path: Path) -> Iterator[tuple[str, Prompt]]:
+def stored(tokenizer: Any, prompt: Prompt) -> str | list:
+    """A prompt for a file: the text or the messages themselves, or the decoded ids."""
+    return prompt.value if prompt.ids is None else decode(tokenizer, prompt.ids)
+
+
+def _content(turn: Mapping[str, Any]) -> str:
+    """The text of a turn, and its tool calls as JSON."""
+    content, calls = turn.get("content") or "", turn.get("tool_calls")
+    if isinstance(content, list):
+        content = "".join(part["text"] for part in content)
+    return content + (json.dumps(calls, ensure_ascii=False) if calls else "")
+
+
+def _lines(path: Path) -> Iterator[Prompt]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} must be text in UTF-8: {error}.") from None
-    return ((f"line {n} of {path}", line) for n, line in enumerate(lines, 1) if line.strip())
+    # Lines end at line feeds alone, not at the separators of Unicode.
+    lines = enumerate(text.split("\n"), 1)
+    stripped = ((number, line.removesuffix("\r")) for number, line in lines)
+    return (Prompt(line, f"line {n} of {path}") for n, line in stripped if line.strip())
 
 
-def _records(path: str) -> Iterator[tuple[str, Prompt]]:
-    return ((where, _prompt_of(record, where)) for where, record in open_source(path, None)())
+def _records(path: str, split: str | None) -> Iterator[Prompt]:
+    records = assembled(open_source(path, split)(), {}, Counter())
+    return (_prompt_of(record, where) for where, record in records)
 
 
 def _prompt_of(record: Mapping[str, Any], where: str) -> Prompt:
     if "prompt_ids" in record:
-        return check_ids(record["prompt_ids"], f"`prompt_ids` in {where}")
+        return Prompt(check_ids(record["prompt_ids"], f"`prompt_ids` in {where}"), where)
+    record = first_of(record, where)
     form = recognise(record, where) if _is_preference(record) else None
     if form is not None:
         checked = check_record(record, form, where)
-        if "prompt" in checked:
-            return checked["prompt"]
-        return split_shared_prompt(checked["chosen"], checked["rejected"])[0]
+        value = checked.get("prompt")
+        if value is None:
+            value = split_shared_prompt(checked["chosen"], checked["rejected"])[0]
+        return Prompt(value, where, checked, is_trained=True)
     if record.get("prompt") is None:
         raise ValueError(
             f"{where} must have a `prompt`, or `chosen` and `rejected` that begin with it; found: "
             f"{', '.join(f'`{name}`' for name in record) or 'nothing'}."
         )
-    return _checked(record["prompt"], f"`prompt` in {where}")
+    value = _checked(record["prompt"], f"`prompt` in {where}")
+    return Prompt(value, where, check_for_template(record, where))
 
 
 def _is_preference(record: Mapping[str, Any]) -> bool:

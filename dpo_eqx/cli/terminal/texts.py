@@ -1,4 +1,4 @@
-"""Token ids as text for people: whole answers and single tokens, without control characters.
+"""Token ids as text: whole answers, single tokens, and texts that a terminal can show.
 
 `dpo_eqx.data` makes ids from text; this file only makes text from ids.
 """
@@ -13,14 +13,16 @@ _BROKEN = "\ufffd"  # the result of decoding a part of a character
 
 
 def decode(tokenizer: Any, ids: Sequence[int]) -> str:
-    """The text of `ids`, without BOS and EOS; the ids as numbers if there is no tokenizer.
-
-    Characters that would move a terminal's cursor are escaped, except line ends.
-    """
+    """The text of `ids`, without BOS and EOS; the ids as numbers if there is no tokenizer."""
     if not hasattr(tokenizer, "decode"):
         return " ".join(map(str, ids))
     specials = {special_id(tokenizer, kind) for kind in ("bos", "eos")}
-    return escaped(_decode(tokenizer, [i for i in ids if i not in specials]), keep="\n")
+    return _decode(tokenizer, [i for i in ids if i not in specials])
+
+
+def for_screen(text: str) -> str:
+    """`text` with escapes for characters that would move a terminal's cursor, except line ends."""
+    return escaped(text, keep="\n")
 
 
 def pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:

@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import functools
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -15,6 +16,7 @@ from ..._arrays.batches import PreferenceBatch, UnpairedBatch
 from ..._extras import require
 from .._fingerprint import digest
 from .._tokens.rows import Rows, lengths_of
+from .._tokens.store import digest_ids
 from .buckets import Buckets, Shapes, choose_buckets, longest
 from .collate import pair_batch, unpaired_batch
 from .mismatch import check_mismatchable, mismatched
@@ -40,6 +42,8 @@ class Batcher:
     dtype: DTypeLike
     kl: bool
     max_length: int
+    # The ends of searches for KTO's mismatched completions: see `mismatched`.
+    search_ends: dict[int, int] = dataclasses.field(default_factory=dict)
 
     def __call__(self, step: int) -> PreferenceBatch | UnpairedBatch:
         """The batch of a step, counted from the start of the first epoch."""
@@ -62,7 +66,9 @@ class Batcher:
 
     def _others(self, indices: Indices) -> Indices | None:
         """For KTO: the rows whose completions follow the prompts of `indices`."""
-        return mismatched(self.rows, indices, self.order.seed) if self.kl else None
+        return (
+            mismatched(self.rows, indices, self.order.seed, self.search_ends) if self.kl else None
+        )
 
     def _other_lengths(self, indices: Indices, others: Indices) -> Indices:
         # At least one token: a completion without tokens would have no log-probability.
@@ -104,14 +110,19 @@ class Batches(Iterator[Any]):
     - `buckets`: the widths.
     """
 
-    def __init__(self, batcher: Batcher, epochs: int | None, prefetch: int, name: str):
+    def __init__(self, batcher: Batcher, epochs: int | None, prefetch: int, settings: str):
         grain = require("grain", extra="data")
-        self._batcher, self._name = batcher, name
+        self._batcher, self._settings = batcher, settings
         self.steps_per_epoch, self.buckets = batcher.order.steps, batcher.buckets
         self._steps = _ENDLESS if epochs is None else epochs * self.steps_per_epoch
         options = grain.ReadOptions(num_threads=min(prefetch, 1), prefetch_buffer_size=prefetch)
         dataset = grain.MapDataset.range(self._steps).map(batcher)
         self._iterator = iter(dataset.to_iter_dataset(options))
+
+    @functools.cached_property
+    def _name(self) -> str:
+        """A digest of all that decides the batches; reading all ids takes a while."""
+        return digest(self._settings, digest_ids(self._batcher.rows))
 
     def __iter__(self) -> "Batches":
         return self
@@ -235,8 +246,8 @@ def batches(
         check_mismatchable(rows)
     limit = sys.maxsize if max_length is None else max_length
     batcher = Batcher(rows, lengths, order, buckets, share, dtype, kl, limit)
-    name = digest(lengths, batch_size, shuffle, seed, window, buckets, kl, limit)
-    return Batches(batcher, epochs, prefetch, name)
+    settings = digest(lengths, batch_size, shuffle, seed, window, buckets, kl, limit)
+    return Batches(batcher, epochs, prefetch, settings)
 
 
 def _share(batch_size: int, process_index: int, process_count: int) -> slice:

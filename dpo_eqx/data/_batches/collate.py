@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, DTypeLike
 from ..._arrays.batches import PreferenceBatch, Tokens, UnpairedBatch
 from ..._arrays.log_probs import PairLogProbs, UnpairedLogProbs
 from ..._arrays.tokens import narrow_on_host
-from .._tokens.rows import Row, start_of
+from .._tokens.rows import PER_PAIR, Row, start_of
 
 
 def pair_batch(
@@ -105,4 +105,5 @@ def _weight(rows: Sequence[Row], fill: np.ndarray, dtype: DTypeLike) -> np.ndarr
 
 
 def _per_pair(rows: Sequence[Row], dtype: DTypeLike) -> dict[str, Array | np.ndarray] | None:
-    return {"beta": _column(rows, "beta", dtype)} if "beta" in rows[0] else None
+    names = [name for name in PER_PAIR if name in rows[0]]
+    return {name: _column(rows, name, dtype) for name in names} or None

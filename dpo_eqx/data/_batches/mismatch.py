@@ -16,7 +16,7 @@ _APART = 1, 0x4B4C
 
 
 def mismatched(
-    rows: Rows, indices: Int[np.ndarray, " batch"], seed: int
+    rows: Rows, indices: Int[np.ndarray, " batch"], seed: int, ends: dict[int, int]
 ) -> Int[np.ndarray, " batch"]:
     """For each of `indices` the row whose completion follows its prompt.
 
@@ -28,16 +28,22 @@ def mismatched(
     - `rows`: all rows.
     - `indices`: the rows of a batch.
     - `seed`: the seed. The draw is the same in every epoch, process and batch size.
+    - `ends`: filled with the next row of another prompt for each row that a search has passed. All
+        calls for the same rows share it, so that all searches together take linear time.
     """
     drawn = shuffled(indices, len(rows), seed, *_APART).tolist()
     pairs = zip(indices.tolist(), drawn, strict=True)
-    return np.array([_next_other(rows, index, start) for index, start in pairs])
+    return np.array([_next_other(rows, index, start, ends) for index, start in pairs])
 
 
-def _next_other(rows: Rows, index: int, start: int) -> int:
-    prompt = rows[index]["prompt_ids"]
-    candidates = ((start + k) % len(rows) for k in range(len(rows)))
-    return next(j for j in candidates if rows[j]["prompt_ids"] != prompt)
+def _next_other(rows: Rows, index: int, start: int, ends: dict[int, int]) -> int:
+    prompt, passed, candidate = rows[index]["prompt_ids"], [], start
+    while rows[candidate]["prompt_ids"] == prompt:
+        passed.append(candidate)
+        candidate = ends.get(candidate, (candidate + 1) % len(rows))
+    # The rows passed all have one prompt, so the next search among them ends at the same row.
+    ends.update(dict.fromkeys(passed, candidate))
+    return candidate
 
 
 def check_mismatchable(rows: Rows) -> None:

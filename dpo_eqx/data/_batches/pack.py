@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, DTypeLike, Int
 
 from ..._arrays.packed import PackedBatch
-from .._tokens.rows import Row, Rows, start_of
+from .._tokens.rows import PER_PAIR, Row, Rows, start_of
 
 Numbers = dict[str, Array | np.ndarray]
 
@@ -160,7 +160,7 @@ def _numbers(
     return (
         by_slot("weight", 1.0) * is_filled.astype(dtype),
         {name: by_slot(of) for name, of in references.items()} if len(references) == 2 else None,
-        {"beta": by_slot("beta")} if "beta" in rows[0] else None,
+        {name: by_slot(name) for name in PER_PAIR if name in rows[0]} or None,
     )
 
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from ..._extras import require
 
-SUFFIXES = (".jsonl", ".ndjson", ".json", ".gz", ".parquet")
+SUFFIXES = (".jsonl", ".ndjson", ".jsonlines", ".json", ".csv", ".tsv", ".parquet", ".arrow")
+SUFFIXES += (".feather", ".gz", ".bz2", ".xz", ".zst", ".zstd")
 # Files about a data set, without records.
 _METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "config.json")
 _METADATA += ("state.json", "README.md")

@@ -13,6 +13,8 @@ ANSWERS = ("chosen", "rejected", "completion")
 # Columns whose texts are the user's turn, in this order: Intel/orca_dpo_pairs has `question`,
 # LLaMA-Factory has `instruction` and `input`, and distilabel has `input`.
 _USER = (("prompt",), ("question",), ("instruction", "input"), ("instruction",), ("input",))
+# The dialogue so far, in the Stanford Human Preferences data.
+_USER += (("history",),)
 
 
 def columns_of_turns(record: Mapping[str, Any]) -> tuple[str, ...]:

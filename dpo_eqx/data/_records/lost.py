@@ -43,9 +43,9 @@ def check_nothing_lost(record: Mapping[str, Any], unused: Iterable[str], where: 
         if not is_prompt_name(column) or not record.get(column):
             continue
         value = record[column]
-        texts = [text for text in _texts_of(value) if text.strip()]
+        texts = [text for text in texts_of(value) if text.strip()]
         # A whole conversation may repeat an answer, a text only the prompt.
-        known = prompt_text(record) if isinstance(value, str) else _all_text(record)
+        known = prompt_text(record) if isinstance(value, str) else all_text(record)
         if not all(holds(known, text) for text in texts):
             raise ValueError(_lost(column, record, where))
 
@@ -98,25 +98,26 @@ def prompt_text(record: Mapping[str, Any]) -> str:
     return "" if completion is None else _in_one_line(completion)
 
 
-def _all_text(record: Mapping[str, Any]) -> str:
+def all_text(record: Mapping[str, Any]) -> str:
+    """The text of the prompt and of all answers, in one line."""
     names = ("prompt", "chosen", "rejected", "completion")
     return " ".join(_in_one_line(record.get(name)) for name in names)
 
 
 def _in_one_line(value: Any) -> str:
-    texts = [value] if isinstance(value, str) else _texts_of(value)
+    texts = [value] if isinstance(value, str) else texts_of(value)
     return " ".join(" ".join(text.split()) for text in texts)
 
 
-def _texts_of(value: Any) -> Iterable[str]:
+def texts_of(value: Any) -> Iterable[str]:
     """The texts of messages, of parts of their content, and of lists of texts."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
-        yield from _texts_of([value[key] for key in ("content", "value", "text") if key in value])
+        yield from texts_of([value[key] for key in ("content", "value", "text") if key in value])
     elif isinstance(value, list | tuple):
         for item in value:
-            yield from _texts_of(item)
+            yield from texts_of(item)
 
 
 def holds(text: str, part: Any) -> bool:

@@ -3,6 +3,7 @@
 Reading is lazy, and nothing is tokenised here.
 """
 
+import collections
 import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
@@ -12,7 +13,17 @@ from typing import Any
 from .._fingerprint import digest_files
 from .folders import choose
 from .records import Form, check_columns, check_record, recognise, rename
-from .sources import Located, files_of, is_saved, located, open_source
+from .shapes import DEFAULTS, PLAIN, Options, Shape, check_options, records_of, shape_of
+from .sources import (
+    Located,
+    check_not_given,
+    files_of,
+    is_saved,
+    located,
+    open_source,
+    saved_split,
+)
+from .threads import assembled
 
 logger = logging.getLogger("dpo_eqx.data")
 
@@ -34,8 +45,12 @@ class Records:
     - `path`: the file or folder, if there is one; its content is the key of caches.
     - `split`: the split that was asked for; it is part of that key, as is `subset`.
     - `subset`: the subset of the data set that was asked for.
+    - `options`: how records become pairs.
     - `once`: whether the records can be read only once.
     - `in_memory`: whether the records are known to fit in memory.
+
+    `left_out` counts the records and answers of the source that are in no record, by reason, since
+    the latest iteration began.
     """
 
     def __init__(
@@ -47,16 +62,24 @@ class Records:
         path: Path | None = None,
         split: str | None = None,
         subset: str | None = None,
+        options: Options = DEFAULTS,
         once: bool = False,
         in_memory: bool = True,
     ):
         self._open, self._columns, self._path = open_records, columns, path
         self._split, self._subset = split, subset
+        self._options = options
         self._form: Form | None = None
+        self._shape: Shape | None = None
+        self.left_out: collections.Counter[str] = collections.Counter()
         self._once, self._spent = once, False
         self.source, self.in_memory = source, in_memory
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (record for _, record in self.located())
+
+    def located(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """The same records, each with its place in words, such as `line 3 of a.jsonl`."""
         form = self.form
         if self._spent:
             raise ValueError(
@@ -64,8 +87,24 @@ class Records:
                 "it once and keep the rows."
             )
         self._spent = self._once
-        for where, record in self._open():
-            yield check_record(rename(record, self._columns, where), form, where)
+        self.left_out.clear()
+        for where, record in self._shaped(self._assembled(self._open())):
+            yield where, check_record(record, form, where)
+
+    def _assembled(self, records: Iterable[Located]) -> Iterator[Located]:
+        return assembled(records, dict(self._options.where), self.left_out)
+
+    def _shaped(self, records: Iterable[Located]) -> Iterator[Located]:
+        """The records with our columns: for each record of the source one, several or none."""
+        for where, source in records:
+            record = rename(source, self._columns, where)
+            if self._shape is None:
+                self._shape = shape_of(record)
+            if self._shape is PLAIN and not self._options.offset_from_scores:
+                yield where, record
+                continue
+            made = records_of(record, self._shape, self._options, where, self.left_out)
+            yield from ((where, record) for record in made)
 
     @property
     def form(self) -> Form:
@@ -77,18 +116,26 @@ class Records:
         """
         if self._form is None:
             where, record = self._first()
-            self._form = recognise(rename(record, self._columns, where), where)
+            self._form = recognise(record, where)
             logger.info("%s", self)
         return self._form
 
     def _first(self) -> Located:
-        records = self._open()
-        first = next(records, None)
+        """The first record with our columns; the first records of the source may make none."""
+        records, taken = self._open(), []
+
+        def noted() -> Iterator[Located]:
+            for record in records:
+                taken.append(record)
+                yield record
+
+        first = next(self._shaped(self._assembled(noted())), None)
         if first is None:
-            raise ValueError(f"{self.source} holds no records; one is required at least.")
+            reasons = "".join(f"; left out {n}: {what}" for what, n in self.left_out.items())
+            raise ValueError(f"{self.source} holds no records; one is required at least{reasons}.")
         if self._once:
-            # The first record is already taken from the only iterator: put it back in front.
-            self._open = lambda: itertools.chain([first], records)
+            # These records are already taken from the only iterator: put them back in front.
+            self._open = lambda: itertools.chain(taken, records)
         return first
 
     def fingerprint(self) -> str | None:
@@ -101,10 +148,24 @@ class Records:
         files = files_of(self._path, self._split, self._subset)
         # The names within a folder decide which split a file belongs to.
         names = [file.relative_to(self._path).as_posix() for file in files]
-        return digest_files(files, names, self._split, self._subset, self._columns)
+        settings = self._split, self._subset, self._columns, self._options
+        return digest_files(files, names, *settings)
+
+    def place(self) -> tuple[object, ...]:
+        """The files and the split that are read: the same for the same records."""
+        if self._path is None:
+            return self.source, self._split, self._subset
+        files = files_of(self._path, self._split, self._subset)
+        split = saved_split(self._path, self._split) if is_saved(self._path) else None
+        return *(file.resolve() for file in files), split
 
     def __str__(self):
-        return f"{self.source}{self._chosen_files()}: {self.form}"
+        form = f"{self.source}{self._chosen_files()}: {self.form}"
+        return f"{form}; {self._in_words()}" if self._in_words() else form
+
+    def _in_words(self) -> str:
+        shape = self._shape or PLAIN
+        return f"{shape}, paired {self._options.pairs}" if shape.ranking else str(shape)
 
     def _chosen_files(self) -> str:
         if self._path is None or self._path.is_file() or is_saved(self._path):
@@ -118,11 +179,17 @@ def read(
     columns: Mapping[str, str | None] | None = None,
     split: str | None = None,
     subset: str | None = None,
+    pairs: str = "best-worst",
+    ties: str = "drop",
+    offset_from_scores: bool = False,
+    where: Mapping[str, Any] | None = None,
 ) -> Records:
     """Preference records from a file, a folder, a name of the Hugging Face hub, or an iterable.
 
-    Files are JSON Lines, plain or gzipped, or Parquet; the content decides, not the name. The form
-    is recognised from the columns of the first record; `str(records)` and the log report it:
+    Files are JSON Lines, a list in JSON, CSV, TSV, Parquet or Arrow, plain or compressed by gzip,
+    bzip2, xz or Zstandard. The content decides, not the name; only a table of text must be named
+    `.csv` or `.tsv`. The form is recognised from the columns of the first record; `str(records)`
+    and the log report it:
 
     | form | columns |
     |---|---|
@@ -133,9 +200,12 @@ def read(
     | unpaired token ids | `prompt_ids`, `completion_ids`, `label` |
 
     Prompts and completions are text, or conversations: lists of messages with `role` and
-    `content`. A record may also hold the numbers `weight` and `beta`, precomputed log-probabilities
-    of the reference (`reference_chosen` and `reference_rejected`, or `reference_completion`; TRL's
-    names are understood), and, for the chat template, `tools` and `chat_template_kwargs`.
+    `content`. A record may also hold the numbers `weight`, `beta` and `offset`, precomputed
+    log-probabilities of the reference (`reference_chosen` and `reference_rejected`, or
+    `reference_completion`; TRL's names are understood), and, for the chat template, `tools` and
+    `chat_template_kwargs`. Public layouts become these forms: other names of columns, ShareGPT's
+    messages, two answers with a verdict, several answers with scores or ranks, and OpenAssistant's
+    messages and trees, which are read into memory.
 
     **Arguments:**
 
@@ -146,6 +216,15 @@ def read(
         their names and those of folders say `train`, `validation` or `test`, or `configs:` in
         `README.md` lists them. Hidden files and metadata are never read.
     - `subset`: the subset (`config_name`) of a data set with several.
+    - `pairs`: the pairs of several answers: `"best-worst"`, `"best-rest"` (the best one with every
+        worse one) or `"all"`. Equal scores make no pair.
+    - `ties`: whether two answers of equal worth are left out, `"drop"`, or make both pairs with the
+        weight 0.5 each, `"half"`. `Records.left_out` counts what is left out.
+    - `offset_from_scores`: whether the difference of both scores becomes `offset`, as
+        `losses.odpo` takes it. The scores are those of several answers, or columns such as
+        `score_chosen`.
+    - `where`: values that columns of the source must have, as in `{"lang": "en"}`. Other records
+        are left out.
 
     **Returns:**
 
@@ -157,18 +236,24 @@ def read(
     file, line, column and what was found.
     """
     columns = check_columns(columns)
+    options = Options(pairs, ties, offset_from_scores, tuple((where or {}).items()))
+    check_options(options)
     if isinstance(path_or_iterable, str | Path):
-        return _read_path(path_or_iterable, columns, split, subset)
+        return _read_path(path_or_iterable, columns, split, subset, options)
     if not isinstance(path_or_iterable, Iterable) or isinstance(path_or_iterable, Mapping | bytes):
         raise ValueError(
             "`path_or_iterable` must be a path, a name of the Hugging Face hub or an iterable of "
             f"mappings; got {type(path_or_iterable).__name__}. If it maps splits, give one."
         )
+    if split != str(getattr(path_or_iterable, "split", None)):
+        check_not_given("an iterable of records", split=split)
+    check_not_given("an iterable of records", subset=subset)
     source = "`path_or_iterable`"
     return Records(
         lambda: located(path_or_iterable, source),
         source,
         columns,
+        options=options,
         once=iter(path_or_iterable) is path_or_iterable,
         in_memory=isinstance(path_or_iterable, Sized),
     )
@@ -179,10 +264,11 @@ def _read_path(
     columns: Mapping[str, str | None],
     split: str | None,
     subset: str | None,
+    options: Options,
 ) -> Records:
     opened, path = open_source(source, split, subset), Path(source)
     if not path.exists():
-        return Records(opened, str(source), columns, in_memory=False)
+        return Records(opened, str(source), columns, options=options, in_memory=False)
     size = sum(file.stat().st_size for file in files_of(path, split, subset))
     return Records(
         opened,
@@ -191,5 +277,6 @@ def _read_path(
         path=path,
         split=split,
         subset=subset,
+        options=options,
         in_memory=size <= IN_MEMORY_BYTES,
     )

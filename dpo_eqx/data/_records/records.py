@@ -10,7 +10,7 @@ from typing import Any
 
 from .layouts import ANSWERS, as_conversation, columns_of_turns
 from .lost import check_no_sentence_lost, check_nothing_lost, is_prompt_name
-from .nulls import without_nulls, without_nulls_in_tools
+from .template_columns import check_for_template
 from .values import (
     check_ids,
     check_label,
@@ -27,7 +27,14 @@ FORMS = {
     "unpaired": ("prompt", "completion", "label"),
     "implicit prompt": ("chosen", "rejected"),
 }
-NUMBERS = ("weight", "beta", "reference_chosen", "reference_rejected", "reference_completion")
+NUMBERS = (
+    "weight",
+    "beta",
+    "offset",
+    "reference_chosen",
+    "reference_rejected",
+    "reference_completion",
+)
 TEMPLATE = ("tools", "chat_template_kwargs")
 # TRL's names for precomputed log-probabilities of the reference.
 ALIASES = {
@@ -113,7 +120,7 @@ def recognise(record: Mapping[str, Any], where: str) -> Form:
     if name == "explicit prompt" and is_redundant(record["prompt"], answers[0]):
         name = "implicit prompt"
     numbers = tuple(column for column in NUMBERS if column in record)
-    used = {*FORMS[name], *numbers, *TEMPLATE}
+    used = {*FORMS[name], *numbers, *(TEMPLATE if conversational else ())}
     ignored = tuple(str(column) for column in record if column not in used)
     if name == "implicit prompt" and not conversational:
         check_no_sentence_lost(record, ignored, where)
@@ -132,8 +139,16 @@ def is_redundant(prompt: Any, answer: Any) -> bool:
 
 
 def _no_form(record: Mapping[str, Any], where: str) -> str:
-    nearest = max(FORMS, key=lambda name: sum(c in record for c in FORMS[name]) / len(FORMS[name]))
+    # Without any of their columns, nobody meant token ids, although they come first.
+    forms = [n for n in FORMS if not n.endswith("ids") or any(c in record for c in FORMS[n])]
+    nearest = max(forms, key=lambda name: sum(c in record for c in FORMS[name]) / len(FORMS[name]))
     missing = [column for column in FORMS[nearest] if column not in record]
+    if len(missing) == len(FORMS[nearest]):
+        forms = "; ".join(ticked(columns) for columns in FORMS.values())
+        return (
+            f"{where} must have the columns of one form: {forms}; found: {ticked(record)}. If "
+            'columns have other names, give them: `columns={"chosen": "its name"}`.'
+        )
     return (
         f"{where} must have the columns of one form. The nearest is `{nearest}`, which needs "
         f"{ticked(FORMS[nearest])}; missing: {ticked(missing)}; found: {ticked(record)}. "
@@ -202,7 +217,7 @@ def check_record(record: Mapping[str, Any], form: Form, where: str) -> dict[str,
     checked |= {c: check_number(c, record[c], f"`{c}` in {where}") for c in form.numbers}
     if form.conversational and "prompt" in checked:
         checked |= _without_prompt(checked)
-    return checked | _for_template(record)
+    return checked | check_for_template(record, where) if form.conversational else checked
 
 
 def _without_prompt(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -223,11 +238,6 @@ def _check_no_new_column(record: Mapping[str, Any], form: Form, where: str) -> N
                 f"`{column}` is in {where} but not in the first record. Give it in every record, "
                 f'or leave it out: `columns={{"{column}": None}}`.'
             )
-
-
-def _for_template(record: Mapping[str, Any]) -> dict[str, Any]:
-    cleaned = {"tools": without_nulls_in_tools, "chat_template_kwargs": without_nulls}
-    return {c: cleaned[c](record[c]) for c in TEMPLATE if record.get(c) is not None}
 
 
 def _checker(column: str, form: Form) -> Callable[[Any, str], Any]:

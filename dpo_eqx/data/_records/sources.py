@@ -1,25 +1,21 @@
-"""The sources of records: lines of JSON, Parquet, folders, the Hugging Face hub, iterables.
+"""The sources of records: files, folders, the Hugging Face hub, iterables.
 
 Each source yields `(where, record)`; `where` names the record's place in words, for errors.
-`records.py` checks the content of a record.
+`files.py` reads a file, and `records.py` checks the content of a record.
 """
 
-import gzip
 import json
 import re
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..._extras import require
+from .files import Located, records_of_file
 from .folders import SUFFIXES, choose, choose_split
 from .nulls import AddedDefaults
 from .values import found
 
-Located = tuple[str, Mapping[str, Any]]
-
-_BOM = b"\xef\xbb\xbf"
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
@@ -36,7 +32,8 @@ def open_source(
     if path.is_dir():
         return _open_folder(path, split, subset)
     if path.is_file():
-        return lambda: _file(path)
+        check_not_given(f"the file {path}", split=split, subset=subset)
+        return lambda: records_of_file(path)
     if isinstance(source, str) and _HUB_NAME.fullmatch(source) and path.suffix not in SUFFIXES:
         return lambda: _hub(source, split, subset)
     raise FileNotFoundError(
@@ -59,90 +56,42 @@ def is_saved(path: Path) -> bool:
     return (path / "state.json").exists() or (path / "dataset_dict.json").exists()
 
 
+def check_not_given(what: str, **choices: str | None) -> None:
+    """Raises `ValueError` if `split` or `subset` is given for a source that has only one."""
+    for name, value in choices.items():
+        if value is not None:
+            raise ValueError(
+                f"`{name}` is for a folder or a data set with several; got {value!r} for {what}. "
+                "Leave it out."
+            )
+
+
+def saved_split(path: Path, split: str | None) -> str | None:
+    """The split that is read of a folder that `datasets` has saved; `None` if it has no splits.
+
+    **Raises:**
+
+    `ValueError` if the folder does not have `split`.
+    """
+    several = path / "dataset_dict.json"
+    if several.exists():
+        return choose_split(json.loads(several.read_text())["splits"], split, str(path))
+    # A part of a split, `train[:10%]`, counts as that split.
+    only = (json.loads((path / "state.json").read_text()).get("_split") or "").partition("[")[0]
+    if split != only:
+        check_not_given(f"{path}, which holds one data set of {only or 'no split'}", split=split)
+    return only or None
+
+
 def _open_folder(
     path: Path, split: str | None, subset: str | None
 ) -> Callable[[], Iterator[Located]]:
     if is_saved(path):
-        return lambda: _saved(path, split)
+        check_not_given(f"{path}, which `datasets` has saved", subset=subset)
+        name = saved_split(path, split)
+        return lambda: _saved(path, name)
     files = choose(path, split, subset).files
-    return lambda: (located for file in files for located in _file(file))
-
-
-def _file(path: Path) -> Iterator[Located]:
-    with path.open("rb") as file:
-        magic = file.read(4)
-    if magic == b"PAR1":
-        return _parquet(path)
-    return _lines(path, compressed=magic[:2] == b"\x1f\x8b")
-
-
-def _lines(path: Path, *, compressed: bool) -> Iterator[Located]:
-    number = 0
-    try:
-        # Binary, so that lines end only at "\n" and not at the line separators of Unicode.
-        with gzip.open(path, "rb") if compressed else path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    where = f"line {number} of {path}"
-                    yield where, parse_line(line.removeprefix(_BOM).rstrip(b"\r\n"), where)
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(
-            f"{path} is broken after line {number}: {error}. Fetch or compress it again."
-        ) from error
-
-
-def parse_line(line: bytes, where: str) -> dict[str, Any]:
-    """The JSON object in a line.
-
-    **Raises:**
-
-    `ValueError` that names the line, the column and the text found there.
-    """
-    try:
-        text = line.decode()
-        record = json.loads(text, object_pairs_hook=_no_duplicates)
-    except UnicodeDecodeError as error:
-        column = len(line[: error.start].decode()) + 1
-        bad = line[error.start : error.start + 1]
-        raise ValueError(f"{where}, column {column}: must be UTF-8; found {bad!r}.") from None
-    except json.JSONDecodeError as error:
-        near = error.doc[error.pos : error.pos + 20]
-        near = repr(near) if near else "the end of the line"
-        raise ValueError(
-            f"{where}, column {error.pos + 1}: {error.msg}; found {near}. Each line must hold one "
-            "JSON object."
-        ) from None
-    except (ValueError, RecursionError) as error:
-        reason = str(error).removesuffix(".")
-        raise ValueError(f"{where}, column 1: cannot be read as JSON: {reason}.") from None
-    if not isinstance(record, dict):
-        raise ValueError(
-            f"{where}, column 1: must be a JSON object with columns by name; found {found(record)}."
-        )
-    return record
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    record = dict(pairs)
-    if len(record) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"The name `{twice}` is given twice.")
-    return record
-
-
-def _parquet(path: Path) -> Iterator[Located]:
-    parquet = require("pyarrow.parquet", extra="data")
-    number = 0
-    try:
-        with parquet.ParquetFile(path) as file:
-            added = AddedDefaults(file.schema_arrow)
-            for batch in file.iter_batches(batch_size=1024):
-                for record in batch.to_pylist():
-                    yield f"row {number} of {path}", added.removed(record)
-                    number += 1
-    except (OSError, require("pyarrow", extra="data").ArrowException) as error:
-        raise ValueError(f"{path} cannot be read after row {number}: {error}.") from error
+    return lambda: (located for file in files for located in records_of_file(file))
 
 
 def _saved(path: Path, split: str | None) -> Iterator[Located]:

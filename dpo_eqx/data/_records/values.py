@@ -3,6 +3,7 @@
 `records.py` decides which column gets which check.
 """
 
+import json
 import math
 from collections.abc import Iterable, Mapping
 from numbers import Real
@@ -66,7 +67,8 @@ def _check_part(part: Any, what: str) -> None:
 
 
 def check_ids(value: Any, what: str) -> list[int]:
-    """`value` as a list of token ids, else a `ValueError`."""
+    """`value` as a list of token ids, also from JSON text, else a `ValueError`."""
+    value = _from_json(value)
     value = value.tolist() if hasattr(value, "tolist") else value
     if not isinstance(value, list | tuple) or not all(type(i) is int for i in value):
         raise ValueError(f"{what} must be a list of integers; got {found(value)}.")
@@ -77,8 +79,8 @@ def check_ids(value: Any, what: str) -> list[int]:
 
 
 def check_label(value: Any, what: str) -> bool:
-    """`value` as a boolean, also from 0 and 1, else a `ValueError`."""
-    value = value.item() if hasattr(value, "item") else value
+    """`value` as a boolean, also from 0 and 1 and from text, else a `ValueError`."""
+    value = value.item() if hasattr(value, "item") else _from_json(value)
     if type(value) not in (bool, int) or value not in (0, 1):
         raise ValueError(
             f"{what} must be true (a desirable completion) or false; got {found(value)}."
@@ -87,8 +89,11 @@ def check_label(value: Any, what: str) -> bool:
 
 
 def check_number(column: str, value: Any, what: str) -> float:
-    """`value` as a finite number in the range of its column, else a `ValueError`."""
-    value = value.item() if hasattr(value, "item") else value
+    """`value` as a finite number in the range of its column, else a `ValueError`.
+
+    A number may be text, as all cells of a CSV file are.
+    """
+    value = value.item() if hasattr(value, "item") else _from_json(value)
     # First a float: an integer of a thousand digits passes comparisons, but converting it raises.
     number = _as_float(value)
     if not math.isfinite(number):
@@ -97,6 +102,17 @@ def check_number(column: str, value: Any, what: str) -> float:
         rule = "not be negative" if column == "weight" else "be positive"
         raise ValueError(f"{what} must {rule}; got {value}.")
     return number
+
+
+def _from_json(value: Any) -> Any:
+    """The number, boolean or list that a text holds, as in a CSV file; else the value itself."""
+    if not isinstance(value, str):
+        return value
+    try:
+        # Python writes `True`.
+        return json.loads(value.strip().lower())
+    except (ValueError, RecursionError):
+        return value
 
 
 def _as_float(value: Any) -> float:

@@ -5,13 +5,12 @@
 
 import dataclasses
 import functools
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from .._records.records import Form
-from .parts import has_parts, join_parts, roles_with_parts
-from .tokenizers import as_ids, encode_all, special_id, start_id_of
+from .parts import roles_with_parts
+from .tokenizers import encode_all, special_id, start_id_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +27,11 @@ class Encoder:
     eos_id: int | None = None
     start_id: int | None = None
     template: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def renders_text(self) -> bool:
+        """Whether the chat template gives text, which the tokenizer then turns into ids."""
+        return hasattr(self.tokenizer, "get_chat_template") and callable(self.tokenizer)
 
     @functools.cached_property
     def roles_with_parts(self) -> frozenset[str]:
@@ -95,7 +99,7 @@ def encode_texts(parts: list[tuple[str, ...]], encoder: Encoder) -> list[list[li
     texts = [
         text
         for prompt, *completions in parts
-        for text in (prompt, *(prompt + _ended(c, encoder.eos_text) for c in completions))
+        for text in (prompt, *(_ended(prompt, c, encoder.eos_text) for c in completions))
     ]
     ids = iter(encode_all(encoder.tokenizer, texts))
     encoded = [[next(ids) for _ in part] for part in parts]
@@ -104,27 +108,7 @@ def encode_texts(parts: list[tuple[str, ...]], encoder: Encoder) -> list[list[li
     return [[prompt, *([*c, encoder.eos_id] for c in full)] for prompt, *full in encoded]
 
 
-def _ended(completion: str, eos: str) -> str:
-    return completion if completion.endswith(eos) else completion + eos
-
-
-def render(
-    record: dict[str, Any], part: tuple[list, ...], encoder: Encoder, number: int
-) -> list[list[int]]:
-    """The ids of the prompt with the generation prompt, and of each whole conversation."""
-    if any(map(has_parts, part)):
-        part = tuple(join_parts(messages, encoder.roles_with_parts) for messages in part)
-    prompt, *completions = part
-    record_arguments = record.get("chat_template_kwargs", {})
-    tools = record.get("tools", encoder.template.get("tools"))
-    tools = json.loads(tools) if isinstance(tools, str) else tools
-    arguments = {**encoder.template, **record_arguments, "tools": tools, "tokenize": True}
-    apply = encoder.tokenizer.apply_chat_template
-    try:
-        prompt_ids = apply(prompt, **(arguments | {"add_generation_prompt": True}))
-        full_ids = [apply(prompt + completion, **arguments) for completion in completions]
-    except Exception as error:  # a template can raise anything
-        raise ValueError(
-            f"Record {number} (from 0) does not go through the chat template: {error}"
-        ) from error
-    return [as_ids(prompt_ids), *map(as_ids, full_ids)]
+def _ended(prompt: str, completion: str, eos: str) -> str:
+    """The whole text, which ends with one EOS, also if the EOS begins in the shared prompt."""
+    whole = prompt + completion
+    return whole if completion and whole.endswith(eos) else whole + eos

@@ -13,6 +13,9 @@ from jaxtyping import Int
 DROPPED = {
     "prompt_fills_max_length": "the prompt alone has `max_length` tokens or more",
     "no_completion_token": "a completion has no token at all",
+    "nothing_scored": "a completion of one token after an empty prompt: nothing of it is scored",
+    "template_refused": "the chat template refuses the conversation",
+    "answer_not_rendered": "the chat template leaves out all of an answer",
 }
 CUT = {
     "prompt_cut": "prompt cut to `max_prompt_length`, keeping its end",
@@ -20,13 +23,24 @@ CUT = {
     "rejected_cut": "rejected completion cut, keeping its start, its EOS lost",
     "completion_cut": "completion cut, keeping its start, its EOS lost",
 }
+LOST = {
+    "prompt_text_lost": "the chat template leaves out text of the prompt",
+    "answer_text_lost": "the chat template leaves out text of an answer",
+    "tools_lost": "the chat template leaves out the tools",
+}
 NOTED = {
     "empty_completion": "an empty completion, which is now its EOS alone",
     "identical_completions": "chosen and rejected are the same: no preference to learn from",
     "nothing_before_completion": "nothing before the completion: its first token is not scored",
     "boundary_moved": "tokens merge across the end of the prompt: completions start before it",
+    "prompt_not_kept": "the chat template renders the prompt otherwise before an answer: "
+    "completions start before its end",
+    "message_keys_unused": "the chat template leaves out the text of some keys of messages",
 }
-REASONS = DROPPED | CUT | NOTED
+REASONS = DROPPED | CUT | LOST | NOTED
+
+# The reasons to report a record, each with an example in words or with empty text.
+Account = dict[str, str]
 
 
 @dataclasses.dataclass
@@ -38,8 +52,11 @@ class Report:
     - `counts`: the number of records for each reason, a key of `REASONS`; one record can have
         several reasons.
     - `examples`: for each reason the first five records that it applies to, by number from 0.
+    - `places`: for some reasons an example in words, with its file, line and text.
     - `without_row`: the numbers of all dropped records.
     - `tokens`: the tokens of prompts and completions in all rows.
+    - `left_out`: the number of records and answers of the source that are not among these
+        records, by reason.
     - `cache`: the folder that holds the rows, if they are on disk.
     """
 
@@ -49,7 +66,9 @@ class Report:
     tokens: int = 0
     counts: dict[str, int] = dataclasses.field(default_factory=collections.Counter)
     examples: dict[str, list[int]] = dataclasses.field(default_factory=dict)
+    places: dict[str, str] = dataclasses.field(default_factory=dict)
     without_row: list[int] = dataclasses.field(default_factory=list)
+    left_out: dict[str, int] = dataclasses.field(default_factory=dict)
     cache: Path | None = None
 
     @property
@@ -63,6 +82,11 @@ class Report:
         return self._of(CUT)
 
     @property
+    def lost(self) -> dict[str, int]:
+        """The counts of rows with text that the chat template leaves out."""
+        return self._of(LOST)
+
+    @property
     def noted(self) -> dict[str, int]:
         """The counts of rows that are uncut but worth a look."""
         return self._of(NOTED)
@@ -70,9 +94,14 @@ class Report:
     def _of(self, reasons: dict[str, str]) -> dict[str, int]:
         return {reason: self.counts[reason] for reason in reasons if self.counts.get(reason)}
 
-    def add(self, reasons: list[str]) -> None:
-        """Counts one record, whose number is `read`, under each of `reasons`."""
+    def add(self, reasons: list[str], account: Account) -> None:
+        """Counts one record, whose number is `read`, under each of `reasons`.
+
+        `account` has an example of some reasons in words.
+        """
         for reason in reasons:
+            if account.get(reason):
+                self.places.setdefault(reason, account[reason])
             self.counts[reason] = self.counts.get(reason, 0) + 1
             examples = self.examples.setdefault(reason, [])
             # The report stays small however many records there are.
@@ -91,8 +120,10 @@ class Report:
         lines = [
             self.form,
             f"{self.read} records: {self.kept} rows kept, {dropped} dropped; {self.tokens} tokens",
+            *(f"  left out {n}: {what}" for what, n in self.left_out.items()),
             *(self._line("dropped", reason) for reason in self.dropped),
             *(self._line("cut", reason) for reason in self.cut),
+            *(self._line("lost", reason) for reason in self.lost),
             *(self._line("note", reason) for reason in self.noted),
             *([f"  rows in {self.cache}"] if self.cache else []),
         ]
@@ -101,4 +132,5 @@ class Report:
     def _line(self, kind: str, reason: str) -> str:
         count, examples = self.counts[reason], self.examples[reason]
         which = ", ".join(map(str, examples)) + (", ..." if count > len(examples) else "")
-        return f"  {kind} {count}: {REASONS[reason]} (records {which})"
+        place = f"; {self.places[reason]}" if reason in self.places else ""
+        return f"  {kind} {count}: {REASONS[reason]} (records {which}){place}"

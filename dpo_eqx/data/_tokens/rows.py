@@ -11,6 +11,9 @@ from jaxtyping import Int
 
 from .._records.records import NUMBERS
 
+# The numbers that are arguments of the loss, one for each pair.
+PER_PAIR = ("beta", "offset")
+
 # A row of a pair holds the lists of integers `prompt_ids`, `chosen_ids`, `rejected_ids`; an
 # unpaired row holds `prompt_ids`, `completion_ids` and the boolean `label`. Both may hold the
 # numbers of `records.NUMBERS`, and `start_id` if the prompt is empty: see `start_of`.

@@ -23,7 +23,7 @@ from .report import Report
 from .rows import Row, completions_of, numbers_of
 
 # Change it if the layout of the files changes, or if the same input gives other ids.
-_VERSION = 3
+_VERSION = 4
 
 
 def default_folder() -> Path:

@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from .._fingerprint import digest
+from .._records.layouts import ANSWERS
 from .._records.prompts import split_shared_prompt
 from .._records.read import Records, read
 from .._records.records import NUMBERS, Form
-from .encoder import Encoder, encode_texts, make_encoder, render
-from .report import CUT, DROPPED, REASONS, Report
+from .encoder import Encoder, encode_texts, make_encoder
+from .report import CUT, DROPPED, LOST, REASONS, Account, Report
 from .rows import Row, Rows, completions_of
 from .store import open_cache, write_cache
-from .tokenizers import Tokenizer, fingerprint_of
+from .template import conversation_of, encode_conversations
+from .tokenizers import Tokenizer, fingerprint_of, without_limits
 from .truncate import Limits, truncate
 
 # Records tokenised at once: enough for a fast tokenizer's threads, few enough to stay in cache.
@@ -63,7 +65,8 @@ def tokenize(
     - `tokenizer`: from `load_tokenizer`, or a `ByteTokenizer`, or anything with `encode`; `None`
         for records of token ids.
     - `max_length`, `max_prompt_length`, `max_completion_length`: limits in tokens; see above.
-    - `strict`: whether it is an error if a row is dropped or cut, or has identical completions.
+    - `strict`: whether it is an error if a row is dropped or cut, has identical completions, or
+        has text that the chat template leaves out.
     - `append_eos`: whether a completion of text ends with the EOS.
     - `eos_token_id`: the EOS, if the tokenizer does not name one.
     - `vocab_size`: the policy's vocabulary size; a greater or equal id is an error.
@@ -83,10 +86,11 @@ def tokenize(
     records need, if an id is not below `vocab_size`, and as described for `strict`.
     """
     records = records if isinstance(records, Records) else read(records)
+    tokenizer = without_limits(tokenizer)
     limits = Limits(max_length, max_prompt_length, max_completion_length)
     template = {"tools": tools, **(template_arguments or {})}
     encoder = make_encoder(tokenizer, records.form, append_eos, eos_token_id, template)
-    report = Report(form=str(records))
+    report = Report(form=str(records), left_out=records.left_out)
     rows = _rows(records, encoder, limits, report, strict=strict, vocab_size=vocab_size)
     if records.in_memory and cache is None:
         return list(rows), report
@@ -111,14 +115,12 @@ def _rows(
     vocab_size: int | None,
 ) -> Iterator[Row]:
     """The rows; `report` counts each one when it is made."""
-    remaining = iter(records)
+    remaining = records.located()
     while chunk := list(itertools.islice(remaining, _CHUNK)):
-        for row, reasons in _encode(chunk, records.form, encoder, report.read):
-            _check_vocabulary(row, vocab_size, report.read)
-            limited, cuts = truncate(row, limits)
-            reasons = cuts if limited is None else [*reasons, *cuts, *_looks(limited)]
-            _check_strict(reasons, strict, report.read)
-            report.add(reasons)
+        for row, account in _encode(chunk, records.form, encoder):
+            limited, reasons = _limited(row, list(account), limits, vocab_size, report.read)
+            _check_strict(reasons, account, strict, report.read)
+            report.add(reasons, account)
             if limited is not None:
                 report.kept += 1
                 names = ("prompt_ids", *completions_of(limited))
@@ -128,28 +130,49 @@ def _rows(
                 yield limited | start
 
 
+def _limited(
+    row: Row | None, reasons: list[str], limits: Limits, vocab_size: int | None, number: int
+) -> tuple[Row | None, list[str]]:
+    """The row within the limits, unless it is dropped, and all reasons to report it."""
+    dropped = [reason for reason in reasons if reason in DROPPED]
+    if row is None or dropped:
+        return None, dropped
+    _check_vocabulary(row, vocab_size, number)
+    limited, cuts = truncate(row, limits)
+    if limited is not None and _scores_nothing(limited):
+        return None, ["nothing_scored"]
+    return limited, cuts if limited is None else [*reasons, *cuts, *_looks(limited)]
+
+
 def _encode(
-    chunk: list[dict[str, Any]], form: Form, encoder: Encoder, first: int
-) -> Iterator[tuple[Row, list[str]]]:
-    """The uncut row of each record, and the reasons to note it."""
+    chunk: list[tuple[str, dict[str, Any]]], form: Form, encoder: Encoder
+) -> Iterator[tuple[Row | None, Account]]:
+    """The uncut row of each record, if there is one, and the reasons to report the record."""
     if form.tokenized:
-        for record in chunk:
-            yield record, []
+        for _, record in chunk:
+            yield record, {}
         return
-    parts = [_parts(record, form) for record in chunk]
+    parts = [_parts(record, form) for _, record in chunk]
+    names = tuple(name for name in form.columns if name in ANSWERS)
     if form.conversational:
-        records = enumerate(zip(chunk, parts, strict=True), start=first)
-        encoded = [render(record, part, encoder, number) for number, (record, part) in records]
+        pairs = zip(chunk, parts, strict=True)
+        conversations = [conversation_of(r, p, names, encoder, where) for (where, r), p in pairs]
+        encoded = encode_conversations(conversations, encoder)
     else:
-        encoded = encode_texts(parts, encoder)
-    for record, part, ids in zip(chunk, parts, encoded, strict=True):
-        names = ["completion_ids"] if form.unpaired else ["chosen_ids", "rejected_ids"]
-        row, moved = _at_boundary(ids, names)
-        reasons = (["boundary_moved"] if moved else []) + (
-            ["empty_completion"] if "" in part[1:] else []
-        )
+        encoded = zip(encode_texts(parts, encoder), map(_empty, parts), strict=True)
+    for (_, record), (ids, account) in zip(chunk, encoded, strict=True):
+        if ids is None:
+            yield None, account
+            continue
+        row, moved = _at_boundary(ids, [f"{name}_ids" for name in names])
+        if moved and "prompt_not_kept" not in account:
+            account = {"boundary_moved": "", **account}
         copied = ("label", *NUMBERS)
-        yield row | {name: record[name] for name in copied if name in record}, reasons
+        yield row | {name: record[name] for name in copied if name in record}, account
+
+
+def _empty(part: tuple[str, ...]) -> Account:
+    return {"empty_completion": ""} if "" in part[1:] else {}
 
 
 def _parts(record: dict[str, Any], form: Form) -> tuple[Any, ...]:
@@ -174,6 +197,11 @@ def _shared(one: list[int], other: list[int]) -> int:
     return next(i for i, a in enumerate(one) if i >= len(other) or a != other[i])
 
 
+def _scores_nothing(row: Row) -> bool:
+    """Whether a completion's only token follows no token, so that it is not scored."""
+    return not row["prompt_ids"] and any(len(row[name]) < 2 for name in completions_of(row))
+
+
 def _looks(row: Row) -> list[str]:
     reasons = [] if row["prompt_ids"] else ["nothing_before_completion"]
     same = "chosen_ids" in row and row["chosen_ids"] == row["rejected_ids"]
@@ -191,12 +219,16 @@ def _check_vocabulary(row: Row, vocab_size: int | None, number: int) -> None:
         )
 
 
-def _check_strict(reasons: list[str], strict: bool, number: int) -> None:
-    refused = DROPPED.keys() | CUT.keys() | {"identical_completions"}
+def _check_strict(reasons: list[str], account: Account, strict: bool, number: int) -> None:
+    refused = DROPPED.keys() | CUT.keys() | LOST.keys() | {"identical_completions"}
     strict_reasons = [reason for reason in reasons if reason in refused]
     if strict and strict_reasons:
+        words = [
+            REASONS[reason] + (f" ({account[reason]})" if account.get(reason) else "")
+            for reason in strict_reasons
+        ]
         raise ValueError(
-            f"`strict` allows no row to be dropped or cut, and record {number} (from 0) would be: "
-            f"{'; '.join(REASONS[reason] for reason in strict_reasons)}. Raise the limit, or "
-            "repair or leave out the record."
+            "`strict` allows no row to be dropped or cut and no text to be lost, and record "
+            f"{number} (from 0) would be: {'; '.join(words)}. Raise the limit, or repair or leave "
+            "out the record."
         )

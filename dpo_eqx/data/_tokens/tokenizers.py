@@ -99,6 +99,24 @@ def encode_all(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
     return [_once(as_ids(ids), bos) for ids in encoded]
 
 
+def without_limits(tokenizer: Any) -> Any:
+    """The tokenizer without the truncation and padding that its file may have saved.
+
+    `transformers` switches them off by itself; a `tokenizers.Tokenizer` does not.
+    """
+    if (
+        getattr(tokenizer, "truncation", None) is None
+        and getattr(tokenizer, "padding", None) is None
+    ):
+        return tokenizer
+    if not hasattr(tokenizer, "no_truncation") or not hasattr(tokenizer, "to_str"):
+        return tokenizer
+    copy = type(tokenizer).from_str(tokenizer.to_str())  # the user's own stays as it is
+    copy.no_truncation()
+    copy.no_padding()
+    return copy
+
+
 def _once(ids: list[int], bos: int | None) -> list[int]:
     return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
 

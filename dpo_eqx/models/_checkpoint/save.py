@@ -7,7 +7,7 @@ its place.
 import functools
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +24,8 @@ from .families import FAMILIES
 from .folder import CONFIG, INDEX, WEIGHTS, read_carried, resolve
 from .replace_folder import replacing
 from .tensor_names import Source, source_of
+
+GENERATION = "generation_config.json"
 
 
 def save(
@@ -48,7 +50,8 @@ def save(
     - `path`: the folder, created if it does not exist.
     - `max_shard_size`: the largest size of a file, in bytes. Larger weights are split into several
         files with an index.
-    - `tokenizer_from`: a folder or hub name to take the tokenizer's files from instead.
+    - `tokenizer_from`: a folder or hub name to take the tokenizer's files from instead. The
+        generation settings stay those of the policy.
 
     **Raises:**
 
@@ -74,13 +77,25 @@ def save(
         **write_config(policy.config),
         **_dtype_keys(policy.embedding.weight.dtype),
     }
-    files = policy.origin.files if tokenizer_from is None else read_carried(resolve(tokenizer_from))
+    files = _companions(policy, tokenizer_from)
     with replacing(Path(path)) as folder:
         for name, content in files.items():
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_bytes(content)
         _write_json(folder / CONFIG, config)
         _write_weights(folder, tensors, max_shard_size)
+
+
+def _companions(
+    policy: Transformer, tokenizer_from: str | os.PathLike[str] | None
+) -> Mapping[str, bytes]:
+    """The tokenizer's files, perhaps those of another one, and the policy's generation settings."""
+    own = policy.origin.files
+    if tokenizer_from is None:
+        return own
+    others = read_carried(resolve(tokenizer_from))
+    files = {name: content for name, content in others.items() if name != GENERATION}
+    return files | {name: own[name] for name in (GENERATION,) if name in own}
 
 
 class Tensor(NamedTuple):

@@ -67,12 +67,15 @@ def generate(
 
     **Raises:**
 
-    `ValueError` if an argument is out of range, or a key is missing.
+    `ValueError` if an argument is out of range, if a key is missing, or if positions are learned
+    and are fewer than the tokens of a prompt and its completion.
     """
     check_is_policy(policy)
     _check_prompt(prompt)
     is_greedy = isinstance(temperature, Real) and temperature == 0
     _check(max_new_tokens, temperature, top_k, top_p, None if is_greedy else key, is_greedy)
+    if isinstance(policy, Transformer):
+        policy.check_length(_longest(prompt) + int(max_new_tokens))
     prompt = Tokens(as_ids(prompt.ids), jnp.asarray(prompt.mask))
     sampling = None if is_greedy else (jnp.asarray(temperature, jnp.float32), top_p)
     key, top_k = None if is_greedy else key, None if top_k is None else int(top_k)
@@ -144,7 +147,6 @@ class _Cached(eqx.Module):
     def start(self, ids: Int[Array, " prompt"], length: Int[Array, ""]):
         """Reads the prompt; returns the cache, and the logits of the first new token."""
         policy, config = self.policy, self.policy.config
-        policy.check_length(ids.size + self.steps)
         layout = Layout(length, ids.size, ())
 
         def attend_and_keep(query, key, value, masks, cache, rng):
@@ -202,6 +204,13 @@ class _Uncached(eqx.Module):
 
     def _logits(self, row: Int[Array, " length"]) -> Float[Array, "length vocab"]:
         return checked_logits(self.policy, self.policy(row), row)
+
+
+def _longest(prompt: Tokens) -> int:
+    """The tokens of the longest prompt; under a transformation, the width, which bounds them."""
+    if isinstance(prompt.mask, jax.core.Tracer) or not len(prompt.mask):
+        return prompt.ids.shape[1]
+    return int(np.asarray(prompt.mask.sum(axis=1)).max())
 
 
 def _ends(eos: Any) -> tuple[int, ...]:

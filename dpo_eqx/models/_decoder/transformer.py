@@ -11,7 +11,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Integer, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, Integer, PRNGKeyArray
 
 from ..._arrays.layout import Layout
 from ..._arrays.packed import PackedLayout
@@ -92,6 +92,7 @@ class Transformer(eqx.Module):
         - `ids`: token ids, integers of any dtype. Shape `(length,)`.
         - `key`: the random key of dropout; without it no dropout applies.
         """
+        self.check_length(ids.size)
         layout = Layout(jnp.asarray(ids.size), ids.size, ())
         return self.unembed(self.hidden(ids, layout, key=key))
 
@@ -105,6 +106,10 @@ class Transformer(eqx.Module):
     ) -> Float[Array, "length width"]:
         """The last hidden states of a row with this layout, normalised.
 
+        If positions are learned, a row with more tokens than `config.max_length` gives NaN, since
+        the number of its tokens is not known when the function is traced. Padding needs no
+        position.
+
         **Arguments:**
 
         - `ids`: token ids, integers of any dtype. Shape `(length,)`.
@@ -113,9 +118,10 @@ class Transformer(eqx.Module):
 
         **Raises:**
 
-        `ValueError` if positions are learned and the row may be longer than `config.max_length`.
+        `ValueError` if positions are learned, the row may be longer than `config.max_length`, and
+        the layout does not say how many tokens are real.
         """
-        self.check_length(layout.longest)
+        is_too_long = self._is_too_long(layout)
 
         def attend(query, key, value, masks, cache, rng):
             return attend_by_layout(
@@ -125,7 +131,8 @@ class Transformer(eqx.Module):
         def masks_of(window):
             return masks(layout, window)
 
-        return self.run(as_ids(ids), layout.positions, attend, masks_of, key=key)[0]
+        hidden, _ = self.run(as_ids(ids), layout.positions, attend, masks_of, key=key)
+        return hidden if is_too_long is None else jnp.where(is_too_long, jnp.nan, hidden)
 
     def run(
         self,
@@ -214,8 +221,23 @@ class Transformer(eqx.Module):
             raise ValueError(
                 f"This policy has learned positions for rows of at most {self.config.max_length} "
                 f"tokens; got a row of up to {length}. Shorten prompts and completions so that "
-                "their widths together stay within it."
+                "they stay within it together."
             )
+
+    def _is_too_long(self, layout: Layout | PackedLayout) -> Bool[Array, ""] | None:
+        """Whether a row needs more positions than were learned; `None` if no row can.
+
+        The last token of a completion needs no position, since nothing is predicted from it.
+        """
+        if self.positions is None or layout.longest <= self.config.max_length:
+            return None
+        if isinstance(layout, Layout) and not layout.completion_widths:
+            return layout.prompt_length > self.config.max_length
+        if isinstance(layout, PackedLayout) or layout.completion_lengths is None:
+            self.check_length(layout.longest)  # exact in a packed row
+            return None
+        needed = layout.prompt_length + layout.completion_lengths.max() - 1
+        return jnp.maximum(needed, layout.prompt_length) > self.config.max_length
 
     def _embed(
         self, ids: Int[Array, " length"], positions: Int[Array, " length"]
@@ -223,7 +245,11 @@ class Transformer(eqx.Module):
         x = self.embedding(ids)
         if self.config.embedding_scale != 1:
             x = x * jnp.asarray(self.config.embedding_scale, x.dtype)
-        return x if self.positions is None else x + self.positions(positions).astype(x.dtype)
+        if self.positions is None:
+            return x
+        # Padding may lie beyond the last position; nothing reads it.
+        in_table = jnp.minimum(positions, self.config.max_length - 1)
+        return x + self.positions(in_table).astype(x.dtype)
 
     def _tables(self, positions: Int[Array, " length"], dtype: jnp.dtype) -> Tables:
         config = self.config

@@ -1,0 +1,123 @@
+"""The preferences of a run: those to train on, and those held out, of the kind that its loss takes.
+
+`data.py` reads one source. Everything here is checked before a model is loaded.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+from ...data._batches.mismatch import check_mismatchable
+from ...data._records.values import ticked
+from ...data._tokens.rows import PER_PAIR, Row, completions_of, lengths_of, start_of
+from ..settings.settings import Settings
+from .data import Prepared, learned_positions, prepare, vocab_size
+from .loss import Loss, is_unpaired, needs_mismatched, needs_reference, takes_of_pairs
+
+
+def prepare_all(settings: Settings, loss: Loss) -> list[Prepared]:
+    """The training data and, if given, the held-out data.
+
+    **Raises:**
+
+    `ValueError` if the data do not fit the loss, the model or each other.
+    """
+    vocab = vocab_size(settings.model)
+    reference = settings.reference if needs_reference(loss) else None
+    positions = learned_positions(settings.model, reference)
+    paths = [settings.data, *([settings.eval_data] if settings.eval_data else [])]
+    prepared = []
+    for number, path in enumerate(paths):
+        source = prepare(path, settings, vocab, positions=positions, held_out=number > 0)
+        _check_fits_loss(source, path, settings, loss)
+        _check_starts(source, path)
+        if source.form.unpaired:
+            source = dataclasses.replace(source, mismatched=needs_mismatched(loss))
+            _check_mismatched(source, path)
+        prepared.append(source)
+    _check_same_numbers(prepared, paths)
+    return prepared
+
+
+def _check_fits_loss(source: Prepared, path: str, settings: Settings, loss: Loss) -> None:
+    form, name = source.form, f"`--loss {' '.join(settings.loss)}`"
+    if form.unpaired != is_unpaired(loss):
+        kind = "single completions" if is_unpaired(loss) else "pairs"
+        raise ValueError(
+            f"{name} needs {kind}, and {path} holds {form}. Give kto, bco or apo_zero_unpaired for "
+            "single completions, any other loss for pairs."
+        )
+    for column in _per_pair(source):
+        if not takes_of_pairs(loss, column):
+            raise ValueError(
+                f"{name} has no `{column}`, and {path} has a column `{column}`. Leave the column "
+                f"out with `--columns {column}=`, or take a loss with `{column}`."
+            )
+    whole = ("completion",) if form.unpaired else ("chosen", "rejected")
+    needed = [f"reference_{side}" for side in whole]
+    given = _reference_columns(source)
+    if given and set(given) != set(needed):
+        raise ValueError(
+            f"{path} must have {ticked(needed)} if it has log-probabilities of the reference; it "
+            f"has {ticked(given)} alone. Add the other column, or leave out what is there with "
+            f"`--columns {'= '.join(given)}=`."
+        )
+
+
+def _check_same_numbers(prepared: Sequence[Prepared], paths: Sequence[str]) -> None:
+    """Raises `ValueError` if one source has a column of numbers that the other does not have."""
+    for source, path in zip(prepared[1:], paths[1:], strict=True):
+        ours, theirs = ([*_reference_columns(s), *_per_pair(s)] for s in (prepared[0], source))
+        if set(ours) != set(theirs):
+            columns = sorted(set(ours) ^ set(theirs))
+            holder, other = (paths[0], path) if set(columns) <= set(ours) else (path, paths[0])
+            raise ValueError(
+                f"`--data` and `--eval-data` must have the same columns of numbers: {holder} has "
+                f"{ticked(columns)}, and {other} does not. Add them there, or leave them out with "
+                f"`--columns {'= '.join(columns)}=`."
+            )
+
+
+def _reference_columns(source: Prepared) -> list[str]:
+    return [name for name in source.form.numbers if name.startswith("reference_")]
+
+
+def _per_pair(source: Prepared) -> list[str]:
+    return [name for name in source.form.numbers if name in PER_PAIR]
+
+
+def _check_starts(source: Prepared, path: str) -> None:
+    """Raises `ValueError` if a row has no token before its completions, and none can be put there.
+
+    Only records of ids can be so: text has a tokenizer, which has a BOS or an EOS.
+    """
+    if not source.form.tokenized:
+        return
+    for index in (lengths_of(source.rows)[:, 0] == 0).nonzero()[0]:
+        row = source.rows[int(index)]
+        if not _has_start(row):
+            number = source.report.numbers_of_rows()[index]
+            raise ValueError(
+                f"`prompt_ids` must hold a token in record {number} (from 0) of {path}, since its "
+                "completions begin with different tokens. Put the tokenizer's BOS or EOS there."
+            )
+
+
+def _has_start(row: Row) -> bool:
+    try:
+        start_of([], [row[name] for name in completions_of(row)], row.get("start_id"))
+    except ValueError:
+        return False
+    return True
+
+
+def _check_mismatched(source: Prepared, path: str) -> None:
+    if not source.mismatched:
+        return
+    try:
+        check_mismatchable(source.rows)
+    except ValueError:
+        raise ValueError(
+            f"KTO compares prompts with completions of other prompts, and all {len(source.rows)} "
+            f"rows of {path} have one prompt. Add prompts, or take `--loss bco` or "
+            "`apo_zero_unpaired`, which need no others."
+        ) from None
