@@ -219,6 +219,7 @@ def padded_pair(prompt, chosen, rejected, more):
     )
 
 
+@pytest.mark.slow
 def test_padding_needs_no_learned_position():
     """A row of exactly as many tokens as there are positions, padded far beyond them."""
     policy, tokens = learned(8), (3, 5, 2)
