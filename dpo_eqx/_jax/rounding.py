@@ -1,4 +1,4 @@
-"""Where XLA has to round half precision, so that a policy and its reference agree to the last bit.
+"""Rounding of half precision at fixed places, so that policy and reference agree to the last bit.
 
 XLA keeps intermediate results of fused operations in float32. It cannot do so if the backward pass
 needs them, too. Then a policy and a reference with the same parameters have different
