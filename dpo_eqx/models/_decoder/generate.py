@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
+from ..._arrays.batches import is_concrete
 from ..._arrays.layout import Layout
 from ..._arrays.tokens import Tokens, as_ids
 from ..._jax.describe import described
@@ -208,7 +209,7 @@ class _Uncached(eqx.Module):
 
 def _longest(prompt: Tokens) -> int:
     """The tokens of the longest prompt; under a transformation, the width, which bounds them."""
-    if isinstance(prompt.mask, jax.core.Tracer) or not len(prompt.mask):
+    if not is_concrete(prompt.mask) or not len(prompt.mask):
         return prompt.ids.shape[1]
     return int(np.asarray(prompt.mask.sum(axis=1)).max())
 
