@@ -70,7 +70,7 @@ BAD = {
         "{data} has `beta`, and {held_out} does not.",
     ),
     "an empty prompt": (
-        [PAIR, PAIR | {"prompt_ids": []}],
+        [PAIR, {"prompt_ids": [], "chosen_ids": [3, 4], "rejected_ids": [5, 6]}],
         None,
         {},
         "`prompt_ids` must hold a token in record 1 (from 0) of {data}, since its completions",
