@@ -93,10 +93,10 @@ def make_grad(
         If the policy computes in less than float32, its forward pass is computed once more in the
         backward pass (`jax.checkpoint`). Otherwise XLA would keep excess precision in other
         intermediate results of the differentiated forward pass than of the reference's forward
-        pass. Log-ratios that should be 0 were then up to 0.4 nats on a GPU.
+        pass. Log-ratios that should be 0 were then tenths of a nat on a GPU.
 
         A policy with a true attribute `rounds_alike`, such as `models.Transformer`, does without,
-        and its step takes about a fifth less time on a GPU. All intermediate results that it keeps
+        and its step takes about a sixth less time on a GPU. All intermediate results that it keeps
         for the backward pass must then go through `jax.lax.optimization_barrier`.
     """
     setup = Setup(

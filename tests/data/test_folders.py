@@ -62,7 +62,8 @@ def test_a_list_has_no_splits(name):
 
 
 def test_a_saved_split_is_read_under_its_name_only(tmp_path):
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     for split in (None, "test"):
         rows = datasets.Dataset.from_list(
             [{"prompt": "p", "chosen": "a", "rejected": "b"}], split=split

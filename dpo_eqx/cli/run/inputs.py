@@ -15,13 +15,21 @@ from ..settings.settings import Settings
 
 _WHOLE = 2**26  # files up to this size are read as a whole
 _SAMPLES, _SAMPLE = 256, 2**16
+_OF_TOKENS = "tokens of "
 
-_REMEDY = "Give the same, or another `--output`."
-_TOKENS = (
-    "the tokens of {0} are others than when the run in {1} started, though its records are the "
-    "same: the tokenizer or its chat template has changed, or the template writes today's date. "
+_FILES = (
+    "{flag} must have the same content as when the run in {folder} started; it has changed. Give "
+    "the same file, or another `--output`."
 )
-_WEIGHTS = "the weights of {0} are others than when the run in {1} started. "
+_TOKENS = (
+    "The tokens of {flag} are others than when the run in {folder} started, though its records are "
+    "the same: the tokenizer or its chat template has changed, or the template writes today's "
+    "date. Give the same, or another `--output`."
+)
+_WEIGHTS = (
+    "The weights of {flag} are others than when the run in {folder} started. Give the same, or "
+    "another `--output`."
+)
 
 
 def digests_of(settings: Settings, prepared: Sequence[Prepared]) -> dict[str, str | None]:
@@ -29,7 +37,7 @@ def digests_of(settings: Settings, prepared: Sequence[Prepared]) -> dict[str, st
     digests = {}
     for flag, source in zip(("--data", "--eval-data"), prepared, strict=False):
         digests[flag] = source.fingerprint
-        digests[f"tokens of {flag}"] = digest_ids(source.rows)
+        digests[_OF_TOKENS + flag] = digest_ids(source.rows)
     for flag in ("model", "reference", "lora"):
         path = getattr(settings, flag)
         if path is not None:
@@ -41,21 +49,12 @@ def check_same(
     before: Mapping[str, str | None], now: Mapping[str, str | None], folder: Path
 ) -> None:
     """Raises `ValueError` if an input is another than at the start of the run in `folder`."""
-    for name in now:
-        if before.get(name) is None or before[name] == now[name]:
+    for name, digest_now in now.items():
+        if before.get(name) in (None, digest_now):
             continue
-        flag = f"`{name.removeprefix('tokens of ')}`"
-        if name.startswith("tokens of "):
-            words = _TOKENS.format(flag, folder)
-        elif name in ("--data", "--eval-data"):
-            words = (
-                f"{flag} must have the same content as when the run in {folder} started; it has "
-                "changed. "
-            )
-        else:
-            words = _WEIGHTS.format(flag, folder)
-        remedy = _REMEDY if "content" not in words else "Give the same file, or another `--output`."
-        raise ValueError(words[0].upper() + words[1:] + remedy)
+        message = _FILES if name in ("--data", "--eval-data") else _WEIGHTS
+        message = _TOKENS if name.startswith(_OF_TOKENS) else message
+        raise ValueError(message.format(flag=f"`{name.removeprefix(_OF_TOKENS)}`", folder=folder))
 
 
 def digest_weights(folder: Path) -> str:
@@ -70,11 +69,11 @@ def digest_weights(folder: Path) -> str:
 
 def _digest_file(file: Path) -> str:
     size = file.stat().st_size
-    state = hashlib.blake2b(str(size).encode())
     with file.open("rb") as opened:
         if size <= _WHOLE:
             return hashlib.file_digest(opened, "blake2b").hexdigest()
+        state = hashlib.blake2b(str(size).encode())
         for number in range(_SAMPLES):
             opened.seek(number * (size - _SAMPLE) // (_SAMPLES - 1))
             state.update(opened.read(_SAMPLE))
-    return state.hexdigest()
+        return state.hexdigest()

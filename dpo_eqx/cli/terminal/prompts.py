@@ -19,6 +19,7 @@ from ...data._records.template_columns import check_for_template
 from ...data._records.threads import assembled
 from ...data._records.values import check_ids, check_messages, check_text
 from ...data._tokens.encoder import Encoder
+from ...data._tokens.parts import join_parts
 from ...data._tokens.template import conversation_of, prompt_ids
 from ...data._tokens.tokenizers import encode_all, special_id, start_id_of
 from .texts import decode
@@ -105,7 +106,8 @@ def shown(tokenizer: Any, prompt: Prompt) -> str:
         return prompt.value
     if prompt.ids is not None:
         return decode(tokenizer, prompt.ids)
-    return "\n".join(f"[{turn['role']}] {_content(turn)}" for turn in prompt.value)
+    turns = join_parts(prompt.value, roles=())
+    return "\n".join(f"[{turn['role']}] {_content(turn)}" for turn in turns)
 
 
 def stored(tokenizer: Any, prompt: Prompt) -> str | list:
@@ -116,8 +118,6 @@ def stored(tokenizer: Any, prompt: Prompt) -> str | list:
 def _content(turn: Mapping[str, Any]) -> str:
     """The text of a turn, and its tool calls as JSON."""
     content, calls = turn.get("content") or "", turn.get("tool_calls")
-    if isinstance(content, list):
-        content = "".join(part["text"] for part in content)
     return content + (json.dumps(calls, ensure_ascii=False) if calls else "")
 
 

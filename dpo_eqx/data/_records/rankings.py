@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from .turns import as_messages, is_messages, listed
-from .values import found, ticked
+from .values import found
 
 PAIRS = ("best-worst", "all", "best-rest")
 
@@ -171,8 +171,6 @@ def pairs_of(scores: Sequence[float], how: str) -> Iterator[tuple[int, int]]:
     - `how`: `best-worst` pairs the best answer with the worst one, `best-rest` with every worse
         one, and `all` every two answers. The first of equal answers counts.
     """
-    if how not in PAIRS:
-        raise ValueError(f"`pairs` must be one of {ticked(PAIRS)}; got {how!r}.")
     numbers = range(len(scores))
     best = max(numbers, key=scores.__getitem__, default=0)
     worst = min(numbers, key=scores.__getitem__, default=0)

@@ -11,7 +11,7 @@ from typing import Any
 
 from .lost import all_text, holds, texts_of
 from .names import ends_with_answer, moved_of, names_of
-from .rankings import Ranking, pairs_of, ranking_of
+from .rankings import PAIRS, Ranking, pairs_of, ranking_of
 from .turns import as_messages, is_foreign, is_messages
 from .values import check_number, found, ticked
 from .verdicts import verdict_of
@@ -241,6 +241,8 @@ def _offset(record: Mapping[str, Any], where: str) -> dict[str, float]:
 
 def check_options(options: Options) -> None:
     """Raises `ValueError` if an option has an unknown value."""
-    list(pairs_of([], options.pairs))
-    if options.ties not in TIES:
-        raise ValueError(f"`ties` must be one of {ticked(TIES)}; got {options.ties!r}.")
+    known = {"pairs": PAIRS, "ties": TIES}
+    for name, choices in known.items():
+        value = getattr(options, name)
+        if value not in choices:
+            raise ValueError(f"`{name}` must be one of {ticked(choices)}; got {value!r}.")

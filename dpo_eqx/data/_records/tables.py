@@ -6,6 +6,7 @@ A table gives every record every column. `nulls.py` finds the nulls that this ad
 import ast
 import csv
 import io
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 from ..._extras import require
 from .compression import BOM, BROKEN, broken, is_compressed, open_file, text_of
 from .nulls import AddedDefaults
+from .turns import is_messages
 from .values import found, ticked
 
 _ROWS = 1024
@@ -91,8 +93,8 @@ def separated(path: Path, delimiter: str | None) -> Iterator[tuple[str, dict[str
         with io.BufferedReader(open_file(path)) as file:
             texts = _text_lines(file, path)
             first = next(texts)
-            texts = _chained(first, texts)
-            rows = csv.reader(texts, delimiter=delimiter or _delimiter(first), strict=True)
+            delimiter = delimiter or _delimiter(first)
+            rows = csv.reader(itertools.chain([first], texts), delimiter=delimiter, strict=True)
             names = next(rows)
             _check_names(names, path)
             line = rows.line_num
@@ -115,11 +117,6 @@ def _text_lines(file: Iterable[bytes], path: Path) -> Iterator[str]:
     for number, line in enumerate(file, start=1):
         line = line.removeprefix(BOM) if number == 1 else line
         yield text_of(line, f"line {number} of {path}")
-
-
-def _chained(first: str, rest: Iterator[str]) -> Iterator[str]:
-    yield first
-    yield from rest
 
 
 def _delimiter(header: str) -> str:
@@ -151,17 +148,10 @@ def _cell(cell: str, what: str) -> Any:
             value = parse(cell)
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             continue
-        return value if _is_messages(value) else cell
+        return value if is_messages(value) or is_messages([value]) else cell
     if cell.lstrip("[{").startswith(("'role'", "'content'", "'from'", "'value'")):
         raise ValueError(
             f"{what} must be messages as JSON; found {found(cell)}. Write the column with "
             "`json.dumps`, or save the records as JSON Lines."
         )
     return cell
-
-
-def _is_messages(value: Any) -> bool:
-    messages = value if isinstance(value, list) else [value]
-    return bool(messages) and all(
-        isinstance(m, Mapping) and ("role" in m or {"from", "value"} <= m.keys()) for m in messages
-    )

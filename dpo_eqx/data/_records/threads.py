@@ -8,9 +8,9 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from .files import Located
 from .values import check_text, found, ticked
 
-Located = tuple[str, Mapping[str, Any]]
 Counts = collections.Counter[str]
 
 _MESSAGE = {"message_id", "parent_id", "text", "role"}
