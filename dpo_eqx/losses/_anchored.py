@@ -1,4 +1,4 @@
-"""Losses that hold each completion to an anchor of its own, not only their difference.
+"""`nca`, `bco_pair`, `sppo`, `cal_dpo`, `apo_zero`, `apo_down`: each completion has its anchor.
 
 The partition function does not cancel in these losses, so they take no divergence.
 """

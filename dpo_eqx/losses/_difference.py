@@ -1,4 +1,4 @@
-r"""Losses of the difference $s(\rho_w) - s(\rho_l)$ other than DPO's logistic loss.
+r"""`hinge`, `ipo`, `exo`, `discopop`: losses of the difference $s(\rho_w) - s(\rho_l)$.
 
 As in `dpo`, the partition function cancels in these losses, so they take any divergence.
 """

@@ -1,4 +1,7 @@
-"""Direct Preference Optimisation itself, and its two forms for noisy labels."""
+"""Direct Preference Optimisation itself, and its two forms for noisy labels.
+
+Other losses of the same difference are in `_difference.py`, and other margins in `_margins.py`.
+"""
 
 from jax.nn import log_sigmoid
 from jaxtyping import Array, Float

@@ -1,4 +1,7 @@
-"""Losses of the policy's likelihood alone: they need no reference, and ignore a given one."""
+"""`sft`, `simpo`, `alpha_po`, `cpo`, `orpo`: losses of the policy's likelihood alone.
+
+They need no reference, and ignore a given one.
+"""
 
 import jax.numpy as jnp
 from jax.nn import log_sigmoid

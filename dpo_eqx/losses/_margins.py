@@ -1,4 +1,7 @@
-"""DPO with another margin: with a penalty, an offset, the lengths, or another link function."""
+"""`dpop`, `odpo`, `r_dpo`, `chi_po`: DPO with another margin.
+
+The margin has a penalty, an offset, the lengths, or another link function.
+"""
 
 import jax.numpy as jnp
 from jax.nn import log_sigmoid, relu

@@ -1,7 +1,7 @@
-"""Alignment by optimal transport: compares sorted log-ratios over the whole batch.
+"""`aot`, `aot_unpaired`: alignment by optimal transport.
 
-These losses couple the pairs, so the step runs the policy's forward pass twice if it accumulates
-over microbatches.
+They compare sorted log-ratios over the whole batch. This couples the pairs, so the step runs the
+policy's forward pass twice if it accumulates over microbatches.
 """
 
 import jax

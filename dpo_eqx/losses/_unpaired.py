@@ -1,4 +1,4 @@
-"""Losses on single completions, each labelled desirable or not."""
+"""`kto`, `apo_zero_unpaired`, `bco`: losses on single completions, labelled desirable or not."""
 
 import jax
 import jax.numpy as jnp
