@@ -99,6 +99,12 @@ CASES = [
     ),
     Case(losses.orpo, {"beta": 0.3}, **AVERAGE),
     Case(
+        losses.bradley_terry,
+        {"margin": 0.4, "label_smoothing": 0.2, "centering": 0.01},
+        reference=False,
+        reward=lambda p, beta: (p.lw, p.ll),
+    ),
+    Case(
         losses.kto, {"beta": 0.3, "desirable_weight": 1.3, "undesirable_weight": 0.7}, 0.5, **SINGLE
     ),
     Case(losses.apo_zero_unpaired, {"beta": 0.3}, 0.5, **SINGLE),

@@ -174,6 +174,13 @@ def sft(p):
     return -p.lw / p.nw, -1 / p.nw, np.zeros_like(p.lw)
 
 
+def bradley_terry(p, margin=0.0, label_smoothing=0.0, centering=0.0):
+    loss, slope = cross_entropy(p.lw - p.ll - margin, label_smoothing)
+    total = p.lw + p.ll
+    pull = 2 * centering * total
+    return loss + centering * total**2, slope + pull, pull - slope
+
+
 def simpo(p, beta=2.0, gamma=1.0):
     a, b = p.averages
     loss, slope = cross_entropy(beta * (a - b) - gamma)

@@ -162,7 +162,9 @@ def test_names():
     field += "aot_unpaired aot_pair apo_zero apo_down discopop sft simpo cpo orpo alphapo kto bco "
     field += "apo_zero_unpaired"
     assert set(field.split()) <= set(losses.BY_NAME)
-    assert {case.loss for case in CASES} <= set(losses.BY_NAME.values()) | {losses.ipo}
+    # A name chooses a loss of log-probabilities; `bradley_terry` takes rewards.
+    without = {losses.ipo, losses.bradley_terry}
+    assert {case.loss for case in CASES} <= set(losses.BY_NAME.values()) | without
 
 
 def test_the_names_ipo_and_sigmoid_norm_are_of_averages(both):
