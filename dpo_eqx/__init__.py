@@ -26,6 +26,10 @@ from ._head.token_log_probs import (
     sequence_log_probs as sequence_log_probs,
     token_log_probs as token_log_probs,
 )
+from ._onpolicy.pair_samples import (
+    label_samples as label_samples,
+    pair_samples as pair_samples,
+)
 from ._scoring.packed import score_packed as score_packed
 from ._scoring.score import (
     ld_score as ld_score,

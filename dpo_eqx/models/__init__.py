@@ -3,6 +3,7 @@
 The core of the library never imports this package; a policy may be any other callable pytree.
 """
 
+from .._arrays.samples import Samples as Samples
 from ._adapters.lora import (
     LoRA as LoRA,
     add_lora as add_lora,
@@ -21,6 +22,6 @@ from ._checkpoint.config_json import read_config as read_config
 from ._checkpoint.load import load as load
 from ._checkpoint.save import save as save
 from ._decoder.config import Config as Config, Rotary as Rotary
-from ._decoder.generate import generate as generate
+from ._decoder.generate import generate as generate, sample as sample
 from ._decoder.transformer import Transformer as Transformer
 from ._peft.files import load_lora as load_lora, save_lora as save_lora

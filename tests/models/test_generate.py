@@ -139,7 +139,7 @@ def test_errors(policy, prompt):
         run(top_k=0, temperature=0)
     with pytest.raises(ValueError, match=r"`top_p` must be in \(0, 1\]; got 1.5"):
         run(top_p=1.5, temperature=0)
-    with pytest.raises(ValueError, match=r"`prompt` must have shape `\(batch, length\)`"):
+    with pytest.raises(ValueError, match=r"`prompt` must have shape `\(prompts, length\)`"):
         models.generate(policy, dpx.Tokens(prompt.ids[0], prompt.mask[0]), max_new_tokens=1)
 
 

@@ -5,7 +5,7 @@ row is never built.
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -167,6 +167,41 @@ def attend(
         else _dropped(grouped, key, value, mask, config, rng)
     )
     return output.reshape(query.shape)
+
+
+def attend_parts(
+    query: Float[Array, "1 heads head_width"],
+    parts: Sequence[
+        tuple[Float[Array, "_ kv width"], Float[Array, "_ kv width"], Bool[Array, "1 _"]]
+    ],
+    *,
+    config: Config,
+) -> Float[Array, "1 heads head_width"]:
+    """Attention of one query over keys and values in several parts, which are not joined.
+
+    **Arguments:**
+
+    - `query`: shape `(1, heads, head_width)`.
+    - `parts`: keys and values, each of shape `(length, key_heads, head_width)`, and a mask of shape
+        `(1, length)`.
+    """
+    key_heads = parts[0][0].shape[1]
+    grouped = query.reshape(1, 1, key_heads, -1, query.shape[-1])
+    scale, softcap = config.attention_scale, config.attention_softcap
+    scores, factors = zip(
+        *(scores_of(scale, softcap, grouped, key[None], mask) for key, _, mask in parts),
+        strict=True,
+    )  # each (1, key_heads, groups, 1, length)
+    weights = jax.nn.softmax(factors[0] * jnp.concatenate(scores, axis=-1), axis=-1)
+    ends, wide = list(itertools.accumulate(x.shape[-1] for x in scores))[:-1], weights.dtype
+    outputs = [
+        jnp.einsum(
+            "skh,bkgts->btkgh", value, weight.astype(value.dtype), preferred_element_type=wide
+        )
+        for (_, value, _), weight in zip(parts, jnp.split(weights, ends, axis=-1), strict=True)
+    ]
+    output = jnp.stack(outputs).sum(axis=0)  # (1, 1, key_heads, groups, head_width)
+    return output.astype(query.dtype).reshape(query.shape)
 
 
 def _dropped(

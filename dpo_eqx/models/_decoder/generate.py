@@ -1,70 +1,98 @@
-"""Samples completions from a policy, token by token, for a batch of prompts.
+"""Draws completions from a policy: one or several for each prompt.
 
-A `Transformer` caches keys and values; any other policy runs on the whole row for each token.
+`decode.py` runs the policy, and `sample.py` chooses a token from its logits.
 """
 
 import operator
 from collections.abc import Sequence
 from functools import partial
 from numbers import Real
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, PyTree
 
 from ..._arrays.batches import is_concrete
-from ..._arrays.layout import Layout
+from ..._arrays.samples import Samples
 from ..._arrays.tokens import Tokens, as_ids
 from ..._jax.describe import described
 from ..._jax.explicit_meshes import automatic
-from ..._jax.keys import check_key
+from ..._jax.keys import Keys, check_key, is_one_key
 from ..._jax.scalars import Number
-from ..._scoring.policy_checks import check_is_policy, checked_logits
-from .attention import attend, attend_by_layout, masks, visible
+from ..._scoring.policy_checks import check_is_policy
+from .decode import Ends, decode
 from .sample import choose
 from .transformer import Transformer
 
+Ids = int | np.integer | Sequence[int | np.integer] | Array | np.ndarray
+
+
+class SampleOptions(TypedDict, total=False):
+    """The options of `sample` that `generate` has too."""
+
+    temperature: Number
+    top_k: int | np.integer | None
+    top_p: Number | None
+    min_p: Number | None
+    key: Keys | None
+    eos: Ids | None
+    stop: Sequence[Sequence[int]] | None
+
 
 @partial(automatic, like=1)
-def generate(
+def sample(
     policy: PyTree,
     prompt: Tokens,
     *,
+    samples: int | np.integer,
     max_new_tokens: int | np.integer,
     temperature: Number = 1.0,
     top_k: int | np.integer | None = None,
     top_p: Number | None = None,
-    key: PRNGKeyArray | None = None,
-    eos: int | np.integer | Sequence[int | np.integer] | Array | np.ndarray | None = None,
-) -> Tokens:
-    """Samples a completion for each prompt.
+    min_p: Number | None = None,
+    key: Keys | None = None,
+    eos: Ids | None = None,
+    stop: Sequence[Sequence[int]] | None = None,
+) -> Samples:
+    """Draws several completions of each prompt, with their log-probabilities.
 
     ```python
-    answers = models.generate(policy, prompt, max_new_tokens=64, temperature=0, eos=2)
+    samples = models.sample(policy, prompt, samples=4, max_new_tokens=64, key=key, eos=2)
     ```
 
-    The function is jitted; shapes, `top_k`, `eos` and whether `temperature` is 0 are static. It
-    stops as soon as all rows have ended. Temperature applies before top-k, and top-k before top-p.
+    The function is jitted, and can be called inside of a jitted function; shapes, `samples`,
+    `max_new_tokens`, `top_k`, `eos`, `stop` and whether `temperature` is 0 are static. Each prompt
+    is read once for all its samples, and the drawing stops as soon as all samples have ended. No
+    gradient flows through it.
+
+    Temperature applies first, then top-k, top-p and min-p.
 
     **Arguments:**
 
     - `policy`: a `Transformer`, with adapters or without, or any causal callable from ids of shape
         `(length,)` to logits of shape `(length, vocab)`.
-    - `prompt`: the prompts, padded on the right. Shape `(batch, length)`.
+    - `prompt`: the prompts, padded on the right. Shape `(prompts, length)`.
+    - `samples`: the number of completions of each prompt.
     - `max_new_tokens`: the largest number of tokens in a completion, and the width of the result.
     - `temperature`: the logits are divided by it; 0 takes the likeliest token and needs no key.
-    - `top_k`: sample from the `top_k` likeliest tokens (default: all).
-    - `top_p`: sample from the fewest tokens whose probabilities sum to `top_p` (default: all).
-    - `key`: the random key; each row and each token gets a key derived from it.
+    - `top_k`: draw from the `top_k` likeliest tokens (default: all).
+    - `top_p`: draw from the fewest tokens whose probabilities sum to `top_p` (default: all).
+    - `min_p`: draw from the tokens that are at least `min_p` times as likely as the likeliest one
+        (default: all).
+    - `key`: one random key, or one for each prompt. A sample depends on the key of its prompt and
+        on its own number alone. So a larger `samples` adds samples and keeps the others, and with
+        a key for each prompt every batch draws the same.
     - `eos`: the id of the token that ends a completion, or several ids.
+    - `stop`: sequences of ids, each of which ends a completion.
 
     **Returns:**
 
-    Only the new tokens. The mask is true up to and including the end token. Shape
-    `(batch, max_new_tokens)`.
+    The new tokens, of shape `(prompts, samples, max_new_tokens)`, with a mask that is true up to
+    and including the token that ended a completion. The log-probabilities are those of the policy
+    at temperature 1, without top-k, top-p and min-p, as `score_pairs` computes them.
 
     **Raises:**
 
@@ -74,137 +102,85 @@ def generate(
     check_is_policy(policy)
     _check_prompt(prompt)
     is_greedy = isinstance(temperature, Real) and temperature == 0
-    _check(max_new_tokens, temperature, top_k, top_p, None if is_greedy else key, is_greedy)
+    _check_counts(samples=samples, max_new_tokens=max_new_tokens, top_k=top_k)
+    _check_range(temperature, top_p=top_p, min_p=min_p)
     if isinstance(policy, Transformer):
         policy.check_length(_longest(prompt) + int(max_new_tokens))
-    prompt = Tokens(as_ids(prompt.ids), jnp.asarray(prompt.mask))
-    sampling = None if is_greedy else (jnp.asarray(temperature, jnp.float32), top_p)
-    key, top_k = None if is_greedy else key, None if top_k is None else int(top_k)
-    return _generate(policy, prompt, key, sampling, int(max_new_tokens), top_k, _ends(eos))
+    return _sample(
+        policy,
+        Tokens(as_ids(prompt.ids), jnp.asarray(prompt.mask)),
+        None if is_greedy else _keys(key, prompt.ids.shape[0]),
+        jnp.asarray(temperature, jnp.float32),
+        _as_array(top_p),
+        _as_array(min_p),
+        int(samples),
+        int(max_new_tokens),
+        None if top_k is None else int(top_k),
+        _ends(eos, stop),
+    )
+
+
+def generate(
+    policy: PyTree,
+    prompt: Tokens,
+    *,
+    max_new_tokens: int | np.integer,
+    **options: Unpack[SampleOptions],
+) -> Tokens:
+    """Draws one completion for each prompt: `sample` with `samples=1`.
+
+    ```python
+    answers = models.generate(policy, prompt, max_new_tokens=64, temperature=0, eos=2)
+    ```
+
+    **Arguments:**
+
+    - `policy`, `prompt`, `max_new_tokens`: as in `sample`.
+    - `options`: `temperature`, `top_k`, `top_p`, `min_p`, `key`, `eos` and `stop`, as in `sample`.
+
+    **Returns:**
+
+    Only the new tokens. The mask is true up to and including the token that ended a completion.
+    Shape `(batch, max_new_tokens)`.
+
+    **Raises:**
+
+    `ValueError` as `sample` does.
+    """
+    samples = sample(policy, prompt, samples=1, max_new_tokens=max_new_tokens, **options)
+    return jax.tree.map(lambda x: x[:, 0], samples.tokens)
 
 
 @eqx.filter_jit
-def _generate(
+def _sample(
     policy: PyTree,
     prompt: Tokens,
-    key: PRNGKeyArray | None,
-    sampling: Any,
+    keys: Keys | None,
+    temperature: Array,
+    top_p: Array | None,
+    min_p: Array | None,
+    samples: int,
     steps: int,
     top_k: int | None,
-    ends: tuple[int, ...],
-) -> Tokens:
-    temperature, top_p = (1.0, None) if sampling is None else sampling
-    reader = _Cached(policy, steps) if isinstance(policy, Transformer) else _Uncached(policy, steps)
-    rows = prompt.ids.shape[0]
-    lengths = prompt.mask.sum(axis=1)
-    state, logits = jax.vmap(reader.start)(jnp.asarray(prompt.ids), lengths)
+    ends: Ends,
+) -> Samples:
+    def of_samples(key):
+        return jax.vmap(lambda sample: jax.random.fold_in(key, sample))(jnp.arange(samples))
 
-    def pick(step, logits):
-        keys = None if key is None else jax.random.split(jax.random.fold_in(key, step), rows)
+    keys = None if keys is None else jax.vmap(of_samples)(keys)
 
+    def draw(logits, step):
         def one(logits, key):
-            return choose(logits, key, temperature=temperature, top_k=top_k, top_p=top_p)
-
-        return jax.vmap(one)(logits, keys).astype(jnp.int32)
-
-    def going(carry):
-        step, _, _, done, _, _ = carry
-        return (step < steps) & ~done.all()
-
-    # All rows step together: a row that has ended writes masked-out tokens until the last one ends.
-    def advance(carry):
-        step, state, logits, done, ids, mask = carry
-        token = jnp.where(done, ends[0] if ends else 0, pick(step, logits))
-        ids, mask = ids.at[:, step].set(token), mask.at[:, step].set(~done)
-        done = done | _is_end(token, ends)
-        read = jax.vmap(reader.advance, in_axes=(0, 0, 0, None))
-        state, logits = read(state, token, lengths, step)
-        return step + 1, state, logits, done, ids, mask
-
-    ids = jnp.full((rows, steps), ends[0] if ends else 0, jnp.int32)
-    mask, done = jnp.zeros((rows, steps), bool), jnp.zeros(rows, bool)
-    *_, ids, mask = jax.lax.while_loop(
-        going, advance, (jnp.zeros_like(lengths[0]), state, logits, done, ids, mask)
-    )
-    return Tokens(ids, mask)
-
-
-def _is_end(token: Int[Array, " batch"], ends: tuple[int, ...]) -> Bool[Array, " batch"]:
-    is_end = jnp.zeros(token.shape, bool)
-    for end in ends:
-        is_end = is_end | (token == end)
-    return is_end
-
-
-class _Cached(eqx.Module):
-    """Reads one row and caches keys and values: first the prompt's, then the new tokens'.
-
-    The prompt's padding lies in between and is masked, as in a `Layout` with one completion.
-    """
-
-    policy: Transformer
-    steps: int = eqx.field(static=True)
-
-    def start(self, ids: Int[Array, " prompt"], length: Int[Array, ""]):
-        """Reads the prompt; returns the cache, and the logits of the first new token."""
-        policy, config = self.policy, self.policy.config
-        layout = Layout(length, ids.size, ())
-
-        def attend_and_keep(query, key, value, masks, cache, rng):
-            output = attend_by_layout(layout, query, key, value, masks, config=config, rng=rng)
-            return output, jax.tree.map(self._with_room, (key, value))
-
-        hidden, cache = policy.run(
-            ids, layout.positions, attend_and_keep, lambda window: masks(layout, window)
-        )
-        return cache, policy.unembed(hidden[length - 1][None])[0]
-
-    def advance(self, cache, token: Int[Array, ""], length: Int[Array, ""], step: Int[Array, ""]):
-        """Reads one new token; returns the updated cache, and the logits of the next token."""
-        policy = self.policy
-        slots = cache[0].shape[1]
-        layout = Layout(length, slots - self.steps, (self.steps,))
-        # The position counts real tokens alone, while `slot` below counts the padding too.
-        position = (length + step)[None].astype(layout.positions.dtype)
-        real = layout.segments >= 0
-
-        def mask_of(window):
-            return visible(position, layout.positions, window) & real[None, :]
-
-        def attend_cached(query, key, value, mask, cache, rng):
-            slot = layout.prompt_width + step
-            cache = tuple(
-                jax.lax.dynamic_update_slice_in_dim(old, new, slot, axis=0)
-                for old, new in zip(cache, (key, value), strict=True)
+            key = None if key is None else jax.random.fold_in(key, step)
+            return choose(
+                logits, key, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p
             )
-            keys, values = (x[None] for x in cache)
-            return attend(query[None], keys, values, mask, config=policy.config)[0], cache
 
-        hidden, cache = policy.run(token[None], position, attend_cached, mask_of, cache=cache)
-        return cache, policy.unembed(hidden)[0]
+        return jax.vmap(jax.vmap(one))(logits, keys)
 
-    def _with_room(self, x: Float[Array, "prompt heads head_width"]) -> Array:
-        return jnp.concatenate([x, jnp.zeros((self.steps, *x.shape[1:]), x.dtype)])
-
-
-class _Uncached(eqx.Module):
-    """Runs any policy on the whole row for each token; its state is the row."""
-
-    policy: PyTree
-    steps: int = eqx.field(static=True)
-
-    def start(self, ids: Int[Array, " prompt"], length: Int[Array, ""]):
-        """The row with room for the new tokens, and the logits of the first of them."""
-        row = jnp.concatenate([ids, jnp.zeros(self.steps, ids.dtype)])
-        return row, self._logits(row)[length - 1]
-
-    def advance(self, row, token: Int[Array, ""], length: Int[Array, ""], step: Int[Array, ""]):
-        """Appends one new token; returns the row, and the logits of the next token."""
-        row = row.at[length + step].set(token)
-        return row, self._logits(row)[length + step]
-
-    def _logits(self, row: Int[Array, " length"]) -> Float[Array, "length vocab"]:
-        return checked_logits(self.policy, self.policy(row), row)
+    # A loop that stops early has no gradient; without this, asking for one would be an error.
+    policy = jax.tree.map(lambda x: jax.lax.stop_gradient(x) if eqx.is_array(x) else x, policy)
+    return decode(policy, prompt, draw, samples=samples, steps=steps, ends=ends)
 
 
 def _longest(prompt: Tokens) -> int:
@@ -214,40 +190,66 @@ def _longest(prompt: Tokens) -> int:
     return int(np.asarray(prompt.mask.sum(axis=1)).max())
 
 
-def _ends(eos: Any) -> tuple[int, ...]:
-    """The ids that end a completion."""
+def _keys(key: Keys | None, prompts: int) -> Keys:
+    """One key for each prompt."""
+    if key is None:
+        raise ValueError("`key` is required to sample tokens; give one, or `temperature=0`.")
+    check_key(key)
+    if not is_one_key(key) and key.shape[0] != prompts:
+        raise ValueError(
+            f"`key` must be one key, or one for each of the {prompts} prompts; got shape "
+            f"{key.shape}."
+        )
+    return jax.random.split(key, prompts) if is_one_key(key) else key
+
+
+def _ends(eos: Any, stop: Any) -> Ends:
+    """The sequences of ids that end a completion."""
     several = () if eos is None else (eos,) if np.ndim(eos) == 0 else tuple(eos)
     try:
-        return tuple(operator.index(end) for end in several)
+        ends = tuple((operator.index(end),) for end in several)
     except TypeError as error:
         raise ValueError(
             "`eos` must be the id of the token that ends a completion, or several ids; got "
             f"{eos!r}."
         ) from error
+    try:
+        stops = tuple(tuple(operator.index(id) for id in ids) for ids in stop or ())
+        if () in stops:
+            raise TypeError("empty")
+    except TypeError as error:
+        raise ValueError(
+            "`stop` must be sequences of at least one id, such as `[[13, 13]]`; got "
+            f"{stop!r}. A tokenizer turns text into ids."
+        ) from error
+    return ends + stops
+
+
+def _as_array(number: Number | None) -> Array | None:
+    # An array, so that another value does not compile another program.
+    return None if number is None else jnp.asarray(number, jnp.float32)
 
 
 def _check_prompt(prompt: Any) -> None:
     if not isinstance(prompt, Tokens):
         raise ValueError(
-            "`prompt` must be `dpx.Tokens(ids, mask)` of shape `(batch, length)`; got "
+            "`prompt` must be `dpx.Tokens(ids, mask)` of shape `(prompts, length)`; got "
             f"{described(prompt)}. A tokenizer turns text into `ids`; for one text, give "
             "`dpx.Tokens(np.array([ids]), np.ones((1, len(ids)), bool))`."
         )
     if prompt.ids.ndim != 2:
-        raise ValueError(f"`prompt` must have shape `(batch, length)`; got {prompt.ids.shape}.")
+        raise ValueError(f"`prompt` must have shape `(prompts, length)`; got {prompt.ids.shape}.")
 
 
-def _check(max_new_tokens, temperature, top_k, top_p, key, is_greedy) -> None:
-    if not max_new_tokens > 0:
-        raise ValueError(f"`max_new_tokens` must be positive; got {max_new_tokens}.")
+def _check_counts(**counts: int | np.integer | None) -> None:
+    for name, count in counts.items():
+        if count is not None and not count > 0:
+            raise ValueError(f"`{name}` must be positive; got {count}.")
+
+
+def _check_range(temperature: Any, **probabilities: Any) -> None:
     if isinstance(temperature, Real) and not float(temperature) >= 0:
         raise ValueError(f"`temperature` must not be negative; got {temperature}.")
-    if top_k is not None and not top_k > 0:
-        raise ValueError(f"`top_k` must be positive; got {top_k}.")
-    if isinstance(top_p, Real) and not 0 < float(top_p) <= 1:
-        raise ValueError(f"`top_p` must be in (0, 1]; got {top_p}.")
-    if is_greedy:
-        return
-    if key is None:
-        raise ValueError("`key` is required to sample tokens; give one, or `temperature=0`.")
-    check_key(key)
+    for name, value in probabilities.items():
+        if isinstance(value, Real) and not 0 < float(value) <= 1:
+            raise ValueError(f"`{name}` must be in (0, 1]; got {value}.")

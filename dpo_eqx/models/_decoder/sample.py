@@ -1,4 +1,4 @@
-"""Chooses the next token from logits: greedy, or sampled with temperature, top-k and top-p.
+"""Chooses the next token from logits: greedy, or sampled with temperature, top-k, top-p and min-p.
 
 `generate.py` computes the logits.
 """
@@ -17,6 +17,7 @@ def choose(
     temperature: Number,
     top_k: int | None,
     top_p: Number | None,
+    min_p: Number | None = None,
 ) -> Int[Array, ""]:
     """The id of the next token: sampled, or without a key the likeliest."""
     if key is None:
@@ -26,6 +27,8 @@ def choose(
         logits = keep_top_k(logits, top_k)
     if top_p is not None:
         logits = keep_top_p(logits, top_p)
+    if min_p is not None:
+        logits = keep_min_p(logits, min_p)
     return jax.random.categorical(key, logits)
 
 
@@ -44,3 +47,9 @@ def keep_top_p(logits: Float[Array, " vocab"], top_p: Number) -> Float[Array, " 
     is_kept = before < jnp.asarray(top_p, logits.dtype)
     ordered = jnp.where(is_kept, logits[order], -jnp.inf)
     return jnp.full_like(logits, -jnp.inf).at[order].set(ordered)
+
+
+def keep_min_p(logits: Float[Array, " vocab"], min_p: Number) -> Float[Array, " vocab"]:
+    """The logits with -inf for all tokens less than `min_p` times as likely as the likeliest."""
+    least = logits.max() + jnp.log(jnp.asarray(min_p, logits.dtype))
+    return jnp.where(logits >= least, logits, -jnp.inf)

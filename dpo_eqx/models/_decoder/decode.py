@@ -1,0 +1,223 @@
+"""Decoding: reads each prompt once, then draws several completions of it, token by token.
+
+A `Transformer` keeps the keys and values of the prompt, which all samples share, apart from those
+of each sample. Any other policy runs on the whole row for each token. `generate.py` has the public
+functions.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from ..._arrays.layout import Layout
+from ..._arrays.samples import Samples
+from ..._arrays.tokens import Tokens
+from ..._jax.dtypes import at_least_float32
+from ..._jax.mapped_axes import vary_alike
+from ..._scoring.policy_checks import checked_logits
+from .attention import attend_by_layout, attend_parts, masks, visible
+from .transformer import Transformer
+
+# The width of the first cache of new tokens. Each further one is twice as wide, so that a short
+# completion does not pay for the longest that is allowed.
+FIRST_WIDTH = 64
+
+# Sequences of ids, each of which ends a completion.
+Ends = tuple[tuple[int, ...], ...]
+# Draws the next ids, from the logits and the number of the step.
+Draw = Callable[
+    [Float[Array, "prompts samples vocab"], Int[Array, ""]], Int[Array, "prompts samples"]
+]
+
+
+def decode(
+    policy: PyTree,
+    prompt: Tokens,
+    draw: Draw,
+    *,
+    samples: int,
+    steps: int,
+    ends: Ends,
+) -> Samples:
+    """Draws completions of at most `steps` tokens, and stops once all have ended.
+
+    **Arguments:**
+
+    - `policy`: a `Transformer`, or any causal callable from ids to logits.
+    - `prompt`: the prompts, with ids in int32. Shape `(prompts, length)`.
+    - `draw`: returns the next ids, from the logits and the number of the step.
+    - `samples`: the number of completions of each prompt.
+    - `steps`: the largest number of tokens in a completion.
+    - `ends`: sequences of ids, each of which ends a completion.
+    """
+    reader = Cached(policy) if isinstance(policy, Transformer) else Uncached(policy)
+    lengths = prompt.mask.sum(axis=1)
+    shared, own, logits = jax.vmap(reader.start)(jnp.asarray(prompt.ids), lengths)
+    # Over prompts, and within each over its samples, which all read one `shared`.
+    advance = jax.vmap(jax.vmap(reader.advance, (None, 0, 0, None, None)), (0, 0, 0, 0, None))
+    fill = ends[0][-1] if ends else 0
+
+    def append(step, logits, written):
+        ids, mask, log_probs, done = written
+        token = jnp.where(done, fill, draw(logits, step)).astype(jnp.int32)
+        log_probs = log_probs + jnp.where(done, 0, _log_prob(logits, token))
+        ids, mask = ids.at[..., step].set(token), mask.at[..., step].set(~done)
+        return ids, mask, log_probs, done | _has_ended(ids, step, ends)
+
+    # All rows step together: a row that has ended writes masked-out tokens until the last one ends.
+    def one_step(carry):
+        step, own, written = carry
+        own, logits = advance(shared, own, written[0][..., step - 1], lengths, step - 1)
+        return step + 1, own, append(step, logits, written)
+
+    rows = (len(lengths), samples)
+    own, logits = jax.tree.map(
+        lambda x: jnp.broadcast_to(x[:, None], (*rows, *x.shape[1:])), (own, logits)
+    )
+    written = (
+        jnp.full((*rows, steps), fill, jnp.int32),
+        jnp.zeros((*rows, steps), bool),
+        jnp.zeros(rows, at_least_float32(logits.dtype)),
+        jnp.zeros(rows, bool),
+    )
+    # The first token needs no step of the policy beyond the prompt.
+    first = jnp.zeros_like(lengths[0])
+    carry = (first + 1, own, append(first, logits, vary_alike(written, logits)[0]))
+    for width in widths(steps):
+        step, own, written = carry
+        own = _grown(own, 2 + reader.axis, width)
+        carry = jax.lax.while_loop(_until(width), one_step, (step, own, written))
+    ids, mask, log_probs, _ = carry[-1]
+    return Samples(Tokens(ids, mask), log_probs)
+
+
+def widths(steps: int) -> Iterator[int]:
+    """The widths of the caches for `steps` new tokens, in order: doubled until they suffice."""
+    width = FIRST_WIDTH
+    while width < steps:
+        yield width
+        width *= 2
+    yield steps
+
+
+def _until(width: int) -> Callable[[tuple[Any, ...]], Bool[Array, ""]]:
+    """Whether a step is left before `width`, and a row that has not ended."""
+
+    def is_going(carry):
+        step, _, (*_, done) = carry
+        return (step < width) & ~done.all()
+
+    return is_going
+
+
+def _grown(own: PyTree, axis: int, width: int) -> PyTree:
+    """The states of the samples with room for `width` new tokens."""
+
+    def grown(x):
+        padding = [(0, 0)] * x.ndim
+        padding[axis] = (0, width - x.shape[axis])
+        return jnp.pad(x, padding)
+
+    return jax.tree.map(grown, own)
+
+
+def _log_prob(
+    logits: Float[Array, "prompts samples vocab"], token: Int[Array, "prompts samples"]
+) -> Float[Array, "prompts samples"]:
+    """The log-probability of each token at temperature 1, in float32 or wider."""
+    wide = logits.astype(at_least_float32(logits.dtype))
+    picked = jnp.take_along_axis(wide, token[..., None], axis=-1)[..., 0]
+    return picked - jax.nn.logsumexp(wide, axis=-1)
+
+
+def _has_ended(
+    ids: Int[Array, "prompts samples steps"],
+    step: Int[Array, ""],
+    ends: Ends,
+) -> Bool[Array, "prompts samples"]:
+    """Whether the tokens up to `step` end with one of the sequences in `ends`."""
+    ended = jnp.zeros(ids.shape[:2], bool)
+    for end in ends:
+        if len(end) <= ids.shape[-1]:
+            first = step - len(end) + 1
+            last = jax.lax.dynamic_slice_in_dim(ids, jnp.maximum(first, 0), len(end), axis=-1)
+            same = last == jnp.broadcast_to(jnp.asarray(end, jnp.int32), last.shape)
+            ended = ended | ((first >= 0) & same.all(axis=-1))
+    return ended
+
+
+class Cached(eqx.Module):
+    """Reads one row with a cache of keys and values: the prompt's, and those of the new tokens."""
+
+    policy: Transformer
+    # The axis of the new tokens in the state of a sample, after the axis of layers.
+    axis: int = eqx.field(static=True, default=1)
+
+    def start(self, ids: Int[Array, " prompt"], length: Int[Array, ""]):
+        """Reads a prompt: its cache, an empty one for new tokens, and the logits of the first."""
+        policy, config = self.policy, self.policy.config
+        layout = Layout(length, ids.size, ())
+
+        def attend_and_keep(query, key, value, masks, cache, rng):
+            output = attend_by_layout(layout, query, key, value, masks, config=config, rng=rng)
+            return output, (key, value)
+
+        hidden, shared = policy.run(
+            ids, layout.positions, attend_and_keep, lambda window: masks(layout, window)
+        )
+        own = jax.tree.map(lambda x: x[:, :0], shared)
+        return shared, own, policy.unembed(hidden[length - 1][None])[0]
+
+    def advance(self, shared, own, token: Int[Array, ""], length: Int[Array, ""], step):
+        """Reads the new token number `step`: its cache, and the logits of the next token."""
+        config = self.policy.config
+        prompt, new = (jnp.arange(x[0].shape[1]).astype(length.dtype) for x in (shared, own))
+        # The position counts real tokens, and not the padding of the prompt.
+        position = (length + step)[None]
+
+        def masks_of(window):
+            on_prompt = visible(position, prompt, window) & (prompt < length)[None]
+            return on_prompt, visible(position, length + new, window) & (new < step)[None]
+
+        def attend_cached(query, key, value, masks, caches, rng):
+            (shared, own), (on_prompt, on_own) = caches, masks
+            # The token itself is not in the cache yet: a layer returns what is to be written, and
+            # one write for all layers follows.
+            parts = (*shared, on_prompt), (*own, on_own), (key, value, jnp.ones((1, 1), bool))
+            return attend_parts(query, parts, config=config), (key, value)
+
+        hidden, written = self.policy.run(
+            token[None], position, attend_cached, masks_of, cache=(shared, own)
+        )
+        own = jax.tree.map(
+            lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, step, axis=self.axis),
+            own,
+            written,
+        )
+        return own, self.policy.unembed(hidden)[0]
+
+
+class Uncached(eqx.Module):
+    """Runs any policy on the whole row for each token; its state is the row."""
+
+    policy: PyTree
+    axis: int = eqx.field(static=True, default=0)
+
+    def start(self, ids: Int[Array, " prompt"], length: Int[Array, ""]):
+        """The prompt, no new tokens, and the logits of the first of them."""
+        return ids, ids[:0], self._logits(ids)[length - 1]
+
+    def advance(self, shared, own, token: Int[Array, ""], length: Int[Array, ""], step):
+        """Writes the new token number `step`: the new tokens, and the logits of the next one."""
+        own = own.at[step].set(token)
+        row = jnp.concatenate([shared, jnp.zeros_like(own)])
+        # Behind the real tokens of the prompt, over its padding.
+        row = jax.lax.dynamic_update_slice_in_dim(row, own, length, axis=0)
+        return own, self._logits(row)[length + step]
+
+    def _logits(self, row: Int[Array, " length"]) -> Float[Array, "length vocab"]:
+        return checked_logits(self.policy, self.policy(row), row)

@@ -1,0 +1,104 @@
+"""On-policy training: the page's example, and a bandit whose optimum is known."""
+
+import re
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import dpo_eqx as dpx
+from dpo_eqx import losses, models
+
+from .policies import Perceptron, random_batch
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+PAGE = (Path(__file__).parents[1] / "docs" / "online.md").read_text()
+
+
+@pytest.fixture
+def standard_promotion():
+    # Optax itself does not keep to strict promotion.
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def test_the_page_trains_towards_the_reward():
+    first, noise = re.findall(r"^```python\n(.*?)^```", PAGE, flags=re.M | re.S)
+    optimizer = optax.adam(0.03)
+    names = {
+        "dpx": dpx,
+        "losses": losses,
+        "models": models,
+        "eqx": eqx,
+        "jax": jax,
+        "optimizer": optimizer,
+        # The fraction of tokens with an id below 4.
+        "reward": lambda prompt, tokens: (
+            (tokens.mask & (tokens.ids < 4)).sum(-1) / tokens.mask.sum(-1)
+        ),
+    }
+    exec(first, names)
+    policy = Perceptron(jax.random.key(0))
+    reference, prompt = dpx.snapshot(policy), random_batch(0, pairs=8).prompt
+    opt_state = optimizer.init(eqx.filter(policy, eqx.is_array))
+
+    def mean_reward(policy):
+        key = jax.random.key(9)
+        drawn = models.sample(policy, prompt, samples=16, max_new_tokens=16, eos=2, key=key)
+        return names["reward"](prompt, drawn.tokens).mean()
+
+    before = mean_reward(policy)
+    for key in jax.random.split(jax.random.key(1), 15):
+        policy, opt_state, _ = names["one_round"](policy, opt_state, prompt, reference, key)
+    assert mean_reward(policy) > before + 0.2
+    exec(noise, names | {"rewards": jnp.zeros((2, 3)), "key": jax.random.key(0)})
+
+
+class Bandit(eqx.Module):
+    """One token after any prompt, with a logit for each id."""
+
+    logits: jax.Array
+
+    def __call__(self, ids):
+        return jnp.broadcast_to(self.logits, (len(ids), *self.logits.shape))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["random", "all"])
+def test_a_bandit_reaches_the_optimum_of_dpo(how):
+    """Online DPO with preferences of the Bradley-Terry model finds pi_ref exp(r / beta) / Z."""
+    beta, arms, prompts = 0.5, 6, 256
+    reference = Bandit(jax.random.normal(jax.random.key(0), (arms,)))
+    rewards = jax.random.normal(jax.random.key(1), (arms,))
+    optimum = jax.nn.softmax(reference.logits + rewards / beta)
+    optimizer = optax.adam(optax.cosine_decay_schedule(0.05, 800))
+    step = dpx.make_step(losses.dpo, optimizer, score=dpx.score_pairs)
+    prompt = dpx.Tokens(jnp.zeros((prompts, 1), jnp.int32), jnp.ones((prompts, 1), bool))
+
+    def one_round(carry, key):
+        policy, opt_state = carry
+        keys = jax.random.split(key, 3)
+        drawn = models.sample(policy, prompt, samples=4, max_new_tokens=1, key=keys[0])
+        seen = rewards[drawn.tokens.ids[..., 0]]
+        noisy = seen + jax.random.gumbel(keys[1], seen.shape)
+        # The same arm twice is no preference: its rewards differ by noise alone.
+        batch = dpx.pair_samples(prompt, drawn, noisy, how=how, key=keys[2])
+        per_pair = {"beta": jnp.full(batch.pairs, beta)}
+        batch = eqx.tree_at(lambda b: b.per_pair, batch, per_pair, is_leaf=lambda x: x is None)
+        policy, opt_state, _ = step(policy, opt_state, batch, reference)
+        return (policy, opt_state), None
+
+    start = Bandit(jnp.zeros(arms) + reference.logits)
+    keys = jax.random.split(jax.random.key(2), 800)
+    (policy, _), _ = jax.jit(lambda carry: jax.lax.scan(one_round, carry, keys))(
+        (start, optimizer.init(start))
+    )
+    distance = 0.5 * jnp.abs(jax.nn.softmax(policy.logits) - optimum).sum()
+    assert distance < 0.02
+    # Not vacuous: the reference is far from the optimum.
+    assert 0.5 * jnp.abs(jax.nn.softmax(reference.logits) - optimum).sum() > 0.2
+    assert np.isfinite(policy.logits).all()
