@@ -58,10 +58,7 @@ def read_config(values: Mapping[str, Any]) -> Config:
     aliases = {key: values[a] for a, key in family.aliases().items() if a in values}
     settings = {**family.defaults, **values, **aliases}
     fields = {field: settings[key] for key, field in family.keys.items()}
-    if fields["activation"] not in ACTIVATIONS:
-        raise ValueError(
-            f"The activation must be one of {sorted(ACTIVATIONS)}; got {fields['activation']!r}."
-        )
+    check_activation(fields["activation"], family)
     fields = {**fields, **family.fixed, **family.read(settings), "family": values["model_type"]}
     try:
         config = Config(**{name: _plain(name, value) for name, value in fields.items()})
@@ -69,6 +66,14 @@ def read_config(values: Mapping[str, Any]) -> Config:
         raise ValueError(_in_keys(str(error), family)) from None
     check_unread(values, read, config)
     return config
+
+
+def check_activation(activation: Any, family: Family) -> None:
+    """Raises if the family has no such activation."""
+    trained = {"xielu"} if "layers.feed_forward.activation" in family.names else set()
+    known = ACTIVATIONS.keys() | trained
+    if activation not in known:
+        raise ValueError(f"The activation must be one of {sorted(known)}; got {activation!r}.")
 
 
 def write_config(config: Config) -> dict[str, Any]:

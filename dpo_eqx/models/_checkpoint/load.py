@@ -37,7 +37,7 @@ def load(
     remat: bool = False,
     fused: bool = True,
 ) -> Transformer:
-    """Reads a Hugging Face checkpoint: llama, mistral, qwen2, qwen3, gpt2, phi or gemma2.
+    """Reads a Hugging Face checkpoint of one of the families that docs/models.md lists.
 
     ```python
     policy = models.load("Qwen/Qwen3-0.6B", dtype=jnp.bfloat16)
@@ -95,7 +95,7 @@ def load(
     make = functools.partial(Transformer, config, origin=origin)
     skeleton = eqx.filter_eval_shape(make, key=jax.random.key(0))
     sources = sources_in(weights, skeleton)
-    check_tensors(weights, sources, config.tied)
+    check_tensors(weights, sources, config)
 
     quantised = set() if quantize is None else linear_paths(skeleton, r"^layers\.", is_plain_linear)
 

@@ -23,7 +23,7 @@ from .config_json import write_config
 from .families import FAMILIES
 from .folder import CONFIG, INDEX, WEIGHTS, read_carried, resolve
 from .replace_folder import replacing
-from .tensor_names import Source, source_of
+from .tensor_names import Source, rows_of_parts, source_of
 
 GENERATION = "generation_config.json"
 
@@ -108,7 +108,8 @@ class Tensor(NamedTuple):
 
 def tensors_of(policy: Transformer) -> list[Tensor]:
     """All tensors of the checkpoint, in the order of the layers, without copying their contents."""
-    names = FAMILIES[policy.config.family].names
+    family = FAMILIES[policy.config.family]
+    names = family.names
     parts: dict[tuple[str, str], list[tuple[Source, str, Any]]] = {}
     for keys, leaf in jax.tree_util.tree_leaves_with_path(policy):
         path = leaf_name(keys)
@@ -126,16 +127,29 @@ def tensors_of(policy: Transformer) -> list[Tensor]:
         leaves = [leaf for _, _, leaf in pieces]
         layers = range(policy.config.layers) if path.startswith("layers.") else (None,)
         for layer in layers:
-            read = functools.partial(_read, source, leaves, layer)
+            blocks = source.block_count(policy.config)
+            read = functools.partial(_read, source, blocks, leaves, layer)
             size = sum(leaf.nbytes for leaf in leaves) // len(layers)
             tensors.append(Tensor(source.tensor(layer or 0, suffix), size, read))
+    dtype = policy.embedding.weight.dtype
+    for name, value in family.constants_of(policy.config).items():
+        tensors.append(Tensor(name, dtype.itemsize, functools.partial(np.asarray, value, dtype)))
     return tensors
 
 
-def _read(source: Source, leaves: list[Any], layer: int | None) -> np.ndarray:
+def _read(source: Source, blocks: int, leaves: list[Any], layer: int | None) -> np.ndarray:
     arrays = [np.asarray(leaf if layer is None else leaf[layer]) for leaf in leaves]
-    tensor = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+    tensor = arrays[0] if len(arrays) == 1 else fuse(arrays, blocks)
     return np.ascontiguousarray(tensor.T if source.transposed else tensor)
+
+
+def fuse(parts: list[np.ndarray], blocks: int) -> np.ndarray:
+    """The weight or bias of a fused module, from those of its parts."""
+    sizes = [len(part) for part in parts]
+    whole = np.empty((sum(sizes), *parts[0].shape[1:]), parts[0].dtype)
+    for rows, part in zip(rows_of_parts(sizes, blocks), parts, strict=True):
+        whole[rows] = part
+    return whole
 
 
 def _write_weights(folder: Path, tensors: list[Tensor], limit: int) -> None:

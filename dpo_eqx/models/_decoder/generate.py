@@ -1,6 +1,7 @@
 """Samples completions from a policy, token by token, for a batch of prompts.
 
-A `Transformer` caches keys and values; any other policy runs on the whole row for each token.
+A `Transformer` caches keys and values. Any other policy runs on the whole row for each token. So
+does a `Transformer` in rows so long that its rotary embeddings depend on their length.
 """
 
 import operator
@@ -94,7 +95,9 @@ def _generate(
     ends: tuple[int, ...],
 ) -> Tokens:
     temperature, top_p = (1.0, None) if sampling is None else sampling
-    reader = _Cached(policy, steps) if isinstance(policy, Transformer) else _Uncached(policy, steps)
+    longest = prompt.ids.shape[1] + steps
+    caches = isinstance(policy, Transformer) and policy.shares_prompts(longest)
+    reader = _Cached(policy, steps) if caches else _Uncached(policy, steps)
     rows = prompt.ids.shape[0]
     lengths = prompt.mask.sum(axis=1)
     state, logits = jax.vmap(reader.start)(jnp.asarray(prompt.ids), lengths)
@@ -196,14 +199,20 @@ class _Uncached(eqx.Module):
     def start(self, ids: Int[Array, " prompt"], length: Int[Array, ""]):
         """The row with room for the new tokens, and the logits of the first of them."""
         row = jnp.concatenate([ids, jnp.zeros(self.steps, ids.dtype)])
-        return row, self._logits(row)[length - 1]
+        return row, self._logits(row, length)[length - 1]
 
     def advance(self, row, token: Int[Array, ""], length: Int[Array, ""], step: Int[Array, ""]):
         """Appends one new token; returns the row, and the logits of the next token."""
         row = row.at[length + step].set(token)
-        return row, self._logits(row)[length + step]
+        return row, self._logits(row, length + step + 1)[length + step]
 
-    def _logits(self, row: Int[Array, " length"]) -> Float[Array, "length vocab"]:
+    def _logits(
+        self, row: Int[Array, " length"], tokens: Int[Array, ""]
+    ) -> Float[Array, "length vocab"]:
+        """The logits of a row of which `tokens` are real."""
+        if isinstance(self.policy, Transformer):
+            hidden = self.policy.hidden(row, Layout(tokens, row.size, ()))
+            return self.policy.unembed(hidden)
         return checked_logits(self.policy, self.policy(row), row)
 
 
