@@ -12,6 +12,7 @@ from .._decoder.config import Config
 from .config_keys import check_unread
 from .config_values import KINDS, check_kinds
 from .families import FAMILIES, Family
+from .language_model import inner_config
 
 
 def family_of(values: Mapping[str, Any]) -> Family:
@@ -38,7 +39,8 @@ def read_config(values: Mapping[str, Any]) -> Config:
 
     **Arguments:**
 
-    - `values`: the parsed `config.json`, with the older or the newer names of keys.
+    - `values`: the parsed `config.json`, with the older or the newer names of keys. If it has a
+        `text_config`, as Gemma 3 with images does, that is the one that counts.
 
     **Raises:**
 
@@ -46,6 +48,7 @@ def read_config(values: Mapping[str, Any]) -> Config:
     type, a setting is not supported, or a key that the family does not read may change the logits.
     Keys that cannot change the logits (training, generation, labels) are ignored.
     """
+    values = inner_config(values)
     family = family_of(values)
     if values.get("quantization_config"):
         raise ValueError(

@@ -23,6 +23,7 @@ from .checks import check_tensors, check_tokenizer, with_tying_of
 from .config_json import read_config
 from .fill_shards import fill, fill_encoded, leaf_dtype
 from .folder import CONFIG, Weights, read_origin, resolve
+from .language_model import inner_origin, is_outer, keep_language_model
 from .tensor_sources import LeafSource, sources_in
 
 Sharding = jax.sharding.Sharding
@@ -45,7 +46,8 @@ def load(
 
     Tensors are read one at a time: peak memory is one copy of the weights (quantised, if
     `quantize` is given) and one tensor. The policy carries the tokenizer's files, and
-    `models.save` writes them again.
+    `models.save` writes them again. If a checkpoint holds more than a language model (Gemma 3 and
+    Mistral 3 with images), the language model is read, and a warning counts the other tensors.
 
     **Arguments:**
 
@@ -85,11 +87,14 @@ def load(
     if quantize is not None:
         check_format("quantize", quantize)
     folder = resolve(path)
-    origin = read_origin(folder)
+    whole = read_origin(folder)
+    origin = inner_origin(whole)
     config = _read_config(origin.config, folder)
     config = dataclasses.replace(config, remat=remat, fused=fused)
     check_tokenizer(origin, config.vocab)
     weights = Weights(folder)
+    if is_outer(whole.config):
+        keep_language_model(weights)
     config = with_tying_of(weights, config)
     # The skeleton has shapes but no arrays, so that the checks need no memory for parameters.
     make = functools.partial(Transformer, config, origin=origin)

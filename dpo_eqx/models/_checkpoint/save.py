@@ -7,6 +7,7 @@ its place.
 import functools
 import json
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,7 +39,8 @@ def save(
     """Writes a policy as a folder that `models.load`, `transformers` and vLLM load.
 
     The folder appears complete or not at all. Other files in an existing folder stay. The
-    tokenizer's files come from the folder that the policy was loaded from.
+    tokenizer's files come from the folder that the policy was loaded from. If that checkpoint held
+    more than a language model, a warning says that the language model is saved alone.
 
     ```python
     models.save(policy, "trained")
@@ -78,6 +80,12 @@ def save(
         **_dtype_keys(policy.embedding.weight.dtype),
     }
     files = _companions(policy, tokenizer_from)
+    if policy.origin.outer is not None:
+        warnings.warn(
+            f"The policy is the language model of a {policy.origin.outer!r} checkpoint. It is "
+            f"saved alone, as {config['architectures'][0]}, without the other parts.",
+            stacklevel=2,
+        )
     with replacing(Path(path)) as folder:
         for name, content in files.items():
             (folder / name).parent.mkdir(exist_ok=True)
