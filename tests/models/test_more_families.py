@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 import dpo_eqx as dpx
 from dpo_eqx import models, sharding
@@ -17,7 +18,7 @@ from ..policies import Plain, assert_close
 from ..test_packed import PACKED, PADDED, ROWS, in_order, value_and_gradient
 from .family_cases import CASES, IDS, POSITIONS, TOKENS
 from .golden import ragged_batch, shaken
-from .make_families import read_golden, write_checkpoint
+from .make_families import read_golden, save, write_checkpoint
 from .test_generate import Uncached
 
 GOLDEN = read_golden()
@@ -195,3 +196,46 @@ def test_devices_and_recomputation_change_nothing(name, checkpoint):
     got = value_and_gradient(placed, sharding.shard_batch(batch, mesh), dpx.score_pairs, slopes)
     for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         assert_close(np.asarray(one), np.asarray(other), 1e-10)
+
+
+PUBLISHED = [
+    ("gptj", {"rotary": True, "scale_attn_weights": True}),
+    ("starcoder2", {"norm_type": "layer_norm", "attention_softmax_in_fp32": True}),
+    ("cohere2", {"position_embedding_type": "rope_gptj", "use_parallel_block": True}),
+    ("phi3", {"auto_map": {"AutoModelForCausalLM": "modeling.X"}, "full_attn_mod": 1}),
+    ("hunyuan_v1_dense", {"use_qk_norm": True, "norm_type": "rms"}),
+    ("apertus", {"qk_norm": True}),
+]
+
+
+@pytest.mark.parametrize(("family", "keys"), PUBLISHED)
+def test_keys_of_published_files_that_say_what_the_family_is(family, keys):
+    plain = {"model_type": family}
+    assert models.read_config({**plain, **keys}) == models.read_config(plain)
+    for key in keys.keys() - {"auto_map"}:
+        with pytest.raises(ValueError, match=f"`{key}`"):
+            models.read_config({**plain, key: "else"})
+
+
+@pytest.mark.parametrize(
+    ("name", "constant"),
+    [
+        ("gpt-neox", "gpt_neox.layers.0.attention.masked_bias"),
+        ("codegen", "transformer.h.1.attn.causal_mask"),
+    ],
+)
+def test_buffers_of_older_checkpoints_are_no_parameters(name, constant, checkpoint):
+    folder = checkpoint(name)
+    want = models.load(folder)
+    tensors = load_file(folder / "model.safetensors")
+    save({**tensors, constant: np.ones((), np.float32)}, folder)
+    assert eqx.tree_equal(models.load(folder), want)
+
+
+def test_constants_of_an_activation_must_be_its_own(checkpoint):
+    folder = checkpoint("apertus")
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.act_fn.beta"
+    save({**tensors, name: np.asarray(0.4, np.float32)}, folder)
+    with pytest.raises(ValueError, match=r"act_fn\.beta is 0\.4.*, and only 0\.5 is supported"):
+        models.load(folder)

@@ -18,7 +18,10 @@ from .folder import CONFIG, DTYPES, Weights
 from .tensor_sources import LeafSource
 
 # Constants that older checkpoints store next to their parameters.
-_CONSTANTS = re.compile(r"rotary_emb\.inv_freq$|(^|\.)h\.\d+\.attn\.(bias|masked_bias)$")
+_CONSTANTS = re.compile(
+    r"rotary_emb\.inv_freq$|(^|\.)h\.\d+\.attn\.(bias|masked_bias|causal_mask)$"
+    r"|(^|\.)layers\.\d+\.attention\.(bias|masked_bias)$"
+)
 
 
 def check_tensors(weights: Weights, sources: dict[str, LeafSource], config: Config) -> None:

@@ -67,7 +67,7 @@ def read_config(values: Mapping[str, Any]) -> Config:
         config = Config(**{name: _plain(name, value) for name, value in fields.items()})
     except ValueError as error:
         raise ValueError(_in_keys(str(error), family)) from None
-    check_unread(values, read, config)
+    check_unread(values, read, family.neutral, config)
     return config
 
 

@@ -54,6 +54,8 @@ _GPTJ_FIXED = {
     "feed_forward_bias": True,
     "unembedding_bias": True,
 }
+_GPTJ_NEUTRAL = {"rotary": True, "scale_attn_weights": True}
+
 GPTS = {
     "gpt2": Family(
         architecture="GPT2LMHeadModel",
@@ -87,6 +89,7 @@ GPTS = {
         fixed=_GPTJ_FIXED,
         traits=(rotary.GPTJ,),
         rotary_keys=(),
+        neutral=_GPTJ_NEUTRAL,
     ),
     "codegen": Family(
         architecture="CodeGenForCausalLM",
@@ -96,6 +99,7 @@ GPTS = {
         fixed=_GPTJ_FIXED,
         traits=(rotary.GPTJ,),
         rotary_keys=(),
+        neutral=_GPTJ_NEUTRAL,
     ),
     "gpt_neox": Family(
         architecture="GPTNeoXForCausalLM",

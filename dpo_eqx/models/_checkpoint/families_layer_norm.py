@@ -122,6 +122,12 @@ LAYER_NORM = {
             traits.ONE_WINDOW,
             traits.ROTARY,
         ),
+        neutral={
+            "norm_type": "layer_norm",
+            "mlp_type": "default",
+            "attention_softmax_in_fp32": True,
+            "scale_attention_softmax_in_fp32": True,
+        },
     ),
     "nemotron": Family(
         architecture="NemotronForCausalLM",
@@ -181,5 +187,12 @@ LAYER_NORM = {
         keys=_COHERE_KEYS,
         fixed=_COHERE_FIXED,
         traits=(traits.OUTPUT_BIAS, layers.COHERE2),
+        neutral={
+            "order_of_interleaved_layers": "local_attn_first",
+            "position_embedding_type": "rope_gptj",
+            "use_embedding_sharing": True,
+            "use_gated_activation": True,
+            "use_parallel_block": True,
+        },
     ),
 }

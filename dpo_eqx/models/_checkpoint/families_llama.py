@@ -206,6 +206,7 @@ LLAMAS = {
         keys={**KEYS, **_ATTENTION_BIAS},
         fixed={"query_key_norm": True, "query_key_norm_last": True},
         traits=(traits.OUTPUT_BIAS, rotary.HUNYUAN),
+        neutral={"use_qk_norm": True, "use_rotary_pos_emb": True, "norm_type": "rms"},
     ),
     "nanochat": Family(
         architecture="NanoChatForCausalLM",
@@ -274,5 +275,7 @@ LLAMAS = {
         },
         keys={**KEYS, "resid_pdrop": "residual_dropout"},
         traits=(traits.ONE_WINDOW, rotary.PHI3),
+        # Published files name code that the class of `transformers` has replaced.
+        neutral={"auto_map": ..., "full_attn_mod": 1, "interpolate_factor": 1},
     ),
 }

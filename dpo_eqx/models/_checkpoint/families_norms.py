@@ -178,6 +178,7 @@ NORMS = {
         keys={**KEYS, **_ATTENTION_BIAS},
         fixed={"query_key_norm": True, "gated": False},
         traits=(traits.OUTPUT_BIAS, rotary.APERTUS),
+        neutral={"qk_norm": True},
         constants=lambda config: (
             {
                 "model.layers.{}.mlp.act_fn.beta": XIELU_BETA,

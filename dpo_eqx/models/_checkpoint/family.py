@@ -41,6 +41,8 @@ class Family:
     - `fixed`: fields with one value for the whole family.
     - `traits`: what reads and writes the remaining keys.
     - `rotary_keys`: the keys of rotary embeddings that the family reads.
+    - `neutral`: the values of keys in published files that `transformers` does not read, and that
+        say what the family is anyway; an ellipsis stands for any value.
     - `constants`: the numbers that its checkpoints store beside the parameters, by name; with `{}`
         for the number of the layer.
     """
@@ -52,6 +54,7 @@ class Family:
     fixed: Values = dataclasses.field(default_factory=dict)
     traits: tuple[Trait, ...] = ()
     rotary_keys: tuple[str, ...] = ROTARY_KEYS
+    neutral: Values = dataclasses.field(default_factory=dict)
     constants: Callable[[Config], Mapping[str, float]] = lambda config: {}
 
     def read(self, values: Values) -> dict[str, Any]:
