@@ -108,7 +108,15 @@ def _fast_hidden(
     completions: Sequence[Tokens],
     keys: Keys | None,
 ) -> Float[Array, "pairs length width"]:
-    """Runs the policy on each prompt with all its completions in one row, under `vmap`."""
+    """Runs the policy on each prompt with all its completions in one row, under `vmap`.
+
+    If the policy's `shares_prompts` is false for this length, each completion has its own row.
+    """
+    shares = getattr(policy, "shares_prompts", None)
+    longest = prompts.shape[1] + max(completion.ids.shape[1] for completion in completions)
+    if len(completions) > 1 and shares is not None and not shares(longest):
+        alone = [_fast_hidden(policy, prompts, lengths, [c], keys) for c in completions]
+        return jnp.concatenate(alone, axis=1)
     rows = jnp.concatenate([prompts, *(completion.ids for completion in completions)], axis=1)
     widths = tuple(completion.ids.shape[1] for completion in completions)
     sizes = jnp.stack([_sizes(completion) for completion in completions], axis=1)

@@ -18,21 +18,23 @@ from .folder import CONFIG, DTYPES, Weights
 from .tensor_sources import LeafSource
 
 # Constants that older checkpoints store next to their parameters.
-_CONSTANTS = re.compile(r"rotary_emb\.inv_freq$|(^|\.)h\.\d+\.attn\.(bias|masked_bias)$")
+_CONSTANTS = re.compile(
+    r"rotary_emb\.inv_freq$|(^|\.)h\.\d+\.attn\.(bias|masked_bias|causal_mask)$"
+    r"|(^|\.)layers\.\d+\.attention\.(bias|masked_bias)$"
+)
 
 
-def check_tensors(weights: Weights, sources: dict[str, LeafSource], tied: bool) -> None:
+def check_tensors(weights: Weights, sources: dict[str, LeafSource], config: Config) -> None:
     """Raises if tensors are missing or extra, or have a wrong shape or an unsupported dtype."""
-    expected = {
-        name: source.source.stored_shape(source.shape)
-        for source in sources.values()
-        for name in source.tensors
-    }
+    family = FAMILIES[config.family]
+    expected = {name: source.stored_shape for source in sources.values() for name in source.tensors}
     stored = weights.shapes
+    constants = family.constants_of(config)
     extra = {name for name in stored.keys() - expected.keys() if not _CONSTANTS.search(name)}
-    if tied:
+    extra -= constants.keys()
+    if config.tied:
         # `with_tying_of` has checked that it is a copy of the embedding.
-        extra.discard("lm_head.weight")
+        extra.discard(family.names["head"].tensor(0, "weight"))
     problems = [
         f"missing: {name}, of shape {expected[name]}" for name in expected.keys() - stored.keys()
     ]
@@ -42,6 +44,11 @@ def check_tensors(weights: Weights, sources: dict[str, LeafSource], tied: bool) 
             problems.append(f"mis-shaped: {name} should be {expected[name]}, is {stored[name]}")
         if weights.dtypes[name] not in DTYPES:
             problems.append(f"{name} is of dtype {weights.dtypes[name]}, not of {list(DTYPES)}")
+    for name in stored.keys() & constants.keys():
+        value = float(weights.read(name).astype(np.float64))
+        # Constants in bfloat16 have three digits.
+        if abs(value - constants[name]) > 0.01 * abs(constants[name]):
+            problems.append(f"{name} is {value}, and only {constants[name]} is supported")
     if problems:
         raise ValueError(
             f"The tensors in {weights.folder} do not match its {CONFIG}. "

@@ -12,6 +12,7 @@ from .._decoder.config import Config
 from .config_keys import check_unread
 from .config_values import KINDS, check_kinds
 from .families import FAMILIES, Family
+from .language_model import inner_config
 
 
 def family_of(values: Mapping[str, Any]) -> Family:
@@ -38,7 +39,8 @@ def read_config(values: Mapping[str, Any]) -> Config:
 
     **Arguments:**
 
-    - `values`: the parsed `config.json`, with the older or the newer names of keys.
+    - `values`: the parsed `config.json`, with the older or the newer names of keys. If it has a
+        `text_config`, as Gemma 3 with images does, that is the one that counts.
 
     **Raises:**
 
@@ -46,6 +48,7 @@ def read_config(values: Mapping[str, Any]) -> Config:
     type, a setting is not supported, or a key that the family does not read may change the logits.
     Keys that cannot change the logits (training, generation, labels) are ignored.
     """
+    values = inner_config(values)
     family = family_of(values)
     if values.get("quantization_config"):
         raise ValueError(
@@ -58,17 +61,22 @@ def read_config(values: Mapping[str, Any]) -> Config:
     aliases = {key: values[a] for a, key in family.aliases().items() if a in values}
     settings = {**family.defaults, **values, **aliases}
     fields = {field: settings[key] for key, field in family.keys.items()}
-    if fields["activation"] not in ACTIVATIONS:
-        raise ValueError(
-            f"The activation must be one of {sorted(ACTIVATIONS)}; got {fields['activation']!r}."
-        )
+    check_activation(fields["activation"], family)
     fields = {**fields, **family.fixed, **family.read(settings), "family": values["model_type"]}
     try:
         config = Config(**{name: _plain(name, value) for name, value in fields.items()})
     except ValueError as error:
         raise ValueError(_in_keys(str(error), family)) from None
-    check_unread(values, read, config)
+    check_unread(values, read, family.neutral, config)
     return config
+
+
+def check_activation(activation: Any, family: Family) -> None:
+    """Raises if the family has no such activation."""
+    trained = {"xielu"} if "layers.feed_forward.activation" in family.names else set()
+    known = ACTIVATIONS.keys() | trained
+    if activation not in known:
+        raise ValueError(f"The activation must be one of {sorted(known)}; got {activation!r}.")
 
 
 def write_config(config: Config) -> dict[str, Any]:

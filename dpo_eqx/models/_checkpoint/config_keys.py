@@ -82,15 +82,19 @@ _SAME = {
 }
 
 
-def check_unread(values: Mapping[str, Any], read: Set[str], config: Config) -> None:
+def check_unread(
+    values: Mapping[str, Any], read: Set[str], neutral: Mapping[str, Any], config: Config
+) -> None:
     """Raises if unread keys may change the logits; the error names them.
 
     **Arguments:**
 
     - `values`: the parsed `config.json`.
     - `read`: the keys that the family reads.
+    - `neutral`: the values of other keys that say what the family is anyway.
     - `config`: the configuration read from `values`.
     """
+    values = {key: value for key, value in values.items() if not _agrees(key, value, neutral)}
     _check_code(values)
     unread = {
         key: value
@@ -104,6 +108,11 @@ def check_unread(values: Mapping[str, Any], read: Set[str], config: Config) -> N
             f"change what the model computes: {listed}. If the model computes the same without "
             "them, remove them from config.json; otherwise the model is not supported."
         )
+
+
+def _agrees(key: str, value: Any, neutral: Mapping[str, Any]) -> bool:
+    """Whether a key has its neutral value; an ellipsis stands for any value."""
+    return key in neutral and (neutral[key] is ... or _equal(value, neutral[key]))
 
 
 def _is_idle(key: str, value: Any, values: Mapping[str, Any], config: Config) -> bool:

@@ -34,6 +34,14 @@ def _are_texts(x: Any) -> bool:
     return isinstance(x, list | tuple) and all(isinstance(item, str) for item in x)
 
 
+def _are_switches(x: Any) -> bool:
+    return isinstance(x, list | tuple) and all(item in (0, 1) for item in x)
+
+
+def _are_positive(x: Any) -> bool:
+    return isinstance(x, list | tuple) and all(_is_number(item) and item > 0 for item in x)
+
+
 SIZE = Kind("a positive integer", lambda x: _is_integer(x) and x > 0)
 COUNT = Kind("an integer of at least 0", lambda x: _is_integer(x) and x >= 0)
 NUMBER = Kind("a number", _is_number)
@@ -44,6 +52,12 @@ FRACTION = Kind("a number above 0 and at most 1", lambda x: _is_number(x) and 0 
 FLAG = Kind("true or false", lambda x: isinstance(x, bool))
 TEXT = Kind("a text", lambda x: isinstance(x, str))
 TEXTS = Kind("a list of texts", _are_texts)
+SWITCHES = Kind("a list of 0 and 1", _are_switches)
+POSITIVES = Kind("a list of positive numbers", _are_positive)
+COUNT_OR_TEXT = Kind(
+    "an integer of at least 0, or a text",
+    lambda x: isinstance(x, str) or (_is_integer(x) and x >= 0),
+)
 OBJECT = Kind("an object of keys and values", lambda x: isinstance(x, Mapping))
 
 
@@ -59,13 +73,23 @@ KINDS = {
     **_each(optional(SIZE), "num_key_value_heads", "head_dim", "n_inner", "sliding_window"),
     **_each(optional(SIZE), "original_max_position_embeddings"),
     **_each(COUNT, "max_window_layers"),
-    **_each(POSITIVE, "query_pre_attn_scalar"),
+    **_each(SIZE, "rotary_dim", "no_rope_layer_interval"),
+    **_each(optional(COUNT_OR_TEXT), "sliding_window_pattern"),
+    **_each(optional(SWITCHES), "no_rope_layers"),
+    **_each(POSITIVE, "query_pre_attn_scalar", "logit_scale", "logits_scaling"),
+    **_each(POSITIVE, "embedding_multiplier", "residual_multiplier", "attention_multiplier"),
+    **_each(POSITIVE, "rotary_emb_base", "rope_local_base_freq"),
+    **_each(optional(POSITIVE), "clip_qkv"),
     **_each(optional(POSITIVE), "attn_logit_softcapping", "final_logit_softcapping", "rope_theta"),
-    **_each(optional(FRACTION), "partial_rotary_factor"),
+    **_each(optional(FRACTION), "partial_rotary_factor", "rotary_pct"),
     **_each(NOT_NEGATIVE, "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon"),
-    **_each(RATE, "resid_pdrop", "embd_pdrop", "attn_pdrop"),
+    **_each(NOT_NEGATIVE, "norm_eps", "norm_epsilon"),
+    **_each(RATE, "resid_pdrop", "embd_pdrop", "attn_pdrop", "hidden_dropout"),
+    **_each(RATE, "residual_dropout", "embedding_dropout"),
     **_each(optional(RATE), "attention_dropout"),
     **_each(FLAG, "tie_word_embeddings", "attention_bias", "mlp_bias", "qk_layernorm"),
+    **_each(FLAG, "use_qkv_bias", "use_parallel_residual", "attention_out_bias"),
+    **_each(optional(FLAG), "use_bias", "use_qk_norm"),
     **_each(FLAG, "use_sliding_window", "scale_attn_weights", "add_cross_attention"),
     **_each(FLAG, "scale_attn_by_inverse_layer_idx"),
     **_each(optional(FLAG), "use_bidirectional_attention"),

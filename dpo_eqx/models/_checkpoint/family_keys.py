@@ -1,56 +1,137 @@
-"""Reads and writes the keys of each family's `config.json` that need more than a table.
+"""The traits of families: keys of `config.json` that need more than a table, read and written.
 
-Each `read_` takes all keys, with defaults filled in, and returns fields of `Config`. Each `write_`
-takes a `Config` and returns keys. Settings that are not supported raise here.
+A trait's `read` takes all keys, with defaults filled in, and returns fields of `Config`. Its
+`write` takes a `Config` and returns keys. Settings that are not supported raise here.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Sequence
 from typing import Any
 
 from .._decoder.config import Config
+from .family import Trait, Values
 from .rotary_keys import read_rotary, read_whole_rotary, write_rotary
 
-Values = Mapping[str, Any]
-
-_SLIDING, _FULL = "sliding_attention", "full_attention"
+SLIDING, FULL = "sliding_attention", "full_attention"
 
 
-def read_llama(values: Values) -> dict[str, Any]:
-    """Llama: one key decides all biases of attention."""
-    bias = values["attention_bias"]
-    return {
-        "query_bias": bias,
-        "output_bias": bias,
-        "feed_forward_bias": values["mlp_bias"],
-        "rotary": read_whole_rotary(values),
-    }
+def same_for(key: str, *fields: str) -> Trait:
+    """A key that decides several fields; its table says which one it is written from."""
+    return Trait(lambda values: dict.fromkeys(fields, bool(values[key])), lambda config: {})
 
 
-def write_llama(config: Config) -> dict[str, Any]:
-    """The inverse of `read_llama`."""
-    return {
-        "attention_bias": config.query_bias,
-        "mlp_bias": config.feed_forward_bias,
-        **write_rotary(config),
-    }
+def same_for_number(key: str, field: str) -> Trait:
+    """A number that two fields share; its table says which one it is written from."""
+    return Trait(lambda values: {field: values[key]}, lambda config: {})
+
+
+OUTPUT_BIAS = same_for("attention_bias", "output_bias")
+"""One key decides all biases of attention."""
+
+
+def rotary(*, partial: bool = False, **form: Any) -> Trait:
+    """Rotary embeddings of one kind for all layers.
+
+    **Arguments:**
+
+    - `partial`: whether the family can rotate a part of each head.
+    - `form`: fields of `Rotary` that the family fixes.
+    """
+    read = read_rotary if partial else read_whole_rotary
+    return Trait(
+        lambda values: {"rotary": read(values, **form)},
+        lambda config: write_rotary(config.rotary, partial=partial),
+    )
+
+
+ROTARY, PARTIAL_ROTARY = rotary(), rotary(partial=True)
+
+
+def half_rotary(fraction: float) -> Trait:
+    """Partial rotary embeddings in which null stands for the family's own fraction."""
+
+    def read(values: Values) -> dict[str, Any]:
+        own = values["partial_rotary_factor"] or fraction
+        return {"rotary": read_rotary({**values, "partial_rotary_factor": own})}
+
+    return Trait(read, PARTIAL_ROTARY.write)
+
+
+def refusing(*keys: str) -> Trait:
+    """Keys whose feature is not supported."""
+
+    def read(values: Values) -> dict[str, Any]:
+        for key in keys:
+            refuse(values, key)
+        return {}
+
+    return Trait(read, lambda config: {})
+
+
+def refuse(values: Values, key: str) -> None:
+    """Raises if `key` is set, since its feature is not supported."""
+    if values[key]:
+        raise ValueError(f"`{key}` in config.json is {values[key]!r}; that is not supported.")
+
+
+def read_windows(
+    types: Sequence[str], window: int | None, values: Values
+) -> tuple[int | None, ...]:
+    """The window of each layer, from its type; `values` holds the number of layers."""
+    # Older files write "attention" for full attention.
+    types = [FULL if kind == "attention" else kind for kind in types]
+    unknown = set(types) - {SLIDING, FULL}
+    if unknown:
+        raise ValueError(
+            f"`layer_types` may hold {SLIDING!r} and {FULL!r}; got {sorted(unknown)} too, "
+            "which is not supported."
+        )
+    if len(types) != values["num_hidden_layers"]:
+        raise ValueError(
+            f"`layer_types` must have one entry per layer, and `num_hidden_layers` says "
+            f"{values['num_hidden_layers']}; got {len(types)}."
+        )
+    if window is None and SLIDING in types:
+        raise ValueError(
+            f"`layer_types` has layers of {SLIDING!r}, which need a positive integer as "
+            "`sliding_window`; it is null, or `use_sliding_window` is false."
+        )
+    return tuple(window if kind == SLIDING else None for kind in types)
+
+
+def write_windows(config: Config) -> dict[str, Any]:
+    """The keys for `config.windows`."""
+    window = next((window for window in config.windows if window is not None), None)
+    types = [FULL if window is None else SLIDING for window in config.windows]
+    return {"layer_types": types, "sliding_window": window}
+
+
+def one_window(values: Values) -> dict[str, Any]:
+    """One window for all layers."""
+    return {"windows": (values["sliding_window"],) * values["num_hidden_layers"]}
+
+
+ONE_WINDOW = Trait(one_window, lambda config: {"sliding_window": config.windows[0]})
+"""Mistral and others: one window for all layers, or none."""
 
 
 def read_mistral(values: Values) -> dict[str, Any]:
     """Mistral: one window for all layers, or as `layer_types` says (Ministral)."""
     window = values["sliding_window"]
     types = (
-        values["layer_types"]
-        or [_FULL if window is None else _SLIDING] * values["num_hidden_layers"]
+        values["layer_types"] or [FULL if window is None else SLIDING] * values["num_hidden_layers"]
     )
-    return {"windows": read_windows(types, window, values), "rotary": read_whole_rotary(values)}
+    return {"windows": read_windows(types, window, values)}
 
 
 def write_mistral(config: Config) -> dict[str, Any]:
     """The inverse of `read_mistral`."""
     # Programs that do not know `layer_types` read the window alone.
     is_mixed = len(set(config.windows)) > 1
-    windows = write_windows(config) if is_mixed else {"sliding_window": config.windows[0]}
-    return {**windows, **write_rotary(config)}
+    return write_windows(config) if is_mixed else {"sliding_window": config.windows[0]}
+
+
+MISTRAL_WINDOWS = Trait(read_mistral, write_mistral)
 
 
 def read_qwen(values: Values) -> dict[str, Any]:
@@ -58,10 +139,10 @@ def read_qwen(values: Values) -> dict[str, Any]:
     window = values["sliding_window"] if values["use_sliding_window"] else None
     first = values["max_window_layers"]
     types = values["layer_types"] or [
-        _SLIDING if window is not None and layer >= first else _FULL
+        SLIDING if window is not None and layer >= first else FULL
         for layer in range(values["num_hidden_layers"])
     ]
-    return {"windows": read_windows(types, window, values), "rotary": read_whole_rotary(values)}
+    return {"windows": read_windows(types, window, values)}
 
 
 def write_qwen(config: Config) -> dict[str, Any]:
@@ -72,106 +153,99 @@ def write_qwen(config: Config) -> dict[str, Any]:
         "use_sliding_window": first < config.layers,
         # For older programs, which do not know `layer_types`.
         "max_window_layers": first,
-        **write_rotary(config),
     }
 
 
-def read_qwen3(values: Values) -> dict[str, Any]:
-    """Qwen 3: as Qwen 2, with optional biases."""
-    bias = values["attention_bias"]
-    return {"query_bias": bias, "output_bias": bias, **read_qwen(values)}
+QWEN_WINDOWS = Trait(read_qwen, write_qwen)
 
 
-def write_qwen3(config: Config) -> dict[str, Any]:
-    """The inverse of `read_qwen3`."""
-    return {"attention_bias": config.query_bias, **write_qwen(config)}
+def window_pattern(period: int) -> Trait:
+    """Windows in all layers but the last of each period, or as `layer_types` says.
+
+    The key `sliding_window_pattern` gives another period.
+    """
+
+    def read(values: Values) -> dict[str, Any]:
+        return {"windows": read_windows(types_of(values), values["sliding_window"], values)}
+
+    return Trait(read, lambda config: {**write_windows(config), "sliding_window_pattern": period})
+
+
+def types_of(values: Values) -> Sequence[str]:
+    """The type of each layer, from `layer_types` or else by a period."""
+    types = values["layer_types"]
+    return types_by_period(values["sliding_window_pattern"], values) if types is None else types
+
+
+def types_by_period(period: Any, values: Values) -> list[str]:
+    """The type of each layer if the last layer of each period has no window."""
+    if not isinstance(period, int) or not period > 0:
+        raise ValueError(
+            "`sliding_window_pattern` in config.json must be a positive integer if there is no "
+            f"`layer_types`; got {period!r}."
+        )
+    return [
+        SLIDING if layer % period else FULL for layer in range(1, values["num_hidden_layers"] + 1)
+    ]
 
 
 def read_gemma2(values: Values) -> dict[str, Any]:
-    """Gemma 2: windows in every other layer, and its own scales of scores and embeddings."""
-    refuse(values, "use_bidirectional_attention")
-    types = values["layer_types"] or [
-        _FULL if layer % 2 else _SLIDING for layer in range(values["num_hidden_layers"])
-    ]
-    bias = values["attention_bias"]
-    return {
-        "windows": read_windows(types, values["sliding_window"], values),
-        "query_bias": bias,
-        "output_bias": bias,
-        "attention_scale": values["query_pre_attn_scalar"] ** -0.5,
-        "embedding_scale": values["hidden_size"] ** 0.5,
-        "rotary": read_whole_rotary(values),
-    }
+    """Gemma 2: windows in every other layer, from the first one on."""
+    types = values["layer_types"] or types_by_period(2, values)
+    return {"windows": read_windows(types, values["sliding_window"], values)}
 
 
-def write_gemma2(config: Config) -> dict[str, Any]:
-    """The inverse of `read_gemma2`."""
+GEMMA2_WINDOWS = Trait(read_gemma2, write_windows)
+
+
+def query_scalar(values: Values) -> dict[str, Any]:
+    """Gemma 2 and 3: the scores are divided by the root of a number."""
+    return {"attention_scale": values["query_pre_attn_scalar"] ** -0.5}
+
+
+def write_query_scalar(config: Config) -> dict[str, Any]:
+    """The inverse of `query_scalar`."""
     scalar = config.attention_scale**-2
+    # A whole number is written as an integer, which `transformers` declares.
     return {
-        **write_windows(config),
-        "attention_bias": config.query_bias,
-        # A whole number is written as an integer, which `transformers` declares.
-        "query_pre_attn_scalar": round(scalar) if abs(scalar - round(scalar)) < 1e-6 else scalar,
-        **write_rotary(config),
+        "query_pre_attn_scalar": round(scalar) if abs(scalar - round(scalar)) < 1e-6 else scalar
     }
+
+
+QUERY_SCALAR = Trait(query_scalar, write_query_scalar)
+
+GEMMA_EMBEDDING = Trait(
+    lambda values: {"embedding_scale": values["hidden_size"] ** 0.5}, lambda config: {}
+)
+"""All Gemmas: embedded tokens are multiplied by the root of the width."""
+
+
+def read_gemma(values: Values) -> dict[str, Any]:
+    """Gemma 1: the first files say `gelu` and mean its approximation."""
+    activation = values["hidden_act"]
+    return {"activation": "gelu_pytorch_tanh" if activation == "gelu" else activation}
+
+
+GEMMA_ACTIVATION = Trait(read_gemma, lambda config: {})
 
 
 def read_gpt2(values: Values) -> dict[str, Any]:
     """GPT-2: the scores may be unscaled."""
-    refuse(values, "scale_attn_by_inverse_layer_idx")
-    refuse(values, "add_cross_attention")
     return {} if values["scale_attn_weights"] else {"attention_scale": 1.0}
 
 
-def write_gpt2(config: Config) -> dict[str, Any]:
-    """The inverse of `read_gpt2`."""
-    return {"scale_attn_weights": config.attention_scale != 1}
+GPT2_SCALE = Trait(read_gpt2, lambda config: {"scale_attn_weights": config.attention_scale != 1})
 
 
-def read_phi(values: Values) -> dict[str, Any]:
-    """Phi: a part of each head is rotated, by default half."""
-    fraction = values["partial_rotary_factor"] or 0.5
-    return {"rotary": read_rotary({**values, "partial_rotary_factor": fraction})}
+def inverse(number: float) -> float:
+    """The number whose inverse is exactly `number`, if there is one."""
+    guess = 1 / number
+    near = (guess, math.nextafter(guess, 0), math.nextafter(guess, math.inf))
+    return next((candidate for candidate in near if 1 / candidate == number), guess)
 
 
-def write_phi(config: Config) -> dict[str, Any]:
-    """The inverse of `read_phi`."""
-    return write_rotary(config)
-
-
-def read_windows(
-    types: Sequence[str], window: int | None, values: Values
-) -> tuple[int | None, ...]:
-    """The window of each layer, from its type; `values` holds the number of layers."""
-    # Older files write "attention" for full attention.
-    types = [_FULL if kind == "attention" else kind for kind in types]
-    unknown = set(types) - {_SLIDING, _FULL}
-    if unknown:
-        raise ValueError(
-            f"`layer_types` may hold {_SLIDING!r} and {_FULL!r}; got {sorted(unknown)} too, "
-            "which is not supported."
-        )
-    if len(types) != values["num_hidden_layers"]:
-        raise ValueError(
-            f"`layer_types` must have one entry per layer, and `num_hidden_layers` says "
-            f"{values['num_hidden_layers']}; got {len(types)}."
-        )
-    if window is None and _SLIDING in types:
-        raise ValueError(
-            f"`layer_types` has layers of {_SLIDING!r}, which need a positive integer as "
-            "`sliding_window`; it is null, or `use_sliding_window` is false."
-        )
-    return tuple(window if kind == _SLIDING else None for kind in types)
-
-
-def write_windows(config: Config) -> dict[str, Any]:
-    """The keys for `config.windows`."""
-    window = next((window for window in config.windows if window is not None), None)
-    types = [_FULL if window is None else _SLIDING for window in config.windows]
-    return {"layer_types": types, "sliding_window": window}
-
-
-def refuse(values: Values, key: str) -> None:
-    """Raises if `key` is set, since its feature is not supported."""
-    if values[key]:
-        raise ValueError(f"`{key}` in config.json is {values[key]!r}; that is not supported.")
+LOGITS_SCALING = Trait(
+    lambda values: {"logit_scale": 1 / values["logits_scaling"]},
+    lambda config: {"logits_scaling": inverse(config.logit_scale)},
+)
+"""Granite: the logits are divided by a number."""

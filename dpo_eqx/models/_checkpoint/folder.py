@@ -157,6 +157,7 @@ class Weights:
         self.files: dict[str, Path] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
+        self._stored: dict[str, str] = {}
         for path, named in _weight_files(folder, file).items():
             with _open(path) as opened:
                 held = set(opened.keys())
@@ -171,11 +172,24 @@ class Weights:
 
     def read(self, name: str, index: Index | None = None) -> np.ndarray:
         """A tensor, or its part at `index`, copied out of the file."""
+        stored = self._stored.get(name, name)
         # Open the file anew each time: pages of a file that stays mapped count as memory.
         with _open(self.files[name]) as opened:
             if index is None:
-                return opened.get_tensor(name)
-            return opened.get_slice(name)[tuple(slice(*bounds) for bounds in index)]
+                return opened.get_tensor(stored)
+            return opened.get_slice(stored)[tuple(slice(*bounds) for bounds in index)]
+
+    def drop(self, name: str) -> None:
+        """Leaves a tensor out."""
+        for table in (self.files, self.shapes, self.dtypes):
+            del table[name]
+
+    def rename(self, name: str, new: str) -> None:
+        """Gives a tensor another name than it has in its file."""
+        self.files[new] = self.files.pop(name)
+        self.shapes[new] = self.shapes.pop(name)
+        self.dtypes[new] = self.dtypes.pop(name)
+        self._stored[new] = name
 
 
 def _weight_files(folder: Path, file: str) -> Mapping[Path, set[str]]:

@@ -23,6 +23,7 @@ from .checks import check_tensors, check_tokenizer, with_tying_of
 from .config_json import read_config
 from .fill_shards import fill, fill_encoded, leaf_dtype
 from .folder import CONFIG, Weights, read_origin, resolve
+from .language_model import inner_origin, is_outer, keep_language_model
 from .tensor_sources import LeafSource, sources_in
 
 Sharding = jax.sharding.Sharding
@@ -37,7 +38,7 @@ def load(
     remat: bool = False,
     fused: bool = True,
 ) -> Transformer:
-    """Reads a Hugging Face checkpoint: llama, mistral, qwen2, qwen3, gpt2, phi or gemma2.
+    """Reads a Hugging Face checkpoint of one of the families that docs/models.md lists.
 
     ```python
     policy = models.load("Qwen/Qwen3-0.6B", dtype=jnp.bfloat16)
@@ -45,7 +46,8 @@ def load(
 
     Tensors are read one at a time: peak memory is one copy of the weights (quantised, if
     `quantize` is given) and one tensor. The policy carries the tokenizer's files, and
-    `models.save` writes them again.
+    `models.save` writes them again. If a checkpoint holds more than a language model (Gemma 3 and
+    Mistral 3 with images), the language model is read, and a warning counts the other tensors.
 
     **Arguments:**
 
@@ -85,17 +87,20 @@ def load(
     if quantize is not None:
         check_format("quantize", quantize)
     folder = resolve(path)
-    origin = read_origin(folder)
+    whole = read_origin(folder)
+    origin = inner_origin(whole)
     config = _read_config(origin.config, folder)
     config = dataclasses.replace(config, remat=remat, fused=fused)
     check_tokenizer(origin, config.vocab)
     weights = Weights(folder)
+    if is_outer(whole.config):
+        keep_language_model(weights)
     config = with_tying_of(weights, config)
     # The skeleton has shapes but no arrays, so that the checks need no memory for parameters.
     make = functools.partial(Transformer, config, origin=origin)
     skeleton = eqx.filter_eval_shape(make, key=jax.random.key(0))
     sources = sources_in(weights, skeleton)
-    check_tensors(weights, sources, config.tied)
+    check_tensors(weights, sources, config)
 
     quantised = set() if quantize is None else linear_paths(skeleton, r"^layers\.", is_plain_linear)
 

@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from .._decoder.config import Config, Rotary
+from .._decoder.config import Rotary
 from .._decoder.rotary import KINDS
 from .config_values import (
     FLAG,
@@ -16,6 +16,7 @@ from .config_values import (
     NOT_NEGATIVE,
     NUMBER,
     POSITIVE,
+    POSITIVES,
     TEXT,
     check_kinds,
     optional,
@@ -32,8 +33,13 @@ ROTARY_KEYS = (
 )
 
 
-def read_rotary(values: Mapping[str, Any]) -> Rotary:
+def read_rotary(values: Mapping[str, Any], **form: Any) -> Rotary:
     """The rotary embeddings that the keys of a `config.json` describe.
+
+    **Arguments:**
+
+    - `values`: all keys, with defaults filled in.
+    - `form`: fields of `Rotary` that the family fixes.
 
     **Raises:**
 
@@ -59,6 +65,7 @@ def read_rotary(values: Mapping[str, Any]) -> Rotary:
         fraction=float(_either(scaling, values, "partial_rotary_factor", 1.0)),
         kind=kind,
         **_READ[kind](scaling, length or longest, longest),
+        **form,
     )
 
 
@@ -66,7 +73,7 @@ def _check_settings(scaling: Mapping[str, Any], kind: str, name: str) -> None:
     """Raises if a setting of `kind` is missing, or if there is one that `kind` does not have."""
     needed = set(_NEEDED[kind])
     missing = {key for key in needed if scaling.get(key) is None}
-    if kind == "yarn" and "factor" in scaling:
+    if kind in ("yarn", "longrope") and "factor" in scaling:
         # A null factor means the ratio of the two lengths.
         missing -= {"factor"}
     if missing:
@@ -88,15 +95,15 @@ def _check_settings(scaling: Mapping[str, Any], kind: str, name: str) -> None:
         )
 
 
-def read_whole_rotary(values: Mapping[str, Any]) -> Rotary:
+def read_whole_rotary(values: Mapping[str, Any], **form: Any) -> Rotary:
     """Does what `read_rotary` does, for a family that always rotates the whole of each head.
 
     **Raises:**
 
     `ValueError` as `read_rotary`, and if only a part is to be rotated.
     """
-    rotary = read_rotary(values)
-    if rotary.fraction != 1:
+    rotary = read_rotary(values, **form)
+    if rotary.fraction != 1 and rotary.kind != "proportional":
         raise ValueError(
             f"`partial_rotary_factor` must be 1 in the family {values['model_type']!r}; got "
             f"{rotary.fraction}, which is not supported."
@@ -104,17 +111,26 @@ def read_whole_rotary(values: Mapping[str, Any]) -> Rotary:
     return rotary
 
 
-def write_rotary(config: Config) -> dict[str, Any]:
-    """The inverse of `read_rotary`: the keys, in the older and the newer form."""
-    rotary = config.rotary
+def write_rotary(rotary: Rotary | None, *, partial: bool = False) -> dict[str, Any]:
+    """The inverse of `read_rotary`: the keys, in the older and the newer form.
+
+    If `partial`, the rotated fraction is written even if it is 1, since the family has another
+    default.
+    """
     if rotary is None:
         return {}
-    scaling = {"rope_type": rotary.kind, **_WRITE[rotary.kind](rotary)}
     common: dict[str, Any] = {"rope_theta": rotary.theta}
-    if rotary.fraction != 1:
+    if partial or rotary.fraction != 1:
         common["partial_rotary_factor"] = rotary.fraction
-    older = {**scaling, **common} if rotary.kind != "default" else None
-    return {**common, "rope_scaling": older, "rope_parameters": {**scaling, **common}}
+    parameters = {**rope_parameters(rotary), **common}
+    older = parameters if rotary.kind != "default" else None
+    return {**common, "rope_scaling": older, "rope_parameters": parameters}
+
+
+def rope_parameters(rotary: Rotary) -> dict[str, Any]:
+    """The type, the base and the settings of rotary embeddings."""
+    settings = {"rope_type": rotary.kind, "rope_theta": rotary.theta}
+    return {**settings, **_WRITE[rotary.kind](rotary)}
 
 
 def _either(first: Mapping, second: Mapping, key: str, default: float) -> float:
@@ -155,9 +171,32 @@ def _amplitude(scaling: Mapping[str, Any], factor: float) -> float:
     return of(over) / of(under) if over and under else of(1.0)
 
 
+def _read_longrope(scaling: Mapping[str, Any], length: int, longest: int) -> dict[str, Any]:
+    stated, amplitude = scaling.get("factor"), scaling.get("attention_factor")
+    factor = longest / length if stated is None else float(stated)
+    # The default of `transformers`.
+    grown = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(length))
+    return {
+        "factor": factor,
+        "original_length": length,
+        "amplitude": grown if amplitude is None else float(amplitude),
+        "short_factors": tuple(map(float, scaling["short_factor"])),
+        "long_factors": tuple(map(float, scaling["long_factor"])),
+    }
+
+
+def _read_dynamic(scaling: Mapping[str, Any], length: int, longest: int) -> dict[str, Any]:
+    return {"factor": float(scaling["factor"]), "original_length": longest}
+
+
 _READ = {
     "default": lambda scaling, length, longest: {},
     "linear": lambda scaling, length, longest: {"factor": float(scaling["factor"])},
+    "proportional": lambda scaling, length, longest: {
+        "factor": float(_either(scaling, {}, "factor", 1.0))
+    },
+    "dynamic": _read_dynamic,
+    "longrope": _read_longrope,
     "llama3": _read_llama3,
     "yarn": _read_yarn,
 }
@@ -165,10 +204,15 @@ _READ = {
 _NEEDED = {
     "default": (),
     "linear": ("factor",),
+    "proportional": (),
+    "dynamic": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
     "yarn": ("factor",),
+    "longrope": ("short_factor", "long_factor"),
 }
 _OPTIONAL = {
+    "proportional": ("factor",),
+    "longrope": ("factor", "attention_factor"),
     "yarn": ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
 }
 # `finetuned` says that the model was trained with the scaling; it has no effect.
@@ -182,6 +226,7 @@ _ROPE_KINDS = {
     **dict.fromkeys(["attention_factor", "beta_fast", "beta_slow"], optional(NOT_NEGATIVE)),
     **dict.fromkeys(["mscale", "mscale_all_dim"], optional(NUMBER)),
     "truncate": optional(FLAG),
+    **dict.fromkeys(["short_factor", "long_factor"], optional(POSITIVES)),
     "rope_theta": KINDS_OF_CONFIG["rope_theta"],
     "partial_rotary_factor": KINDS_OF_CONFIG["partial_rotary_factor"],
     "original_max_position_embeddings": KINDS_OF_CONFIG["original_max_position_embeddings"],
@@ -190,6 +235,15 @@ _ROPE_KINDS = {
 _WRITE = {
     "default": lambda rotary: {},
     "linear": lambda rotary: {"factor": rotary.factor},
+    "proportional": lambda rotary: {"factor": rotary.factor},
+    "dynamic": lambda rotary: {"factor": rotary.factor},
+    "longrope": lambda rotary: {
+        "factor": rotary.factor,
+        "short_factor": list(rotary.short_factors),
+        "long_factor": list(rotary.long_factors),
+        "attention_factor": rotary.amplitude,
+        "original_max_position_embeddings": rotary.original_length,
+    },
     "llama3": lambda rotary: {
         "factor": rotary.factor,
         "low_freq_factor": rotary.low_frequency,

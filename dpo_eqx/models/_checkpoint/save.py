@@ -7,6 +7,7 @@ its place.
 import functools
 import json
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +24,7 @@ from .config_json import write_config
 from .families import FAMILIES
 from .folder import CONFIG, INDEX, WEIGHTS, read_carried, resolve
 from .replace_folder import replacing
-from .tensor_names import Source, source_of
+from .tensor_names import Source, rows_of_parts, source_of
 
 GENERATION = "generation_config.json"
 
@@ -38,7 +39,8 @@ def save(
     """Writes a policy as a folder that `models.load`, `transformers` and vLLM load.
 
     The folder appears complete or not at all. Other files in an existing folder stay. The
-    tokenizer's files come from the folder that the policy was loaded from.
+    tokenizer's files come from the folder that the policy was loaded from. If that checkpoint held
+    more than a language model, a warning says that the language model is saved alone.
 
     ```python
     models.save(policy, "trained")
@@ -78,6 +80,12 @@ def save(
         **_dtype_keys(policy.embedding.weight.dtype),
     }
     files = _companions(policy, tokenizer_from)
+    if policy.origin.outer is not None:
+        warnings.warn(
+            f"The policy is the language model of a {policy.origin.outer!r} checkpoint. It is "
+            f"saved alone, as {config['architectures'][0]}, without the other parts.",
+            stacklevel=2,
+        )
     with replacing(Path(path)) as folder:
         for name, content in files.items():
             (folder / name).parent.mkdir(exist_ok=True)
@@ -108,7 +116,8 @@ class Tensor(NamedTuple):
 
 def tensors_of(policy: Transformer) -> list[Tensor]:
     """All tensors of the checkpoint, in the order of the layers, without copying their contents."""
-    names = FAMILIES[policy.config.family].names
+    family = FAMILIES[policy.config.family]
+    names = family.names
     parts: dict[tuple[str, str], list[tuple[Source, str, Any]]] = {}
     for keys, leaf in jax.tree_util.tree_leaves_with_path(policy):
         path = leaf_name(keys)
@@ -126,16 +135,29 @@ def tensors_of(policy: Transformer) -> list[Tensor]:
         leaves = [leaf for _, _, leaf in pieces]
         layers = range(policy.config.layers) if path.startswith("layers.") else (None,)
         for layer in layers:
-            read = functools.partial(_read, source, leaves, layer)
+            blocks = source.block_count(policy.config)
+            read = functools.partial(_read, source, blocks, leaves, layer)
             size = sum(leaf.nbytes for leaf in leaves) // len(layers)
             tensors.append(Tensor(source.tensor(layer or 0, suffix), size, read))
+    dtype = policy.embedding.weight.dtype
+    for name, value in family.constants_of(policy.config).items():
+        tensors.append(Tensor(name, dtype.itemsize, functools.partial(np.asarray, value, dtype)))
     return tensors
 
 
-def _read(source: Source, leaves: list[Any], layer: int | None) -> np.ndarray:
+def _read(source: Source, blocks: int, leaves: list[Any], layer: int | None) -> np.ndarray:
     arrays = [np.asarray(leaf if layer is None else leaf[layer]) for leaf in leaves]
-    tensor = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+    tensor = arrays[0] if len(arrays) == 1 else fuse(arrays, blocks)
     return np.ascontiguousarray(tensor.T if source.transposed else tensor)
+
+
+def fuse(parts: list[np.ndarray], blocks: int) -> np.ndarray:
+    """The weight or bias of a fused module, from those of its parts."""
+    sizes = [len(part) for part in parts]
+    whole = np.empty((sum(sizes), *parts[0].shape[1:]), parts[0].dtype)
+    for rows, part in zip(rows_of_parts(sizes, blocks), parts, strict=True):
+        whole[rows] = part
+    return whole
 
 
 def _write_weights(folder: Path, tensors: list[Tensor], limit: int) -> None:

@@ -4,7 +4,11 @@ Both loading and saving read these tables; nothing here touches a file.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from .._decoder.config import Config
 
 # Start and stop along each axis.
 Index = tuple[tuple[int, int], ...]
@@ -14,33 +18,29 @@ Index = tuple[tuple[int, int], ...]
 class Source:
     """A module of a checkpoint, or a part of one, that holds one of our modules.
 
+    A fused module holds several of our modules. Its outputs are in blocks of equal size, and each
+    block has an equal share of the first part, then one of the second, and so on.
+
     **Arguments:**
 
     - `module`: its name, with `{}` for the number of the layer.
     - `transposed`: whether its weight is stored as `(in, out)`.
-    - `part`, `parts`: our module is the part number `part` of `parts` equal parts of its outputs.
+    - `part`: the place of our module among the parts of a fused module.
+    - `blocks`: the number of blocks, or the field of `Config` that gives it.
     """
 
     module: str
     transposed: bool = False
     part: int = 0
-    parts: int = 1
+    blocks: int | str = 1
 
     def tensor(self, layer: int, suffix: str) -> str:
         """The tensor's name: `suffix` is `"weight"` or `"bias"`."""
         return f"{self.module.format(layer)}.{suffix}"
 
-    def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of the tensor, from the shape of our parameter in one layer."""
-        full_shape = (self.parts * shape[0], *shape[1:])
-        return full_shape[::-1] if self.transposed else full_shape
-
-    def stored_index(self, index: Index, shape: tuple[int, ...]) -> Index:
-        """The index into the tensor for an `index` into our parameter."""
-        (start, stop), *other_axes = index
-        offset = self.part * shape[0]
-        shifted = ((start + offset, stop + offset), *other_axes)
-        return shifted[::-1] if self.transposed else shifted
+    def block_count(self, config: Config) -> int:
+        """The number of blocks in a checkpoint with this configuration."""
+        return self.blocks if isinstance(self.blocks, int) else getattr(config, self.blocks)
 
 
 def source_of(names: Mapping[str, Source], path: str) -> tuple[Source, str]:
@@ -48,6 +48,39 @@ def source_of(names: Mapping[str, Source], path: str) -> tuple[Source, str]:
     module, suffix = path.rsplit(".", 1)
     return names[module], suffix
 
+
+def parts_of(names: Mapping[str, Source], module: str) -> list[str]:
+    """The paths of our modules that a module of the checkpoint holds, in the order of its parts."""
+    paths = [path for path, source in names.items() if source.module == module]
+    return sorted(paths, key=lambda path: names[path].part)
+
+
+def rows_of_parts(sizes: Sequence[int], blocks: int) -> list[np.ndarray]:
+    """The outputs of a fused module that belong to each of its parts, from the parts' outputs.
+
+    ```python
+    rows_of_parts([4, 2], blocks=2)  # [array([0, 1, 3, 4]), array([2, 5])]
+    ```
+    """
+    block = sum(sizes) // blocks
+    rows, start = [], 0
+    for size in sizes:
+        share = size // blocks
+        own = np.arange(blocks)[:, None] * block + start + np.arange(share)[None, :]
+        rows.append(own.reshape(-1))
+        start += share
+    return rows
+
+
+def fused(
+    *paths: str, module: str, transposed: bool = False, blocks: int | str = 1
+) -> dict[str, Source]:
+    """The sources of the modules at `paths`, which are the parts of one fused module, in order."""
+    return {path: Source(module, transposed, i, blocks) for i, path in enumerate(paths)}
+
+
+_QKV = ("layers.attention.query", "layers.attention.key", "layers.attention.value")
+_GATE_UP = ("layers.feed_forward.gate", "layers.feed_forward.up")
 
 _ATTENTION = {
     "layers.attention.query": Source("model.layers.{}.self_attn.q_proj"),
@@ -92,13 +125,97 @@ GPT2 = {
     "embedding": Source("transformer.wte"),
     "positions": Source("transformer.wpe"),
     "layers.attention_norm": Source("transformer.h.{}.ln_1"),
-    "layers.attention.query": Source("transformer.h.{}.attn.c_attn", True, 0, 3),
-    "layers.attention.key": Source("transformer.h.{}.attn.c_attn", True, 1, 3),
-    "layers.attention.value": Source("transformer.h.{}.attn.c_attn", True, 2, 3),
+    **fused(*_QKV, module="transformer.h.{}.attn.c_attn", transposed=True),
     "layers.attention.output": Source("transformer.h.{}.attn.c_proj", True),
     "layers.feed_forward_norm": Source("transformer.h.{}.ln_2"),
     "layers.feed_forward.up": Source("transformer.h.{}.mlp.c_fc", True),
     "layers.feed_forward.down": Source("transformer.h.{}.mlp.c_proj", True),
     "norm": Source("transformer.ln_f"),
     "head": Source("lm_head"),
+}
+
+# In turn the queries, the keys and the values; and the gate and what it gates.
+PHI3 = {
+    **LLAMA,
+    **fused(*_QKV, module="model.layers.{}.self_attn.qkv_proj"),
+    **fused(*_GATE_UP, module="model.layers.{}.mlp.gate_up_proj"),
+}
+
+GLM = {**LLAMA, **fused(*_GATE_UP, module="model.layers.{}.mlp.gate_up_proj")}
+
+GLM4 = {
+    **GLM,
+    "layers.attention_post_norm": Source("model.layers.{}.post_self_attn_layernorm"),
+    "layers.feed_forward_post_norm": Source("model.layers.{}.post_mlp_layernorm"),
+}
+
+_BEFORE = ("layers.attention_norm", "layers.feed_forward_norm")
+# Norms after attention and feed-forward only, one of them under a name that Llama has for another.
+OLMO2 = {
+    **{path: source for path, source in LLAMA.items() if path not in _BEFORE},
+    "layers.attention_post_norm": Source("model.layers.{}.post_attention_layernorm"),
+    "layers.feed_forward_post_norm": Source("model.layers.{}.post_feedforward_layernorm"),
+}
+
+STARCODER2 = {
+    **LLAMA,
+    "layers.feed_forward.up": Source("model.layers.{}.mlp.c_fc"),
+    "layers.feed_forward.down": Source("model.layers.{}.mlp.c_proj"),
+}
+
+NANOCHAT = {
+    **LLAMA,
+    "layers.feed_forward.up": Source("model.layers.{}.mlp.fc1"),
+    "layers.feed_forward.down": Source("model.layers.{}.mlp.fc2"),
+}
+
+HUNYUAN = {
+    **LLAMA,
+    "layers.attention.query_norm": Source("model.layers.{}.self_attn.query_layernorm"),
+    "layers.attention.key_norm": Source("model.layers.{}.self_attn.key_layernorm"),
+}
+
+APERTUS = {
+    **LLAMA,
+    "layers.attention_norm": Source("model.layers.{}.attention_layernorm"),
+    "layers.feed_forward_norm": Source("model.layers.{}.feedforward_layernorm"),
+    "layers.feed_forward.activation": Source("model.layers.{}.mlp.act_fn"),
+}
+
+# Each head has its query, its key and its value in a row.
+GPT_NEOX = {
+    "embedding": Source("gpt_neox.embed_in"),
+    "layers.attention_norm": Source("gpt_neox.layers.{}.input_layernorm"),
+    **fused(*_QKV, module="gpt_neox.layers.{}.attention.query_key_value", blocks="heads"),
+    "layers.attention.output": Source("gpt_neox.layers.{}.attention.dense"),
+    "layers.feed_forward_norm": Source("gpt_neox.layers.{}.post_attention_layernorm"),
+    "layers.feed_forward.up": Source("gpt_neox.layers.{}.mlp.dense_h_to_4h"),
+    "layers.feed_forward.down": Source("gpt_neox.layers.{}.mlp.dense_4h_to_h"),
+    "norm": Source("gpt_neox.final_layer_norm"),
+    "head": Source("embed_out"),
+}
+
+GPTJ = {
+    "embedding": Source("transformer.wte"),
+    "layers.attention_norm": Source("transformer.h.{}.ln_1"),
+    "layers.attention.query": Source("transformer.h.{}.attn.q_proj"),
+    "layers.attention.key": Source("transformer.h.{}.attn.k_proj"),
+    "layers.attention.value": Source("transformer.h.{}.attn.v_proj"),
+    "layers.attention.output": Source("transformer.h.{}.attn.out_proj"),
+    "layers.feed_forward.up": Source("transformer.h.{}.mlp.fc_in"),
+    "layers.feed_forward.down": Source("transformer.h.{}.mlp.fc_out"),
+    "norm": Source("transformer.ln_f"),
+    "head": Source("lm_head"),
+}
+
+# It was trained on four devices; each had its part of the queries, then of the values and the keys.
+CODEGEN = {
+    **GPTJ,
+    **fused(
+        "layers.attention.query",
+        "layers.attention.value",
+        "layers.attention.key",
+        module="transformer.h.{}.attn.qkv_proj",
+        blocks=4,
+    ),
 }

@@ -12,7 +12,7 @@ from ..._jax.paths import leaf_name
 from .._decoder.transformer import Transformer
 from .families import FAMILIES
 from .folder import Weights
-from .tensor_names import Index, Source, source_of
+from .tensor_names import Index, parts_of, rows_of_parts, source_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,20 +22,36 @@ class LeafSource:
     **Arguments:**
 
     - `tensors`: the names of the tensors.
-    - `source`: which part of each tensor is used, and how it is stored.
+    - `rows`: for each output of the leaf, its place among the outputs of the tensor.
+    - `outputs`: the number of outputs of the tensor.
+    - `transposed`: whether the tensor is stored as `(in, out)`.
     - `shape`: the shape of the leaf in one layer.
     - `stacked`: whether the leaf has a leading axis of layers.
     """
 
     tensors: tuple[str, ...]
-    source: Source
+    rows: np.ndarray
+    outputs: int
+    transposed: bool
     shape: tuple[int, ...]
     stacked: bool
 
     def read(self, weights: Weights, layer: int, index: Index) -> np.ndarray:
         """The part of the leaf at `index`, in one layer."""
-        tensor = weights.read(self.tensors[layer], self.source.stored_index(index, self.shape))
-        return tensor.T if self.source.transposed else tensor
+        (start, stop), *other_axes = index
+        rows = self.rows[start:stop]
+        first, last = int(rows[0]), int(rows[-1]) + 1
+        span = ((first, last), *other_axes)
+        tensor = weights.read(self.tensors[layer], span[::-1] if self.transposed else span)
+        tensor = tensor.T if self.transposed else tensor
+        # The outputs of a fused module may have outputs of its other parts in between.
+        return tensor if last - first == len(rows) else tensor[rows - first]
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """The shape of each tensor."""
+        shape = (self.outputs, *self.shape[1:])
+        return shape[::-1] if self.transposed else shape
 
 
 def sources_in(weights: Weights, skeleton: Transformer) -> dict[str, LeafSource]:
@@ -44,16 +60,24 @@ def sources_in(weights: Weights, skeleton: Transformer) -> dict[str, LeafSource]
     # Checkpoints of a base model lack the prefix, which all tensors but the unembedding have.
     prefix = names["embedding"].module.split(".")[0] + "."
     bare = not any(name.startswith(prefix) for name in weights.shapes)
+    leaves = jax.tree_util.tree_leaves_with_path(skeleton)
+    shapes = {
+        leaf_name(path): leaf.shape[1:] if leaf_name(path).startswith("layers.") else leaf.shape
+        for path, leaf in leaves
+    }
     sources = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(skeleton):
-        source, suffix = source_of(names, leaf_name(path))
-        stacked = leaf_name(path).startswith("layers.")
-        layers = range(leaf.shape[0]) if stacked else range(1)
+    for path, shape in shapes.items():
+        source, suffix = source_of(names, path)
+        stacked = path.startswith("layers.")
+        layers = range(skeleton.config.layers if stacked else 1)
         tensors = tuple(source.tensor(layer, suffix) for layer in layers)
         if bare:
             tensors = tuple(name.removeprefix(prefix) for name in tensors)
-        shape = leaf.shape[1:] if stacked else leaf.shape
-        sources[leaf_name(path)] = LeafSource(tensors, source, shape, stacked)
+        parts = parts_of(names, source.module)
+        sizes = [shapes[f"{part}.{suffix}"][0] for part in parts]
+        rows = rows_of_parts(sizes, source.block_count(skeleton.config))
+        own = rows[parts.index(path.rsplit(".", 1)[0])]
+        sources[path] = LeafSource(tensors, own, sum(sizes), source.transposed, shape, stacked)
     return _tied(weights, skeleton, sources)
 
 

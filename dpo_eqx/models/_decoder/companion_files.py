@@ -20,13 +20,18 @@ class Origin:
 
     - `files`: the contents by name.
     - `config`: the parsed `config.json`. Its keys that we do not read are written again.
+    - `outer`: the `model_type` of the checkpoint, if it held more than this language model.
     """
 
-    __slots__ = ("config", "files")
+    __slots__ = ("config", "files", "outer")
 
     def __init__(
-        self, files: Mapping[str, bytes] | None = None, config: Mapping[str, Any] | None = None
+        self,
+        files: Mapping[str, bytes] | None = None,
+        config: Mapping[str, Any] | None = None,
+        outer: str | None = None,
     ):
+        self.outer = outer
         self.files: Mapping[str, bytes] = {} if files is None else files
         self.config: Mapping[str, Any] = {} if config is None else config
 

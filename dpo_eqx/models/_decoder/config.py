@@ -11,19 +11,31 @@ from typing import Literal
 class Rotary:
     """Rotary position embeddings, scaled or not.
 
+    Some kinds depend on the length of the sequence that a token belongs to: its real tokens,
+    without padding. Up to `limit` tokens they do not.
+
     **Arguments:**
 
     - `theta`: the base of the wavelengths.
     - `fraction`: the rotated fraction of each head, from its front.
-    - `kind`: the kind of scaling: `"default"` (none), `"linear"`, `"llama3"` or `"yarn"`.
+    - `kind`: the kind of scaling: `"default"` (none), `"linear"`, `"llama3"`, `"yarn"`,
+        `"proportional"`, `"dynamic"` or `"longrope"`.
     - `factor`: the factor by which the scaling extends the sequence length.
-    - `original_length`: the sequence length before scaling, in tokens; for `"llama3"` and `"yarn"`.
+    - `original_length`: the sequence length before scaling, in tokens; for all kinds from
+        `"llama3"` on.
     - `low_frequency`, `high_frequency`: for `"llama3"`, in turns over `original_length`.
         Frequencies below the range are divided by `factor`, those above it stay, and those inside
         are interpolated.
     - `slow`, `fast`: the same range for `"yarn"`.
     - `truncate`: whether `"yarn"` rounds that range to whole dimensions.
-    - `amplitude`: the factor of cosines and sines; 1 except for `"yarn"`.
+    - `amplitude`: the factor of cosines and sines; 1 except for `"yarn"` and `"longrope"`.
+    - `short_factors`, `long_factors`: for `"longrope"`, the divisor of each frequency in sequences
+        of at most `original_length` tokens, and in longer ones.
+    - `interleaved`: whether neighbours of a head are rotated against each other, rather than its
+        first half against its second.
+    - `reverse`: whether the angles are negative.
+    - `query_growth`: rotated queries are multiplied by
+        `1 + query_growth * log(1 + position // original_length)`.
     """
 
     theta: float = 10000.0
@@ -37,6 +49,21 @@ class Rotary:
     fast: float = 32.0
     truncate: bool = True
     amplitude: float = 1.0
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
+    interleaved: bool = False
+    reverse: bool = False
+    query_growth: float = 0.0
+
+    def rotated_width(self, head_width: int) -> int:
+        """The width of the rotated part of a head."""
+        # `"proportional"` has frequencies of zero instead of a part that is not rotated.
+        return head_width if self.kind == "proportional" else int(head_width * self.fraction)
+
+    @property
+    def limit(self) -> int | None:
+        """The tokens up to which the length of a sequence has no effect; `None` if it never has."""
+        return self.original_length if self.kind in ("dynamic", "longrope") else None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,22 +81,35 @@ class Config:
     - `feed_forward`: the inner width of the feed-forward block (default: `4 * width`).
     - `max_length`: the largest sequence length, in tokens; only enforced if positions are learned.
     - `family`: the family of checkpoints it belongs to, `model_type` in their `config.json`.
-    - `activation`: `"silu"`, `"gelu"`, `"gelu_new"`, `"gelu_pytorch_tanh"` or `"relu"`.
+    - `activation`: `"silu"`, `"gelu"`, `"gelu_new"`, `"gelu_pytorch_tanh"`, `"relu"`, `"relu2"`,
+        `"quick_gelu"`, or `"xielu"`, which has trained parameters.
     - `gated`: whether the activation gates a second projection.
     - `norm`: root-mean-square or layer normalisation. `norm_eps` is added to the mean square, and
         `norm_offset` to the weights.
-    - `query_key_norm`: whether queries and keys are normalised, head by head.
-    - `parallel`: whether attention and feed-forward read the same normalised input.
-    - `post_norms`: whether the outputs of attention and feed-forward are normalised, too.
+    - `norm_weight`, `norm_bias`: whether norms have weights, and layer norms biases.
+    - `query_key_norm`: whether queries and keys are normalised.
+    - `query_key_norm_axes`: `"head"` normalises each head, with one weight for all; `"heads"` has
+        weights for each head; `"all"` normalises all heads at once.
+    - `query_key_norm_last`: whether queries and keys are normalised after the rotation.
+    - `parallel`: whether attention and feed-forward read the same input.
+    - `parallel_norms`: whether parallel layers have a norm for each of the two.
+    - `pre_norms`: whether the inputs of attention and feed-forward are normalised.
+    - `post_norms`: whether the outputs of attention and feed-forward are normalised.
+    - `embedding_norm`: whether the embedded tokens are normalised, by the norm after the last
+        layer.
     - `rotary`: the rotary position embeddings; `None` for learned positions.
+    - `rotaries`: for each layer its rotary position embeddings, or `None` for none (default:
+        `rotary` in each layer). They rotate the same part of each head in the same way.
     - `query_bias`, `output_bias`, `feed_forward_bias`, `unembedding_bias`: which projections have
         a bias; `query_bias` is for queries, keys and values.
     - `tied`: whether the unembedding is the embedding.
     - `windows`: for each layer, the number of positions that a token sees, itself included; `None`
         for all (default: `None` for each layer).
+    - `projection_clip`: queries, keys and values are clipped to this absolute value.
     - `attention_scale`: the factor of the scores (default: `head_width ** -0.5`).
     - `attention_softcap`, `softcap`: the soft caps of the scores and of the logits.
-    - `embedding_scale`: the factor of the embedded tokens.
+    - `embedding_scale`, `residual_scale`, `logit_scale`: the factors of the embedded tokens, of the
+        outputs of attention and feed-forward, and of the logits before the soft cap.
     - `embedding_dropout`, `attention_dropout`, `residual_dropout`: dropout probabilities. Dropout
         applies only if the policy is called with a key.
     - `remat`: whether each layer is recomputed in the backward pass rather than stored.
@@ -94,20 +134,31 @@ class Config:
     norm: Literal["rms", "layer"] = "rms"
     norm_eps: float = 1e-6
     norm_offset: float = 0.0
+    norm_weight: bool = True
+    norm_bias: bool = True
     query_key_norm: bool = False
+    query_key_norm_axes: Literal["head", "heads", "all"] = "head"
+    query_key_norm_last: bool = False
     parallel: bool = False
+    parallel_norms: bool = False
+    pre_norms: bool = True
     post_norms: bool = False
+    embedding_norm: bool = False
     rotary: Rotary | None = Rotary()
+    rotaries: tuple[Rotary | None, ...] = ()
     query_bias: bool = False
     output_bias: bool = False
     feed_forward_bias: bool = False
     unembedding_bias: bool = False
     tied: bool = False
     windows: tuple[int | None, ...] = ()
+    projection_clip: float | None = None
     attention_scale: float = 0.0
     attention_softcap: float | None = None
     softcap: float | None = None
     embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
     embedding_dropout: float = 0.0
     attention_dropout: float = 0.0
     residual_dropout: float = 0.0
@@ -121,8 +172,15 @@ class Config:
         self._default("head_width", self.width // self.heads)
         self._default("feed_forward", 4 * self.width)
         self._default("windows", (None,) * self.layers)
+        self._default("rotaries", (self.rotary,) * self.layers)
         self._default("attention_scale", self.head_width**-0.5)
         check_fit(self)
+
+    @property
+    def length_limit(self) -> int | None:
+        """The tokens up to which the length of a sequence has no effect; `None` if it never has."""
+        limits = [rotary.limit for rotary in self.rotaries if rotary is not None]
+        return min((limit for limit in limits if limit is not None), default=None)
 
     def _default(self, name: str, value: object) -> None:
         # A frozen dataclass can only be set this way.
@@ -148,12 +206,49 @@ def check_fit(config: Config) -> None:
         raise ValueError(
             f"`heads` must be a multiple of `key_heads`; got {config.heads} and {config.key_heads}."
         )
-    if len(config.windows) != config.layers:
+    for name in ("windows", "rotaries"):
+        entries = getattr(config, name)
+        if len(entries) != config.layers:
+            raise ValueError(
+                f"`{name}` must have one entry per layer, {config.layers}; got {len(entries)}."
+            )
+    if config.tied and config.unembedding_bias:
         raise ValueError(
-            f"`windows` must have one entry per layer, {config.layers}; got {len(config.windows)}."
+            "`tied` must be false if the logits have a bias (`unembedding_bias`), since a tied "
+            "unembedding has no place for it."
         )
-    if config.rotary is not None and int(config.head_width * config.rotary.fraction) % 2:
+    check_rotary(config)
+
+
+def check_rotary(config: Config) -> None:
+    """Raises if the rotary embeddings do not fit the heads or each other."""
+    rotary = config.rotary
+    others = [other for other in config.rotaries if other is not None]
+    if rotary is None:
+        if others:
+            raise ValueError("`rotaries` must be `None` in each layer if positions are learned.")
+        return
+    if rotary.rotated_width(config.head_width) % 2:
         raise ValueError(
             f"The rotated part of a head must be even; got `head_width` {config.head_width} and "
-            f"`rotary.fraction` {config.rotary.fraction}."
+            f"`rotary.fraction` {rotary.fraction}."
         )
+    for other in {rotary, *others}:
+        half = rotary.rotated_width(config.head_width) // 2
+        if _form(other, config) != _form(rotary, config):
+            raise ValueError(
+                "`rotaries` must rotate the same part of each head in the same way; got "
+                f"{other} and {rotary}."
+            )
+        counts = {len(other.short_factors), len(other.long_factors)}
+        if other.kind == "longrope" and counts != {half}:
+            raise ValueError(
+                f"`short_factor` and `long_factor` must have one number for each frequency, {half};"
+                f" got {len(other.short_factors)} and {len(other.long_factors)}."
+            )
+
+
+def _form(rotary: Rotary, config: Config) -> tuple[object, ...]:
+    """What the rotary embeddings of all layers must have in common."""
+    width = rotary.rotated_width(config.head_width)
+    return width, rotary.interleaved, rotary.query_growth

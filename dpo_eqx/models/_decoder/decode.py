@@ -1,7 +1,8 @@
 """Decoding: reads each prompt once, then draws several completions of it, token by token.
 
 A `Transformer` keeps the keys and values of the prompt, which all samples share, apart from those
-of each sample. Any other policy runs on the whole row for each token. `generate.py` has the public
+of each sample. Any other policy runs on the whole row for each token. So does a `Transformer` in
+rows so long that its rotary embeddings depend on their length. `generate.py` has the public
 functions.
 """
 
@@ -54,7 +55,9 @@ def decode(
     - `steps`: the largest number of tokens in a completion.
     - `ends`: sequences of ids, each of which ends a completion.
     """
-    reader = Cached(policy) if isinstance(policy, Transformer) else Uncached(policy)
+    longest = prompt.ids.shape[1] + steps
+    caches = isinstance(policy, Transformer) and policy.shares_prompts(longest)
+    reader = Cached(policy) if caches else Uncached(policy)
     lengths = prompt.mask.sum(axis=1)
     shared, own, logits = jax.vmap(reader.start)(jnp.asarray(prompt.ids), lengths)
     # Over prompts, and within each over its samples, which all read one `shared`.
@@ -209,7 +212,7 @@ class Uncached(eqx.Module):
 
     def start(self, ids: Int[Array, " prompt"], length: Int[Array, ""]):
         """The prompt, no new tokens, and the logits of the first of them."""
-        return ids, ids[:0], self._logits(ids)[length - 1]
+        return ids, ids[:0], self._logits(ids, length)[length - 1]
 
     def advance(self, shared, own, token: Int[Array, ""], length: Int[Array, ""], step):
         """Writes the new token number `step`: the new tokens, and the logits of the next one."""
@@ -217,7 +220,13 @@ class Uncached(eqx.Module):
         row = jnp.concatenate([shared, jnp.zeros_like(own)])
         # Behind the real tokens of the prompt, over its padding.
         row = jax.lax.dynamic_update_slice_in_dim(row, own, length, axis=0)
-        return own, self._logits(row)[length + step]
+        return own, self._logits(row, length + step + 1)[length + step]
 
-    def _logits(self, row: Int[Array, " length"]) -> Float[Array, "length vocab"]:
+    def _logits(
+        self, row: Int[Array, " length"], tokens: Int[Array, ""]
+    ) -> Float[Array, "length vocab"]:
+        """The logits of a row of which `tokens` are real."""
+        if isinstance(self.policy, Transformer):
+            hidden = self.policy.hidden(row, Layout(tokens, row.size, ()))
+            return self.policy.unembed(hidden)
         return checked_logits(self.policy, self.policy(row), row)

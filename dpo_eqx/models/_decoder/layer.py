@@ -8,15 +8,14 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from ..._jax.rounding import rounded
-from .basic_layers import ACTIVATIONS, Linear, Norm, dropout
+from .basic_layers import ACTIVATIONS, XIELU, Linear, Norm, dropout, scaled
 from .config import Config
-from .rotary import rotate
+from .rotary import Tables, rotate
 
-# The cosines and sines of each position of the row; `None` if positions are learned.
-Tables = tuple[Float[Array, "length half"], Float[Array, "length half"]] | None
 # Maps queries, keys and values of one layer to its output, and to a cache of any form.
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
 
@@ -48,25 +47,65 @@ class Attention(eqx.Module):
         self.value = Linear(shared, config.width, key=keys[2], **into)
         scale = (2 * config.layers * inner) ** -0.5
         self.output = Linear(config.width, inner, bias=config.output_bias, scale=scale, key=keys[3])
-        self.query_norm = Norm(config.head_width, config) if config.query_key_norm else None
-        self.key_norm = Norm(config.head_width, config) if config.query_key_norm else None
+        self.query_norm = query_key_norm(config.heads, config)
+        self.key_norm = query_key_norm(config.key_heads, config)
 
     def __call__(
-        self, x: Float[Array, "length width"], tables: Tables, attend: Attend, *, config: Config
+        self,
+        x: Float[Array, "length width"],
+        tables: Tables | None,
+        attend: Attend,
+        *,
+        config: Config,
     ) -> tuple[Float[Array, "length width"], Any]:
         query, key, value = (
-            project(x).reshape(x.shape[0], -1, config.head_width)
+            clipped(project(x), config.projection_clip).reshape(x.shape[0], -1, config.head_width)
             for project in (self.query, self.key, self.value)
         )  # (length, heads, head_width), for keys and values (length, key_heads, head_width)
-        if self.query_norm is not None and self.key_norm is not None:
-            query, key = self.query_norm(query), self.key_norm(key)
+        if not config.query_key_norm_last:
+            query, key = self._normalised(query, key, config)
         if tables is not None:
-            query, key = rotate(query, *tables), rotate(key, *tables)
+            interleaved = config.rotary is not None and config.rotary.interleaved
+            query, key = (rotate(x, tables, interleaved=interleaved) for x in (query, key))
+            if tables.query_scale is not None:
+                query = query * tables.query_scale.astype(query.dtype)[:, None, None]
             # Faster on a GPU: otherwise float32 would be written before the rotation, and read
             # again for each block of the layout.
             query, key = rounded((query, key))
+        if config.query_key_norm_last:
+            query, key = self._normalised(query, key, config)
         output, cache = attend(query, key, value)  # (length, heads, head_width)
         return self.output(output.reshape(x.shape[0], -1)), cache
+
+    def _normalised(
+        self,
+        query: Float[Array, "length heads head_width"],
+        key: Float[Array, "length key_heads head_width"],
+        config: Config,
+    ) -> tuple[
+        Float[Array, "length heads head_width"], Float[Array, "length key_heads head_width"]
+    ]:
+        """Queries and keys after their norms, if there are any."""
+        if self.query_norm is None or self.key_norm is None:
+            return query, key
+        if config.query_key_norm_axes != "all":
+            return self.query_norm(query), self.key_norm(key)
+        length = query.shape[0]
+        whole_query = self.query_norm(query.reshape(length, -1))
+        whole_key = self.key_norm(key.reshape(length, -1))
+        return whole_query.reshape(query.shape), whole_key.reshape(key.shape)
+
+
+def query_key_norm(heads: int, config: Config) -> Norm | None:
+    """The norm of the queries or keys of this many heads, if there is one."""
+    width = config.head_width
+    shapes = {"head": (width,), "heads": (heads, width), "all": (heads * width,)}
+    return Norm(shapes[config.query_key_norm_axes], config) if config.query_key_norm else None
+
+
+def clipped(x: Float[Array, "*shape"], largest: float | None) -> Float[Array, "*shape"]:
+    """`x` clipped to an absolute value of at most `largest`."""
+    return x if largest is None else jnp.clip(x, -largest, largest)
 
 
 class FeedForward(eqx.Module):
@@ -83,6 +122,7 @@ class FeedForward(eqx.Module):
     gate: Linear | None
     up: Linear
     down: Linear
+    activation: XIELU | None
 
     def __init__(self, config: Config, *, key: PRNGKeyArray):
         keys = jax.random.split(key, 3)
@@ -92,11 +132,12 @@ class FeedForward(eqx.Module):
         self.up = Linear(inner, width, bias=bias, scale=width**-0.5, key=keys[1])
         scale = (2 * config.layers * inner) ** -0.5
         self.down = Linear(width, inner, bias=bias, scale=scale, key=keys[2])
+        self.activation = XIELU() if config.activation == "xielu" else None
 
     def __call__(
         self, x: Float[Array, "length width"], *, config: Config
     ) -> Float[Array, "length width"]:
-        activation = ACTIVATIONS[config.activation]
+        activation = self.activation or ACTIVATIONS[config.activation]
         if self.gate is None:
             return self.down(activation(self.up(x)))
         # The barrier costs the forward pass nothing, and keeps XLA from computing the activation's
@@ -115,7 +156,7 @@ class Layer(eqx.Module):
     - `key`: the random key of the initial weights.
     """
 
-    attention_norm: Norm
+    attention_norm: Norm | None
     attention: Attention
     attention_post_norm: Norm | None
     feed_forward_norm: Norm | None
@@ -124,17 +165,19 @@ class Layer(eqx.Module):
 
     def __init__(self, config: Config, *, key: PRNGKeyArray):
         keys = jax.random.split(key)
-        self.attention_norm = Norm(config.width, config)
+        width, shared = config.width, config.parallel and not config.parallel_norms
+        self.attention_norm = Norm(width, config) if config.pre_norms else None
         self.attention = Attention(config, key=keys[0])
-        self.attention_post_norm = Norm(config.width, config) if config.post_norms else None
-        self.feed_forward_norm = None if config.parallel else Norm(config.width, config)
+        self.attention_post_norm = Norm(width, config) if config.post_norms else None
+        own = config.pre_norms and not shared
+        self.feed_forward_norm = Norm(width, config) if own else None
         self.feed_forward = FeedForward(config, key=keys[1])
-        self.feed_forward_post_norm = Norm(config.width, config) if config.post_norms else None
+        self.feed_forward_post_norm = Norm(width, config) if config.post_norms else None
 
     def __call__(
         self,
         x: Float[Array, "length width"],
-        tables: Tables,
+        tables: Tables | None,
         attend: Attend,
         *,
         config: Config,
@@ -142,15 +185,18 @@ class Layer(eqx.Module):
     ) -> tuple[Float[Array, "length width"], Any]:
         keys = (None, None) if key is None else jax.random.split(key)
         rate = config.residual_dropout
-        normed = self.attention_norm(x)
+        before = x
+        normed = x if self.attention_norm is None else self.attention_norm(x)
         mixed, cache = self.attention(normed, tables, attend, config=config)
         if self.attention_post_norm is not None:
             mixed = self.attention_post_norm(mixed)
-        x = x + dropout(mixed, rate, keys[0])
-        # In a parallel layer there is no second norm: the feed-forward reads attention's input.
+        x = x + dropout(scaled(mixed, config.residual_scale), rate, keys[0])
         if self.feed_forward_norm is not None:
-            normed = self.feed_forward_norm(x)
+            normed = self.feed_forward_norm(before if config.parallel else x)
+        elif not config.parallel:
+            normed = x
+        # In a parallel layer without a second norm, the feed-forward reads attention's input.
         fed = self.feed_forward(normed, config=config)
         if self.feed_forward_post_norm is not None:
             fed = self.feed_forward_post_norm(fed)
-        return x + dropout(fed, rate, keys[1]), cache
+        return x + dropout(scaled(fed, config.residual_scale), rate, keys[1]), cache

@@ -17,17 +17,17 @@ from ..._arrays.layout import Layout
 from ..._arrays.packed import PackedLayout
 from ..._arrays.tokens import as_ids
 from ..._head.tiles import Unembedding
-from ..._jax.dtypes import at_least_float32, is_narrow
+from ..._jax.dtypes import is_narrow
 from ..._jax.explicit_meshes import automatic
 from ..._jax.partitioning import keep_rows
-from . import rotary
 from .attention import attend_by_layout, masks
-from .basic_layers import Embedding, Linear, Norm, dropout
+from .basic_layers import Embedding, Linear, Norm, dropout, scaled
 from .blockwise import ATTENDED
+from .by_layer import choose_masks, choose_tables
 from .companion_files import Origin
 from .config import Config
 from .half_precision_scan import as_bits, from_bits
-from .layer import Layer, Tables
+from .layer import Layer
 
 # The residuals of a layer for the backward pass: the outputs of its matrix products with weights,
 # and of its attention. Everything in between is recomputed, which is faster than writing and
@@ -118,10 +118,14 @@ class Transformer(eqx.Module):
 
         **Raises:**
 
-        `ValueError` if positions are learned, the row may be longer than `config.max_length`, and
-        the layout does not say how many tokens are real.
+        `ValueError` if
+
+        - positions are learned, the row may be longer than `config.max_length`, and the layout does
+          not say how many tokens are real;
+        - `shares_prompts` is false for the row, and it has several completions.
         """
         is_too_long = self._is_too_long(layout)
+        tokens = self._tokens_of(layout)
 
         def attend(query, key, value, masks, cache, rng):
             return attend_by_layout(
@@ -131,7 +135,9 @@ class Transformer(eqx.Module):
         def masks_of(window):
             return masks(layout, window)
 
-        hidden, _ = self.run(as_ids(ids), layout.positions, attend, masks_of, key=key)
+        hidden, _ = self.run(
+            as_ids(ids), layout.positions, attend, masks_of, tokens=tokens, key=key
+        )
         return hidden if is_too_long is None else jnp.where(is_too_long, jnp.nan, hidden)
 
     def run(
@@ -141,6 +147,7 @@ class Transformer(eqx.Module):
         attend: Callable[..., tuple[Array, Any]],
         masks_of: Callable[[int | None], Any],
         *,
+        tokens: Int[Array, ""] | None = None,
         cache: Any = None,
         key: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, "length width"], Any]:
@@ -151,6 +158,8 @@ class Transformer(eqx.Module):
         - `ids`, `positions`: the tokens and their positions. Shape `(length,)`.
         - `attend`: `(query, key, value, masks, cache, rng) -> (output, cache)` for one layer.
         - `masks_of`: returns the masks for `attend`, from the window of a layer.
+        - `tokens`: the number of real tokens of the sequence; `None` if it is at most the limit of
+            the rotary embeddings.
         - `cache`: a pytree with a leading axis of layers; each layer gets its slice.
         - `key`: the random key of dropout; without it no dropout applies.
 
@@ -162,32 +171,36 @@ class Transformer(eqx.Module):
         first, key = (None, None) if key is None else jax.random.split(key)
         keys = None if key is None else jax.random.split(key, config.layers)
         x = dropout(self._embed(ids, positions), config.embedding_dropout, first)
-        tables = self._tables(positions, x.dtype)
-        masks_in, which = by_layer(masks_of, config.windows)
+        x = self.norm(x) if config.embedding_norm else x
+        tables_in, which_tables = choose_tables(config, positions, tokens, x.dtype)
+        masks_in, which_masks = choose_masks(masks_of, config.windows)
         arrays, static = eqx.partition(self.layers, eqx.is_array)
         # Without rematerialisation, each layer would store a copy of what it reads from bits.
         bits = as_bits(arrays) if config.remat else None
 
         def body(x, inputs):
-            arrays, bits, which, cache, key = inputs
+            arrays, bits, which_masks, which_tables, cache, key = inputs
             key, rng = (None, None) if key is None else jax.random.split(key)
 
             def attend_here(query, key, value):
-                return attend(query, key, value, masks_in(which), cache, rng)
+                return attend(query, key, value, masks_in(which_masks), cache, rng)
 
             arrays = arrays if bits is None else from_bits(arrays, bits, x)
             layer = eqx.combine(arrays, static)
+            tables = tables_in(which_tables)
             x, new_cache = layer(keep_rows(x), tables, attend_here, config=config, key=key)
             return keep_rows(x), new_cache
 
         # In a scan, common subexpressions cannot undo the recomputation, and preventing them is
         # slow.
         body = jax.checkpoint(body, prevent_cse=False, policy=None if config.remat else KEPT)
-        x, new_caches = jax.lax.scan(body, x, (arrays, bits, which, cache, keys))
+        x, new_caches = jax.lax.scan(
+            body, x, (arrays, bits, which_masks, which_tables, cache, keys)
+        )
         # In half precision the norm is recomputed too: nothing that it keeps for the backward pass
         # then changes how the forward pass rounds.
         norm = eqx.filter_checkpoint(self.norm) if is_narrow(x) else self.norm
-        return norm(x), new_caches
+        return scaled(norm(x), config.logit_scale), new_caches
 
     @partial(automatic, like=1)
     def unembed(self, hidden: Float[Array, "length width"]) -> Float[Array, "length vocab"]:
@@ -224,6 +237,31 @@ class Transformer(eqx.Module):
                 "they stay within it together."
             )
 
+    def shares_prompts(self, longest: int) -> bool:
+        """Whether a prompt has the same hidden states whatever follows it.
+
+        It is false if the rotary embeddings depend on the length of the sequence, and a prompt with
+        its completion may have `longest` tokens, which is more than their limit.
+        """
+        limit = self.config.length_limit
+        return limit is None or longest <= limit
+
+    def _tokens_of(self, layout: Layout | PackedLayout) -> Int[Array, ""] | None:
+        """The real tokens of the sequence in a row; `None` if their number has no effect."""
+        if self.shares_prompts(layout.longest):
+            return None
+        if isinstance(layout, PackedLayout) or len(layout.completion_widths) > 1:
+            raise ValueError(
+                "The rotary embeddings of this policy depend on the number of tokens of a prompt "
+                f"with its completion if they are more than {self.config.length_limit}; got a row "
+                f"of up to {layout.longest}, in which several completions share a prompt. Run each "
+                "completion with its own prompt, as `score_pairs` does, or shorten them."
+            )
+        if not layout.completion_widths:
+            return layout.prompt_length
+        sizes = layout.completion_lengths
+        return layout.prompt_length + (layout.completion_widths if sizes is None else sizes)[0]
+
     def _is_too_long(self, layout: Layout | PackedLayout) -> Bool[Array, ""] | None:
         """Whether a row needs more positions than were learned; `None` if no row can.
 
@@ -242,39 +280,9 @@ class Transformer(eqx.Module):
     def _embed(
         self, ids: Int[Array, " length"], positions: Int[Array, " length"]
     ) -> Float[Array, "length width"]:
-        x = self.embedding(ids)
-        if self.config.embedding_scale != 1:
-            x = x * jnp.asarray(self.config.embedding_scale, x.dtype)
+        x = scaled(self.embedding(ids), self.config.embedding_scale)
         if self.positions is None:
             return x
         # Padding may lie beyond the last position; nothing reads it.
         in_table = jnp.minimum(positions, self.config.max_length - 1)
         return x + self.positions(in_table).astype(x.dtype)
-
-    def _tables(self, positions: Int[Array, " length"], dtype: jnp.dtype) -> Tables:
-        config = self.config
-        if config.rotary is None:
-            return None
-        wide = at_least_float32(dtype)
-        return rotary.tables(config.rotary, config.head_width, positions, wide)
-
-
-def by_layer(
-    masks_of: Callable[[int | None], Any], windows: tuple[int | None, ...]
-) -> tuple[Callable[[Any], Any], Int[Array, " layers"] | None]:
-    """A function that picks the masks of a layer, and its argument for each layer of the scan.
-
-    If all layers have one window, the argument is `None`. Otherwise each distinct mask is built
-    once, and the argument is the number of the layer's mask.
-    """
-    kinds = tuple(dict.fromkeys(windows))
-    if len(kinds) == 1:
-        only = masks_of(kinds[0])
-        return lambda which: only, None
-    # An endless window in place of `None`, since only masks of one structure can be stacked.
-    endless = jnp.iinfo(jnp.int32).max
-    stacked = jax.tree.map(
-        lambda *masks: jnp.stack(masks), *(masks_of(w or int(endless)) for w in kinds)
-    )
-    which = jnp.asarray([kinds.index(window) for window in windows], jnp.int32)
-    return lambda which: jax.tree.map(lambda masks: masks[which], stacked), which

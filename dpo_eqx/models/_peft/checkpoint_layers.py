@@ -1,18 +1,21 @@
 """Maps our linear layers to linear layers of a checkpoint, and splits or joins their adapters.
 
-GPT-2 fuses queries, keys and values into one layer; other families have one layer for each.
+Some families fuse several of our layers into one, as GPT-2 its queries, keys and values.
 `files.py` reads and writes the files.
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Set
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from jaxtyping import Float
 
+from ..._jax.paths import leaf_name
+from .._adapters.lora import LoRA, is_linear, weight_shape
 from .._checkpoint.families import FAMILIES
-from .._checkpoint.tensor_names import Source
+from .._checkpoint.tensor_names import parts_of, rows_of_parts
 from .._decoder.transformer import Transformer
 
 
@@ -33,8 +36,9 @@ class Site:
     - `module`: its name, with `{}` for the number of the layer.
     - `layers`: the number of layers.
     - `stacked`: whether our parameters have a leading axis of layers.
-    - `parts`: the paths of our layers, each one an equal part of its outputs; `None` for a part
-        without an adapter.
+    - `parts`: the paths of our layers, each one a part of its outputs; `None` for a part without an
+        adapter.
+    - `rows`: the outputs that belong to each part.
     - `transposed`: whether its weight is stored as `(in, out)`.
     """
 
@@ -42,21 +46,40 @@ class Site:
     layers: int
     stacked: bool
     parts: tuple[str | None, ...]
+    rows: tuple[np.ndarray, ...]
     transposed: bool
 
     def names(self) -> list[str]:
         """The module's name in each layer."""
         return [self.module.format(layer) for layer in range(self.layers)]
 
+    @property
+    def outputs(self) -> int:
+        """The number of outputs of the whole layer."""
+        return sum(map(len, self.rows))
+
 
 def sites_of(policy: Transformer, paths: Iterable[str]) -> list[Site]:
     """The linear layers of the checkpoint that hold our layers at `paths`."""
     names = FAMILIES[policy.config.family].names
-    found: dict[str, dict[int, tuple[str, Source]]] = {}
-    for path in paths:
-        source = names[path]
-        found.setdefault(source.module, {})[source.part] = path, source
-    return [_site(policy, module, parts) for module, parts in sorted(found.items())]
+    found = set(paths)
+    shapes = linear_shapes(policy)
+    modules = sorted({names[path].module for path in found})
+    return [_site(policy, module, found, shapes) for module in modules]
+
+
+def linear_shapes(policy: Transformer) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shape of the weight of each linear layer, by the layer's path."""
+    nodes = jax.tree_util.tree_leaves_with_path(policy, is_leaf=_is_layer)
+    return {leaf_name(path): _weight_shape(node) for path, node in nodes if _is_layer(node)}
+
+
+def _is_layer(node: Any) -> bool:
+    return isinstance(node, LoRA) or is_linear(node)
+
+
+def _weight_shape(node: Any) -> jax.ShapeDtypeStruct:
+    return weight_shape(node.base if isinstance(node, LoRA) else node)
 
 
 def short_names(policy: Transformer) -> dict[str, str]:
@@ -76,7 +99,7 @@ def split(site: Site, pair: Pair) -> dict[str, Pair]:
     serves two parts, as in the result of `join`, each part gets only its own columns of $B$ and
     the matching rows of $A$.
     """
-    ups = np.split(pair.up, len(site.parts), axis=1)
+    ups = [pair.up[:, rows] for rows in site.rows]
     served = np.array([np.any(up != 0, axis=(0, 1)) for up in ups])
     apart = len(ups) > 1 and bool(np.all(served.sum(axis=0) == 1))
     pairs = {}
@@ -100,30 +123,39 @@ def join(site: Site, pairs: Mapping[str, Pair]) -> Pair:
     alike = all(
         pair.scale == first.scale and np.array_equal(pair.down, first.down) for pair in present
     )
-    if alike and None not in site.parts:
-        return Pair(first.down, np.concatenate([pair.up for pair in present], axis=1), first.scale)
-    layers, out, _ = first.up.shape
-    rank = sum(pair.up.shape[2] for pair in present)
-    up = np.zeros((layers, out * len(site.parts), rank), first.up.dtype)
+    shares = alike and None not in site.parts
+    rank = first.up.shape[2] if shares else sum(pair.up.shape[2] for pair in present)
+    up = np.zeros((site.layers, site.outputs, rank), first.up.dtype)
     column = 0
-    for number, path in enumerate(site.parts):
-        if path is not None:
+    for path, rows in zip(site.parts, site.rows, strict=True):
+        if shares:
+            up[:, rows] = pairs[str(path)].up
+        elif path is not None:
             pair = pairs[path]
             end = column + pair.up.shape[2]
-            rows = slice(number * out, (number + 1) * out)
             # The whole has one scale, so the ratio of the scales goes into $B$.
             up[:, rows, column:end] = pair.up * (pair.scale / first.scale)
             column = end
+    if shares:
+        return Pair(first.down, up, first.scale)
     return Pair(np.concatenate([pair.down for pair in present], axis=1), up, first.scale)
 
 
-def _site(policy: Transformer, module: str, parts: Mapping[int, tuple[str, Source]]) -> Site:
-    path, source = next(iter(parts.values()))
-    stacked = path.startswith("layers.")
+def _site(
+    policy: Transformer,
+    module: str,
+    found: Set[str],
+    shapes: Mapping[str, jax.ShapeDtypeStruct],
+) -> Site:
+    names = FAMILIES[policy.config.family].names
+    paths = parts_of(names, module)
+    source, stacked = names[paths[0]], paths[0].startswith("layers.")
+    sizes = [shapes[path].shape[-2] for path in paths]
     return Site(
         module=module,
         layers=policy.config.layers if stacked else 1,
         stacked=stacked,
-        parts=tuple(parts[i][0] if i in parts else None for i in range(source.parts)),
+        parts=tuple(path if path in found else None for path in paths),
+        rows=tuple(rows_of_parts(sizes, source.block_count(policy.config))),
         transposed=source.transposed,
     )

@@ -53,11 +53,11 @@ def check_tensors(
     copies = _copies(weights, policy)
     expected: dict[str, tuple[int, ...]] = {}
     for site in sites:
-        out, width = shapes[next(filter(None, site.parts))].shape[-2:]
+        width = shapes[next(filter(None, site.parts))].shape[-1]
         for name in filter(config.has, site.names()):
             rank = config.rank_of(name)
             expected[tensor_name(name, "A")] = rank, width
-            expected[tensor_name(name, "B")] = out * len(site.parts), rank
+            expected[tensor_name(name, "B")] = site.outputs, rank
     stored = weights.shapes
     problems = [f"missing: {n}, of shape {expected[n]}" for n in expected.keys() - stored.keys()]
     problems += [

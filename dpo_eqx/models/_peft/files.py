@@ -12,21 +12,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
 from ..._extras import require
 from ..._jax.dtypes import at_least_float32
-from ..._jax.paths import leaf_name
 from .._adapters.linear_layers import Policy, replace_at
 from .._adapters.lora import LoRA, adapters, check_no_adapters, is_linear, weight_shape
 from .._checkpoint.families import FAMILIES
 from .._checkpoint.folder import ADAPTER, ADAPTER_CONFIG, Weights, read_json, resolve
 from .._decoder.transformer import Transformer
 from .adapter_paths import is_by_path, read_by_path, write_by_path
-from .checkpoint_layers import Pair, Site, join, short_names, sites_of, split
+from .checkpoint_layers import Pair, Site, join, linear_shapes, short_names, sites_of, split
 from .checks import check_sites, check_tensors, tensor_name
 from .config import PeftConfig, read_peft, write_peft
 
@@ -85,7 +83,7 @@ def load_lora(policy: Policy, path: str | os.PathLike[str]) -> Policy:
 def _load_peft(policy: Transformer, folder: Path, config: PeftConfig) -> Transformer:
     check_no_adapters(policy)
     weights = Weights(folder, ADAPTER)
-    shapes = _linear_shapes(policy)
+    shapes = linear_shapes(policy)
     sites = [site for site in sites_of(policy, shapes) if any(map(config.has, site.names()))]
     check_sites(config, sites_of(policy, shapes), sites)
     check_tensors(weights, config, sites, shapes, policy)
@@ -156,12 +154,6 @@ def _in_peft(
                 ranks[name], scales[name] = pair.down.shape[1], pair.scale
     transposed = any(site.transposed for site in sites)
     return tensors, write_peft(ranks, scales, transposed=transposed, base=base)
-
-
-def _linear_shapes(policy: Transformer) -> dict[str, jax.ShapeDtypeStruct]:
-    """The shape of the weight of each linear layer, by the layer's path."""
-    nodes = jax.tree_util.tree_leaves_with_path(policy, is_leaf=is_linear)
-    return {leaf_name(path): weight_shape(node) for path, node in nodes if is_linear(node)}
 
 
 def _read(weights: Weights, config: PeftConfig, site: Site) -> Pair:

@@ -1,0 +1,75 @@
+"""The language model inside a checkpoint that holds more, such as a vision tower.
+
+It is read as a checkpoint of its own: its part of `config.json`, and its tensors under their plain
+names. `transformers` writes such folders as `*ForConditionalGeneration`.
+"""
+
+import re
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from .._decoder.companion_files import Origin
+from .config_values import shown
+from .folder import Weights
+
+# The outer `model_type`, and the inner one if the file does not say it.
+_OUTER = {"gemma3": "gemma3_text", "mistral3": "mistral"}
+# Keys that the outer configuration decides if it has them.
+_OUTER_KEYS = ("quantization_config", "auto_map", "bos_token_id", "eos_token_id", "pad_token_id")
+# The same language model, as newer and as older versions of `transformers` name it.
+_PREFIX = re.compile(r"^(model\.language_model\.|language_model\.(model\.)?)")
+_OTHER_PARTS = re.compile(r"^(model\.)?(vision_tower|multi_modal_projector)\.")
+# Files about images, which a language model alone does not take.
+_IMAGE_FILES = ("processor_config.json", "preprocessor_config.json")
+
+
+def is_outer(values: Mapping[str, Any]) -> bool:
+    """Whether a `config.json` describes more than a language model."""
+    return values.get("model_type") in _OUTER
+
+
+def inner_config(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The keys of the language model, or all keys if the checkpoint is one.
+
+    **Raises:**
+
+    `ValueError` if `text_config` is missing.
+    """
+    if not is_outer(values):
+        return values
+    text = values.get("text_config")
+    if not isinstance(text, Mapping):
+        raise ValueError(
+            f"`text_config` must hold the keys of the language model, since `model_type` is "
+            f"{values['model_type']!r}; got {shown(text)}."
+        )
+    # `transformers` ties by the outer key alone.
+    tied = {"tie_word_embeddings": values.get("tie_word_embeddings", True)}
+    outer = {key: values[key] for key in _OUTER_KEYS if key in values}
+    return {"model_type": _OUTER[values["model_type"]], **text, **tied, **outer}
+
+
+def inner_origin(origin: Origin) -> Origin:
+    """The origin of the language model: without the files about images."""
+    if not is_outer(origin.config):
+        return origin
+    files = {name: file for name, file in origin.files.items() if name not in _IMAGE_FILES}
+    return Origin(files, inner_config(origin.config), origin.config["model_type"])
+
+
+def keep_language_model(weights: Weights) -> None:
+    """Keeps only the language model's tensors, under plain names; a warning counts the rest."""
+    others = [name for name in weights.shapes if _OTHER_PARTS.search(name)]
+    for name in others:
+        weights.drop(name)
+    for name in list(weights.shapes):
+        plain = _PREFIX.sub("", name)
+        if plain != name:
+            weights.rename(name, plain if plain.startswith("lm_head.") else f"model.{plain}")
+    if others:
+        warnings.warn(
+            f"{weights.folder} holds a language model and {len(others)} tensors of other parts, "
+            f"such as {min(others)}. Only the language model is loaded.",
+            stacklevel=3,
+        )

@@ -1,0 +1,132 @@
+"""Makes the golden logits of `family_cases.py` by `transformers`, and loads what we saved; by hand.
+
+    python -m tests.models.make_families make            # with torch and transformers
+    python -m tests.models.make_families ours FOLDER     # with dpo_eqx
+    python -m tests.models.make_families back FOLDER     # with torch and transformers
+
+`make` writes `tests/golden/models/families.json.gz`. `ours` saves each checkpoint again, and `back`
+checks that `transformers` loads it with the same bits and no complaint. `transformers` computes
+norms and rotary tables in float32 for any weights. Here float32 stands for float64, so the logits
+are exact to 1e-12.
+"""
+
+import gzip
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from .family_cases import CASES, IDS, POSITIONS, TOKENS, settings_of, weights_of
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "models" / "families.json.gz"
+
+
+def make() -> None:
+    import torch
+
+    widen(torch)
+    import transformers
+
+    cases = {}
+    for name in CASES:
+        family, settings = settings_of(name)
+        config = transformers.AutoConfig.for_model(family, **settings)
+        model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+        cases[name] = one_case(model.double().eval())
+        print(name, flush=True)
+    text = json.dumps(cases, indent=1, sort_keys=True)
+    GOLDEN.write_bytes(gzip.compress(text.encode(), mtime=0))
+
+
+def widen(torch) -> None:
+    """Makes float32 stand for float64, in every place where `transformers` narrows."""
+    torch.float32 = torch.float = torch.float64
+    torch.Tensor.float = torch.Tensor.double
+    torch.set_default_dtype(torch.float64)
+
+
+def one_case(model) -> dict:
+    """The configuration, the tensors and the logits of a model with our random weights."""
+    import tempfile
+
+    import torch
+    from safetensors.numpy import load_file
+
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        config = json.loads((Path(folder) / "config.json").read_text())
+        stored = load_file(Path(folder) / "model.safetensors")
+        shapes = {key: list(value.shape) for key, value in stored.items()}
+        constants = {key: float(value) for key, value in stored.items() if value.shape == ()}
+        # As float64, since float32 is not what it says here.
+        weights = weights_of(shapes, constants)
+        save({key: value.astype(np.float64) for key, value in weights.items()}, Path(folder))
+        loaded = type(model).from_pretrained(
+            folder, dtype=torch.float64, attn_implementation="eager"
+        )
+    with torch.no_grad():
+        logits = loaded.eval()(torch.tensor(IDS)).logits.numpy()
+    scale = float(np.abs(logits).max())
+    shown = logits[:, POSITIONS, TOKENS].tolist()
+    config = {key: value for key, value in config.items() if key not in ("dtype", "architectures")}
+    return {
+        "config": config,
+        "shapes": shapes,
+        "constants": constants,
+        "logits": shown,
+        "scale": scale,
+    }
+
+
+def save(weights: dict[str, np.ndarray], folder: Path) -> None:
+    from safetensors.numpy import save_file
+
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def read_golden() -> dict:
+    """The golden cases by name."""
+    return json.loads(gzip.decompress(GOLDEN.read_bytes()))
+
+
+def write_checkpoint(case: dict, folder: Path) -> Path:
+    """Writes the checkpoint of a golden case."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(case["config"]))
+    save(weights_of(case["shapes"], case["constants"]), folder)
+    return folder
+
+
+def ours(folder: Path) -> None:
+    from dpo_eqx import models
+
+    for name, case in read_golden().items():
+        path = write_checkpoint(case, folder / name)
+        models.save(models.load(path), folder / "back" / name)
+
+
+def back(folder: Path) -> None:
+    import torch
+    import transformers
+
+    for name, case in read_golden().items():
+        first, again = (
+            transformers.AutoModelForCausalLM.from_pretrained(path, output_loading_info=True)
+            for path in (folder / name, folder / "back" / name)
+        )
+        assert type(first[0]) is type(again[0]), name
+        assert not any(again[1].values()), (name, again[1])
+        states = first[0].state_dict(), again[0].state_dict()
+        assert states[0].keys() == states[1].keys(), name
+        assert all(torch.equal(states[0][key], states[1][key]) for key in states[0]), name
+        with torch.no_grad():
+            logits = [model.eval()(torch.tensor(IDS)).logits.numpy() for model, _ in (first, again)]
+        apart = float(np.abs(logits[0] - logits[1]).max()) / case["scale"]
+        assert apart < 2e-6, (name, apart)
+        print(f"{name:28} the same weights, logits apart by {apart:.1e}", flush=True)
+
+
+if __name__ == "__main__":
+    task, *paths = sys.argv[1:]
+    {"make": make, "ours": ours, "back": back}[task](*map(Path, paths))
