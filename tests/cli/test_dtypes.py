@@ -57,7 +57,7 @@ def whole(narrow, tmp_path_factory):
 
 
 def settings_of(model, **given):
-    return Settings(model=str(model), data="d", output=Path("o"), **given)
+    return Settings(model=str(model), data=("d",), output=Path("o"), **given)
 
 
 def checkpoint_of(run, step=RUN["steps"]):

@@ -70,7 +70,7 @@ def test_the_offset_reaches_the_loss(settings, tmp_path):
     ],
 )
 def test_scores_are_an_offset_only_for_a_loss_that_takes_one(settings, wanted):
-    settings = Settings(model="m", data="d", output=Path("o"), **settings)
+    settings = Settings(model="m", data=("d",), output=Path("o"), **settings)
     assert reading(settings)["offset_from_scores"] is wanted
 
 

@@ -66,7 +66,7 @@ def _train(settings: Settings) -> None:
     # Loading a model takes long. Errors in settings and data are found before, on every process.
     loss, prepared, mesh = hosts.together(functools.partial(_prepare, settings, folder))
     hosts.compare(settings, {"jax": jax.__version__} | data_facts(prepared))
-    say(in_flags("\n".join(str(source.report) for source in prepared)))
+    say(in_flags("\n".join(source.told for source in prepared)))
 
     policy, reference, trainable, dtypes, finish = hosts.together(
         functools.partial(_load, settings, prepared[0], needs_reference(loss), mesh)

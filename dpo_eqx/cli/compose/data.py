@@ -4,15 +4,18 @@ All of this runs before a model is loaded, so that a bad line is found early.
 """
 
 import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 from ... import data, losses, models
+from ...data._fingerprint import digest
 from ...data._records.records import Form
 from ...data._tokens.rows import lengths_of
 from ...models._checkpoint.folder import ADAPTER_CONFIG, CONFIG, read_json, resolve
 from ..settings.options import split_pairs
 from ..settings.settings import Settings
+from ..settings.sources import sources_of
 from .loss import keywords
 
 
@@ -26,6 +29,7 @@ class Prepared:
     - `fingerprint`: the fingerprint of the files; `None` if the source has no files.
     - `mismatched`: whether batches of single completions have the mismatched ones of KTO.
     - `positions`: the largest number of tokens of a row; `None` if positions are not learned.
+    - `told`: what the user is told about the records.
     """
 
     rows: Any
@@ -34,6 +38,7 @@ class Prepared:
     fingerprint: str | None
     positions: int | None = None
     mismatched: bool = True
+    told: str = ""
 
 
 def vocab_size(model: str) -> int:
@@ -70,7 +75,8 @@ def prepare(
     **Arguments:**
 
     - `vocab`: the size of the vocabulary; `positions`: the number of learned positions, if any.
-    - `held_out`: whether these are the preferences of `--eval-data`.
+    - `held_out`: whether these are the preferences of `--eval-data`, or with `--eval-fraction`
+        those held out at `path`.
 
     **Raises:**
 
@@ -78,7 +84,9 @@ def prepare(
     invalid, if no row is left to learn from, or if a row is longer than `positions`.
     """
     records = _read(path, settings, held_out=held_out)
-    if held_out:
+    if settings.eval_fraction is not None:
+        records = data.hold_out(records, settings.eval_fraction)[held_out]
+    elif held_out:
         _check_apart(records, settings)
     form = records.form
     _check_numbers(form, settings)
@@ -93,7 +101,10 @@ def prepare(
         cache=settings.cache,
     )
     if not len(rows):
-        raise ValueError(f"No row is left of {report}\nRaise the limits, or give other data.")
+        remedy = "" if settings.eval_fraction is None else ", or another `--eval-fraction`"
+        raise ValueError(
+            f"No row is left of {report}\nRaise the limits, or give other data{remedy}."
+        )
     if "weight" in form.numbers and not any(row["weight"] > 0 for row in rows):
         raise ValueError(
             f"`weight` is 0 in each row of {path}, so there is nothing to learn from; ignore the "
@@ -101,7 +112,40 @@ def prepare(
         )
     if positions is not None:
         _check_fits(rows, report, positions, path)
-    return Prepared(rows, report, form, records.fingerprint(), positions)
+    return Prepared(rows, report, form, records.fingerprint(), positions, told=str(report))
+
+
+def mixed(
+    parts: Sequence[Prepared], names: Sequence[str], weights: Sequence[float | None], seed: int
+) -> Prepared:
+    """Several sources as one: see `data.mix`. One source stays as it is.
+
+    **Arguments:**
+
+    - `parts`, `names`, `weights`: the sources, and for each its path and its weight.
+    - `seed`: the seed of the draw.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    rows = data.mix([part.rows for part in parts], weights=weights, seed=seed)
+    form = next((part.form for part in parts if not part.form.tokenized), parts[0].form)
+    reports = [part.report for part in parts]
+    counts = sum((Counter(report.counts) for report in reports), Counter())
+    report = data.Report(
+        form=str(form),
+        read=sum(report.read for report in reports),
+        kept=len(rows),
+        tokens=int(rows.lengths().sum()),
+        counts=counts,
+    )
+    prints = [part.fingerprint for part in parts]
+    fingerprint = None if None in prints else digest(prints)
+    shares = [
+        f"  {given} of {len(part.rows)} rows ({given / len(rows):.1%}) from {name}"
+        for given, part, name in zip(rows.counts, parts, names, strict=True)
+    ]
+    told = [*(part.told for part in parts), f"mixture of {len(rows)} rows an epoch:", *shares]
+    return Prepared(rows, report, form, fingerprint, parts[0].positions, told="\n".join(told))
 
 
 def _check_fits(rows: Any, report: data.Report, positions: int, path: str) -> None:
@@ -119,13 +163,15 @@ def _check_fits(rows: Any, report: data.Report, positions: int, path: str) -> No
 
 
 def _read(path: str, settings: Settings, *, held_out: bool) -> data.Records:
+    # A fraction is held out of the training data, which their own flags choose.
+    held_out = held_out and settings.eval_fraction is None
     try:
         records = data.read(
             path,
             **reading(settings),
             split=settings.eval_split if held_out else settings.split,
             # Held-out data of another source have their own subsets.
-            subset=settings.subset if path == settings.data else None,
+            subset=None if held_out and path not in _paths(settings) else settings.subset,
         )
         _ = records.form  # a wrong split of a saved folder is found only now
     except (ValueError, FileNotFoundError) as error:
@@ -159,11 +205,16 @@ def _in_flags_of_source(message: str, *, held_out: bool) -> str:
 
 def _check_apart(held_out: data.Records, settings: Settings) -> None:
     """Raises `ValueError` if the held-out preferences are those that the run trains on."""
-    if held_out.place() == _read(settings.data, settings, held_out=False).place():
-        raise ValueError(
-            f"`--eval-data` must hold other rows than `--data`; both are {held_out.source}. Give "
-            "another file, or another split of it by `--eval-split`."
-        )
+    for path in _paths(settings):
+        if held_out.place() == _read(path, settings, held_out=False).place():
+            raise ValueError(
+                f"`--eval-data` must hold other rows than `--data`; both are {held_out.source}. "
+                "Give another file, or another split of it by `--eval-split`."
+            )
+
+
+def _paths(settings: Settings) -> list[str]:
+    return [source.path for source in sources_of(settings.data)]
 
 
 def data_facts(prepared: Sequence[Prepared]) -> dict[str, object]:

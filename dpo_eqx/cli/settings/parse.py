@@ -39,9 +39,10 @@ def _words(name: str, value: Any) -> list[str]:
     flag = name.replace("_", "-")
     if isinstance(value, bool):
         return [f"--{flag}" if value else f"--no-{flag}"]
-    if isinstance(value, tuple):
+    if isinstance(value, tuple) and len(value) != 1:
         return [f"--{flag}", *map(str, value)]
-    return [f"--{flag}={value}"]
+    # With `=`, a value may begin with a dash.
+    return [f"--{flag}={value[0] if isinstance(value, tuple) else value}"]
 
 
 def _config_in(arguments: Sequence[str]) -> Path | None:

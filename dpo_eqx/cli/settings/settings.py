@@ -21,9 +21,10 @@ class Settings:
     model: str
     """The model to train: a folder with `config.json`, safetensors and a tokenizer, or a hub
     name."""
-    data: str
+    data: tuple[str, ...]
     """Preferences: JSON Lines, JSON, CSV, TSV, Parquet or Arrow (plain or compressed), a folder, or
-    a hub name."""
+    a hub name. Several are a mixture, each with its share of the rows, if given, as
+    `a.jsonl:0.3`."""
     output: Path
     """The folder of the run, for settings, metrics, checkpoints and the finished model."""
     reference: str | None = None
@@ -31,6 +32,9 @@ class Settings:
     eval_data: str | None = None
     """Held-out preferences, evaluated before the first step, every `--eval-every` steps, and at
     the end."""
+    eval_fraction: float | None = None
+    """The fraction of the prompts of `--data` to hold out, in place of `--eval-data`. A hash of the
+    prompt chooses them, so that they are the same in every run."""
     tokenizer: str | None = None
     """A folder or hub name of the tokenizer (default: the model's); `bytes` is the built-in one."""
     split: str | None = None

@@ -53,6 +53,7 @@ class Source:
     def as_training(self, **other_settings: Any) -> Settings:
         """The settings of a run that reads the same data, with `other_settings` set as given."""
         shared = {field.name: getattr(self, field.name) for field in dataclasses.fields(Source)}
+        shared["data"] = (self.data,)
         return Settings(**shared, output=Path(), **other_settings)
 
 

@@ -4,6 +4,7 @@ Reading is lazy, and nothing is tokenised here.
 """
 
 import collections
+import copy
 import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
@@ -12,6 +13,7 @@ from typing import Any
 
 from .._fingerprint import digest_files
 from .folders import choose
+from .part import Part
 from .records import Form, check_columns, check_record, recognise, rename
 from .shapes import DEFAULTS, PLAIN, Options, Shape, check_options, records_of, shape_of
 from .sources import (
@@ -73,6 +75,7 @@ class Records:
         self._shape: Shape | None = None
         self.left_out: collections.Counter[str] = collections.Counter()
         self._once, self._spent = once, False
+        self._part: Part | None = None
         self.source, self.in_memory = source, in_memory
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -89,7 +92,21 @@ class Records:
         self._spent = self._once
         self.left_out.clear()
         for where, record in self._shaped(self._assembled(self._open())):
-            yield where, check_record(record, form, where)
+            checked = check_record(record, form, where)
+            if self._part is None or self._part.takes(checked, form):
+                yield where, checked
+            else:
+                self.left_out[str(self._part)] += 1
+
+    def part(self, part: Part) -> "Records":
+        """The records of one part of the source: see `hold_out`."""
+        if self._once:
+            raise ValueError(
+                f"{self.source} can be read only once, so no records can be held out. Give a list."
+            )
+        records = copy.copy(self)
+        records._part, records.left_out = part, collections.Counter()
+        return records
 
     def _assembled(self, records: Iterable[Located]) -> Iterator[Located]:
         return assembled(records, dict(self._options.where), self.left_out)
@@ -148,7 +165,7 @@ class Records:
         files = files_of(self._path, self._split, self._subset)
         # The names within a folder decide which split a file belongs to.
         names = [file.relative_to(self._path).as_posix() for file in files]
-        settings = self._split, self._subset, self._columns, self._options
+        settings = self._split, self._subset, self._columns, self._options, self._part
         return digest_files(files, names, *settings)
 
     def place(self) -> tuple[object, ...]:
