@@ -276,7 +276,7 @@ def test_the_held_out_split_is_read(tmp_path):
     folder = str(folder_of_two_splits(tmp_path / "set"))
     settings = Settings(
         model="",
-        data=folder,
+        data=(folder,),
         eval_data=folder,
         eval_split="test",
         output=tmp_path,

@@ -17,7 +17,8 @@ from ...data._batches.collate import pair_batch, unpaired_batch
 from ...data._tokens.report import CUT, DROPPED, REASONS
 from ...data._tokens.rows import Row, completions_of
 from ...data._tokens.tokenizers import special_id
-from ..compose.data import load_tokenizer, reading, vocab_size
+from ..compose.data import reading, vocab_size
+from ..compose.tokenizer import load_tokenizer
 from ..compose.vocabulary import has_tokenizer
 from ..settings.shared_flags import Source, parse_flags
 from ..settings.words import in_flags
@@ -225,7 +226,7 @@ def _tokenizer(flags: Inspect, *, tokenized: bool) -> Any:
     """The tokenizer, or `None` if the records hold ids and the model has no tokenizer."""
     if tokenized and flags.tokenizer is None and not has_tokenizer(flags.model):
         return None
-    return load_tokenizer(flags.model, flags.tokenizer)
+    return load_tokenizer(flags.model, flags.tokenizer, flags.chat_template)
 
 
 def _check(flags: Inspect) -> None:

@@ -31,6 +31,7 @@ from ..compose.dtypes import (
 from ..compose.loss import Loss, compose_loss, is_unpaired, needs_reference
 from ..compose.optimizer import compose_optimizer, compose_schedule, learning_rates
 from ..compose.preferences import prepare_all
+from ..compose.tokenizer import template_in_file
 from ..report.probe import Probe, make_probe
 from ..run import devices, hosts
 from ..run.checkpoints import Checkpoints
@@ -245,7 +246,9 @@ def _write_model(run: Run, state: State, folder: Folder) -> None:
         hosts.on_first(models.save_lora, adapters, folder.adapter, base=settings.model)
     trained = sharding.gather(run.finish(state.policy))
     hosts.on_first(check_saved, trained, settings)
-    hosts.on_first(models.save, trained, folder.model, tokenizer_from=_tokenizer(settings))
+    template = template_in_file(settings.chat_template)
+    companions = {"tokenizer_from": _tokenizer(settings), "chat_template": template}
+    hosts.on_first(models.save, trained, folder.model, **companions)
 
 
 def _watch(run: Run, state: State) -> UpdateWatch:

@@ -17,6 +17,7 @@ from ..settings.options import split_pairs
 from ..settings.settings import Settings
 from ..settings.sources import sources_of
 from .loss import keywords
+from .tokenizer import tokenizer_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +93,7 @@ def prepare(
     _check_numbers(form, settings)
     rows, report = data.tokenize(
         records,
-        None if form.tokenized else load_tokenizer(settings.model, settings.tokenizer),
+        None if form.tokenized else tokenizer_of(settings),
         max_length=settings.max_length,
         max_prompt_length=settings.max_prompt_length,
         max_completion_length=settings.max_completion_length,
@@ -189,6 +190,7 @@ def reading(settings: Settings) -> dict[str, Any]:
     return {
         "columns": {ours: theirs or None for ours, theirs in columns.items()},
         "where": split_pairs(settings.where, "--where"),
+        "as_chat": settings.as_chat,
         "pairs": settings.pairs,
         "ties": settings.ties,
         "offset_from_scores": takes_offset and "offset" not in options.keys() | columns.keys(),
@@ -224,13 +226,6 @@ def data_facts(prepared: Sequence[Prepared]) -> dict[str, object]:
         "the data": [source.fingerprint for source in prepared],
         "the records read, rows and tokens": [(r.read, r.kept, r.tokens) for r in reports],
     }
-
-
-def load_tokenizer(model: str, named: str | None) -> Any:
-    """The tokenizer that `--tokenizer` names, or the tokenizer of the model."""
-    return (
-        data.ByteTokenizer() if named == "bytes" else data.load_tokenizer(named or resolve(model))
-    )
 
 
 def make_batches(

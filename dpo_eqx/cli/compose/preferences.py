@@ -46,8 +46,8 @@ def prepare_all(settings: Settings, loss: Loss) -> list[Prepared]:
         prepared = [
             dataclasses.replace(source, mismatched=needs_mismatched(loss)) for source in prepared
         ]
-        for source, name in zip(prepared, ("`--data`", "the held-out data"), strict=False):
-            _check_mismatched(source, name)
+        for source, names in zip(prepared, (paths, eval_paths), strict=False):
+            _check_mismatched(source, " and ".join(names))
     return prepared
 
 

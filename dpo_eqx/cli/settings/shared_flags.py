@@ -27,6 +27,11 @@ class Source:
     a hub name."""
     tokenizer: str | None = None
     """A folder or hub name of the tokenizer (default: the model's); `bytes` is the built-in one."""
+    chat_template: str = "tokenizer"
+    """The chat template of conversations: a file with a Jinja template, `none`, or `tokenizer` for
+    the tokenizer's own."""
+    as_chat: bool = False
+    """Make turns of the user and the assistant from prompts and answers of text."""
     split: str | None = None
     """The split of `--data`, if it has several (default: train)."""
     subset: str | None = None

@@ -11,7 +11,11 @@ def _limit(match: re.Match[str]) -> str:
 _WORDS: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r'columns=\{"([^"`]+)": None\}', r"--columns \1="),
     (r'columns=\{"([^"`]+)": "([^"`]+)"\}', r"--columns \1=\2"),
-    (r", set `tokenizer\.chat_template`, or give\s+`template_arguments=[^`]*`", ""),
+    (
+        r", set `tokenizer\.chat_template`, or give\s+`template_arguments=[^`]*`",
+        ", or give `--chat-template FILE`",
+    ),
+    (r"`as_chat`", "`--as-chat`"),
     (r" or `append_eos=False`[^.]*", " or another tokenizer"),
     (r"Give `eos_token_id=`, or another tokenizer", "Give another tokenizer"),
     (r"below `vocab_size`, (\d+)", r"below \1, the size of the vocabulary of `--model`"),

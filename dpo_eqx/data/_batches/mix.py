@@ -140,7 +140,7 @@ def _check_weights(weights: Sequence[float | int | None], sources: int) -> None:
 
 
 def _check_columns(sources: Sequence[Rows]) -> None:
-    """Raises `ValueError` if a source is empty, or has not the columns of the first source."""
+    """Raises `ValueError` if a source is empty, or its columns differ from the first's."""
     wanted: list[str] = []
     for number, rows in enumerate(sources):
         if not len(rows):

@@ -16,15 +16,7 @@ from .folders import choose
 from .part import Part
 from .records import Form, check_columns, check_record, recognise, rename
 from .shapes import DEFAULTS, PLAIN, Options, Shape, check_options, records_of, shape_of
-from .sources import (
-    Located,
-    check_not_given,
-    files_of,
-    is_saved,
-    located,
-    open_source,
-    saved_split,
-)
+from .sources import Located, check_not_given, files_of, is_saved, located, open_source, saved_split
 from .threads import assembled
 
 logger = logging.getLogger("dpo_eqx.data")
@@ -117,7 +109,7 @@ class Records:
             record = rename(source, self._columns, where)
             if self._shape is None:
                 self._shape = shape_of(record)
-            if self._shape is PLAIN and not self._options.offset_from_scores:
+            if self._shape is PLAIN and not self._options.changes_plain:
                 yield where, record
                 continue
             made = records_of(record, self._shape, self._options, where, self.left_out)
@@ -200,6 +192,7 @@ def read(
     ties: str = "drop",
     offset_from_scores: bool = False,
     where: Mapping[str, Any] | None = None,
+    as_chat: bool = False,
 ) -> Records:
     """Preference records from a file, a folder, a name of the Hugging Face hub, or an iterable.
 
@@ -242,6 +235,8 @@ def read(
         `score_chosen`.
     - `where`: values that columns of the source must have, as in `{"lang": "en"}`. Other records
         are left out.
+    - `as_chat`: whether a prompt of text becomes a turn of the user, and an answer of text a turn
+        of the assistant. A dialogue with `Human:` and `Assistant:` becomes its turns.
 
     **Returns:**
 
@@ -253,7 +248,7 @@ def read(
     file, line, column and what was found.
     """
     columns = check_columns(columns)
-    options = Options(pairs, ties, offset_from_scores, tuple((where or {}).items()))
+    options = Options(pairs, ties, offset_from_scores, tuple((where or {}).items()), as_chat)
     check_options(options)
     if isinstance(path_or_iterable, str | Path):
         return _read_path(path_or_iterable, columns, split, subset, options)
