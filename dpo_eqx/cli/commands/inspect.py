@@ -86,17 +86,16 @@ def inspect(arguments: Sequence[str]) -> None:
     records = list(itertools.islice(source.located(), count))
     tokenizer = _tokenizer(flags, tokenized=source.form.tokenized)
     encoder = None if source.form.tokenized else tokenizer
-    limits = {
-        name: getattr(flags, name)
-        for name in ("max_length", "max_prompt_length", "max_completion_length")
-    }
+    names = ("max_length", "max_prompt_length", "max_completion_length")
+    limits = {name: getattr(flags, name) for name in names}
     vocab = vocab_size(flags.model)
     scanned = data.Records(lambda: iter(records), str(source), {})
-    rows, report = data.tokenize(scanned, encoder, vocab_size=vocab, **limits)
+    score = flags.score
+    rows, report = data.tokenize(scanned, encoder, vocab_size=vocab, score=score, **limits)
     report.left_out = source.left_out
 
     def look(number: int) -> Look:
-        return look_at(number, records[number], encoder, limits)
+        return look_at(number, records[number], encoder, limits, score)
 
     _check_rows(flags.rows, len(records))
     numbers = flags.rows or _worth_showing(report, (look(n) for n in range(len(records))))
@@ -108,7 +107,11 @@ def inspect(arguments: Sequence[str]) -> None:
 
 
 def look_at(
-    number: int, record: tuple[str, dict[str, Any]], tokenizer: Any, limits: dict[str, Any]
+    number: int,
+    record: tuple[str, dict[str, Any]],
+    tokenizer: Any,
+    limits: dict[str, Any],
+    score: str = "completion",
 ) -> Look:
     """What training would see of one record.
 
@@ -116,13 +119,13 @@ def look_at(
 
     - `number`: the record's number, from 0; `record`: its place in words, and the record.
     - `tokenizer`: the tokenizer; `None` if the record holds ids.
-    - `limits`: the limits of lengths, as `data.tokenize` takes them.
+    - `limits`, `score`: the limits of lengths and what is scored, as `data.tokenize` takes them.
     """
     alone = data.Records(lambda: iter([record]), record[0], {})
-    full, report = data.tokenize(alone, tokenizer)
+    full, report = data.tokenize(alone, tokenizer, score=score)
     if not full:
         return Look(number, list(report.counts), [], report.places)
-    within, report = data.tokenize(alone, tokenizer, **limits)
+    within, report = data.tokenize(alone, tokenizer, score=score, **limits)
     reasons = [reason for reason in REASONS if report.counts.get(reason)]
     if not within:
         names = ("prompt_ids", *completions_of(full[0]))

@@ -98,6 +98,7 @@ def prepare(
         max_prompt_length=settings.max_prompt_length,
         max_completion_length=settings.max_completion_length,
         strict=settings.strict,
+        score=settings.score,
         vocab_size=vocab,
         cache=settings.cache,
     )

@@ -42,6 +42,9 @@ class Settings:
     the tokenizer's own."""
     as_chat: bool = False
     """Make turns of the user and the assistant from prompts and answers of text."""
+    score: Literal["completion", "assistant", "last"] = "completion"
+    """The scored tokens of a conversation's answers: all after the prompt, those of the assistant's
+    turns, or those of its last turn. Messages with `weight: 0` are never scored."""
     split: str | None = None
     """The split of `--data`, if it has several (default: train)."""
     eval_split: str | None = None

@@ -16,6 +16,8 @@ _WORDS: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
         ", or give `--chat-template FILE`",
     ),
     (r"`as_chat`", "`--as-chat`"),
+    (r"`score='(\w+)'`", r"`--score \1`"),
+    (r"`score`", "`--score`"),
     (r" or `append_eos=False`[^.]*", " or another tokenizer"),
     (r"Give `eos_token_id=`, or another tokenizer", "Give another tokenizer"),
     (r"below `vocab_size`, (\d+)", r"below \1, the size of the vocabulary of `--model`"),

@@ -5,12 +5,15 @@
 
 import dataclasses
 import functools
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from .._records.records import Form
 from .parts import roles_with_parts
 from .tokenizers import encode_all, special_id, start_id_of
+
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +23,7 @@ class Encoder:
     - `eos_text`, `eos_id`: the EOS to add after a completion of text; at most one of them is set.
     - `start_id`: the token that may replace an empty prompt.
     - `template`: keyword arguments for `apply_chat_template`.
+    - `score`: which tokens of a conversation's answers are scored: see `scored.py`.
     """
 
     tokenizer: Any
@@ -27,11 +31,23 @@ class Encoder:
     eos_id: int | None = None
     start_id: int | None = None
     template: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    score: str = "completion"
 
     @property
     def renders_text(self) -> bool:
         """Whether the chat template gives text, which the tokenizer then turns into ids."""
         return hasattr(self.tokenizer, "get_chat_template") and callable(self.tokenizer)
+
+    def template_text(self, arguments: Mapping[str, Any]) -> str:
+        """The text of the chat template with these arguments; empty if it cannot be known."""
+        if not self.renders_text:
+            return ""
+        chosen = {name: arguments.get(name) for name in ("chat_template", "tools")}
+        return self.tokenizer.get_chat_template(**chosen)
+
+    def marks_answers(self, arguments: Mapping[str, Any]) -> bool:
+        """Whether the chat template marks the words of the assistant."""
+        return bool(_GENERATION.search(self.template_text(arguments)))
 
     @functools.cached_property
     def roles_with_parts(self) -> frozenset[str]:

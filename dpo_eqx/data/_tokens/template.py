@@ -100,11 +100,16 @@ def prompt_ids(conversation: Conversation, encoder: Encoder) -> list[int]:
     `ValueError` with the place if the template refuses the prompt.
     """
     try:
-        rendered = _apply(conversation, encoder, conversation.parts[0], generation=True)
+        rendered = render(conversation, encoder, conversation.parts[0], generation=True)
     except Exception as error:  # a template can raise anything
         raise ValueError(
             f"{conversation.where} does not go through the chat template: {error}"
         ) from error
+    return encode_rendered(encoder, rendered)
+
+
+def encode_rendered(encoder: Encoder, rendered: Any) -> list[int]:
+    """The ids of what `render` returned."""
     if isinstance(rendered, str):
         return _encode(encoder.tokenizer, [rendered])[0]
     return as_ids(rendered)
@@ -114,16 +119,17 @@ def _rendered(conversation: Conversation, encoder: Encoder) -> list[Any] | str:
     """The text, or the ids, of the prompt and of each whole; one error message if it is refused."""
     try:
         return [
-            _apply(conversation, encoder, conversation.parts[0], generation=True),
-            *(_apply(conversation, encoder, whole) for whole in conversation.wholes),
+            render(conversation, encoder, conversation.parts[0], generation=True),
+            *(render(conversation, encoder, whole) for whole in conversation.wholes),
         ]
     except Exception as error:  # a template can raise anything
         return str(error) or type(error).__name__
 
 
-def _apply(
+def render(
     conversation: Conversation, encoder: Encoder, messages: Messages, *, generation: bool = False
 ) -> Any:
+    """The text, or the ids, of messages of a conversation, perhaps with the generation prompt."""
     arguments = dict(conversation.arguments)
     if generation:
         arguments["add_generation_prompt"] = True

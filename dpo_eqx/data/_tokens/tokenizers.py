@@ -121,6 +121,13 @@ def _once(ids: list[int], bos: int | None) -> list[int]:
     return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
 
 
+def shared_length(one: list[int], other: list[int]) -> int:
+    """The number of ids with which both begin."""
+    if other[: len(one)] == one:  # the usual case, much faster than the loop
+        return len(one)
+    return next(i for i, a in enumerate(one) if i >= len(other) or a != other[i])
+
+
 def as_ids(encoded: Any) -> list[int]:
     """The ids in a tokenizer's result: a list, an array, a mapping or an encoding.
 
