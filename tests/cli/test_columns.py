@@ -73,7 +73,7 @@ BAD = {
         [PAIR, {"prompt_ids": [], "chosen_ids": [3, 4], "rejected_ids": [5, 6]}],
         None,
         {},
-        "`prompt_ids` must hold a token in record 1 (from 0) of {data}, since its completions",
+        "`prompt_ids` must hold a token in line 2 of {data}, since its completions",
     ),
     "one prompt": (
         [ONE, ONE],

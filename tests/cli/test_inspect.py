@@ -96,7 +96,8 @@ def test_the_first_rows_that_are_kept_are_shown(models, capsys):
     status, out, _ = inspect(capsys, models("llama"), rows, "--max-length", "22")
     assert status == 0
     fates = re.findall(r"^record \d+: (kept|dropped)", out, re.M)
-    dropped = re.search(r"dropped \d+: .* \(records (\d+), (\d+),", out)
+    lines = re.search(r"dropped \d+: .* \(lines (\d+), (\d+),", out)
+    dropped = [None, *(int(line) - 1 for line in lines.groups())]
     assert fates.count("kept") >= 3
     assert fates.count("dropped") == 1
     assert f"record {dropped[1]}: dropped" in out
@@ -114,6 +115,7 @@ def test_plain_text(models, capsys):
     assert "  prompt     (<s>)(Explain)( briefly)" in first
     assert "(\\n)(Response)(:)\n  chosen     [ ][Y][es]" in first
     assert "[.][</s>]\n" in first
+    assert f"\n  line 1 of {rows}\n" in first
     assert "prompt_cut: prompt cut to `--max-prompt-length`, keeping its end" in dropped
     assert cut.startswith("2: kept, cut; prompt 20 tokens (2 cut off), chosen 20 tokens")
     assert "  prompt     {<s>}{Human}(:)( Where)" in cut

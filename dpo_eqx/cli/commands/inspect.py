@@ -54,11 +54,12 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Look:
-    """A record as training sees it: its parts, and the reasons in `REASONS` that apply to it."""
+    """A record as training sees it: its parts, its place, and the reasons in `REASONS` for it."""
 
     number: int
     reasons: list[str]
     parts: list[Part]
+    where: str = ""
     places: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
@@ -121,17 +122,18 @@ def look_at(
     - `tokenizer`: the tokenizer; `None` if the record holds ids.
     - `limits`, `score`: the limits of lengths and what is scored, as `data.tokenize` takes them.
     """
-    alone = data.Records(lambda: iter([record]), record[0], {})
+    where = record[0]
+    alone = data.Records(lambda: iter([record]), where, {})
     full, report = data.tokenize(alone, tokenizer, score=score)
     if not full:
-        return Look(number, list(report.counts), [], report.places)
+        return Look(number, list(report.counts), [], where, report.places)
     within, report = data.tokenize(alone, tokenizer, score=score, **limits)
     reasons = [reason for reason in REASONS if report.counts.get(reason)]
     if not within:
         names = ("prompt_ids", *completions_of(full[0]))
         parts = [Part(_name(n), full[0][n], ["cut"] * len(full[0][n])) for n in names]
-        return Look(number, reasons, parts, report.places)
-    return Look(number, reasons, list(_parts(full[0], within[0])), report.places)
+        return Look(number, reasons, parts, where, report.places)
+    return Look(number, reasons, list(_parts(full[0], within[0])), where, report.places)
 
 
 def _parts(full: Row, row: Row) -> Iterator[Part]:
@@ -176,6 +178,7 @@ def _show(look: Look, tokenizer: Any, *, most: int, with_ids: bool) -> None:
         for part in look.parts
     )
     say(f"record {look.number}: {fate}; {lengths or 'no tokens'}")
+    say(f"  {look.where}")
     for reason in look.reasons:
         place = f" ({look.places[reason]})" if reason in look.places else ""
         say(in_flags(f"  {reason}: {REASONS[reason]}{place}"))

@@ -4,6 +4,7 @@ All of this runs before a model is loaded, so that a bad line is found early.
 """
 
 import dataclasses
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -31,6 +32,7 @@ class Prepared:
     - `mismatched`: whether batches of single completions have the mismatched ones of KTO.
     - `positions`: the largest number of tokens of a row; `None` if positions are not learned.
     - `told`: what the user is told about the records.
+    - `records`: the records of the source; `None` for a mixture.
     """
 
     rows: Any
@@ -40,21 +42,32 @@ class Prepared:
     positions: int | None = None
     mismatched: bool = True
     told: str = ""
+    records: data.Records | None = None
+
+    def place(self, index: int) -> str:
+        """The place of a row's record, such as `line 3 of a.jsonl`; it reads the source again."""
+        number = int(self.report.numbers_of_rows()[index])
+        located = () if self.records is None else self.records.located()
+        return next((where for where, _ in itertools.islice(located, number, None)), "a record")
 
 
-def vocab_size(model: str) -> int:
-    """The vocabulary size of the model in a folder; its weights are not read."""
-    return _config(model).vocab
+def vocab_size(model: str, flag: str = "--model") -> int:
+    """The vocabulary size of the model in a folder, which `flag` gave; its weights are not read."""
+    return _config(model, flag).vocab
 
 
-def learned_positions(*names: str | None) -> int | None:
-    """The fewest learned positions of the given models; `None` if none has learned positions."""
-    configs = [_config(name) for name in names if name is not None]
+def learned_positions(model: str, reference: str | None = None) -> int | None:
+    """The fewest learned positions of the models; `None` if none has learned positions."""
+    configs = [_config(model, "--model")]
+    configs += [] if reference is None else [_config(reference, "--reference")]
     return min((c.max_length for c in configs if c.rotary is None), default=None)
 
 
-def _config(model: str) -> models.Config:
-    folder = resolve(model)
+def _config(model: str, flag: str) -> models.Config:
+    try:
+        folder = resolve(model)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(str(error).replace("`path`", f"`{flag}`")) from error
     if (folder / ADAPTER_CONFIG).is_file() and not (folder / CONFIG).is_file():
         raise ValueError(
             f"`--model` must be a model; {model} holds adapters and no model. Give the model that "
@@ -76,8 +89,7 @@ def prepare(
     **Arguments:**
 
     - `vocab`: the size of the vocabulary; `positions`: the number of learned positions, if any.
-    - `held_out`: whether these are the preferences of `--eval-data`, or with `--eval-fraction`
-        those held out at `path`.
+    - `held_out`: whether these are the preferences of `--eval-data` or of `--eval-fraction`.
 
     **Raises:**
 
@@ -112,9 +124,12 @@ def prepare(
             f"`weight` is 0 in each row of {path}, so there is nothing to learn from; ignore the "
             "column with `--columns weight=`, or give some rows a positive weight."
         )
+    source = Prepared(
+        rows, report, form, records.fingerprint(), positions, told=str(report), records=records
+    )
     if positions is not None:
-        _check_fits(rows, report, positions, path)
-    return Prepared(rows, report, form, records.fingerprint(), positions, told=str(report))
+        _check_fits(source, positions, path)
+    return source
 
 
 def mixed(
@@ -150,16 +165,15 @@ def mixed(
     return Prepared(rows, report, form, fingerprint, parts[0].positions, told="\n".join(told))
 
 
-def _check_fits(rows: Any, report: data.Report, positions: int, path: str) -> None:
+def _check_fits(source: Prepared, positions: int, path: str) -> None:
     """Raises `ValueError` if a row has more tokens than there are learned positions."""
-    lengths = lengths_of(rows)
+    lengths = lengths_of(source.rows)
     tokens = lengths[:, 0] + lengths[:, 1:].max(axis=1)
     too_long = int((tokens > positions).sum())
     if too_long:
-        number = report.numbers_of_rows()[tokens.argmax()]
         raise ValueError(
             f"The model has learned positions for {positions} tokens, and {too_long} of "
-            f"{len(tokens)} rows of {path} are longer: record {number} (from 0) has "
+            f"{len(tokens)} rows of {path} are longer: {source.place(int(tokens.argmax()))} has "
             f"{tokens.max()}. Give `--max-length {positions}`."
         )
 

@@ -31,7 +31,7 @@ def prepare_all(settings: Settings, loss: Loss) -> list[Prepared]:
     def one(path: str, *, held_out: bool) -> Prepared:
         source = prepare(path, settings, vocab, positions=positions, held_out=held_out)
         _check_fits_loss(source, path, settings, loss)
-        _check_starts(source, path)
+        _check_starts(source)
         return source
 
     training = [one(path, held_out=False) for path in paths]
@@ -98,7 +98,7 @@ def _per_pair(source: Prepared) -> list[str]:
     return [name for name in source.form.numbers if name in PER_PAIR]
 
 
-def _check_starts(source: Prepared, path: str) -> None:
+def _check_starts(source: Prepared) -> None:
     """Raises `ValueError` if a row has no token before its completions, and none can be put there.
 
     Only records of ids can be so: text has a tokenizer, which has a BOS or an EOS.
@@ -108,9 +108,8 @@ def _check_starts(source: Prepared, path: str) -> None:
     for index in (lengths_of(source.rows)[:, 0] == 0).nonzero()[0]:
         row = source.rows[int(index)]
         if not _has_start(row):
-            number = source.report.numbers_of_rows()[index]
             raise ValueError(
-                f"`prompt_ids` must hold a token in record {number} (from 0) of {path}, since its "
+                f"`prompt_ids` must hold a token in {source.place(int(index))}, since its "
                 "completions begin with different tokens. Put the tokenizer's BOS or EOS there."
             )
 

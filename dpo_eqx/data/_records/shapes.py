@@ -238,14 +238,17 @@ def _finished(record: dict[str, Any], shape: Shape, options: Options, where: str
 def _offset(record: Mapping[str, Any], where: str) -> dict[str, float]:
     """The column `offset`, from the scores of both answers."""
     for score in _SCORES:
-        for names in (
-            (f"{score}_chosen", f"{score}_rejected"),
-            (f"chosen_{score}", f"rejected_{score}"),
-        ):
+        for names in _names_of_scores(score):
             if all(record.get(name) is not None for name in names) and "offset" not in record:
                 one, other = (check_number(n, record[n], f"`{n}` in {where}") for n in names)
                 return {"offset": one - other}
     return {}
+
+
+def _names_of_scores(score: str) -> Iterator[tuple[str, str]]:
+    for between in "_-":
+        yield f"{score}{between}chosen", f"{score}{between}rejected"
+        yield f"chosen{between}{score}", f"rejected{between}{score}"
 
 
 def check_options(options: Options) -> None:

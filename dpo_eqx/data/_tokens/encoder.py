@@ -5,6 +5,7 @@
 
 import dataclasses
 import functools
+import inspect
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -48,6 +49,18 @@ class Encoder:
     def marks_answers(self, arguments: Mapping[str, Any]) -> bool:
         """Whether the chat template marks the words of the assistant."""
         return bool(_GENERATION.search(self.template_text(arguments)))
+
+    def unused_arguments(self, arguments: Mapping[str, Any]) -> list[str]:
+        """The arguments that neither the tokenizer nor the chat template reads."""
+        others = [name for name in arguments if name not in self._known_arguments]
+        text = self.template_text(arguments) if others else ""
+        return [name for name in others if not re.search(rf"\b{re.escape(name)}\b", text)]
+
+    @functools.cached_property
+    def _known_arguments(self) -> frozenset[str]:
+        """The arguments that `apply_chat_template` itself reads; documents are for the template."""
+        names = inspect.signature(self.tokenizer.apply_chat_template).parameters
+        return frozenset(names) - {"documents"}
 
     @functools.cached_property
     def roles_with_parts(self) -> frozenset[str]:

@@ -86,7 +86,7 @@ def encode_conversations(
             yield None, {"template_refused": f"{conversation.where}: {texts}"}
         elif isinstance(texts[0], str):
             # The first example of each reason.
-            account = dict(reversed(list(_account(conversation, texts))))
+            account = dict(reversed(list(_account(conversation, texts, encoder))))
             yield [as_ids(next(ids)) for _ in texts], account
         else:
             yield [as_ids(encoded) for encoded in texts], {}
@@ -145,7 +145,9 @@ def _encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
 
 
-def _account(conversation: Conversation, texts: list[str]) -> Iterator[tuple[str, str]]:
+def _account(
+    conversation: Conversation, texts: list[str], encoder: Encoder
+) -> Iterator[tuple[str, str]]:
     """The reasons to report a conversation, each with an example in words."""
     prompt, *wholes = texts
     where = conversation.where
@@ -162,6 +164,8 @@ def _account(conversation: Conversation, texts: list[str]) -> Iterator[tuple[str
     keys = sorted(unused_keys(list(itertools.chain(*conversation.parts)), first))
     if keys:
         yield "message_keys_unused", f"{where}: {', '.join(f'`{key}`' for key in keys)}"
+    if unused := encoder.unused_arguments(conversation.arguments):
+        yield "template_arguments_unused", f"{where}: {', '.join(f'`{name}`' for name in unused)}"
 
 
 def _lost(

@@ -125,10 +125,11 @@ def _rows(
     """The rows; `report` counts each one when it is made."""
     remaining = records.located()
     while chunk := list(itertools.islice(remaining, _CHUNK)):
-        for row, account in _encode(chunk, records.form, encoder):
-            limited, reasons = _limited(row, list(account), limits, vocab_size, report.read)
-            _check_strict(reasons, account, strict, report.read)
-            report.add(reasons, account)
+        encoded = _encode(chunk, records.form, encoder)
+        for (where, _), (row, account) in zip(chunk, encoded, strict=True):
+            limited, reasons = _limited(row, list(account), limits, vocab_size, where)
+            _check_strict(reasons, account, strict, where)
+            report.add(reasons, account, where)
             if limited is not None:
                 report.kept += 1
                 names = ("prompt_ids", *completions_of(limited))
@@ -139,13 +140,13 @@ def _rows(
 
 
 def _limited(
-    row: Row | None, reasons: list[str], limits: Limits, vocab_size: int | None, number: int
+    row: Row | None, reasons: list[str], limits: Limits, vocab_size: int | None, where: str
 ) -> tuple[Row | None, list[str]]:
     """The row within the limits, unless it is dropped, and all reasons to report it."""
     dropped = [reason for reason in reasons if reason in DROPPED]
     if row is None or dropped:
         return None, dropped
-    _check_vocabulary(row, vocab_size, number)
+    _check_vocabulary(row, vocab_size, where)
     limited, cuts = truncate(row, limits)
     if limited is not None and _scores_nothing(limited):
         return None, ["nothing_scored"]
@@ -216,18 +217,18 @@ def _looks(row: Row) -> list[str]:
     return [*reasons, "identical_completions"] if same else reasons
 
 
-def _check_vocabulary(row: Row, vocab_size: int | None, number: int) -> None:
+def _check_vocabulary(row: Row, vocab_size: int | None, where: str) -> None:
     if vocab_size is None:
         return
     worst = max((max(row[c], default=0) for c in ("prompt_ids", *completions_of(row))), default=0)
     if worst >= vocab_size:
         raise ValueError(
-            f"`tokenizer` must give ids below `vocab_size`, {vocab_size}; record {number} (from "
-            f"0) has {worst}. Take the policy's own tokenizer."
+            f"`tokenizer` must give ids below `vocab_size`, {vocab_size}; {where} has {worst}. "
+            "Take the policy's own tokenizer."
         )
 
 
-def _check_strict(reasons: list[str], account: Account, strict: bool, number: int) -> None:
+def _check_strict(reasons: list[str], account: Account, strict: bool, where: str) -> None:
     refused = DROPPED.keys() | CUT.keys() | LOST.keys() | {"identical_completions"}
     strict_reasons = [reason for reason in reasons if reason in refused]
     if strict and strict_reasons:
@@ -236,7 +237,6 @@ def _check_strict(reasons: list[str], account: Account, strict: bool, number: in
             for reason in strict_reasons
         ]
         raise ValueError(
-            "`strict` allows no row to be dropped or cut and no text to be lost, and record "
-            f"{number} (from 0) would be: {'; '.join(words)}. Raise the limit, or repair or leave "
-            "out the record."
+            f"`strict` allows no row to be dropped or cut and no text to be lost, and {where} "
+            f"would be: {'; '.join(words)}. Raise the limit, or repair or leave out the record."
         )
