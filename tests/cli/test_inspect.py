@@ -104,6 +104,19 @@ def test_the_first_rows_that_are_kept_are_shown(models, capsys):
     assert f"record {dropped[2]}: " not in out
 
 
+def test_a_column_with_the_name_of_a_flag_is_a_column(models, tmp_path, capsys):
+    record = {"prompt": "Why?", "chosen": " So.", "rejected": " No.", "split": "a", "score": 1}
+    (tmp_path / "data.jsonl").write_text(json.dumps(record | {"strict": "", "tokenizer": "b"}))
+    _, out, _ = inspect(capsys, models("llama"), tmp_path / "data.jsonl")
+    assert "not used: `split`, `score`, `strict`, `tokenizer`\n" in out
+    del record["prompt"], record["chosen"]
+    (tmp_path / "data.jsonl").write_text(json.dumps(record))
+    for more in ((), ("--columns", "prompt=x")):
+        status, _, err = inspect(capsys, models("llama"), tmp_path / "data.jsonl", *more)
+        assert status == 2
+        assert "found: `rejected`, `split`, `score`." in err
+
+
 def test_plain_text(models, capsys):
     """BOS, EOS, boundary, what is cut and why: to be seen without colours."""
     rows = DATA / "collation" / "rows.jsonl"

@@ -5,6 +5,7 @@ All of this runs before a model is loaded, so that a bad line is found early.
 
 import dataclasses
 import itertools
+import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from ...models._checkpoint.folder import ADAPTER_CONFIG, CONFIG, read_json, reso
 from ..settings.options import split_pairs
 from ..settings.settings import Settings
 from ..settings.sources import sources_of
+from ..settings.words import OF_ARGUMENT
 from .loss import keywords
 from .tokenizer import tokenizer_of
 
@@ -31,8 +33,7 @@ class Prepared:
     - `fingerprint`: the fingerprint of the files; `None` if the source has no files.
     - `mismatched`: whether batches of single completions have the mismatched ones of KTO.
     - `positions`: the largest number of tokens of a row; `None` if positions are not learned.
-    - `told`: what the user is told about the records.
-    - `records`: the records of the source; `None` for a mixture.
+    - `told`: what the user is told; `records`: the records, unless it is a mixture.
     """
 
     rows: Any
@@ -46,9 +47,9 @@ class Prepared:
 
     def place(self, index: int) -> str:
         """The place of a row's record, such as `line 3 of a.jsonl`; it reads the source again."""
-        number = int(self.report.numbers_of_rows()[index])
         located = () if self.records is None else self.records.located()
-        return next((where for where, _ in itertools.islice(located, number, None)), "a record")
+        later = itertools.islice(located, int(self.report.numbers_of_rows()[index]), None)
+        return next((where for where, _ in later), "a record")
 
 
 def vocab_size(model: str, flag: str = "--model") -> int:
@@ -135,13 +136,7 @@ def prepare(
 def mixed(
     parts: Sequence[Prepared], names: Sequence[str], weights: Sequence[float | None], seed: int
 ) -> Prepared:
-    """Several sources as one: see `data.mix`. One source stays as it is.
-
-    **Arguments:**
-
-    - `parts`, `names`, `weights`: the sources, and for each its path and its weight.
-    - `seed`: the seed of the draw.
-    """
+    """Several sources, with their paths and weights, as one: see `data.mix`."""
     if len(parts) == 1:
         return parts[0]
     rows = data.mix([part.rows for part in parts], weights=weights, seed=seed)
@@ -215,9 +210,8 @@ def reading(settings: Settings) -> dict[str, Any]:
 def _in_flags_of_source(message: str, *, held_out: bool) -> str:
     """`message` with the flags of the training data or of the held-out data."""
     prefix = "--eval-" if held_out else "--"
-    for name, word in {"path_or_iterable": "data", "split": "split"}.items():
-        message = message.replace(f"`{name}`", f"`{prefix}{word}`")
-    return message
+    message = message.replace("`path_or_iterable`", f"`{prefix}data`")
+    return re.sub(rf"`split`{OF_ARGUMENT}", f"`{prefix}split`", message)
 
 
 def _check_apart(held_out: data.Records, settings: Settings) -> None:

@@ -14,8 +14,7 @@ from jaxtyping import Int
 DROPPED = {
     "prompt_fills_max_length": "the prompt alone has `max_length` tokens or more",
     "no_completion_token": "a completion has no token at all",
-    "nothing_scored": "nothing of a completion is scored: no token within the limits, or one token "
-    "after an empty prompt",
+    "nothing_scored": "no token of a completion is scored, such as one token after an empty prompt",
     "template_refused": "the chat template refuses the conversation",
     "answer_not_rendered": "the chat template leaves out all of an answer",
 }

@@ -16,7 +16,7 @@ from .._records.read import Records, read
 from .._records.records import NUMBERS, Form
 from .encoder import Encoder, encode_texts, make_encoder
 from .report import CUT, DROPPED, LOST, REASONS, Account, Report
-from .rows import Row, Rows, completions_of, scored_of
+from .rows import Row, Rows, completions_of, mask_name
 from .scored import check_score, masks_in_row, masks_of
 from .store import open_cache, write_cache
 from .template import conversation_of, encode_conversations
@@ -208,7 +208,11 @@ def _at_boundary(encoded: list[list[int]], names: list[str]) -> tuple[Row, bool]
 def _scores_nothing(row: Row) -> bool:
     """Whether a completion has no scored token; one that follows no token is not scored."""
     first = 0 if row["prompt_ids"] else 1
-    return not all(scored_of(row, name)[first:].any() for name in completions_of(row))
+    for name in completions_of(row):
+        mask = row.get(mask_name(name))
+        if len(row[name]) <= first or (mask is not None and not any(mask[first:])):
+            return True
+    return False
 
 
 def _looks(row: Row) -> list[str]:

@@ -138,8 +138,11 @@ def as_ids(encoded: Any) -> list[int]:
     if isinstance(encoded, Mapping):
         encoded = encoded["input_ids"]
     encoded = getattr(encoded, "ids", encoded)
-    ids = [getattr(i, "item", lambda i=i: i)() for i in encoded]
-    if not all(type(i) is int and i >= 0 for i in ids):
+    ids = list(encoded)
+    # By sets of types, since a loop over all tokens takes as long as their tokenizer.
+    if set(map(type, ids)) - {int}:
+        ids = [getattr(i, "item", lambda i=i: i)() for i in ids]
+    if set(map(type, ids)) - {int} or min(ids, default=0) < 0:
         raise ValueError(f"`tokenizer.encode` must return token ids; got {ids[:5]}.")
     return ids
 
