@@ -51,6 +51,22 @@ def test_what_is_needed_may_be_in_the_file(tmp_path):
     assert parse([f"--config={path}"]).data == ("-d",)
 
 
+@pytest.mark.parametrize(
+    ("words", "data"),
+    [
+        (["--data", "a:0.3", "b"], ("a:0.3", "b")),
+        (["--data", "a", "--seed", "1", "--data", "b", "c"], ("a", "b", "c")),
+        (["--data=a", "--data=b=c", "--no-shuffle"], ("a", "b=c")),
+        (["--data=-a", "--beta", "1"], ("-a",)),
+    ],
+)
+def test_several_data_in_one_flag_or_in_several(words, data, tmp_path):
+    path = written(tmp_path, "data: [x, y]\n")
+    flags = ["--config", str(path), *words, "--model", "m", "--output", "o"]
+    assert parse(flags).data == data
+    assert parse([*flags[:2], *flags[-4:]]).data == ("x", "y")
+
+
 @pytest.mark.parametrize("text", ["1e-6", "1E-6", "1.0e-6", "0.000001", "1e-06"])
 def test_a_number_is_a_number(tmp_path, text):
     assert read_settings(written(tmp_path, f"learning-rate: {text}")) == {"learning_rate": 1e-6}

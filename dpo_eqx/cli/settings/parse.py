@@ -27,7 +27,23 @@ def parse(arguments: Sequence[str]) -> Settings:
     config = _config_in(arguments)
     # The flags come last, since the later of two flags counts.
     from_file = [] if config is None else flags_of(read_settings(config))
-    return tyro.cli(Settings, args=[*from_file, *arguments], prog=PROGRAM)
+    return tyro.cli(Settings, args=[*from_file, *_with_one_data(arguments)], prog=PROGRAM)
+
+
+def _with_one_data(arguments: Sequence[str]) -> list[str]:
+    """The arguments with the values of all `--data` behind one: of two flags, only one counts."""
+    others, values, is_value = [], [], False
+    for word in arguments:
+        is_value = is_value and not word.startswith("-")
+        if is_value:
+            values.append(word)
+        elif word.startswith("--data="):
+            values.append(word.removeprefix("--data="))
+        elif word == "--data":
+            is_value = True
+        else:
+            others.append(word)
+    return [*others, *_words("data", tuple(values))] if values else list(arguments)
 
 
 def flags_of(settings: Mapping[str, Any]) -> list[str]:
