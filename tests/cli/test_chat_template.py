@@ -5,6 +5,7 @@ import json
 import pytest
 
 from dpo_eqx import data
+from dpo_eqx.cli.run.loop import loop
 from dpo_eqx.models import load as load_model, save as save_model
 
 from .commands import one_message, run
@@ -89,13 +90,24 @@ def test_a_model_is_saved_with_a_template(tmp_path):
     assert data.load_tokenizer(tmp_path / "saved").chat_template == TEMPLATE
 
 
+def gone_before(path):
+    def run_loop(*args, **kwargs):
+        path.unlink()
+        return loop(*args, **kwargs)
+
+    return run_loop
+
+
 @pytest.mark.slow
-def test_the_saved_model_carries_the_template(models, files):
+def test_the_saved_model_carries_the_template(models, files, monkeypatch):
     flags = {"model": models("qwen3"), "batch_size": 1, "steps": 1, "as_chat": True}
     template = files / "template.jinja"
     output = files / "run"
     source = {"data": files / "texts.jsonl", "output": output}
-    assert train(**flags, **source, chat_template=template) == 0
+    with monkeypatch.context() as patch:
+        # The file may be gone at the end of the run.
+        patch.setattr("dpo_eqx.cli.commands.train.loop", gone_before(template))
+        assert train(**flags, **source, chat_template=template) == 0
     saved = data.load_tokenizer(output / "model")
     assert saved.chat_template == TEMPLATE
     want = "<user>Why?;<assistant>"

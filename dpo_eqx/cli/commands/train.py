@@ -66,6 +66,8 @@ def _train(settings: Settings) -> None:
     folder = Folder(settings.output)
     # Loading a model takes long. Errors in settings and data are found before, on every process.
     loss, prepared, mesh = hosts.together(functools.partial(_prepare, settings, folder))
+    # Read now, since the file may be gone or changed when the model is written.
+    template = template_in_file(settings.chat_template)
     hosts.compare(settings, {"jax": jax.__version__} | data_facts(prepared))
     say(in_flags("\n".join(source.told for source in prepared)))
 
@@ -114,6 +116,7 @@ def _train(settings: Settings) -> None:
         trainable=trainable,
         rates=learning_rates(schedule, steps),
         finish=finish,
+        chat_template=template,
     )
     say(_summary(run, state, reference.words, dtypes))
     probe = make_probe(settings, prepared, loss, options, mesh)
@@ -246,8 +249,7 @@ def _write_model(run: Run, state: State, folder: Folder) -> None:
         hosts.on_first(models.save_lora, adapters, folder.adapter, base=settings.model)
     trained = sharding.gather(run.finish(state.policy))
     hosts.on_first(check_saved, trained, settings)
-    template = template_in_file(settings.chat_template)
-    companions = {"tokenizer_from": _tokenizer(settings), "chat_template": template}
+    companions = {"tokenizer_from": _tokenizer(settings), "chat_template": run.chat_template}
     hosts.on_first(models.save, trained, folder.model, **companions)
 
 
