@@ -79,7 +79,7 @@ class Case:
             times.append(time.perf_counter())
             return self.advance(state, batch, number)
 
-        settings = Settings(model="", data="", output=self.folder, save_every=0)
+        settings = Settings(model="", data=("",), output=self.folder, save_every=0)
         with (
             tempfile.TemporaryDirectory(dir=self.folder) as folder,
             open_sinks(settings, Folder(Path(folder)), 0) as (write, write_evaluation),

@@ -1,11 +1,13 @@
-"""From text and files to batches: `read`, `tokenize`, `batches`, `pack`, `cache_reference`.
+"""From text and files to batches: `read`, `tokenize`, `mix`, `batches`, `pack`, `cache_reference`.
 
 The core does not import this package, and this package does not depend on losses or steps.
 """
 
 from ._batches.batches import Batches as Batches, batches as batches
 from ._batches.buckets import Buckets as Buckets, Shapes as Shapes
+from ._batches.mix import Mixture as Mixture, mix as mix
 from ._batches.pack import pack as pack
+from ._records.hold_out import hold_out as hold_out
 from ._records.prompts import split_shared_prompt as split_shared_prompt
 from ._records.read import Records as Records, read as read
 from ._records.records import Form as Form

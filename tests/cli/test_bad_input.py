@@ -86,7 +86,7 @@ def test_strict(case, models, tmp_path, capsys):
         max_length=40,
         strict=True,
     )
-    bad(capsys, tmp_path, f"`--strict` allows no row .*record 1 .*{message}", status)
+    bad(capsys, tmp_path, f"`--strict` allows no row .*line 2 of .*{message}", status)
 
 
 def test_no_row_is_left(models, tmp_path, capsys):
@@ -127,11 +127,14 @@ def test_a_tokenizer_beyond_the_vocabulary(models, tmp_path, capsys):
 def test_ids_beyond_the_vocabulary(tmp_path, capsys):
     ids = {"prompt_ids": [1], "chosen_ids": [2, 96], "rejected_ids": [3]}
     (tmp_path / "data.jsonl").write_text(json.dumps(ids) + "\n")
-    bad(capsys, tmp_path, "below 96, .*; record 0 .* has 96", small(tmp_path))
+    bad(capsys, tmp_path, "below 96, .*; line 1 of .* has 96", small(tmp_path))
 
 
 CASES = {
-    "no model": ({"model": "nowhere"}, "there is no folder 'nowhere'"),
+    "no model": (
+        {"model": "nowhere"},
+        "`--model` must be a folder .* there is no folder 'nowhere'",
+    ),
     "no data": ({"data": "nowhere.jsonl"}, "there is no `nowhere.jsonl`"),
     "no config": ({"config": "nowhere.yaml"}, "there is no nowhere.yaml"),
     "contradiction": ({"reference_free": True, "reference": "x"}, "contradict each other"),
@@ -276,7 +279,7 @@ def test_the_held_out_split_is_read(tmp_path):
     folder = str(folder_of_two_splits(tmp_path / "set"))
     settings = Settings(
         model="",
-        data=folder,
+        data=(folder,),
         eval_data=folder,
         eval_split="test",
         output=tmp_path,
@@ -299,8 +302,11 @@ def test_text_that_the_template_leaves_out_is_told_before_training(models, tmp_p
     assert main(["inspect", *args]) == 0
     shown = capsys.readouterr().out
     gone = "the chat template leaves out all of an answer"
-    assert f"dropped 1: {gone} (records 0); line 1 of {path}, `chosen`\n" in shown
-    assert "lost 1: the chat template leaves out text of an answer (records 1); line 2 of" in shown
+    assert f"dropped 1: {gone} (line 1 of {path}); line 1 of {path}, `chosen`\n" in shown
+    assert (
+        f"lost 1: the chat template leaves out text of an answer (line 2 of {path}); line 2"
+        in shown
+    )
     assert "record 0: dropped" in shown
     status = train(model=models("qwen3"), data=path, output=tmp_path / "run", strict=True)
     bad(capsys, tmp_path, f"`--strict` allows no row .* {re.escape(gone)} .line 1 of ", status)

@@ -73,7 +73,7 @@ BAD = {
         [PAIR, {"prompt_ids": [], "chosen_ids": [3, 4], "rejected_ids": [5, 6]}],
         None,
         {},
-        "`prompt_ids` must hold a token in record 1 (from 0) of {data}, since its completions",
+        "`prompt_ids` must hold a token in line 2 of {data}, since its completions",
     ),
     "one prompt": (
         [ONE, ONE],
@@ -102,7 +102,7 @@ def test_what_cannot_be_trained_is_named_before_the_run(case, tmp_path, capsys):
     [(["kto"], True), (["bco"], False), (["apo_zero_unpaired"], False), (["kto", "bco"], True)],
 )
 def test_only_kto_needs_mismatched_completions(names, needed):
-    settings = Settings(model="", data="", output=Path(), loss=tuple(names))
+    settings = Settings(model="", data=("",), output=Path(), loss=tuple(names))
     assert needs_mismatched(compose_loss(settings)) == needed
 
 
@@ -119,7 +119,7 @@ def test_the_mean_over_no_completion_is_left_out(tmp_path):
 
 def test_an_evaluation_leaves_out_a_side_that_is_not_held_out(tmp_path):
     path = write(tmp_path / "eval.jsonl", ONE, ONE)
-    settings = Settings(model="", data="", output=Path(), batch_size=2)
+    settings = Settings(model="", data=("",), output=Path(), batch_size=2)
     held_out = dataclasses.replace(prepare(str(path), settings, 9), mismatched=False)
 
     def evaluate(policy, batch, reference):

@@ -21,7 +21,7 @@ from dpo_eqx.cli.settings.settings import Settings
 
 
 def settings(**given):
-    return Settings(model="m", data="d", output=Path("o"), **given)
+    return Settings(model="m", data=("d",), output=Path("o"), **given)
 
 
 def log_probs(seed):

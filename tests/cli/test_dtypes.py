@@ -57,7 +57,7 @@ def whole(narrow, tmp_path_factory):
 
 
 def settings_of(model, **given):
-    return Settings(model=str(model), data="d", output=Path("o"), **given)
+    return Settings(model=str(model), data=("d",), output=Path("o"), **given)
 
 
 def checkpoint_of(run, step=RUN["steps"]):
@@ -236,12 +236,12 @@ def test_a_mixed_checkpoint_gets_its_dtypes_back(narrow, tmp_path):
 
 
 def test_a_reference_is_kept_as_stored_unless_it_moves(narrow, tmp_path):
-    given = {"data": str(write_data(tmp_path / "data.jsonl"))}
+    given = {"data": (str(write_data(tmp_path / "data.jsonl")),)}
     for other in (None, str(narrow)):
         for every, want in ((0, "bfloat16"), (1, "float32")):
             more = given | {"reference": other, "sync_reference_every": every}
             settings = Settings(model=str(narrow), output=tmp_path / "run", **more)
-            prepared = prepare(settings.data, settings, 96)
+            prepared = prepare(settings.data[0], settings, 96)
             policy = policies.load_policy(settings)
             chosen = policies.choose_reference(policy, settings, prepared, needed=True)
             assert kinds(params_of(chosen.policy)) == {want}

@@ -96,11 +96,25 @@ def test_the_first_rows_that_are_kept_are_shown(models, capsys):
     status, out, _ = inspect(capsys, models("llama"), rows, "--max-length", "22")
     assert status == 0
     fates = re.findall(r"^record \d+: (kept|dropped)", out, re.M)
-    dropped = re.search(r"dropped \d+: .* \(records (\d+), (\d+),", out)
+    lines = re.search(r"dropped \d+: .* \(lines (\d+), (\d+),", out)
+    dropped = [None, *(int(line) - 1 for line in lines.groups())]
     assert fates.count("kept") >= 3
     assert fates.count("dropped") == 1
     assert f"record {dropped[1]}: dropped" in out
     assert f"record {dropped[2]}: " not in out
+
+
+def test_a_column_with_the_name_of_a_flag_is_a_column(models, tmp_path, capsys):
+    record = {"prompt": "Why?", "chosen": " So.", "rejected": " No.", "split": "a", "score": 1}
+    (tmp_path / "data.jsonl").write_text(json.dumps(record | {"strict": "", "tokenizer": "b"}))
+    _, out, _ = inspect(capsys, models("llama"), tmp_path / "data.jsonl")
+    assert "not used: `split`, `score`, `strict`, `tokenizer`\n" in out
+    del record["prompt"], record["chosen"]
+    (tmp_path / "data.jsonl").write_text(json.dumps(record))
+    for more in ((), ("--columns", "prompt=x")):
+        status, _, err = inspect(capsys, models("llama"), tmp_path / "data.jsonl", *more)
+        assert status == 2
+        assert "found: `rejected`, `split`, `score`." in err
 
 
 def test_plain_text(models, capsys):
@@ -114,6 +128,7 @@ def test_plain_text(models, capsys):
     assert "  prompt     (<s>)(Explain)( briefly)" in first
     assert "(\\n)(Response)(:)\n  chosen     [ ][Y][es]" in first
     assert "[.][</s>]\n" in first
+    assert f"\n  line 1 of {rows}\n" in first
     assert "prompt_cut: prompt cut to `--max-prompt-length`, keeping its end" in dropped
     assert cut.startswith("2: kept, cut; prompt 20 tokens (2 cut off), chosen 20 tokens")
     assert "  prompt     {<s>}{Human}(:)( Where)" in cut

@@ -36,9 +36,9 @@ SOURCES = [({}, OFFSETS), ({"offset_column": "margin"}, -OFFSETS)]
 @pytest.mark.parametrize(("settings", "offsets"), SOURCES)
 def test_the_offset_reaches_the_batch(settings, offsets, tmp_path):
     write(tmp_path, SCORES | {"margin": (-OFFSETS).tolist()})
-    flags = {"model": str(MODEL), "data": str(tmp_path / "data.jsonl"), "output": tmp_path}
+    flags = {"model": str(MODEL), "data": (str(tmp_path / "data.jsonl"),), "output": tmp_path}
     settings = Settings(**flags, loss=("odpo",), batch_size=10, **settings)
-    prepared = prepare(settings.data, settings, 96)
+    prepared = prepare(settings.data[0], settings, 96)
     with make_batches(prepared, settings, training=False) as batches:
         (batch,) = batches
     np.testing.assert_allclose(batch.per_pair["offset"], offsets, rtol=1e-6)
@@ -70,7 +70,7 @@ def test_the_offset_reaches_the_loss(settings, tmp_path):
     ],
 )
 def test_scores_are_an_offset_only_for_a_loss_that_takes_one(settings, wanted):
-    settings = Settings(model="m", data="d", output=Path("o"), **settings)
+    settings = Settings(model="m", data=("d",), output=Path("o"), **settings)
     assert reading(settings)["offset_from_scores"] is wanted
 
 

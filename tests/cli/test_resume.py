@@ -189,7 +189,7 @@ def test_every_input_of_a_run_is_remembered(models, tmp_path):
     held_out = pairs(tmp_path / "eval.jsonl", "So.")
     settings = Settings(
         model=str(model),
-        data=str(pairs(tmp_path / "data.jsonl", "Yes.")),
+        data=(str(pairs(tmp_path / "data.jsonl", "Yes.")),),
         eval_data=str(held_out),
         reference=str(reference),
         output=tmp_path,

@@ -32,7 +32,7 @@ def test_flags_override_the_file_and_the_file_the_defaults(tmp_path):
     assert settings == Settings(
         config=path,
         model="m",
-        data="d",
+        data=("d",),
         output=Path("o"),
         batch_size=4,
         beta=0.5,
@@ -48,7 +48,23 @@ def test_flags_override_the_file_and_the_file_the_defaults(tmp_path):
 
 def test_what_is_needed_may_be_in_the_file(tmp_path):
     path = written(tmp_path, "model: m\ndata: -d\noutput: o\nlora-alpha:\n")
-    assert parse([f"--config={path}"]).data == "-d"
+    assert parse([f"--config={path}"]).data == ("-d",)
+
+
+@pytest.mark.parametrize(
+    ("words", "data"),
+    [
+        (["--data", "a:0.3", "b"], ("a:0.3", "b")),
+        (["--data", "a", "--seed", "1", "--data", "b", "c"], ("a", "b", "c")),
+        (["--data=a", "--data=b=c", "--no-shuffle"], ("a", "b=c")),
+        (["--data=-a", "--beta", "1"], ("-a",)),
+    ],
+)
+def test_several_data_in_one_flag_or_in_several(words, data, tmp_path):
+    path = written(tmp_path, "data: [x, y]\n")
+    flags = ["--config", str(path), *words, "--model", "m", "--output", "o"]
+    assert parse(flags).data == data
+    assert parse([*flags[:2], *flags[-4:]]).data == ("x", "y")
 
 
 @pytest.mark.parametrize("text", ["1e-6", "1E-6", "1.0e-6", "0.000001", "1e-06"])
@@ -60,7 +76,7 @@ def test_what_is_written_is_read_again(tmp_path):
     path = tmp_path / "config.yaml"
     settings = Settings(
         model="m",
-        data="1e5",
+        data=("1e5",),
         output=tmp_path,
         learning_rate=3e-7,
         loss=("ipo",),
@@ -163,7 +179,7 @@ def test_help(capsys):
 )
 def test_contradictions(given, message):
     with pytest.raises(ValueError, match=message):
-        check(Settings(model="m", data="d", output=Path("o"), **given))
+        check(Settings(model="m", data=("d",), output=Path("o"), **given))
 
 
 def test_each_command_can_do_without_the_fused_kernel():

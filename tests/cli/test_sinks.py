@@ -35,7 +35,7 @@ def test_cutting(tmp_path, tail):
 
 
 def settings(tmp_path, **given):
-    return Settings(model="m", data="d", output=tmp_path, **given)
+    return Settings(model="m", data=("d",), output=tmp_path, **given)
 
 
 def scalars(folder):

@@ -166,7 +166,7 @@ def test_rows_that_are_too_long_are_known_before_the_first_step(tmp_path, capsys
     ) in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
     # The flag that the message gives helps.
-    settings = Settings(model=str(MODEL), data=str(path), output=tmp_path, max_length=256)
+    settings = Settings(model=str(MODEL), data=(str(path),), output=tmp_path, max_length=256)
     assert len(prepare(str(path), settings, 96, positions=256).rows) == 4
 
 
@@ -177,7 +177,7 @@ def test_mismatched_completions_stay_within_the_learned_positions(tmp_path):
     ]
     path = tmp_path / "data.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    settings = Settings(model=str(MODEL), data=str(path), output=tmp_path, batch_size=2)
+    settings = Settings(model=str(MODEL), data=(str(path),), output=tmp_path, batch_size=2)
     prepared = prepare(str(path), settings, 96, positions=learned_positions(settings.model))
     with make_batches(prepared, settings, training=True) as batches:
         batch = next(batches)

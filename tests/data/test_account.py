@@ -177,10 +177,10 @@ def test_a_loss_is_told_with_its_place_and_refused_by_strict(reason, tmp_path):
     rows, report = data.tokenize(path, tokenizer)
     assert report.counts == {reason: 2}
     assert len(rows) == (1 if reason in DROPPED else 3)
-    (line,) = [line for line in str(report).splitlines() if "(records 1, 2)" in line]
+    (line,) = [line for line in str(report).splitlines() if f"(lines 2, 3 of {path})" in line]
     separator = "" if example.startswith(":") else ", "
     assert line.endswith(f"; line 2 of {path}{separator}{example}")
-    with pytest.raises(ValueError, match=r"`strict` .* record 1 \(from 0\).*line 2 of ") as error:
+    with pytest.raises(ValueError, match=r"`strict` .* lost, and line 2 of .* would be") as error:
         data.tokenize(path, tokenizer, strict=True)
     assert example in str(error.value)
     assert data.tokenize([record("7")], tokenizer, strict=True)[1].counts == {}
@@ -208,6 +208,11 @@ NOTES = {
         "text alone",
         record({"role": "assistant", "content": "7", "written": "today"}),
         "`written`",
+    ),
+    "template_arguments_unused": (
+        "text alone",
+        record("7") | {"chat_template_kwargs": {"enable_thinking": False}},
+        "`enable_thinking`",
     ),
     "prompt_not_kept": ("generation prompt that thinks", record("7"), ""),
 }

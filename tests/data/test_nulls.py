@@ -127,6 +127,6 @@ def test_without_a_schema_nothing_is_guessed():
 def test_a_message_without_content_and_calls_is_refused(kind, tmp_path):
     silent = record([{"role": "assistant", "content": None, "tool_calls": None}], [])
     source = data.read(saved_as(kind, [RECORDS[0], silent], tmp_path))
-    place = {"lines": "line 2", "parquet": "row 1"}[kind]
+    place = {"lines": "line 2", "parquet": "row 2"}[kind]
     with pytest.raises(ValueError, match=rf"message 0 of `chosen` in {place} of .* a `content`"):
         list(source)

@@ -121,7 +121,11 @@ NAMES = [
     "chosen_score rejected_score",
     "chosen_reward rejected_reward",
 ]
-NAMES += ["chosen_rating rejected_rating"]
+NAMES += [
+    "chosen_rating rejected_rating",
+    "chosen-rating rejected-rating",
+    "score-chosen score-rejected",
+]
 
 
 @pytest.mark.parametrize("names", NAMES)

@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from ..._extras import require
-from ..compose.data import load_tokenizer, vocab_size
+from ..compose.data import vocab_size
+from ..compose.tokenizer import NONE, load_tokenizer
 from ..compose.vocabulary import check_one_vocabulary
 from ..run.folder import replace_text
 from ..settings.check import flag
+from ..settings.options import split_pairs
 from ..settings.shared_flags import Loading, check_writable, parse_flags
 from ..terminal.answers import Answer, draw_answers
 from ..terminal.display import say
-from ..terminal.prompts import Prompt, encode_prompt, read_prompts, shown, stored
+from ..terminal.prompts import Prompt, Reading, encode_prompt, read_prompts, shown, stored
 from ..terminal.texts import counted, for_screen
 
 
@@ -34,13 +36,25 @@ class Generate(Loading):
     """A file of prompts: a `.txt` with one on each line, records with `prompt`, or preferences."""
     split: str | None = None
     """The split of `--data`, if it has several (default: train)."""
+    subset: str | None = None
+    """The subset of `--data`, if it has several; the `config_name` on the hub."""
+    columns: tuple[str, ...] = ()
+    """Names of columns in the data, as `prompt=question` for a column `question` that holds the
+    prompts."""
+    where: tuple[str, ...] = ()
+    """Values that columns must have, as `lang=en`; other records are left out."""
     compare: str | None = None
     """Another model with the same vocabulary, whose answers are shown next to the first model's."""
     limit: int | None = None
     """Largest number of prompts to take from `--data` (default: all)."""
     chat: bool = True
-    """Put texts through the tokenizer's chat template, if it has one; texts of preferences stay as
-    in training."""
+    """Put texts through the chat template, if there is one; texts of preferences stay as in
+    training."""
+    chat_template: str = "tokenizer"
+    """The chat template of conversations: a file with a Jinja template, `none`, or `tokenizer` for
+    the tokenizer's own."""
+    as_chat: bool = False
+    """Make a turn of the user from a text that is the prompt of preferences, too."""
     max_tokens: int = 128
     """Largest number of tokens in an answer, which ends at the EOS if that is sampled first."""
     temperature: float = 1.0
@@ -73,8 +87,8 @@ def generate(arguments: Sequence[str]) -> None:
     if flags.compare is not None:
         check_one_vocabulary(flags.model, flags.compare, "--compare")
     given = [Prompt(text, "`--prompt`") for text in flags.prompt]
-    given += [] if flags.data is None else read_prompts(flags.data, flags.limit, flags.split)
-    tokenizer = load_tokenizer(flags.model, flags.tokenizer)
+    given += [] if flags.data is None else read_prompts(flags.data, flags.limit, reading(flags))
+    tokenizer = load_tokenizer(flags.model, flags.tokenizer, flags.chat_template)
     prompts = [encode_prompt(tokenizer, prompt, chat=flags.chat) for prompt in given]
     sides = [(flags.model, flags.lora)]
     sides += [] if flags.compare is None else [(flags.compare, None)]
@@ -86,6 +100,18 @@ def generate(arguments: Sequence[str]) -> None:
         values = [stored(tokenizer, prompt) for prompt in given]
         replace_text(flags.output, "".join(_lines(values, by_prompt)))
     _show([shown(tokenizer, prompt) for prompt in given], names, by_prompt)
+
+
+def reading(flags: Generate) -> Reading:
+    """How the records of `--data` are read."""
+    columns = split_pairs(flags.columns, "--columns")
+    return Reading(
+        flags.split,
+        flags.subset,
+        {ours: theirs or None for ours, theirs in columns.items()},
+        split_pairs(flags.where, "--where"),
+        as_chat=flags.as_chat,
+    )
 
 
 def _answers_of(
@@ -140,6 +166,10 @@ def _lines(prompts: list[Any], answers: list[tuple[Answer, ...]]) -> Iterator[st
 def _check(flags: Generate) -> None:
     if not flags.prompt and flags.data is None:
         raise ValueError("`--prompt` or `--data` must give a prompt to answer; both are missing.")
+    if flags.as_chat and not flags.chat:
+        raise ValueError("`--as-chat` and `--no-chat` contradict each other; leave out one.")
+    if flags.as_chat and flags.chat_template == NONE:
+        raise ValueError("`--as-chat` needs a chat template; leave out `--chat-template none`.")
     for name in ("max_tokens", "batch_size", "limit"):
         value = getattr(flags, name)
         if value is not None and value < 1:

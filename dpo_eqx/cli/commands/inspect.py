@@ -17,7 +17,8 @@ from ...data._batches.collate import pair_batch, unpaired_batch
 from ...data._tokens.report import CUT, DROPPED, REASONS
 from ...data._tokens.rows import Row, completions_of
 from ...data._tokens.tokenizers import special_id
-from ..compose.data import load_tokenizer, reading, vocab_size
+from ..compose.data import reading, vocab_size
+from ..compose.tokenizer import load_tokenizer
 from ..compose.vocabulary import has_tokenizer
 from ..settings.shared_flags import Source, parse_flags
 from ..settings.words import in_flags
@@ -53,11 +54,12 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Look:
-    """A record as training sees it: its parts, and the reasons in `REASONS` that apply to it."""
+    """A record as training sees it: its parts, its place, and the reasons in `REASONS` for it."""
 
     number: int
     reasons: list[str]
     parts: list[Part]
+    where: str = ""
     places: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
@@ -85,17 +87,16 @@ def inspect(arguments: Sequence[str]) -> None:
     records = list(itertools.islice(source.located(), count))
     tokenizer = _tokenizer(flags, tokenized=source.form.tokenized)
     encoder = None if source.form.tokenized else tokenizer
-    limits = {
-        name: getattr(flags, name)
-        for name in ("max_length", "max_prompt_length", "max_completion_length")
-    }
+    names = ("max_length", "max_prompt_length", "max_completion_length")
+    limits = {name: getattr(flags, name) for name in names}
     vocab = vocab_size(flags.model)
     scanned = data.Records(lambda: iter(records), str(source), {})
-    rows, report = data.tokenize(scanned, encoder, vocab_size=vocab, **limits)
+    score = flags.score
+    rows, report = data.tokenize(scanned, encoder, vocab_size=vocab, score=score, **limits)
     report.left_out = source.left_out
 
     def look(number: int) -> Look:
-        return look_at(number, records[number], encoder, limits)
+        return look_at(number, records[number], encoder, limits, score)
 
     _check_rows(flags.rows, len(records))
     numbers = flags.rows or _worth_showing(report, (look(n) for n in range(len(records))))
@@ -107,7 +108,11 @@ def inspect(arguments: Sequence[str]) -> None:
 
 
 def look_at(
-    number: int, record: tuple[str, dict[str, Any]], tokenizer: Any, limits: dict[str, Any]
+    number: int,
+    record: tuple[str, dict[str, Any]],
+    tokenizer: Any,
+    limits: dict[str, Any],
+    score: str = "completion",
 ) -> Look:
     """What training would see of one record.
 
@@ -115,19 +120,20 @@ def look_at(
 
     - `number`: the record's number, from 0; `record`: its place in words, and the record.
     - `tokenizer`: the tokenizer; `None` if the record holds ids.
-    - `limits`: the limits of lengths, as `data.tokenize` takes them.
+    - `limits`, `score`: the limits of lengths and what is scored, as `data.tokenize` takes them.
     """
-    alone = data.Records(lambda: iter([record]), record[0], {})
-    full, report = data.tokenize(alone, tokenizer)
+    where = record[0]
+    alone = data.Records(lambda: iter([record]), where, {})
+    full, report = data.tokenize(alone, tokenizer, score=score)
     if not full:
-        return Look(number, list(report.counts), [], report.places)
-    within, report = data.tokenize(alone, tokenizer, **limits)
+        return Look(number, list(report.counts), [], where, report.places)
+    within, report = data.tokenize(alone, tokenizer, score=score, **limits)
     reasons = [reason for reason in REASONS if report.counts.get(reason)]
     if not within:
         names = ("prompt_ids", *completions_of(full[0]))
         parts = [Part(_name(n), full[0][n], ["cut"] * len(full[0][n])) for n in names]
-        return Look(number, reasons, parts, report.places)
-    return Look(number, reasons, list(_parts(full[0], within[0])), report.places)
+        return Look(number, reasons, parts, where, report.places)
+    return Look(number, reasons, list(_parts(full[0], within[0])), where, report.places)
 
 
 def _parts(full: Row, row: Row) -> Iterator[Part]:
@@ -172,6 +178,7 @@ def _show(look: Look, tokenizer: Any, *, most: int, with_ids: bool) -> None:
         for part in look.parts
     )
     say(f"record {look.number}: {fate}; {lengths or 'no tokens'}")
+    say(f"  {look.where}")
     for reason in look.reasons:
         place = f" ({look.places[reason]})" if reason in look.places else ""
         say(in_flags(f"  {reason}: {REASONS[reason]}{place}"))
@@ -225,7 +232,7 @@ def _tokenizer(flags: Inspect, *, tokenized: bool) -> Any:
     """The tokenizer, or `None` if the records hold ids and the model has no tokenizer."""
     if tokenized and flags.tokenizer is None and not has_tokenizer(flags.model):
         return None
-    return load_tokenizer(flags.model, flags.tokenizer)
+    return load_tokenizer(flags.model, flags.tokenizer, flags.chat_template)
 
 
 def _check(flags: Inspect) -> None:

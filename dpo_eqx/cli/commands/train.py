@@ -31,6 +31,7 @@ from ..compose.dtypes import (
 from ..compose.loss import Loss, compose_loss, is_unpaired, needs_reference
 from ..compose.optimizer import compose_optimizer, compose_schedule, learning_rates
 from ..compose.preferences import prepare_all
+from ..compose.tokenizer import template_in_file
 from ..report.probe import Probe, make_probe
 from ..run import devices, hosts
 from ..run.checkpoints import Checkpoints
@@ -65,8 +66,10 @@ def _train(settings: Settings) -> None:
     folder = Folder(settings.output)
     # Loading a model takes long. Errors in settings and data are found before, on every process.
     loss, prepared, mesh = hosts.together(functools.partial(_prepare, settings, folder))
+    # Read now, since the file may be gone or changed when the model is written.
+    template = template_in_file(settings.chat_template)
     hosts.compare(settings, {"jax": jax.__version__} | data_facts(prepared))
-    say(in_flags("\n".join(str(source.report) for source in prepared)))
+    say(in_flags("\n".join(source.told for source in prepared)))
 
     policy, reference, trainable, dtypes, finish = hosts.together(
         functools.partial(_load, settings, prepared[0], needs_reference(loss), mesh)
@@ -113,6 +116,7 @@ def _train(settings: Settings) -> None:
         trainable=trainable,
         rates=learning_rates(schedule, steps),
         finish=finish,
+        chat_template=template,
     )
     say(_summary(run, state, reference.words, dtypes))
     probe = make_probe(settings, prepared, loss, options, mesh)
@@ -245,7 +249,8 @@ def _write_model(run: Run, state: State, folder: Folder) -> None:
         hosts.on_first(models.save_lora, adapters, folder.adapter, base=settings.model)
     trained = sharding.gather(run.finish(state.policy))
     hosts.on_first(check_saved, trained, settings)
-    hosts.on_first(models.save, trained, folder.model, tokenizer_from=_tokenizer(settings))
+    companions = {"tokenizer_from": _tokenizer(settings), "chat_template": run.chat_template}
+    hosts.on_first(models.save, trained, folder.model, **companions)
 
 
 def _watch(run: Run, state: State) -> UpdateWatch:

@@ -4,16 +4,23 @@ All of this runs before a model is loaded, so that a bad line is found early.
 """
 
 import dataclasses
+import itertools
+import re
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 from ... import data, losses, models
+from ...data._fingerprint import digest
 from ...data._records.records import Form
 from ...data._tokens.rows import lengths_of
 from ...models._checkpoint.folder import ADAPTER_CONFIG, CONFIG, read_json, resolve
 from ..settings.options import split_pairs
 from ..settings.settings import Settings
+from ..settings.sources import sources_of
+from ..settings.words import OF_ARGUMENT
 from .loss import keywords
+from .tokenizer import tokenizer_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +33,7 @@ class Prepared:
     - `fingerprint`: the fingerprint of the files; `None` if the source has no files.
     - `mismatched`: whether batches of single completions have the mismatched ones of KTO.
     - `positions`: the largest number of tokens of a row; `None` if positions are not learned.
+    - `told`: what the user is told; `records`: the records, unless it is a mixture.
     """
 
     rows: Any
@@ -34,21 +42,33 @@ class Prepared:
     fingerprint: str | None
     positions: int | None = None
     mismatched: bool = True
+    told: str = ""
+    records: data.Records | None = None
+
+    def place(self, index: int) -> str:
+        """The place of a row's record, such as `line 3 of a.jsonl`; it reads the source again."""
+        located = () if self.records is None else self.records.located()
+        later = itertools.islice(located, int(self.report.numbers_of_rows()[index]), None)
+        return next((where for where, _ in later), "a record")
 
 
-def vocab_size(model: str) -> int:
-    """The vocabulary size of the model in a folder; its weights are not read."""
-    return _config(model).vocab
+def vocab_size(model: str, flag: str = "--model") -> int:
+    """The vocabulary size of the model in a folder, which `flag` gave; its weights are not read."""
+    return _config(model, flag).vocab
 
 
-def learned_positions(*names: str | None) -> int | None:
-    """The fewest learned positions of the given models; `None` if none has learned positions."""
-    configs = [_config(name) for name in names if name is not None]
+def learned_positions(model: str, reference: str | None = None) -> int | None:
+    """The fewest learned positions of the models; `None` if none has learned positions."""
+    configs = [_config(model, "--model")]
+    configs += [] if reference is None else [_config(reference, "--reference")]
     return min((c.max_length for c in configs if c.rotary is None), default=None)
 
 
-def _config(model: str) -> models.Config:
-    folder = resolve(model)
+def _config(model: str, flag: str) -> models.Config:
+    try:
+        folder = resolve(model)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(str(error).replace("`path`", f"`{flag}`")) from error
     if (folder / ADAPTER_CONFIG).is_file() and not (folder / CONFIG).is_file():
         raise ValueError(
             f"`--model` must be a model; {model} holds adapters and no model. Give the model that "
@@ -70,7 +90,7 @@ def prepare(
     **Arguments:**
 
     - `vocab`: the size of the vocabulary; `positions`: the number of learned positions, if any.
-    - `held_out`: whether these are the preferences of `--eval-data`.
+    - `held_out`: whether these are the preferences of `--eval-data` or of `--eval-fraction`.
 
     **Raises:**
 
@@ -78,54 +98,91 @@ def prepare(
     invalid, if no row is left to learn from, or if a row is longer than `positions`.
     """
     records = _read(path, settings, held_out=held_out)
-    if held_out:
+    if settings.eval_fraction is not None:
+        records = data.hold_out(records, settings.eval_fraction)[held_out]
+    elif held_out:
         _check_apart(records, settings)
     form = records.form
     _check_numbers(form, settings)
     rows, report = data.tokenize(
         records,
-        None if form.tokenized else load_tokenizer(settings.model, settings.tokenizer),
+        None if form.tokenized else tokenizer_of(settings),
         max_length=settings.max_length,
         max_prompt_length=settings.max_prompt_length,
         max_completion_length=settings.max_completion_length,
         strict=settings.strict,
+        score=settings.score,
         vocab_size=vocab,
         cache=settings.cache,
     )
     if not len(rows):
-        raise ValueError(f"No row is left of {report}\nRaise the limits, or give other data.")
+        remedy = "" if settings.eval_fraction is None else ", or another `--eval-fraction`"
+        raise ValueError(
+            f"No row is left of {report}\nRaise the limits, or give other data{remedy}."
+        )
     if "weight" in form.numbers and not any(row["weight"] > 0 for row in rows):
         raise ValueError(
             f"`weight` is 0 in each row of {path}, so there is nothing to learn from; ignore the "
             "column with `--columns weight=`, or give some rows a positive weight."
         )
+    source = Prepared(
+        rows, report, form, records.fingerprint(), positions, told=str(report), records=records
+    )
     if positions is not None:
-        _check_fits(rows, report, positions, path)
-    return Prepared(rows, report, form, records.fingerprint(), positions)
+        _check_fits(source, positions, path)
+    return source
 
 
-def _check_fits(rows: Any, report: data.Report, positions: int, path: str) -> None:
+def mixed(
+    parts: Sequence[Prepared], names: Sequence[str], weights: Sequence[float | None], seed: int
+) -> Prepared:
+    """Several sources, with their paths and weights, as one: see `data.mix`."""
+    if len(parts) == 1:
+        return parts[0]
+    rows = data.mix([part.rows for part in parts], weights=weights, seed=seed)
+    form = next((part.form for part in parts if not part.form.tokenized), parts[0].form)
+    reports = [part.report for part in parts]
+    counts = sum((Counter(report.counts) for report in reports), Counter())
+    report = data.Report(
+        form=str(form),
+        read=sum(report.read for report in reports),
+        kept=len(rows),
+        tokens=int(rows.lengths().sum()),
+        counts=counts,
+    )
+    prints = [part.fingerprint for part in parts]
+    fingerprint = None if None in prints else digest(prints)
+    shares = [
+        f"  {given} of {len(part.rows)} rows ({given / len(rows):.1%}) from {name}"
+        for given, part, name in zip(rows.counts, parts, names, strict=True)
+    ]
+    told = [*(part.told for part in parts), f"mixture of {len(rows)} rows an epoch:", *shares]
+    return Prepared(rows, report, form, fingerprint, parts[0].positions, told="\n".join(told))
+
+
+def _check_fits(source: Prepared, positions: int, path: str) -> None:
     """Raises `ValueError` if a row has more tokens than there are learned positions."""
-    lengths = lengths_of(rows)
+    lengths = lengths_of(source.rows)
     tokens = lengths[:, 0] + lengths[:, 1:].max(axis=1)
     too_long = int((tokens > positions).sum())
     if too_long:
-        number = report.numbers_of_rows()[tokens.argmax()]
         raise ValueError(
             f"The model has learned positions for {positions} tokens, and {too_long} of "
-            f"{len(tokens)} rows of {path} are longer: record {number} (from 0) has "
+            f"{len(tokens)} rows of {path} are longer: {source.place(int(tokens.argmax()))} has "
             f"{tokens.max()}. Give `--max-length {positions}`."
         )
 
 
 def _read(path: str, settings: Settings, *, held_out: bool) -> data.Records:
+    # A fraction is held out of the training data, which their own flags choose.
+    held_out = held_out and settings.eval_fraction is None
     try:
         records = data.read(
             path,
             **reading(settings),
             split=settings.eval_split if held_out else settings.split,
             # Held-out data of another source have their own subsets.
-            subset=settings.subset if path == settings.data else None,
+            subset=None if held_out and path not in _paths(settings) else settings.subset,
         )
         _ = records.form  # a wrong split of a saved folder is found only now
     except (ValueError, FileNotFoundError) as error:
@@ -143,6 +200,7 @@ def reading(settings: Settings) -> dict[str, Any]:
     return {
         "columns": {ours: theirs or None for ours, theirs in columns.items()},
         "where": split_pairs(settings.where, "--where"),
+        "as_chat": settings.as_chat,
         "pairs": settings.pairs,
         "ties": settings.ties,
         "offset_from_scores": takes_offset and "offset" not in options.keys() | columns.keys(),
@@ -152,18 +210,22 @@ def reading(settings: Settings) -> dict[str, Any]:
 def _in_flags_of_source(message: str, *, held_out: bool) -> str:
     """`message` with the flags of the training data or of the held-out data."""
     prefix = "--eval-" if held_out else "--"
-    for name, word in {"path_or_iterable": "data", "split": "split"}.items():
-        message = message.replace(f"`{name}`", f"`{prefix}{word}`")
-    return message
+    message = message.replace("`path_or_iterable`", f"`{prefix}data`")
+    return re.sub(rf"`split`{OF_ARGUMENT}", f"`{prefix}split`", message)
 
 
 def _check_apart(held_out: data.Records, settings: Settings) -> None:
     """Raises `ValueError` if the held-out preferences are those that the run trains on."""
-    if held_out.place() == _read(settings.data, settings, held_out=False).place():
-        raise ValueError(
-            f"`--eval-data` must hold other rows than `--data`; both are {held_out.source}. Give "
-            "another file, or another split of it by `--eval-split`."
-        )
+    for path in _paths(settings):
+        if held_out.place() == _read(path, settings, held_out=False).place():
+            raise ValueError(
+                f"`--eval-data` must hold other rows than `--data`; both are {held_out.source}. "
+                "Give another file, or another split of it by `--eval-split`."
+            )
+
+
+def _paths(settings: Settings) -> list[str]:
+    return [source.path for source in sources_of(settings.data)]
 
 
 def data_facts(prepared: Sequence[Prepared]) -> dict[str, object]:
@@ -173,13 +235,6 @@ def data_facts(prepared: Sequence[Prepared]) -> dict[str, object]:
         "the data": [source.fingerprint for source in prepared],
         "the records read, rows and tokens": [(r.read, r.kept, r.tokens) for r in reports],
     }
-
-
-def load_tokenizer(model: str, named: str | None) -> Any:
-    """The tokenizer that `--tokenizer` names, or the tokenizer of the model."""
-    return (
-        data.ByteTokenizer() if named == "bytes" else data.load_tokenizer(named or resolve(model))
-    )
 
 
 def make_batches(

@@ -10,7 +10,8 @@ from ...data._batches.mismatch import check_mismatchable
 from ...data._records.values import ticked
 from ...data._tokens.rows import PER_PAIR, Row, completions_of, lengths_of, start_of
 from ..settings.settings import Settings
-from .data import Prepared, learned_positions, prepare, vocab_size
+from ..settings.sources import sources_of
+from .data import Prepared, learned_positions, mixed, prepare, vocab_size
 from .loss import Loss, is_unpaired, needs_mismatched, needs_reference, takes_of_pairs
 
 
@@ -24,17 +25,29 @@ def prepare_all(settings: Settings, loss: Loss) -> list[Prepared]:
     vocab = vocab_size(settings.model)
     reference = settings.reference if needs_reference(loss) else None
     positions = learned_positions(settings.model, reference)
-    paths = [settings.data, *([settings.eval_data] if settings.eval_data else [])]
-    prepared = []
-    for number, path in enumerate(paths):
-        source = prepare(path, settings, vocab, positions=positions, held_out=number > 0)
+    sources = sources_of(settings.data)
+    paths = [source.path for source in sources]
+
+    def one(path: str, *, held_out: bool) -> Prepared:
+        source = prepare(path, settings, vocab, positions=positions, held_out=held_out)
         _check_fits_loss(source, path, settings, loss)
-        _check_starts(source, path)
-        if source.form.unpaired:
-            source = dataclasses.replace(source, mismatched=needs_mismatched(loss))
-            _check_mismatched(source, path)
-        prepared.append(source)
-    _check_same_numbers(prepared, paths)
+        _check_starts(source)
+        return source
+
+    training = [one(path, held_out=False) for path in paths]
+    eval_paths = [settings.eval_data] if settings.eval_data else []
+    eval_paths = eval_paths if settings.eval_fraction is None else paths
+    held_out = [one(path, held_out=True) for path in eval_paths]
+    _check_same_numbers([*training, *held_out], [*paths, *eval_paths])
+    prepared = [mixed(training, paths, [source.weight for source in sources], settings.seed)]
+    # Held-out rows have no weights: the metrics are means over all of them.
+    prepared += [mixed(held_out, eval_paths, [None] * len(eval_paths), 0)] if held_out else []
+    if prepared[0].form.unpaired:
+        prepared = [
+            dataclasses.replace(source, mismatched=needs_mismatched(loss)) for source in prepared
+        ]
+        for source, names in zip(prepared, (paths, eval_paths), strict=False):
+            _check_mismatched(source, " and ".join(names))
     return prepared
 
 
@@ -71,7 +84,7 @@ def _check_same_numbers(prepared: Sequence[Prepared], paths: Sequence[str]) -> N
             columns = sorted(set(ours) ^ set(theirs))
             holder, other = (paths[0], path) if set(columns) <= set(ours) else (path, paths[0])
             raise ValueError(
-                f"`--data` and `--eval-data` must have the same columns of numbers: {holder} has "
+                f"All sources of preferences must have the same columns of numbers: {holder} has "
                 f"{ticked(columns)}, and {other} does not. Add them there, or leave them out with "
                 f"`--columns {'= '.join(columns)}=`."
             )
@@ -85,7 +98,7 @@ def _per_pair(source: Prepared) -> list[str]:
     return [name for name in source.form.numbers if name in PER_PAIR]
 
 
-def _check_starts(source: Prepared, path: str) -> None:
+def _check_starts(source: Prepared) -> None:
     """Raises `ValueError` if a row has no token before its completions, and none can be put there.
 
     Only records of ids can be so: text has a tokenizer, which has a BOS or an EOS.
@@ -95,9 +108,8 @@ def _check_starts(source: Prepared, path: str) -> None:
     for index in (lengths_of(source.rows)[:, 0] == 0).nonzero()[0]:
         row = source.rows[int(index)]
         if not _has_start(row):
-            number = source.report.numbers_of_rows()[index]
             raise ValueError(
-                f"`prompt_ids` must hold a token in record {number} (from 0) of {path}, since its "
+                f"`prompt_ids` must hold a token in {source.place(int(index))}, since its "
                 "completions begin with different tokens. Put the tokenizer's BOS or EOS there."
             )
 

@@ -13,7 +13,7 @@ def check_one_vocabulary(model: str, other: str, flag: str) -> None:
 
     Vocabularies differ if their sizes differ, or if a token has another id in the other tokenizer.
     """
-    sizes = [vocab_size(path) for path in (model, other)]
+    sizes = [vocab_size(model), vocab_size(other, flag)]
     if sizes[0] != sizes[1]:
         raise ValueError(
             f"`{flag}` must have the vocabulary of `--model`: {model} has {sizes[0]} tokens, "

@@ -19,8 +19,9 @@ from ... import data, sharding
 from ..._diagnosis.diagnose import make_diagnose
 from ..._jax.dtypes import in_dtype
 from ..._jax.inference_mode import in_inference
-from ..compose.data import Prepared, load_tokenizer
+from ..compose.data import Prepared
 from ..compose.loss import Loss, is_unpaired
+from ..compose.tokenizer import tokenizer_of
 from ..run import devices, hosts
 from ..run.folder import finite, replace_text
 from ..run.state import State
@@ -55,7 +56,7 @@ def make_probe(
     source = prepared[-1]
     rows = [source.rows[int(i)] for i in spread(len(source.rows), PAIRS)]
     tokenized = source.form.tokenized
-    tokenizer = None if tokenized else load_tokenizer(settings.model, settings.tokenizer)
+    tokenizer = None if tokenized else tokenizer_of(settings)
     examine = None if is_unpaired(loss) else eqx.filter_jit(make_diagnose(loss, **options))
 
     def probe(state: State, step: int, path: Path) -> None:

@@ -42,6 +42,8 @@ class Run:
     - `trainable`: the filter of the policy's trained parameters, which checkpoints hold.
     - `rates`: the learning rate of each step.
     - `finish`: a function from the trained policy to the policy that is saved.
+    - `chat_template`: the text of the chat template that is saved with it; `None` for the
+        tokenizer's own.
     """
 
     settings: Settings
@@ -53,6 +55,7 @@ class Run:
     trainable: PyTree
     rates: Float[np.ndarray, " steps"]
     finish: Callable[[PyTree], PyTree]
+    chat_template: str | None = None
 
 
 def make_advance(step: Step, *, dropout: bool, mesh: Mesh | None = None) -> Advance:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 from ...sharding._mesh import parse_sizes
 from .settings import Settings
+from .sources import sources_of
 
 _POSITIVE = ("steps", "epochs", "batch_size", "microbatches", "buckets", "keep", "learning_rate")
 _POSITIVE_IF_GIVEN = ("beta", "max_length", "max_prompt_length", "max_completion_length")
@@ -27,6 +28,7 @@ _NOT_NEGATIVE = (
 def check(settings: Settings) -> None:
     """Raises `ValueError` with the fault and the remedy if `settings` are wrong."""
     _check_ranges(settings)
+    sources_of(settings.data)
     if settings.mesh is not None:
         parse_sizes(settings.mesh)
     if settings.lora_target is not None:
@@ -66,6 +68,10 @@ def _check_ranges(settings: Settings) -> None:
             f"{flag('sync_reference_alpha')} must be in [0, 1]; got "
             f"{settings.sync_reference_alpha}."
         )
+    if settings.eval_fraction is not None and not 0 < settings.eval_fraction < 1:
+        raise ValueError(
+            f"`--eval-fraction` must be above 0 and below 1; got {settings.eval_fraction}."
+        )
 
 
 def _check_pattern(target: str) -> None:
@@ -94,6 +100,8 @@ def _contradictions(settings: Settings) -> Iterator[str]:
         ("lora", s.lora is not None, "lora_rank", lora),
         ("lora", s.lora is not None, "lora_alpha", s.lora_alpha is not None),
         ("lora", s.lora is not None, "lora_target", s.lora_target is not None),
+        ("eval_fraction", s.eval_fraction is not None, "eval_data", s.eval_data is not None),
+        ("eval_fraction", s.eval_fraction is not None, "eval_split", s.eval_split is not None),
         ("lora_reference", s.lora_reference is not None, "reference", s.reference is not None),
         ("lora_reference", s.lora_reference is not None, "reference_free", s.reference_free),
     ]
@@ -112,8 +120,11 @@ def _contradictions(settings: Settings) -> Iterator[str]:
             "`--quantize` is for a frozen model, so that only adapters are trained; give "
             "`--lora-rank` or `--lora` too."
         )
-    if s.eval_every and s.eval_data is None:
-        yield "`--eval-every` needs preferences to evaluate on; give `--eval-data` too."
+    if s.eval_every and s.eval_data is None and s.eval_fraction is None:
+        yield (
+            "`--eval-every` needs preferences to evaluate on; give `--eval-data` too, or "
+            "`--eval-fraction`."
+        )
     if s.loss_weights and len(s.loss_weights) != len(s.loss):
         yield (
             f"`--loss-weights` must have one weight for each loss, {len(s.loss)}; got "

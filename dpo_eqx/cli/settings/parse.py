@@ -27,7 +27,23 @@ def parse(arguments: Sequence[str]) -> Settings:
     config = _config_in(arguments)
     # The flags come last, since the later of two flags counts.
     from_file = [] if config is None else flags_of(read_settings(config))
-    return tyro.cli(Settings, args=[*from_file, *arguments], prog=PROGRAM)
+    return tyro.cli(Settings, args=[*from_file, *_with_one_data(arguments)], prog=PROGRAM)
+
+
+def _with_one_data(arguments: Sequence[str]) -> list[str]:
+    """The arguments with the values of all `--data` behind one: of two flags, only one counts."""
+    others, values, is_value = [], [], False
+    for word in arguments:
+        is_value = is_value and not word.startswith("-")
+        if is_value:
+            values.append(word)
+        elif word.startswith("--data="):
+            values.append(word.removeprefix("--data="))
+        elif word == "--data":
+            is_value = True
+        else:
+            others.append(word)
+    return [*others, *_words("data", tuple(values))] if values else list(arguments)
 
 
 def flags_of(settings: Mapping[str, Any]) -> list[str]:
@@ -39,9 +55,10 @@ def _words(name: str, value: Any) -> list[str]:
     flag = name.replace("_", "-")
     if isinstance(value, bool):
         return [f"--{flag}" if value else f"--no-{flag}"]
-    if isinstance(value, tuple):
+    if isinstance(value, tuple) and len(value) != 1:
         return [f"--{flag}", *map(str, value)]
-    return [f"--{flag}={value}"]
+    # With `=`, a value may begin with a dash.
+    return [f"--{flag}={value[0] if isinstance(value, tuple) else value}"]
 
 
 def _config_in(arguments: Sequence[str]) -> Path | None:

@@ -21,9 +21,10 @@ class Settings:
     model: str
     """The model to train: a folder with `config.json`, safetensors and a tokenizer, or a hub
     name."""
-    data: str
+    data: tuple[str, ...]
     """Preferences: JSON Lines, JSON, CSV, TSV, Parquet or Arrow (plain or compressed), a folder, or
-    a hub name."""
+    a hub name. Several are a mixture, each with its share of the rows, if given, as
+    `a.jsonl:0.3`."""
     output: Path
     """The folder of the run, for settings, metrics, checkpoints and the finished model."""
     reference: str | None = None
@@ -31,8 +32,19 @@ class Settings:
     eval_data: str | None = None
     """Held-out preferences, evaluated before the first step, every `--eval-every` steps, and at
     the end."""
+    eval_fraction: float | None = None
+    """The fraction of the prompts of `--data` to hold out, in place of `--eval-data`. A hash of the
+    prompt chooses them, so that they are the same in every run."""
     tokenizer: str | None = None
     """A folder or hub name of the tokenizer (default: the model's); `bytes` is the built-in one."""
+    chat_template: str = "tokenizer"
+    """The chat template of conversations: a file with a Jinja template, `none`, or `tokenizer` for
+    the tokenizer's own."""
+    as_chat: bool = False
+    """Make turns of the user and the assistant from prompts and answers of text."""
+    score: Literal["completion", "assistant", "last"] = "completion"
+    """The scored tokens of a conversation's answers: all after the prompt, those of the assistant's
+    turns, or those of its last turn. Messages with `weight: 0` are never scored."""
     split: str | None = None
     """The split of `--data`, if it has several (default: train)."""
     eval_split: str | None = None

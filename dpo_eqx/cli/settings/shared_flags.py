@@ -27,6 +27,14 @@ class Source:
     a hub name."""
     tokenizer: str | None = None
     """A folder or hub name of the tokenizer (default: the model's); `bytes` is the built-in one."""
+    chat_template: str = "tokenizer"
+    """The chat template of conversations: a file with a Jinja template, `none`, or `tokenizer` for
+    the tokenizer's own."""
+    as_chat: bool = False
+    """Make turns of the user and the assistant from prompts and answers of text."""
+    score: Literal["completion", "assistant", "last"] = "completion"
+    """The scored tokens of a conversation's answers: all after the prompt, those of the assistant's
+    turns, or those of its last turn. Messages with `weight: 0` are never scored."""
     split: str | None = None
     """The split of `--data`, if it has several (default: train)."""
     subset: str | None = None
@@ -53,6 +61,7 @@ class Source:
     def as_training(self, **other_settings: Any) -> Settings:
         """The settings of a run that reads the same data, with `other_settings` set as given."""
         shared = {field.name: getattr(self, field.name) for field in dataclasses.fields(Source)}
+        shared["data"] = (self.data,)
         return Settings(**shared, output=Path(), **other_settings)
 
 

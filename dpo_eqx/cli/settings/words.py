@@ -8,20 +8,26 @@ def _limit(match: re.Match[str]) -> str:
     return f"`--max-{(match[1] or '').replace('_', '-')}length`"
 
 
+OF_ARGUMENT = r"(?= (?:must|maps|makes|allows|is for|is '|is \"))"
+
 _WORDS: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r'columns=\{"([^"`]+)": None\}', r"--columns \1="),
     (r'columns=\{"([^"`]+)": "([^"`]+)"\}', r"--columns \1=\2"),
-    (r", set `tokenizer\.chat_template`, or give\s+`template_arguments=[^`]*`", ""),
+    (
+        r", set `tokenizer\.chat_template`, or give\s+`template_arguments=[^`]*`",
+        ", or give `--chat-template FILE`",
+    ),
+    (r"`score='(\w+)'`", r"`--score \1`"),
     (r" or `append_eos=False`[^.]*", " or another tokenizer"),
     (r"Give `eos_token_id=`, or another tokenizer", "Give another tokenizer"),
     (r"below `vocab_size`, (\d+)", r"below \1, the size of the vocabulary of `--model`"),
-    (r"`(columns|strict|tokenizer)`", r"`--\1`"),
+    # A column of the data may have such a name, so the words behind it must tell an argument.
+    (rf"`(columns|strict|tokenizer|score|split|subset)`{OF_ARGUMENT}", r"`--\1`"),
+    (rf"`as_chat`{OF_ARGUMENT}", "`--as-chat`"),
     (r"`max_(prompt_|completion_)?length`", _limit),
     (r"`path_or_iterable`", "`--data`"),
     (r"`where` names", "`--where` names"),
     (r"`(pairs|ties)` must", r"`--\1` must"),
-    (r"`split`", "`--split`"),
-    (r"`subset`", "`--subset`"),
 ]
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ...data._records.prompts import split_shared_prompt
-from ...data._records.records import check_record, form_name, recognise
+from ...data._records.records import check_columns, check_record, form_name, recognise, rename
 from ...data._records.shapes import first_of
 from ...data._records.sources import open_source
 from ...data._records.template_columns import check_for_template
@@ -49,7 +49,21 @@ class Prompt:
         return None
 
 
-def read_prompts(path: str, limit: int | None, split: str | None = None) -> list[Prompt]:
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """How the records of a source are read; the arguments are those of `data.read`."""
+
+    split: str | None = None
+    subset: str | None = None
+    columns: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
+    where: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    as_chat: bool = False
+
+
+ALL = Reading()
+
+
+def read_prompts(path: str, limit: int | None, reading: Reading = ALL) -> list[Prompt]:
     """The first `limit` prompts of a file, or of a split of a folder.
 
     A `.txt` file holds a prompt on each line. Other files hold records with `prompt` (text or
@@ -57,14 +71,29 @@ def read_prompts(path: str, limit: int | None, split: str | None = None) -> list
 
     **Raises:**
 
-    `ValueError` or `FileNotFoundError` if there is no prompt.
+    `ValueError` or `FileNotFoundError` if there is no prompt, or if a text file is given with
+    choices that are for records.
     """
+    left_out: Counter[str] = Counter()
     is_text = Path(path).suffix == ".txt" and Path(path).is_file()
-    found = _lines(Path(path)) if is_text else _records(path, split)
+    if is_text:
+        _check_for_text(reading)
+    found = _lines(Path(path)) if is_text else _records(path, reading, left_out)
     prompts = list(itertools.islice(found, limit))
     if not prompts:
-        raise ValueError(f"`--data` must hold a prompt at least; {path} holds none.")
+        reasons = "".join(f"; left out {n}: {what}" for what, n in left_out.items())
+        raise ValueError(f"`--data` must hold a prompt at least; {path} holds none{reasons}.")
     return prompts
+
+
+def _check_for_text(reading: Reading) -> None:
+    for field in dataclasses.fields(Reading):
+        if getattr(reading, field.name):
+            name = field.name.replace("_", "-")
+            raise ValueError(
+                f"`--{name}` is for records; `--data` is a text file with a prompt on each line. "
+                f"Leave out `--{name}`."
+            )
 
 
 def encode_prompt(tokenizer: Any, prompt: Prompt, *, chat: bool) -> list[int]:
@@ -132,15 +161,17 @@ def _lines(path: Path) -> Iterator[Prompt]:
     return (Prompt(line, f"line {n} of {path}") for n, line in stripped if line.strip())
 
 
-def _records(path: str, split: str | None) -> Iterator[Prompt]:
-    records = assembled(open_source(path, split)(), {}, Counter())
-    return (_prompt_of(record, where) for where, record in records)
+def _records(path: str, reading: Reading, left_out: Counter[str]) -> Iterator[Prompt]:
+    records = open_source(path, reading.split, reading.subset)()
+    columns = check_columns(reading.columns)
+    for where, record in assembled(records, reading.where, left_out):
+        yield _prompt_of(rename(record, columns, where), where, as_chat=reading.as_chat)
 
 
-def _prompt_of(record: Mapping[str, Any], where: str) -> Prompt:
+def _prompt_of(record: Mapping[str, Any], where: str, *, as_chat: bool) -> Prompt:
     if "prompt_ids" in record:
         return Prompt(check_ids(record["prompt_ids"], f"`prompt_ids` in {where}"), where)
-    record = first_of(record, where)
+    record = first_of(record, where, as_chat=as_chat)
     form = recognise(record, where) if _is_preference(record) else None
     if form is not None:
         checked = check_record(record, form, where)

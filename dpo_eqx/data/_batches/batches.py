@@ -15,7 +15,7 @@ from jaxtyping import DTypeLike, Int
 from ..._arrays.batches import PreferenceBatch, UnpairedBatch
 from ..._extras import require
 from .._fingerprint import digest
-from .._tokens.rows import Rows, lengths_of
+from .._tokens.rows import Row, Rows, lengths_of
 from .._tokens.store import digest_ids
 from .buckets import Buckets, Shapes, choose_buckets, longest
 from .collate import pair_batch, unpaired_batch
@@ -57,12 +57,12 @@ class Batcher:
         rows = [self.rows[int(i)] for i in real[local]]
         if self.lengths.shape[1] == 3:
             return pair_batch(rows, fill, widths, self.dtype)
-        mismatched_ids = None
+        mismatched_rows = None
         if others is not None:
             rooms = self._other_lengths(real, others)[local]
             limited = zip(others[local], rooms, strict=True)
-            mismatched_ids = [self.rows[int(j)]["completion_ids"][:room] for j, room in limited]
-        return unpaired_batch(rows, fill, widths, self.dtype, others=mismatched_ids)
+            mismatched_rows = [_cut(self.rows[int(j)], int(room)) for j, room in limited]
+        return unpaired_batch(rows, fill, widths, self.dtype, others=mismatched_rows)
 
     def _others(self, indices: Indices) -> Indices | None:
         """For KTO: the rows whose completions follow the prompts of `indices`."""
@@ -96,6 +96,12 @@ class Batcher:
         parts = 2 if self.lengths.shape[1] == 3 else 1
         padded = sum((w[0] + parts * w[1] + sum(w[2:])) * n for w, n in steps.items())
         return Shapes(steps, tokens, padded * self.order.batch_size)
+
+
+def _cut(row: Row, room: int) -> Row:
+    """The first tokens of the completion of an unpaired row."""
+    names = (name for name in ("completion_ids", "completion_mask") if name in row)
+    return {name: row[name][:room] for name in names}
 
 
 class Batches(Iterator[Any]):

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, DTypeLike
 from ..._arrays.batches import PreferenceBatch, Tokens, UnpairedBatch
 from ..._arrays.log_probs import PairLogProbs, UnpairedLogProbs
 from ..._arrays.tokens import narrow_on_host
-from .._tokens.rows import PER_PAIR, Row, start_of
+from .._tokens.rows import PER_PAIR, Row, scored_of, start_of
 
 
 def pair_batch(
@@ -30,7 +30,7 @@ def pair_batch(
     - `widths`: the widths of prompts and of completions, in tokens.
     - `dtype`: the dtype of the numbers.
     """
-    parts = [_parts(row, [row["chosen_ids"], row["rejected_ids"]]) for row in rows]
+    parts = [_parts(row, [(row, "chosen_ids"), (row, "rejected_ids")]) for row in rows]
     prompt, chosen, rejected = _pad_all(parts, (*widths, widths[1]))
     reference = None
     if "reference_chosen" in rows[0] and "reference_rejected" in rows[0]:
@@ -47,7 +47,7 @@ def unpaired_batch(
     widths: tuple[int, ...],
     dtype: DTypeLike = np.float32,
     *,
-    others: Sequence[Sequence[int]] | None = None,
+    others: Sequence[Row] | None = None,
 ) -> UnpairedBatch:
     """A batch of rows with `prompt_ids`, `completion_ids`, `label`, in NumPy.
 
@@ -55,11 +55,11 @@ def unpaired_batch(
 
     - `rows`, `fill`, `dtype`: as for `pair_batch`.
     - `widths`: the widths of prompts, of completions and, if given, of `others`, in tokens.
-    - `others`: for each row the ids of a completion of another prompt.
+    - `others`: for each row a row with the completion of another prompt.
     """
-    mismatched = [[]] * len(rows) if others is None else [[other] for other in others]
-    pairs = zip(rows, mismatched, strict=True)
-    parts = [_parts(row, [row["completion_ids"], *other]) for row, other in pairs]
+    mismatched = [[row] for row in rows] if others is None else zip(rows, others, strict=True)
+    sources = zip(rows, mismatched, strict=True)
+    parts = [_parts(row, [(source, "completion_ids") for source in s]) for row, s in sources]
     prompt, completion, *kl = _pad_all(parts, widths)
     reference = None
     label = _column(rows, "label", bool)
@@ -76,23 +76,38 @@ def unpaired_batch(
     )
 
 
-def _parts(row: Row, completions: list[Sequence[int]]) -> list[tuple[Sequence[int], int]]:
-    """The ids of the prompt and of each completion, each with its number of unscored tokens."""
-    prompt, taken, context = start_of(row["prompt_ids"], completions, row.get("start_id"))
-    return [(prompt, 0), *((completion[taken:], context) for completion in completions)]
+# Ids, and which of them count; the lengths differ.
+Part = tuple[Sequence[int], Bool[np.ndarray, " _"]]
 
 
-def _pad_all(parts: list[list[tuple[Sequence[int], int]]], widths: tuple[int, ...]) -> list[Tokens]:
+def _parts(row: Row, completions: list[tuple[Row, str]]) -> list[Part]:
+    """The ids of the prompt and of each completion, each with a mask of the tokens that count.
+
+    **Arguments:**
+
+    - `completions`: for each completion the row that holds it, and its name there.
+    """
+    ids = [source[name] for source, name in completions]
+    prompt, taken, context = start_of(row["prompt_ids"], ids, row.get("start_id"))
+    parts: list[Part] = [(prompt, np.ones(len(prompt), bool))]
+    for source, name in completions:
+        scored = scored_of(source, name)[taken:]
+        scored[:context] = False
+        parts.append((source[name][taken:], scored))
+    return parts
+
+
+def _pad_all(parts: list[list[Part]], widths: tuple[int, ...]) -> list[Tokens]:
     return [_pad(column, w) for column, w in zip(zip(*parts, strict=True), widths, strict=True)]
 
 
-def _pad(column: Sequence[tuple[Sequence[int], int]], width: int) -> Tokens:
+def _pad(column: Sequence[Part], width: int) -> Tokens:
     # Padding is id 0, which every vocabulary has: the mask alone says which positions count.
     ids = np.zeros((len(column), width), np.int32)
     mask = np.zeros((len(column), width), bool)
-    for row, (sequence, context) in enumerate(column):
+    for row, (sequence, scored) in enumerate(column):
         ids[row, : len(sequence)] = narrow_on_host(sequence)
-        mask[row, context : len(sequence)] = True
+        mask[row, : len(sequence)] = scored
     return Tokens(ids, mask)
 
 

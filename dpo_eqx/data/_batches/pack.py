@@ -7,21 +7,21 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Array, DTypeLike, Int
+from jaxtyping import Array, Bool, DTypeLike, Int
 
 from ..._arrays.packed import PackedBatch
-from .._tokens.rows import PER_PAIR, Row, Rows, start_of
+from .._tokens.rows import PER_PAIR, Row, Rows, scored_of, start_of
 
 Numbers = dict[str, Array | np.ndarray]
 
 
 class Pair(NamedTuple):
-    """The token ids of a pair, and the number of unscored tokens in each completion."""
+    """The token ids of a pair, and whether each token of its completions is scored."""
 
     prompt: Sequence[int]
     chosen: Sequence[int]
     rejected: Sequence[int]
-    context: int
+    masks: tuple[Bool[np.ndarray, " _"], Bool[np.ndarray, " _"]]
 
     def lengths(self) -> tuple[int, int, int]:
         """The lengths of prompt, chosen and rejected, in tokens."""
@@ -29,10 +29,8 @@ class Pair(NamedTuple):
 
     def scored(self) -> list[int]:
         """The positions of the scored tokens, counted from the pair's first token."""
-        prompt, chosen, rejected = self.lengths()
-        ends = prompt + chosen, prompt + chosen + rejected
-        starts = prompt + self.context, ends[0] + self.context
-        return [*range(starts[0], ends[0]), *range(starts[1], ends[1])]
+        prompt = np.zeros(len(self.prompt), bool)
+        return np.flatnonzero(np.concatenate([prompt, *self.masks])).tolist()
 
 
 def pack(
@@ -116,10 +114,15 @@ def first_fit(
 
 
 def _pair(row: Row) -> Pair:
-    completions = row["chosen_ids"], row["rejected_ids"]
-    prompt, taken, context = start_of(row["prompt_ids"], completions, row.get("start_id"))
-    chosen, rejected = (completion[taken:] for completion in completions)
-    return Pair(prompt, chosen, rejected, context)
+    names = "chosen_ids", "rejected_ids"
+    prompt, taken, context = start_of(
+        row["prompt_ids"], [row[name] for name in names], row.get("start_id")
+    )
+    chosen_mask, rejected_mask = (scored_of(row, name)[taken:] for name in names)
+    for mask in (chosen_mask, rejected_mask):
+        mask[:context] = False
+    chosen, rejected = (row[name][taken:] for name in names)
+    return Pair(prompt, chosen, rejected, (chosen_mask, rejected_mask))
 
 
 def _lay(

@@ -52,7 +52,7 @@ def array(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             content = file.read().removeprefix(BOM)
     except BROKEN as error:
         raise broken(path, "line 0", error) from error
-    text, number = _text_of_lines(content, path), 0
+    text, number = _text_of_lines(content, path), 1
     start = _after_space(text, text.index("[") + 1)
     end, line, counted = start, 1, 0
     # Behind a comma an object must follow, so `]` ends the loop only in front of the first one.

@@ -4,6 +4,7 @@ Reading is lazy, and nothing is tokenised here.
 """
 
 import collections
+import copy
 import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
@@ -12,17 +13,10 @@ from typing import Any
 
 from .._fingerprint import digest_files
 from .folders import choose
+from .part import Part
 from .records import Form, check_columns, check_record, recognise, rename
 from .shapes import DEFAULTS, PLAIN, Options, Shape, check_options, records_of, shape_of
-from .sources import (
-    Located,
-    check_not_given,
-    files_of,
-    is_saved,
-    located,
-    open_source,
-    saved_split,
-)
+from .sources import Located, check_not_given, files_of, is_saved, located, open_source, saved_split
 from .threads import assembled
 
 logger = logging.getLogger("dpo_eqx.data")
@@ -73,6 +67,7 @@ class Records:
         self._shape: Shape | None = None
         self.left_out: collections.Counter[str] = collections.Counter()
         self._once, self._spent = once, False
+        self._part: Part | None = None
         self.source, self.in_memory = source, in_memory
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -89,7 +84,21 @@ class Records:
         self._spent = self._once
         self.left_out.clear()
         for where, record in self._shaped(self._assembled(self._open())):
-            yield where, check_record(record, form, where)
+            checked = check_record(record, form, where)
+            if self._part is None or self._part.takes(checked, form):
+                yield where, checked
+            else:
+                self.left_out[str(self._part)] += 1
+
+    def part(self, part: Part) -> "Records":
+        """The records of one part of the source: see `hold_out`."""
+        if self._once:
+            raise ValueError(
+                f"{self.source} can be read only once, so no records can be held out. Give a list."
+            )
+        records = copy.copy(self)
+        records._part, records.left_out = part, collections.Counter()
+        return records
 
     def _assembled(self, records: Iterable[Located]) -> Iterator[Located]:
         return assembled(records, dict(self._options.where), self.left_out)
@@ -100,7 +109,7 @@ class Records:
             record = rename(source, self._columns, where)
             if self._shape is None:
                 self._shape = shape_of(record)
-            if self._shape is PLAIN and not self._options.offset_from_scores:
+            if self._shape is PLAIN and not self._options.changes_plain:
                 yield where, record
                 continue
             made = records_of(record, self._shape, self._options, where, self.left_out)
@@ -148,7 +157,7 @@ class Records:
         files = files_of(self._path, self._split, self._subset)
         # The names within a folder decide which split a file belongs to.
         names = [file.relative_to(self._path).as_posix() for file in files]
-        settings = self._split, self._subset, self._columns, self._options
+        settings = self._split, self._subset, self._columns, self._options, self._part
         return digest_files(files, names, *settings)
 
     def place(self) -> tuple[object, ...]:
@@ -183,6 +192,7 @@ def read(
     ties: str = "drop",
     offset_from_scores: bool = False,
     where: Mapping[str, Any] | None = None,
+    as_chat: bool = False,
 ) -> Records:
     """Preference records from a file, a folder, a name of the Hugging Face hub, or an iterable.
 
@@ -225,6 +235,8 @@ def read(
         `score_chosen`.
     - `where`: values that columns of the source must have, as in `{"lang": "en"}`. Other records
         are left out.
+    - `as_chat`: whether a prompt of text becomes a turn of the user, and an answer of text a turn
+        of the assistant. A dialogue with `Human:` and `Assistant:` becomes its turns.
 
     **Returns:**
 
@@ -236,7 +248,7 @@ def read(
     file, line, column and what was found.
     """
     columns = check_columns(columns)
-    options = Options(pairs, ties, offset_from_scores, tuple((where or {}).items()))
+    options = Options(pairs, ties, offset_from_scores, tuple((where or {}).items()), as_chat)
     check_options(options)
     if isinstance(path_or_iterable, str | Path):
         return _read_path(path_or_iterable, columns, split, subset, options)

@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from .as_chat import as_chat
 from .lost import all_text, holds, texts_of
 from .names import ends_with_answer, moved_of, names_of
 from .rankings import PAIRS, Ranking, pairs_of, ranking_of
@@ -39,12 +40,19 @@ class Options:
         the weight 0.5.
     - `offset_from_scores`: whether the difference of scores becomes the column `offset`.
     - `where`: columns of the source and the values that they must have.
+    - `as_chat`: whether text becomes turns of a conversation.
     """
 
     pairs: str = "best-worst"
     ties: str = "drop"
     offset_from_scores: bool = False
     where: tuple[tuple[str, Any], ...] = ()
+    as_chat: bool = False
+
+    @property
+    def changes_plain(self) -> bool:
+        """Whether records that have our columns already are changed."""
+        return self.offset_from_scores or self.as_chat
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,9 +169,10 @@ def records_of(
         yield _finished(rest | pair, shape, options, where)
 
 
-def first_of(record: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+def first_of(record: Mapping[str, Any], where: str, *, as_chat: bool = False) -> Mapping[str, Any]:
     """The first record with our columns that a record makes, for its prompt."""
-    made = records_of(record, shape_of(record), Options(ties="half"), where, collections.Counter())
+    options = Options(ties="half", as_chat=as_chat)
+    made = records_of(record, shape_of(record), options, where, collections.Counter())
     return next(made, record)
 
 
@@ -223,20 +232,23 @@ def _finished(record: dict[str, Any], shape: Shape, options: Options, where: str
         }
     if options.offset_from_scores:
         record |= _offset(record, where)
-    return record
+    return as_chat(record, where) if options.as_chat else record
 
 
 def _offset(record: Mapping[str, Any], where: str) -> dict[str, float]:
     """The column `offset`, from the scores of both answers."""
     for score in _SCORES:
-        for names in (
-            (f"{score}_chosen", f"{score}_rejected"),
-            (f"chosen_{score}", f"rejected_{score}"),
-        ):
+        for names in _names_of_scores(score):
             if all(record.get(name) is not None for name in names) and "offset" not in record:
                 one, other = (check_number(n, record[n], f"`{n}` in {where}") for n in names)
                 return {"offset": one - other}
     return {}
+
+
+def _names_of_scores(score: str) -> Iterator[tuple[str, str]]:
+    for between in "_-":
+        yield f"{score}{between}chosen", f"{score}{between}rejected"
+        yield f"chosen{between}{score}", f"rejected{between}{score}"
 
 
 def check_options(options: Options) -> None:

@@ -24,7 +24,7 @@ _LONGEST_CELL = 2**31 - 1
 
 
 def parquet(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The rows of a Parquet file, counted from 0."""
+    """The rows of a Parquet file, counted from 1."""
     file_of = require("pyarrow.parquet", extra="data").ParquetFile
 
     def batches() -> Iterator[Any]:
@@ -36,7 +36,7 @@ def parquet(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def arrow(path: Path, *, is_stream: bool) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The rows of a file or a stream in Arrow's own format, counted from 0."""
+    """The rows of a file or a stream in Arrow's own format, counted from 1."""
     ipc = require("pyarrow.ipc", extra="data")
 
     def batches() -> Iterator[Any]:
@@ -63,8 +63,8 @@ def _rows(path: Path, batches: Iterator[Any]) -> Iterator[tuple[str, Mapping[str
             # In slices, since a batch of Python objects takes many times its memory.
             for start in range(0, batch.num_rows, _ROWS):
                 for record in batch.slice(start, _ROWS).to_pylist():
-                    yield f"row {number} of {path}", added.removed(record)
                     number += 1
+                    yield f"row {number} of {path}", added.removed(record)
     except (*BROKEN, require("pyarrow", extra="data").ArrowException) as error:
         raise ValueError(f"{path} cannot be read after row {number}: {error}.") from error
 

@@ -42,6 +42,11 @@ def _check_message(message: Any, what: str) -> dict[str, Any]:
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise ValueError(f"{what} must be a mapping with a `role` of text; got {found(message)}.")
     message = without_nulls(message)
+    if message.get("weight", 1) not in (0, 1):
+        raise ValueError(
+            f"`weight` of {what} must be 1, or 0 for a turn that is not scored; got "
+            f"{found(message['weight'])}."
+        )
     content = message.get("content")
     if isinstance(content, str):
         check_text(content, f"`content` of {what}")

@@ -5,12 +5,16 @@
 
 import dataclasses
 import functools
+import inspect
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from .._records.records import Form
 from .parts import roles_with_parts
 from .tokenizers import encode_all, special_id, start_id_of
+
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +24,7 @@ class Encoder:
     - `eos_text`, `eos_id`: the EOS to add after a completion of text; at most one of them is set.
     - `start_id`: the token that may replace an empty prompt.
     - `template`: keyword arguments for `apply_chat_template`.
+    - `score`: which tokens of a conversation's answers are scored: see `scored.py`.
     """
 
     tokenizer: Any
@@ -27,11 +32,35 @@ class Encoder:
     eos_id: int | None = None
     start_id: int | None = None
     template: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    score: str = "completion"
 
     @property
     def renders_text(self) -> bool:
         """Whether the chat template gives text, which the tokenizer then turns into ids."""
         return hasattr(self.tokenizer, "get_chat_template") and callable(self.tokenizer)
+
+    def template_text(self, arguments: Mapping[str, Any]) -> str:
+        """The text of the chat template with these arguments; empty if it cannot be known."""
+        if not self.renders_text:
+            return ""
+        chosen = {name: arguments.get(name) for name in ("chat_template", "tools")}
+        return self.tokenizer.get_chat_template(**chosen)
+
+    def marks_answers(self, arguments: Mapping[str, Any]) -> bool:
+        """Whether the chat template marks the words of the assistant."""
+        return bool(_GENERATION.search(self.template_text(arguments)))
+
+    def unused_arguments(self, arguments: Mapping[str, Any]) -> list[str]:
+        """The arguments that neither the tokenizer nor the chat template reads."""
+        others = [name for name in arguments if name not in self._known_arguments]
+        text = self.template_text(arguments) if others else ""
+        return [name for name in others if not re.search(rf"\b{re.escape(name)}\b", text)]
+
+    @functools.cached_property
+    def _known_arguments(self) -> frozenset[str]:
+        """The arguments that `apply_chat_template` itself reads; documents are for the template."""
+        names = inspect.signature(self.tokenizer.apply_chat_template).parameters
+        return frozenset(names) - {"documents"}
 
     @functools.cached_property
     def roles_with_parts(self) -> frozenset[str]:

@@ -5,6 +5,7 @@
 
 import collections
 import dataclasses
+import re
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from jaxtyping import Int
 DROPPED = {
     "prompt_fills_max_length": "the prompt alone has `max_length` tokens or more",
     "no_completion_token": "a completion has no token at all",
-    "nothing_scored": "a completion of one token after an empty prompt: nothing of it is scored",
+    "nothing_scored": "no token of a completion is scored, such as one token after an empty prompt",
     "template_refused": "the chat template refuses the conversation",
     "answer_not_rendered": "the chat template leaves out all of an answer",
 }
@@ -36,6 +37,7 @@ NOTED = {
     "prompt_not_kept": "the chat template renders the prompt otherwise before an answer: "
     "completions start before its end",
     "message_keys_unused": "the chat template leaves out the text of some keys of messages",
+    "template_arguments_unused": "the chat template does not use some of `chat_template_kwargs`",
 }
 REASONS = DROPPED | CUT | LOST | NOTED
 
@@ -52,6 +54,7 @@ class Report:
     - `counts`: the number of records for each reason, a key of `REASONS`; one record can have
         several reasons.
     - `examples`: for each reason the first five records that it applies to, by number from 0.
+    - `where`: the places of these records in words, such as `line 3 of a.jsonl`.
     - `places`: for some reasons an example in words, with its file, line and text.
     - `without_row`: the numbers of all dropped records.
     - `tokens`: the tokens of prompts and completions in all rows.
@@ -66,6 +69,7 @@ class Report:
     tokens: int = 0
     counts: dict[str, int] = dataclasses.field(default_factory=collections.Counter)
     examples: dict[str, list[int]] = dataclasses.field(default_factory=dict)
+    where: dict[str, list[str]] = dataclasses.field(default_factory=dict)
     places: dict[str, str] = dataclasses.field(default_factory=dict)
     without_row: list[int] = dataclasses.field(default_factory=list)
     left_out: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -94,10 +98,10 @@ class Report:
     def _of(self, reasons: dict[str, str]) -> dict[str, int]:
         return {reason: self.counts[reason] for reason in reasons if self.counts.get(reason)}
 
-    def add(self, reasons: list[str], account: Account) -> None:
+    def add(self, reasons: list[str], account: Account, where: str) -> None:
         """Counts one record, whose number is `read`, under each of `reasons`.
 
-        `account` has an example of some reasons in words.
+        `account` has an example of some reasons in words. `where` is the record's place.
         """
         for reason in reasons:
             if account.get(reason):
@@ -107,6 +111,7 @@ class Report:
             # The report stays small however many records there are.
             if len(examples) < 5:
                 examples.append(self.read)
+                self.where.setdefault(reason, []).append(where)
         if not DROPPED.keys().isdisjoint(reasons):
             self.without_row.append(self.read)
         self.read += 1
@@ -130,7 +135,20 @@ class Report:
         return "\n".join(lines)
 
     def _line(self, kind: str, reason: str) -> str:
-        count, examples = self.counts[reason], self.examples[reason]
-        which = ", ".join(map(str, examples)) + (", ..." if count > len(examples) else "")
+        count, examples = self.counts[reason], self.where[reason]
+        which = _together(examples, ", ..." if count > len(examples) else "")
         place = f"; {self.places[reason]}" if reason in self.places else ""
-        return f"  {kind} {count}: {REASONS[reason]} (records {which}){place}"
+        return f"  {kind} {count}: {REASONS[reason]} ({which}){place}"
+
+
+def _together(places: list[str], more: str) -> str:
+    """Places in words, those in one file together: `lines 3, 7 of a.jsonl`."""
+    parts = [re.fullmatch(r"(line|row|record) (\d+) of (.*)", place, re.DOTALL) for place in places]
+    found = [(part[1], part[2], part[3]) for part in parts if part]
+    if len(found) < len(places) or len({(kind, source) for kind, _, source in found}) > 1:
+        return ", ".join(places) + more
+    kind, _, source = found[0]
+    numbers = ", ".join(number for _, number, _ in found) + more
+    # Records of an iterable are counted from 0; naming the argument again would say nothing.
+    of = "" if source == "`path_or_iterable`" else f" of {source}"
+    return f"{kind}{'' if len(found) == 1 and of else 's'} {numbers}{of}"

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from .._records.records import NUMBERS
 
@@ -16,7 +16,8 @@ PER_PAIR = ("beta", "offset")
 
 # A row of a pair holds the lists of integers `prompt_ids`, `chosen_ids`, `rejected_ids`; an
 # unpaired row holds `prompt_ids`, `completion_ids` and the boolean `label`. Both may hold the
-# numbers of `records.NUMBERS`, and `start_id` if the prompt is empty: see `start_of`.
+# numbers of `records.NUMBERS`, and `start_id` if the prompt is empty: see `start_of`. If a
+# completion has tokens that are not scored, `chosen_mask` and so on hold a boolean for each token.
 Row = dict[str, Any]
 
 
@@ -41,6 +42,17 @@ class StoredRows(Rows, Protocol):
 def completions_of(row: Row) -> list[str]:
     """The names of the row's completions."""
     return ["completion_ids"] if "completion_ids" in row else ["chosen_ids", "rejected_ids"]
+
+
+def mask_name(completion: str) -> str:
+    """The name of the column that says which tokens of a completion are scored."""
+    return completion.replace("_ids", "_mask")
+
+
+def scored_of(row: Row, completion: str) -> Bool[np.ndarray, " length"]:
+    """Whether each token of a completion is scored, if a token precedes it."""
+    mask = row.get(mask_name(completion))
+    return np.ones(len(row[completion]), bool) if mask is None else np.array(mask, bool)
 
 
 def numbers_of(row: Row) -> list[str]:

@@ -20,10 +20,10 @@ from jaxtyping import Int
 
 from .._fingerprint import digest
 from .report import Report
-from .rows import Row, completions_of, numbers_of
+from .rows import Row, completions_of, mask_name, numbers_of, scored_of
 
 # Change it if the layout of the files changes, or if the same input gives other ids.
-_VERSION = 4
+_VERSION = 5
 
 
 def default_folder() -> Path:
@@ -60,7 +60,9 @@ class TokenCache:
         starts = [self._ends[index - 1][-1] if index else 0, *ends[:-1]]
         names = ["prompt_ids", *self._meta["completions"]]
         spans = zip(names, starts, ends, strict=True)
-        row: Row = {name: self._ids[start:end].tolist() for name, start, end in spans}
+        row: Row = {}
+        for name, start, end in spans:
+            row |= _decoded(name, self._ids[start:end])
         row |= zip(self._meta["numbers"], self._numbers[index].tolist(), strict=True)
         if "label" in row:
             row["label"] = bool(row["label"])
@@ -82,6 +84,14 @@ class TokenCache:
     def report(self) -> Report:
         """The report of the `tokenize` call that made this cache."""
         return Report(**self._meta["report"], cache=self.folder)
+
+
+def _decoded(name: str, stored: Int[np.ndarray, " tokens"]) -> Row:
+    """The ids of a part of a row, and which of them are scored if some are not."""
+    scored = stored >= 0
+    if scored.all():
+        return {name: stored.tolist()}
+    return {name: np.where(scored, stored, ~stored).tolist(), mask_name(name): scored.tolist()}
 
 
 def _mapped(path: Path, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
@@ -152,9 +162,15 @@ def _write_rows(folder: Path, rows: Iterable[Row]) -> dict[str, Any]:
 
 
 def _parts(row: Row) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """All ids of a row concatenated, the sizes of its parts, and its numbers."""
+    """All ids of a row concatenated, the sizes of its parts, and its numbers.
+
+    A token `i` that is not scored is `~i`, which is negative.
+    """
     parts = [row["prompt_ids"], *(row[name] for name in completions_of(row))]
     ids = np.array([i for part in parts for i in part], np.int32)
+    if any(mask_name(name) in row for name in completions_of(row)):
+        masks = [np.ones(len(parts[0]), bool), *(scored_of(row, n) for n in completions_of(row))]
+        ids = np.where(np.concatenate(masks), ids, ~ids)
     sizes = np.array([len(part) for part in parts], np.int64)
     return ids, sizes, np.array([float(row[name]) for name in numbers_of(row)], np.float64)
 

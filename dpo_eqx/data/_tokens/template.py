@@ -86,7 +86,7 @@ def encode_conversations(
             yield None, {"template_refused": f"{conversation.where}: {texts}"}
         elif isinstance(texts[0], str):
             # The first example of each reason.
-            account = dict(reversed(list(_account(conversation, texts))))
+            account = dict(reversed(list(_account(conversation, texts, encoder))))
             yield [as_ids(next(ids)) for _ in texts], account
         else:
             yield [as_ids(encoded) for encoded in texts], {}
@@ -100,11 +100,16 @@ def prompt_ids(conversation: Conversation, encoder: Encoder) -> list[int]:
     `ValueError` with the place if the template refuses the prompt.
     """
     try:
-        rendered = _apply(conversation, encoder, conversation.parts[0], generation=True)
+        rendered = render(conversation, encoder, conversation.parts[0], generation=True)
     except Exception as error:  # a template can raise anything
         raise ValueError(
             f"{conversation.where} does not go through the chat template: {error}"
         ) from error
+    return encode_rendered(encoder, rendered)
+
+
+def encode_rendered(encoder: Encoder, rendered: Any) -> list[int]:
+    """The ids of what `render` returned."""
     if isinstance(rendered, str):
         return _encode(encoder.tokenizer, [rendered])[0]
     return as_ids(rendered)
@@ -114,16 +119,17 @@ def _rendered(conversation: Conversation, encoder: Encoder) -> list[Any] | str:
     """The text, or the ids, of the prompt and of each whole; one error message if it is refused."""
     try:
         return [
-            _apply(conversation, encoder, conversation.parts[0], generation=True),
-            *(_apply(conversation, encoder, whole) for whole in conversation.wholes),
+            render(conversation, encoder, conversation.parts[0], generation=True),
+            *(render(conversation, encoder, whole) for whole in conversation.wholes),
         ]
     except Exception as error:  # a template can raise anything
         return str(error) or type(error).__name__
 
 
-def _apply(
+def render(
     conversation: Conversation, encoder: Encoder, messages: Messages, *, generation: bool = False
 ) -> Any:
+    """The text, or the ids, of messages of a conversation, perhaps with the generation prompt."""
     arguments = dict(conversation.arguments)
     if generation:
         arguments["add_generation_prompt"] = True
@@ -139,7 +145,9 @@ def _encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
 
 
-def _account(conversation: Conversation, texts: list[str]) -> Iterator[tuple[str, str]]:
+def _account(
+    conversation: Conversation, texts: list[str], encoder: Encoder
+) -> Iterator[tuple[str, str]]:
     """The reasons to report a conversation, each with an example in words."""
     prompt, *wholes = texts
     where = conversation.where
@@ -156,6 +164,8 @@ def _account(conversation: Conversation, texts: list[str]) -> Iterator[tuple[str
     keys = sorted(unused_keys(list(itertools.chain(*conversation.parts)), first))
     if keys:
         yield "message_keys_unused", f"{where}: {', '.join(f'`{key}`' for key in keys)}"
+    if unused := encoder.unused_arguments(conversation.arguments):
+        yield "template_arguments_unused", f"{where}: {', '.join(f'`{name}`' for name in unused)}"
 
 
 def _lost(

@@ -16,10 +16,11 @@ from .._records.read import Records, read
 from .._records.records import NUMBERS, Form
 from .encoder import Encoder, encode_texts, make_encoder
 from .report import CUT, DROPPED, LOST, REASONS, Account, Report
-from .rows import Row, Rows, completions_of
+from .rows import Row, Rows, completions_of, mask_name
+from .scored import check_score, masks_in_row, masks_of
 from .store import open_cache, write_cache
 from .template import conversation_of, encode_conversations
-from .tokenizers import Tokenizer, fingerprint_of, without_limits
+from .tokenizers import Tokenizer, fingerprint_of, shared_length, without_limits
 from .truncate import Limits, truncate
 
 # Records tokenised at once: enough for a fast tokenizer's threads, few enough to stay in cache.
@@ -39,6 +40,7 @@ def tokenize(
     vocab_size: int | None = None,
     tools: list | None = None,
     template_arguments: Mapping[str, Any] | None = None,
+    score: str = "completion",
     cache: str | Path | None = None,
 ) -> tuple[Rows, Report]:
     """Rows of token ids, and a report that accounts for every record.
@@ -72,13 +74,17 @@ def tokenize(
     - `vocab_size`: the policy's vocabulary size; a greater or equal id is an error.
     - `tools`, `template_arguments`: for the chat template; a record's own `tools` and
         `chat_template_kwargs` take precedence.
+    - `score`: which tokens of a conversation's answers are scored. `"completion"`: all tokens after
+        the prompt. `"assistant"`: those of the assistant's turns. `"last"`: those of its last turn.
+        A message with `weight: 0` is never scored. An answer of text is one turn.
     - `cache`: a folder for caches of tokens. If given, rows are always stored on disk.
 
     **Returns:**
 
     `(rows, report)`. A row is a dictionary with the lists `prompt_ids`, `chosen_ids` and
     `rejected_ids`, or with `prompt_ids`, `completion_ids` and the boolean `label`. It also holds
-    the record's numbers.
+    the record's numbers. If some tokens of a completion are not scored, it also holds
+    `chosen_mask`, `rejected_mask` or `completion_mask`, a boolean for each token.
 
     **Raises:**
 
@@ -89,7 +95,9 @@ def tokenize(
     tokenizer = without_limits(tokenizer)
     limits = Limits(max_length, max_prompt_length, max_completion_length)
     template = {"tools": tools, **(template_arguments or {})}
+    check_score(score, tokenized=records.form.tokenized)
     encoder = make_encoder(tokenizer, records.form, append_eos, eos_token_id, template)
+    encoder = dataclasses.replace(encoder, score=score)
     report = Report(form=str(records), left_out=records.left_out)
     rows = _rows(records, encoder, limits, report, strict=strict, vocab_size=vocab_size)
     if records.in_memory and cache is None:
@@ -117,10 +125,11 @@ def _rows(
     """The rows; `report` counts each one when it is made."""
     remaining = records.located()
     while chunk := list(itertools.islice(remaining, _CHUNK)):
-        for row, account in _encode(chunk, records.form, encoder):
-            limited, reasons = _limited(row, list(account), limits, vocab_size, report.read)
-            _check_strict(reasons, account, strict, report.read)
-            report.add(reasons, account)
+        encoded = _encode(chunk, records.form, encoder)
+        for (where, _), (row, account) in zip(chunk, encoded, strict=True):
+            limited, reasons = _limited(row, list(account), limits, vocab_size, where)
+            _check_strict(reasons, account, strict, where)
+            report.add(reasons, account, where)
             if limited is not None:
                 report.kept += 1
                 names = ("prompt_ids", *completions_of(limited))
@@ -131,13 +140,13 @@ def _rows(
 
 
 def _limited(
-    row: Row | None, reasons: list[str], limits: Limits, vocab_size: int | None, number: int
+    row: Row | None, reasons: list[str], limits: Limits, vocab_size: int | None, where: str
 ) -> tuple[Row | None, list[str]]:
     """The row within the limits, unless it is dropped, and all reasons to report it."""
     dropped = [reason for reason in reasons if reason in DROPPED]
     if row is None or dropped:
         return None, dropped
-    _check_vocabulary(row, vocab_size, number)
+    _check_vocabulary(row, vocab_size, where)
     limited, cuts = truncate(row, limits)
     if limited is not None and _scores_nothing(limited):
         return None, ["nothing_scored"]
@@ -159,12 +168,17 @@ def _encode(
         conversations = [conversation_of(r, p, names, encoder, where) for (where, r), p in pairs]
         encoded = encode_conversations(conversations, encoder)
     else:
+        conversations = [None] * len(chunk)
         encoded = zip(encode_texts(parts, encoder), map(_empty, parts), strict=True)
-    for (_, record), (ids, account) in zip(chunk, encoded, strict=True):
+    turns = zip(conversations, encoded, strict=True)
+    for (_, record), (conversation, (ids, account)) in zip(chunk, turns, strict=True):
         if ids is None:
             yield None, account
             continue
         row, moved = _at_boundary(ids, [f"{name}_ids" for name in names])
+        if conversation is not None:
+            masks = masks_of(conversation, encoder, ids)
+            row |= masks_in_row(masks, names, len(row["prompt_ids"]))
         if moved and "prompt_not_kept" not in account:
             account = {"boundary_moved": "", **account}
         copied = ("label", *NUMBERS)
@@ -185,21 +199,20 @@ def _parts(record: dict[str, Any], form: Form) -> tuple[Any, ...]:
 def _at_boundary(encoded: list[list[int]], names: list[str]) -> tuple[Row, bool]:
     """The row, and whether its completions start before the end of the prompt's ids."""
     prompt, *full = encoded
-    start = min(_shared(prompt, ids) for ids in full)
+    start = min(shared_length(prompt, ids) for ids in full)
     row = {"prompt_ids": prompt[:start]}
     row |= {name: ids[start:] for name, ids in zip(names, full, strict=True)}
     return row, start < len(prompt)
 
 
-def _shared(one: list[int], other: list[int]) -> int:
-    if other[: len(one)] == one:  # the usual case, much faster than the loop
-        return len(one)
-    return next(i for i, a in enumerate(one) if i >= len(other) or a != other[i])
-
-
 def _scores_nothing(row: Row) -> bool:
-    """Whether a completion's only token follows no token, so that it is not scored."""
-    return not row["prompt_ids"] and any(len(row[name]) < 2 for name in completions_of(row))
+    """Whether a completion has no scored token; one that follows no token is not scored."""
+    first = 0 if row["prompt_ids"] else 1
+    for name in completions_of(row):
+        mask = row.get(mask_name(name))
+        if len(row[name]) <= first or (mask is not None and not any(mask[first:])):
+            return True
+    return False
 
 
 def _looks(row: Row) -> list[str]:
@@ -208,18 +221,18 @@ def _looks(row: Row) -> list[str]:
     return [*reasons, "identical_completions"] if same else reasons
 
 
-def _check_vocabulary(row: Row, vocab_size: int | None, number: int) -> None:
+def _check_vocabulary(row: Row, vocab_size: int | None, where: str) -> None:
     if vocab_size is None:
         return
     worst = max((max(row[c], default=0) for c in ("prompt_ids", *completions_of(row))), default=0)
     if worst >= vocab_size:
         raise ValueError(
-            f"`tokenizer` must give ids below `vocab_size`, {vocab_size}; record {number} (from "
-            f"0) has {worst}. Take the policy's own tokenizer."
+            f"`tokenizer` must give ids below `vocab_size`, {vocab_size}; {where} has {worst}. "
+            "Take the policy's own tokenizer."
         )
 
 
-def _check_strict(reasons: list[str], account: Account, strict: bool, number: int) -> None:
+def _check_strict(reasons: list[str], account: Account, strict: bool, where: str) -> None:
     refused = DROPPED.keys() | CUT.keys() | LOST.keys() | {"identical_completions"}
     strict_reasons = [reason for reason in reasons if reason in refused]
     if strict and strict_reasons:
@@ -228,7 +241,6 @@ def _check_strict(reasons: list[str], account: Account, strict: bool, number: in
             for reason in strict_reasons
         ]
         raise ValueError(
-            "`strict` allows no row to be dropped or cut and no text to be lost, and record "
-            f"{number} (from 0) would be: {'; '.join(words)}. Raise the limit, or repair or leave "
-            "out the record."
+            f"`strict` allows no row to be dropped or cut and no text to be lost, and {where} "
+            f"would be: {'; '.join(words)}. Raise the limit, or repair or leave out the record."
         )

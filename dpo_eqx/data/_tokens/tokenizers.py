@@ -121,6 +121,13 @@ def _once(ids: list[int], bos: int | None) -> list[int]:
     return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
 
 
+def shared_length(one: list[int], other: list[int]) -> int:
+    """The number of ids with which both begin."""
+    if other[: len(one)] == one:  # the usual case, much faster than the loop
+        return len(one)
+    return next(i for i, a in enumerate(one) if i >= len(other) or a != other[i])
+
+
 def as_ids(encoded: Any) -> list[int]:
     """The ids in a tokenizer's result: a list, an array, a mapping or an encoding.
 
@@ -131,8 +138,11 @@ def as_ids(encoded: Any) -> list[int]:
     if isinstance(encoded, Mapping):
         encoded = encoded["input_ids"]
     encoded = getattr(encoded, "ids", encoded)
-    ids = [getattr(i, "item", lambda i=i: i)() for i in encoded]
-    if not all(type(i) is int and i >= 0 for i in ids):
+    ids = list(encoded)
+    # By sets of types, since a loop over all tokens takes as long as their tokenizer.
+    if set(map(type, ids)) - {int}:
+        ids = [getattr(i, "item", lambda i=i: i)() for i in ids]
+    if set(map(type, ids)) - {int} or min(ids, default=0) < 0:
         raise ValueError(f"`tokenizer.encode` must return token ids; got {ids[:5]}.")
     return ids
 

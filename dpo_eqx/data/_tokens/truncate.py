@@ -5,7 +5,7 @@
 
 import dataclasses
 
-from .rows import Row
+from .rows import Row, mask_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +55,7 @@ def truncate(row: Row, limits: Limits) -> tuple[Row | None, list[str]]:
     rooms = [limits.max_completion_length, limits.max_length and limits.max_length - len(prompt)]
     room = min((r for r in rooms if r is not None), default=None)
     completions = {name: row[name][:room] for name in names}
+    masks = {mask_name(n): row[mask_name(n)][:room] for n in names if mask_name(n) in row}
     is_cut = (name for name in names if len(completions[name]) < len(row[name]))
     cut += [name.replace("_ids", "_cut") for name in is_cut]
-    return row | {"prompt_ids": prompt} | completions, cut
+    return row | {"prompt_ids": prompt} | completions | masks, cut

@@ -22,7 +22,7 @@ from .._adapters.quantize import holds_quantized
 from .._decoder.transformer import Transformer
 from .config_json import write_config
 from .families import FAMILIES
-from .folder import CONFIG, INDEX, WEIGHTS, read_carried, resolve
+from .folder import CONFIG, INDEX, TEMPLATES, WEIGHTS, read_carried, resolve
 from .replace_folder import replacing
 from .tensor_names import Source, rows_of_parts, source_of
 
@@ -35,6 +35,7 @@ def save(
     *,
     max_shard_size: int = 5_000_000_000,
     tokenizer_from: str | os.PathLike[str] | None = None,
+    chat_template: str | None = None,
 ) -> None:
     """Writes a policy as a folder that `models.load`, `transformers` and vLLM load.
 
@@ -54,6 +55,7 @@ def save(
         files with an index.
     - `tokenizer_from`: a folder or hub name to take the tokenizer's files from instead. The
         generation settings stay those of the policy.
+    - `chat_template`: the text of a chat template to write in place of the tokenizer's.
 
     **Raises:**
 
@@ -80,6 +82,7 @@ def save(
         **_dtype_keys(policy.embedding.weight.dtype),
     }
     files = _companions(policy, tokenizer_from)
+    files = files if chat_template is None else _with_template(files, chat_template)
     if policy.origin.outer is not None:
         warnings.warn(
             f"The policy is the language model of a {policy.origin.outer!r} checkpoint. It is "
@@ -104,6 +107,13 @@ def _companions(
     others = read_carried(resolve(tokenizer_from))
     files = {name: content for name, content in others.items() if name != GENERATION}
     return files | {name: own[name] for name in (GENERATION,) if name in own}
+
+
+def _with_template(files: Mapping[str, bytes], template: str) -> dict[str, bytes]:
+    # `transformers` takes this file before the template in `tokenizer_config.json`, but named
+    # templates before both.
+    others = {n: content for n, content in files.items() if not n.startswith(f"{TEMPLATES}/")}
+    return others | {"chat_template.jinja": template.encode()}
 
 
 class Tensor(NamedTuple):
