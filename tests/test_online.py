@@ -27,7 +27,7 @@ def standard_promotion():
 
 
 def test_the_page_trains_towards_the_reward():
-    first, noise = re.findall(r"^```python\n(.*?)^```", PAGE, flags=re.M | re.S)
+    first, _, _, noise = re.findall(r"^```python\n(.*?)^```", PAGE, flags=re.M | re.S)
     optimizer = optax.adam(0.03)
     names = {
         "dpx": dpx,

@@ -130,6 +130,13 @@ def test_ids_beyond_the_vocabulary(tmp_path, capsys):
     bad(capsys, tmp_path, "below 96, .*; line 1 of .* has 96", small(tmp_path))
 
 
+def test_a_reward_model_is_no_policy(tmp_path, capsys):
+    ids = {"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3]}
+    (tmp_path / "data.jsonl").write_text(json.dumps(ids) + "\n")
+    status = small(tmp_path, model=GOLDEN / "models" / "reward_models" / "llama")
+    bad(capsys, tmp_path, "reward_models/llama` holds a reward model", status)
+
+
 CASES = {
     "no model": (
         {"model": "nowhere"},

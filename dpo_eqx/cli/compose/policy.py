@@ -17,6 +17,7 @@ from ... import data, models, sharding
 from ..._training.reference import snapshot
 from ..settings.options import dtype_of
 from ..settings.settings import Settings
+from ..settings.shared_flags import language_model
 from .data import Prepared
 from .dtypes import keep_wide
 
@@ -157,7 +158,7 @@ def _load(
     path: str, settings: Settings, mesh: Mesh | None, *, remat: bool = False
 ) -> models.Transformer:
     placement = None if mesh is None else sharding.placement(mesh)
-    return models.load(
+    model = models.load(
         path,
         dtype=dtype_of(settings.dtype),
         sharding=placement,
@@ -165,6 +166,7 @@ def _load(
         remat=remat,
         fused=settings.fused,
     )
+    return language_model(model, path)
 
 
 def _with_wide_dtype(reference: PyTree, settings: Settings) -> PyTree:

@@ -81,8 +81,20 @@ class Loading:
     def load(self, path: str, *, lora: str | None = None) -> models.Transformer:
         """The model in the folder `path`, with the adapters in the folder `lora`, if given."""
         dtype = dtype_of(self.dtype)
-        policy = models.load(path, dtype=dtype, quantize=self.quantize, fused=self.fused)
+        policy = language_model(
+            models.load(path, dtype=dtype, quantize=self.quantize, fused=self.fused), path
+        )
         return policy if lora is None else models.load_lora(policy, lora)
+
+
+def language_model(model: models.Transformer | models.RewardModel, path: str) -> models.Transformer:
+    """The model from `path`, or a `ValueError` if it is a reward model, which has no logits."""
+    if isinstance(model, models.RewardModel):
+        raise ValueError(
+            f"`{path}` holds a reward model (`*ForSequenceClassification`), which writes no text. "
+            "Give the folder of a language model (`*ForCausalLM`)."
+        )
+    return model
 
 
 def parse_flags(

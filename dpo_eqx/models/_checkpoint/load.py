@@ -18,12 +18,14 @@ from .._adapters.formats import FORMATS, Int8Weight, NF4Weight
 from .._adapters.linear_layers import is_plain_linear, linear_paths, replace_at
 from .._adapters.quantize import Quantized, check_format
 from .._decoder.config import Config
+from .._decoder.reward_model import RewardModel, without_head
 from .._decoder.transformer import Transformer
 from .checks import check_tensors, check_tokenizer, with_tying_of
 from .config_json import read_config
 from .fill_shards import fill, fill_encoded, leaf_dtype
 from .folder import CONFIG, Weights, read_origin, resolve
 from .language_model import inner_origin, is_outer, keep_language_model
+from .reward_head import PATH, is_reward_model, take_head
 from .tensor_sources import LeafSource, sources_in
 
 Sharding = jax.sharding.Sharding
@@ -37,7 +39,7 @@ def load(
     quantize: str | None = None,
     remat: bool = False,
     fused: bool = True,
-) -> Transformer:
+) -> Any:
     """Reads a Hugging Face checkpoint of one of the families that docs/models.md lists.
 
     ```python
@@ -69,7 +71,8 @@ def load(
 
     **Returns:**
 
-    The policy.
+    A `Transformer`; or a `RewardModel`, if the checkpoint is a `*ForSequenceClassification` with
+    one label.
 
     **Raises:**
 
@@ -95,6 +98,10 @@ def load(
     weights = Weights(folder)
     if is_outer(whole.config):
         keep_language_model(weights)
+    is_reward = is_reward_model(whole.config)
+    stored, read_head = take_head(weights) if is_reward else ("", None)
+    if is_reward:
+        config = without_head(config)
     config = with_tying_of(weights, config)
     # The skeleton has shapes but no arrays, so that the checks need no memory for parameters.
     make = functools.partial(Transformer, config, origin=origin)
@@ -116,7 +123,13 @@ def load(
         return fill(leaf, place, source.stacked, functools.partial(source.read, weights))
 
     policy = jax.tree_util.tree_map_with_path(read, skeleton)
-    return replace_at(policy, quantised, is_plain_linear, lambda _, layer: Quantized.of(layer))
+    policy = replace_at(policy, quantised, is_plain_linear, lambda _, layer: Quantized.of(layer))
+    if read_head is None:
+        return policy
+    head = jax.ShapeDtypeStruct((1, config.width), leaf_dtype(dtype, [stored]))
+    weight = fill(head, _place(sharding, PATH, head), False, read_head)
+    model = RewardModel(policy, key=jax.random.key(0))
+    return eqx.tree_at(lambda model: model.head.weight, model, weight)
 
 
 def _read_config(values: Mapping[str, Any], folder: Path) -> Config:

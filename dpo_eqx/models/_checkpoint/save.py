@@ -19,11 +19,13 @@ from jaxtyping import PyTree
 from ..._extras import require
 from ..._jax.paths import leaf_name
 from .._adapters.quantize import holds_quantized
+from .._decoder.reward_model import RewardModel
 from .._decoder.transformer import Transformer
 from .config_json import write_config
 from .families import FAMILIES
 from .folder import CONFIG, INDEX, TEMPLATES, WEIGHTS, read_carried, resolve
 from .replace_folder import replacing
+from .reward_head import TENSOR, reward_keys
 from .tensor_names import Source, rows_of_parts, source_of
 
 GENERATION = "generation_config.json"
@@ -49,7 +51,8 @@ def save(
 
     **Arguments:**
 
-    - `policy`: a `Transformer`, in the dtype to be written. Merge its adapters first.
+    - `policy`: a `Transformer` or a `RewardModel`, in the dtype to be written. Merge its adapters
+        first.
     - `path`: the folder, created if it does not exist.
     - `max_shard_size`: the largest size of a file, in bytes. Larger weights are split into several
         files with an index.
@@ -59,13 +62,14 @@ def save(
 
     **Raises:**
 
-    `ValueError` if `policy` is not a `Transformer`, has quantised layers or adapters, or has a
-    configuration that its family's checkpoints cannot store.
+    `ValueError` if `policy` is neither a `Transformer` nor a `RewardModel`, has quantised layers or
+    adapters, or has a configuration that its family's checkpoints cannot store.
     """
-    if not isinstance(policy, Transformer):
+    body = policy.body if isinstance(policy, RewardModel) else policy
+    if not isinstance(body, Transformer):
         raise ValueError(
-            "`policy` must be a `models.Transformer`, since checkpoints hold no other module; "
-            f"got {type(policy).__name__}. Write another Equinox module with "
+            "`policy` must be a `models.Transformer` or a `models.RewardModel`, since checkpoints "
+            f"hold no other module; got {type(policy).__name__}. Write another Equinox module with "
             "`eqx.tree_serialise_leaves` or orbax, and adapters alone with `models.save_lora`."
         )
     if holds_quantized(policy):
@@ -73,19 +77,24 @@ def save(
             "`policy` must be plain to be saved; it has quantised layers. Decode and merge them "
             "first with `models.merge_lora`, or write only its adapters with `models.save_lora`."
         )
-    tensors = tensors_of(policy)
+    tensors = tensors_of(body)
     # Keys that the family reads are written anew, since their old values may be out of date.
-    read = FAMILIES[policy.config.family].reads()
+    read = FAMILIES[body.config.family].reads()
     config = {
-        **{key: value for key, value in policy.origin.config.items() if key not in read},
-        **write_config(policy.config),
-        **_dtype_keys(policy.embedding.weight.dtype),
+        **{key: value for key, value in body.origin.config.items() if key not in read},
+        **write_config(body.config),
+        **_dtype_keys(body.embedding.weight.dtype),
     }
-    files = _companions(policy, tokenizer_from)
+    if isinstance(policy, RewardModel):
+        tensors.append(
+            Tensor(TENSOR, policy.head.weight.nbytes, lambda: np.asarray(policy.head.weight))
+        )
+        config |= reward_keys(config["architectures"][0], body.origin.config)
+    files = _companions(body, tokenizer_from)
     files = files if chat_template is None else _with_template(files, chat_template)
-    if policy.origin.outer is not None:
+    if body.origin.outer is not None:
         warnings.warn(
-            f"The policy is the language model of a {policy.origin.outer!r} checkpoint. It is "
+            f"The policy is the language model of a {body.origin.outer!r} checkpoint. It is "
             f"saved alone, as {config['architectures'][0]}, without the other parts.",
             stacklevel=2,
         )
