@@ -124,11 +124,17 @@ def test_dropout_of_the_weights():
     assert set(np.round(ratio, 4)) == {0.0, 2.0}
 
 
-def test_rotation_depends_on_distance_alone():
-    tables = rotary.tables(models.Rotary(theta=100.0), 6, jnp.arange(20), jnp.dtype("float64"))
+def tables_of(settings, width, positions, tokens=None):
+    return rotary.tables(settings, width, positions, tokens, jnp.dtype("float64"))
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rotation_depends_on_distance_alone(interleaved):
+    tables = tables_of(models.Rotary(theta=100.0), 6, jnp.arange(20))
     query, key, _ = draw(1, jnp.float64)
     rotated = [
-        rotary.rotate(jnp.broadcast_to(x, (20, *x.shape[1:])), *tables) for x in (query, key)
+        rotary.rotate(jnp.broadcast_to(x, (20, *x.shape[1:])), tables, interleaved=interleaved)
+        for x in (query, key)
     ]
     scores = np.einsum("ih,jh->ij", rotated[0][:, 0], rotated[1][:, 0])
     for distance in (0, 3, 11):
@@ -139,9 +145,9 @@ def test_rotation_depends_on_distance_alone():
 
 
 def test_partial_rotation_leaves_the_rest():
-    tables = rotary.tables(models.Rotary(fraction=0.5), 12, jnp.arange(3), jnp.dtype("float64"))
+    tables = tables_of(models.Rotary(fraction=0.5), 12, jnp.arange(3))
     heads = jnp.asarray(np.random.default_rng(0).normal(size=(3, 1, 12)))
-    rotated = rotary.rotate(heads, *tables)
+    rotated = rotary.rotate(heads, tables, interleaved=False)
     assert np.array_equal(rotated[..., 6:], heads[..., 6:])
     assert np.abs(rotated - heads)[1:, :, :6].min() > 1e-6
 
@@ -166,3 +172,43 @@ def test_frequencies():
     low, high = np.floor(low), np.ceil(high)
     ramp = np.clip((np.arange(8) - max(low, 0)) / (min(high, 15) - max(low, 0)), 0, 1)
     assert np.allclose(rotary.yarn(yarn, 16), plain / 4 * ramp + plain * (1 - ramp))
+
+    part = models.Rotary(theta=500.0, kind="proportional", factor=2.0, fraction=0.5)
+    turning = np.where(np.arange(8) < 4, plain / 2, 0)
+    assert np.allclose(rotary.proportional(part, 16), turning)
+
+
+def test_frequencies_by_length():
+    """Up to the limit as without scaling or with the short factors, and another set beyond it."""
+    plain, wide = 500.0 ** (-np.arange(0, 16, 2) / 16), jnp.dtype("float64")
+    grown = models.Rotary(theta=500.0, kind="dynamic", factor=3.0, original_length=10)
+    for tokens in (1, 10, 25):
+        growth = 3 * max(tokens, 10) / 10 - 2
+        theta = 500.0 * growth ** (16 / 14)
+        want = theta ** (-np.arange(0, 16, 2) / 16)
+        assert np.allclose(rotary.dynamic(grown, 16, jnp.asarray(tokens), wide), want)
+    factors = {"short_factors": (1.0,) * 7 + (2.0,), "long_factors": (4.0,) * 8}
+    long = models.Rotary(theta=500.0, kind="longrope", original_length=10, **factors)
+    for tokens, divisors in ((10, factors["short_factors"]), (11, factors["long_factors"])):
+        got = rotary.longrope(long, 16, jnp.asarray(tokens), wide)
+        assert np.allclose(got, plain / np.asarray(divisors))
+    for settings in (grown, long):
+        assert settings.limit == 10
+        short, same, other = (
+            tables_of(settings, 16, jnp.arange(4), tokens).cos
+            for tokens in (None, jnp.asarray(9), jnp.asarray(11))
+        )
+        assert np.array_equal(short, same)
+        assert not np.array_equal(short, other)
+
+
+def test_queries_grow_and_angles_turn_back():
+    settings = models.Rotary(query_growth=0.2, original_length=4, reverse=True)
+    tables, plain = (
+        tables_of(one, 8, jnp.arange(10)) for one in (settings, models.Rotary(original_length=4))
+    )
+    want = 1 + 0.2 * np.log(1 + np.arange(10) // 4)
+    assert np.allclose(tables.query_scale, want)
+    assert plain.query_scale is None
+    assert np.array_equal(tables.sin, -plain.sin)
+    assert np.array_equal(tables.cos, plain.cos)
