@@ -26,6 +26,7 @@ from ._head.token_log_probs import (
     sequence_log_probs as sequence_log_probs,
     token_log_probs as token_log_probs,
 )
+from ._policies.adapt import adapt as adapt
 from ._scoring.packed import score_packed as score_packed
 from ._scoring.score import (
     ld_score as ld_score,

@@ -14,6 +14,7 @@ from .._arrays.log_probs import PairLogProbs
 from .._head.predictions import kl_between
 from .._head.token_log_probs import sequence_log_probs
 from .._jax.explicit_meshes import automatic
+from .._scoring.policy_checks import as_reference
 from .._scoring.predict import offers_fast_path, predict
 from .._scoring.score import pair_log_probs, token_scores
 
@@ -74,10 +75,10 @@ def _compare(
     policy: PyTree, reference: PyTree, batch: PreferenceBatch, chunk_size: int | None
 ) -> Comparison:
     pair = batch.chosen, batch.rejected
-    predictions = [
-        predict(model, batch.prompt, pair, keys=None, chunk_size=chunk_size)
-        for model in (policy, reference)
-    ]
+    run = partial(predict, keys=None, chunk_size=chunk_size)
+    predictions = [run(policy, batch.prompt, pair)]
+    with as_reference():
+        predictions.append(run(reference, batch.prompt, pair))
     policy_scores, reference_scores = (token_scores(p, pair) for p in predictions)
     chosen_tokens, rejected_tokens = (
         jnp.where(tokens.mask, a.log_probs - b.log_probs, 0)
