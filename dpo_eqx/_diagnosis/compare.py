@@ -4,6 +4,7 @@ Losses and means are not here; `diagnose.py` and `preferences.py` have them.
 """
 
 from functools import partial
+from typing import overload
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from .._jax.explicit_meshes import automatic
 from .._scoring.policy_checks import as_reference
 from .._scoring.predict import offers_fast_path, predict
 from .._scoring.score import pair_log_probs, token_scores
+from ..protocols import Score
 
 
 class Comparison(eqx.Module):
@@ -41,13 +43,48 @@ class Comparison(eqx.Module):
     rejected_kl: Float[Array, " pairs"]
 
 
+class ScoredComparison(eqx.Module):
+    """A policy compared with its reference by a score, which returns sums over tokens only.
+
+    **Arguments:**
+
+    - `policy`, `reference`: their log-probabilities of both completions of each pair.
+    """
+
+    policy: PairLogProbs
+    reference: PairLogProbs
+
+
+@overload
 def compare(
     policy: PyTree,
     reference: PyTree,
     batch: PreferenceBatch,
     *,
     chunk_size: int | None = None,
-) -> Comparison:
+    score: None = None,
+) -> Comparison: ...
+
+
+@overload
+def compare(
+    policy: PyTree,
+    reference: PyTree,
+    batch: PreferenceBatch,
+    *,
+    chunk_size: int | None = None,
+    score: Score[PairLogProbs],
+) -> ScoredComparison: ...
+
+
+def compare(
+    policy: PyTree,
+    reference: PyTree,
+    batch: PreferenceBatch,
+    *,
+    chunk_size: int | None = None,
+    score: Score[PairLogProbs] | None = None,
+) -> Comparison | ScoredComparison:
     r"""Compares policy and reference on each completion: log-ratios by token, and KL divergences.
 
     Each of the two is run once, as `score_pairs` runs it. If both offer `FastPolicy`, the logits
@@ -61,11 +98,17 @@ def compare(
         `eqx.nn.inference_mode(policy)` if a policy has dropout.
     - `batch`: the pairs; its own `reference` is not used.
     - `chunk_size`: as in `linear_kl`, used if both are a `FastPolicy`.
+    - `score`: another score, such as `pseudo_score(mask_id)`. The result is then a
+        `ScoredComparison`, without tokens and KL divergences.
 
     **Raises:**
 
     `ValueError` if the vocabularies differ, or a policy returns an array of a wrong shape.
     """
+    if score is not None:
+        ours = score(policy, batch, key=None)
+        with as_reference():
+            return ScoredComparison(ours, score(reference, batch, key=None))
     is_fast = any(map(offers_fast_path, (policy, reference)))
     run = partial(automatic, like=2)(_compare) if is_fast else _compare
     return run(policy, reference, batch, chunk_size)
