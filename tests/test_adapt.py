@@ -169,3 +169,37 @@ def test_an_unembedding_may_be_an_array():
 def test_what_is_no_call(unchecked, options, message):
     with pytest.raises(ValueError, match=message):
         dpx.adapt(MODEL, **options)
+
+
+class Normed(eqx.Module):
+    inner: Perceptron
+    norm: eqx.nn.BatchNorm
+
+    def __init__(self):
+        self.inner = Perceptron(jax.random.key(0))
+        self.norm = eqx.nn.BatchNorm(11, "batch", mode="batch")
+
+    def __call__(self, ids, state):
+        logits = self.inner(ids)
+        normed, state = jax.vmap(self.norm, in_axes=(0, None), out_axes=(0, None))(logits, state)
+        return normed, state
+
+
+def test_a_state_is_held_frozen():
+    model, state = eqx.nn.make_with_state(Normed)()
+    model = eqx.nn.inference_mode(model)
+    before = [np.asarray(x) for x in jax.tree.leaves(state)]
+    policy = dpx.adapt(model, lambda model, ids, key: model(ids, state)[0])
+    step = eqx.filter_jit(dpx.make_step(losses.sft, SGD))
+    trained, _, metrics = step(policy, SGD.init(eqx.filter(policy, eqx.is_inexact_array)), BATCH)
+    assert np.isfinite(metrics["loss"])
+    assert not np.array_equal(trained.model.norm.weight, model.norm.weight)
+    for x, y in zip(jax.tree.leaves(state), before, strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_a_state_within_the_policy_is_refused():
+    model, state = eqx.nn.make_with_state(Normed)()
+    policy = dpx.adapt((model, state), lambda both, ids, key: both[0](ids, both[1])[0])
+    with pytest.raises(ValueError, match=r"must not select an `eqx.nn.State`.*dpx.adapt"):
+        dpx.make_grad(losses.sft)(policy, BATCH)

@@ -21,7 +21,7 @@ from .score import TokenScores, pair_log_probs
 
 
 def pseudo_score(mask_id: int, *, groups: int | None = None) -> Score[PairLogProbs]:
-    r"""A score for masked models, such as ESM: the pseudo-log-likelihood of each completion.
+    r"""A score for masked models: the pseudo-log-likelihood of each completion.
 
     $\sum_t \log p(y_t | x, y_{\setminus t})$ over the scored tokens: the policy is run with token
     $t$ replaced by `mask_id`, and the logits at $t$ are the distribution of $y_t$ itself. It need
