@@ -8,7 +8,11 @@ from ._arrays.loss_values import PairLoss as PairLoss, UnpairedLoss as UnpairedL
 from ._arrays.metrics import Metrics as Metrics
 from ._arrays.packed import PackedBatch as PackedBatch, PackedLayout as PackedLayout
 from ._arrays.tokens import Tokens as Tokens
-from ._diagnosis.compare import Comparison as Comparison, compare as compare
+from ._diagnosis.compare import (
+    Comparison as Comparison,
+    ScoredComparison as ScoredComparison,
+    compare as compare,
+)
 from ._diagnosis.diagnose import (
     Diagnosis as Diagnosis,
     diagnose as diagnose,
@@ -30,7 +34,12 @@ from ._onpolicy.pair_samples import (
     label_samples as label_samples,
     pair_samples as pair_samples,
 )
+from ._policies.adapt import adapt as adapt
+from ._policies.check_policy import check_policy as check_policy
+from ._policies.report import PolicyReport as PolicyReport
+from ._policies.trainable import trainable as trainable
 from ._scoring.packed import score_packed as score_packed
+from ._scoring.pseudo import pseudo_score as pseudo_score
 from ._scoring.score import (
     ld_score as ld_score,
     score_pairs as score_pairs,

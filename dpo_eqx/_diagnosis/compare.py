@@ -4,6 +4,7 @@ Losses and means are not here; `diagnose.py` and `preferences.py` have them.
 """
 
 from functools import partial
+from typing import overload
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -14,8 +15,10 @@ from .._arrays.log_probs import PairLogProbs
 from .._head.predictions import kl_between
 from .._head.token_log_probs import sequence_log_probs
 from .._jax.explicit_meshes import automatic
+from .._scoring.policy_checks import as_reference
 from .._scoring.predict import offers_fast_path, predict
 from .._scoring.score import pair_log_probs, token_scores
+from ..protocols import Score
 
 
 class Comparison(eqx.Module):
@@ -40,13 +43,48 @@ class Comparison(eqx.Module):
     rejected_kl: Float[Array, " pairs"]
 
 
+class ScoredComparison(eqx.Module):
+    """A policy compared with its reference by a score, which returns sums over tokens only.
+
+    **Arguments:**
+
+    - `policy`, `reference`: their log-probabilities of both completions of each pair.
+    """
+
+    policy: PairLogProbs
+    reference: PairLogProbs
+
+
+@overload
 def compare(
     policy: PyTree,
     reference: PyTree,
     batch: PreferenceBatch,
     *,
     chunk_size: int | None = None,
-) -> Comparison:
+    score: None = None,
+) -> Comparison: ...
+
+
+@overload
+def compare(
+    policy: PyTree,
+    reference: PyTree,
+    batch: PreferenceBatch,
+    *,
+    chunk_size: int | None = None,
+    score: Score[PairLogProbs],
+) -> ScoredComparison: ...
+
+
+def compare(
+    policy: PyTree,
+    reference: PyTree,
+    batch: PreferenceBatch,
+    *,
+    chunk_size: int | None = None,
+    score: Score[PairLogProbs] | None = None,
+) -> Comparison | ScoredComparison:
     r"""Compares policy and reference on each completion: log-ratios by token, and KL divergences.
 
     Each of the two is run once, as `score_pairs` runs it. If both offer `FastPolicy`, the logits
@@ -60,11 +98,17 @@ def compare(
         `eqx.nn.inference_mode(policy)` if a policy has dropout.
     - `batch`: the pairs; its own `reference` is not used.
     - `chunk_size`: as in `linear_kl`, used if both are a `FastPolicy`.
+    - `score`: another score, such as `pseudo_score(mask_id)`. The result is then a
+        `ScoredComparison`, without tokens and KL divergences.
 
     **Raises:**
 
     `ValueError` if the vocabularies differ, or a policy returns an array of a wrong shape.
     """
+    if score is not None:
+        ours = score(policy, batch, key=None)
+        with as_reference():
+            return ScoredComparison(ours, score(reference, batch, key=None))
     is_fast = any(map(offers_fast_path, (policy, reference)))
     run = partial(automatic, like=2)(_compare) if is_fast else _compare
     return run(policy, reference, batch, chunk_size)
@@ -74,10 +118,10 @@ def _compare(
     policy: PyTree, reference: PyTree, batch: PreferenceBatch, chunk_size: int | None
 ) -> Comparison:
     pair = batch.chosen, batch.rejected
-    predictions = [
-        predict(model, batch.prompt, pair, keys=None, chunk_size=chunk_size)
-        for model in (policy, reference)
-    ]
+    run = partial(predict, keys=None, chunk_size=chunk_size)
+    predictions = [run(policy, batch.prompt, pair)]
+    with as_reference():
+        predictions.append(run(reference, batch.prompt, pair))
     policy_scores, reference_scores = (token_scores(p, pair) for p in predictions)
     chosen_tokens, rejected_tokens = (
         jnp.where(tokens.mask, a.log_probs - b.log_probs, 0)

@@ -1,10 +1,13 @@
-"""Checks of a policy and of its results; the errors name its class and a remedy.
+"""Calls a policy, and checks it and its results; the errors name its class and a remedy.
 
-`predict.py` runs the policy.
+`predict.py` decides what the policy is run on.
 """
 
+import contextlib
 import functools
 import types
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import jax
@@ -13,6 +16,24 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from .._jax.describe import described
+from .._jax.keys import Keys
+from .adapter_lines import adapter_line, longest_length
+
+# The word for the model that runs, in messages.
+_ROLE: ContextVar[str] = ContextVar("_ROLE", default="policy")
+
+
+@contextlib.contextmanager
+def as_reference() -> Iterator[None]:
+    """Inside it, the errors of this file say that the reference was run."""
+    token = _ROLE.set("reference")
+    try:
+        yield
+    except Exception as error:
+        error.add_note("This was raised while the reference was run, not the policy.")
+        raise
+    finally:
+        _ROLE.reset(token)
 
 
 def check_is_policy(policy: PyTree) -> None:
@@ -31,15 +52,70 @@ def check_is_policy(policy: PyTree) -> None:
         )
 
 
-def checked_logits(policy: PyTree, returned: Any, ids: Array) -> Float[Array, "length vocab"]:
+def call_policy(policy: PyTree, ids: Array, key: Keys | None) -> Float[Array, "length vocab"]:
+    """`policy(ids)`, or `policy(ids, key=key)` with a key.
+
+    **Raises:**
+
+    `ValueError` if the policy has another signature, or does not return the logits of one sequence.
+    The policy's own errors get a note that says how it was called.
+    """
+    try:
+        returned = policy(ids) if key is None else policy(ids, key=key)
+    except Exception as error:
+        _explain(error, policy, ids, key)
+        raise
+    return checked_logits(policy, returned, ids, key)
+
+
+def checked_logits(
+    policy: PyTree, returned: Any, ids: Array, key: Keys | None = None
+) -> Float[Array, "length vocab"]:
     """The result of `policy(ids)`; raises `ValueError` if it is not the logits of one sequence."""
     if _is_floating(returned) and returned.ndim == 2 and returned.shape[0] == ids.size:
         return jnp.asarray(returned)
+    line = adapter_line(policy, ids, key)
+    wrap = "" if line is None else f" Adapt the model: {line}"
     raise ValueError(
-        f"`policy(ids)` must return logits of shape `(length, vocab)`, here ({ids.size}, vocab) "
+        f"`{_called(key)}` must return logits of shape `(length, vocab)`, here ({ids.size}, vocab) "
         f"for `ids` of shape {ids.shape}; got {described(returned)} from {type(policy).__name__}. "
-        f"{_remedy(returned, 'logits')}"
+        f"{_remedy(returned, 'logits')}{wrap}"
     )
+
+
+def _explain(error: Exception, policy: PyTree, ids: Array, key: Keys | None) -> None:
+    """Raises `ValueError` with a remedy, or adds a note to the policy's own `error`."""
+    name = type(policy).__name__
+    # The errors of the library's own models have remedies already.
+    is_ours = type(policy).__module__.startswith("dpo_eqx.models")
+    remedy = None if is_ours else _remedy_of_call(policy, ids, key)
+    if remedy is None:
+        error.add_note(
+            f"This was raised by `{_called(key)}` of class {name}, called with `ids` of shape "
+            f"{ids.shape} in {ids.dtype}."
+        )
+        return
+    reason = str(error).strip().split("\n")[0].rstrip(".")
+    raise ValueError(
+        f"`{_called(key)}` must take the ids of one sequence, here {described(ids)}, and return "
+        f"logits of shape ({ids.size}, vocab); got {type(error).__name__} from {name}: {reason}. "
+        f"{remedy}"
+    ) from error
+
+
+def _remedy_of_call(policy: PyTree, ids: Array, key: Keys | None) -> str | None:
+    if line := adapter_line(policy, ids, key):
+        return f"Adapt the model: {line}"
+    if longest := longest_length(policy, ids):
+        return (
+            f"The model runs on {longest} tokens, and not on {ids.size}: make the rows shorter, "
+            "for instance by `max_length` of `data.tokenize`."
+        )
+    return None
+
+
+def _called(key: Keys | None) -> str:
+    return f"{_ROLE.get()}(ids)" if key is None else f"{_ROLE.get()}(ids, key=key)"
 
 
 def checked_hidden(
@@ -50,8 +126,8 @@ def checked_hidden(
     if _is_floating(returned) and returned.shape == want:
         return jnp.asarray(returned)
     raise ValueError(
-        f"`policy.hidden(ids, layout)` must return shape `(length, width)`, here {want} for `ids` "
-        f"of shape {ids.shape} and `unembedding` of shape {unembedding.shape}; "
+        f"`{_ROLE.get()}.hidden(ids, layout)` must return shape `(length, width)`, here {want} "
+        f"for `ids` of shape {ids.shape} and `unembedding` of shape {unembedding.shape}; "
         f"got {described(returned)} from {type(policy).__name__}. "
         f"{_remedy(returned, 'hidden states')}"
     )

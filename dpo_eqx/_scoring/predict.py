@@ -20,7 +20,7 @@ from .._jax.explicit_meshes import split_like
 from .._jax.keys import Keys
 from .._jax.partitioning import keep_rows, row_axes
 from ..protocols import FastPolicy
-from .policy_checks import check_is_policy, checked_hidden, checked_logits
+from .policy_checks import call_policy, check_is_policy, checked_hidden
 
 
 def predict(
@@ -88,8 +88,7 @@ def _plain_logits(
         # The completion overwrites the prompt's padding, because a plain policy knows no mask.
         row = keep_rows(jnp.concatenate([prompt, jnp.zeros_like(completion)]))
         row = jax.lax.dynamic_update_slice(row, completion, (length,))
-        returned = policy(row) if key is None else policy(row, key=key)
-        logits = keep_rows(checked_logits(policy, returned, row))  # (prompt + completion, vocab)
+        logits = keep_rows(call_policy(policy, row, key))  # (prompt + completion, vocab)
         return jax.lax.dynamic_slice_in_dim(logits, length - 1, completion.size)
 
     def one_prompt(prompt, length, completions, key):

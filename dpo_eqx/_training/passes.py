@@ -158,7 +158,19 @@ def split_trainable(policy: PyTree, trainable: PyTree) -> tuple[PyTree, PyTree]:
                 "`trainable` must select floating-point arrays only, which can be differentiated; "
                 f"it selects `{name}`, {leaf!r}."
             )
+    _check_no_state(params)
     return params, frozen
+
+
+def _check_no_state(params: PyTree) -> None:
+    """Raises if the state of a layer, such as the running mean of BatchNorm, would be trained."""
+    nodes = jax.tree.leaves(params, is_leaf=lambda node: isinstance(node, eqx.nn.State))
+    if any(isinstance(node, eqx.nn.State) and jax.tree.leaves(node) for node in nodes):
+        raise ValueError(
+            "`trainable` must not select an `eqx.nn.State`, which no gradient should change; got a "
+            "policy that holds one. Hold it frozen, outside of the policy: `policy = dpx.adapt("
+            "model, lambda model, ids, key: model(ids, state)[0])`."
+        )
 
 
 def _one_pass(problem: Problem, params: PyTree) -> tuple[PyTree, Scored, Any]:

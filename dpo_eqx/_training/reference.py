@@ -20,6 +20,7 @@ from .._jax.inference_mode import in_inference
 from .._jax.microbatches import check_divides, merge, split
 from .._jax.partitioning import beside_sweeps
 from .._jax.scalars import Number
+from .._scoring.policy_checks import as_reference
 from .._scoring.score import score_pairs
 from ..protocols import Score
 from .dependence import dependent_paths
@@ -113,11 +114,8 @@ def run_reference(
     reference: PyTree, batch: Any, *, score: Score, compute_dtype: DTypeLike | None
 ) -> Any:
     """The reference's log-probabilities, through which no gradient flows."""
-    try:
+    with as_reference():
         log_probs = run_inference(reference, batch, score=score, compute_dtype=compute_dtype)
-    except Exception as error:
-        error.add_note("This was raised while the reference was run, not the policy.")
-        raise
     return jax.lax.stop_gradient(log_probs)
 
 

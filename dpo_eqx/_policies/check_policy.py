@@ -1,0 +1,125 @@
+"""Checks a policy before it is trained, and reports what is wrong with it.
+
+Each check is in `probes.py`, the report in `report.py`.
+"""
+
+import inspect
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PRNGKeyArray, PyTree
+
+from .._jax.inference_mode import in_inference
+from .._jax.paths import leaf_name
+from .._scoring.policy_checks import call_policy, check_is_policy
+from .._scoring.predict import offers_fast_path
+from .probes import CHECKS, Probe, summary
+from .report import PolicyReport, TrainedArray
+
+
+def check_policy(
+    policy: PyTree,
+    vocab: int | None = None,
+    *,
+    length: int = 16,
+    key: PRNGKeyArray | None = None,
+    trainable: PyTree = eqx.is_inexact_array,
+) -> PolicyReport:
+    """Checks that a policy keeps the contract: shapes, causality, padding, randomness, gradients.
+
+    ```python
+    report = dpx.check_policy(policy, vocab=len(tokenizer))
+    print(report)
+    report.raise_if_problems()
+    ```
+
+    It runs the policy on a few rows of random tokens, on the host, outside of any transformation.
+    It cannot prove that a policy is right, but finds the faults that are common.
+
+    **Arguments:**
+
+    - `policy`: the policy, also one from `adapt`.
+    - `vocab`: the number of tokens (default: the number of logits that the policy returns).
+    - `length`: the number of tokens in a row, at least 4.
+    - `key`: a key for dropout and for the tokens (default: `jax.random.key(0)`).
+    - `trainable`: the filter that the step will get.
+
+    **Returns:**
+
+    A `PolicyReport`. A policy that fails, or returns no logits, gives a report with that problem.
+
+    **Raises:**
+
+    `ValueError` if `length` is less than 4.
+    """
+    if length < 4:
+        raise ValueError(f"`length` must be at least 4; got {length}. Leave it out to use 16.")
+    key = jax.random.key(0) if key is None else key
+    problems, notes, passed = [], _notes(policy), []
+    try:
+        probe = _probe(policy, vocab, length, key, trainable)
+    except Exception as error:  # the policy's own error, of any class
+        return PolicyReport(
+            _name(policy), (summary(error),), notes, (), _trained(policy, trainable)
+        )
+    for name, check in CHECKS.items():
+        try:
+            found = list(check(probe))
+        except Exception as error:  # the policy's own error, of any class
+            found = [f"The check of {name} failed: {summary(error)}"]
+        problems += found
+        passed += [] if found else [name]
+    return PolicyReport(
+        _name(policy), tuple(problems), notes, tuple(passed), _trained(policy, trainable)
+    )
+
+
+def _probe(policy: PyTree, vocab: int | None, length: int, key: Any, trainable: PyTree) -> Probe:
+    check_is_policy(policy)
+    zeros = jnp.zeros(length, jnp.int32)
+    logits = eqx.filter_eval_shape(call_policy, in_inference(policy), zeros, None)
+    vocab = logits.shape[-1] if vocab is None else vocab
+    ids = np.asarray(jax.random.randint(key, (length,), 0, vocab, jnp.int32))
+    return Probe(policy, ids, vocab, key, _takes_key(policy), trainable)
+
+
+def _takes_key(policy: PyTree) -> bool:
+    try:
+        inspect.signature(policy).bind(None, key=None)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _name(policy: PyTree) -> str:
+    inner = getattr(policy, "model", None)
+    name = type(policy).__name__
+    return f"{name}({type(inner).__name__})" if name.endswith("Adapted") else name
+
+
+def _notes(policy: PyTree) -> tuple[str, ...]:
+    leaves = jax.tree_util.tree_leaves_with_path(policy)
+    hosts = [
+        leaf_name(path)
+        for path, leaf in leaves
+        if isinstance(leaf, np.ndarray) and np.issubdtype(leaf.dtype, np.inexact)
+    ]
+    found = []
+    if hosts:
+        found.append(f"NumPy arrays are not trained: {', '.join(hosts[:3])}.")
+    if offers_fast_path(policy):
+        found.append("It offers `FastPolicy`: prompts are read once, and no logits are built.")
+    if callable(policy) and not _takes_key(policy):
+        found.append("It takes no `key`: give none to the step.")
+    return tuple(found)
+
+
+def _trained(policy: PyTree, trainable: PyTree) -> tuple[TrainedArray, ...]:
+    params = eqx.filter(policy, trainable)
+    return tuple(
+        TrainedArray(leaf_name(path), leaf.shape, str(leaf.dtype))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    )

@@ -1,0 +1,347 @@
+"""The checks of `check_policy`, each a function that yields sentences about the faults it finds.
+
+They run the policy on a few rows of tokens. `check_policy.py` puts them together.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+
+from .._arrays.batches import PreferenceBatch
+from .._arrays.tokens import Tokens
+from .._jax.dtypes import at_least_float32
+from .._jax.inference_mode import in_inference
+from .._jax.paths import leaf_name
+from .._scoring.policy_checks import call_policy
+from .._scoring.predict import offers_fast_path
+from .._scoring.score import score_pairs
+from .adapt import adapt
+
+# A multiple of the dtype's spacing at the largest logit: for one program, and for two programs
+# that round differently.
+_SAME, _SIMILAR = 2**6, 2**12
+_TABLES = {"rotary", "rope", "freq", "freqs", "sin", "cos", "sine", "cosine", "alibi"}
+_BUFFERS = {"mask", "buffer", "buffers"}
+
+
+_run = eqx.filter_jit(call_policy)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A policy with what the checks run it on.
+
+    **Arguments:**
+
+    - `policy`: the policy as it came.
+    - `ids`: tokens of shape `(length,)`.
+    - `vocab`: the number of tokens in its vocabulary.
+    - `key`: a key for training.
+    - `takes_key`: whether the policy can be called with a key.
+    - `trainable`: the filter of what is trained.
+    """
+
+    policy: PyTree
+    ids: np.ndarray
+    vocab: int
+    key: Any
+    takes_key: bool
+    trainable: PyTree
+
+    def logits(self, ids: np.ndarray) -> np.ndarray:
+        """The logits in evaluation: in inference mode, without a key."""
+        return as_numpy(_run(in_inference(self.policy), jnp.asarray(ids), None))
+
+    def fresh_logits(self, *, training: bool) -> np.ndarray:
+        """The logits from a new trace, which shows what Python keeps or draws between calls."""
+        policy = self.policy if training else in_inference(self.policy)
+        key = self.key if training and self.takes_key else None
+        run = eqx.filter_jit(lambda policy, ids, key: call_policy(policy, ids, key))
+        return as_numpy(run(policy, jnp.asarray(self.ids), key))
+
+    def changed(self, start: int) -> np.ndarray:
+        """The tokens with all from `start` on replaced by other tokens."""
+        other = self.ids.copy()
+        other[start:] = (other[start:] + 1 + np.arange(other.size - start) % 2) % self.vocab
+        return other
+
+
+def as_numpy(logits: Any) -> np.ndarray:
+    """Logits as NumPy's float32 or float64."""
+    return np.asarray(logits.astype(at_least_float32(logits.dtype)))
+
+
+def _differ(probe: Probe, a: np.ndarray, b: np.ndarray, spacings: int) -> bool:
+    """Whether two arrays of logits differ by more than rounding."""
+    floats = [x for x in jax.tree.leaves(probe.policy) if eqx.is_inexact_array(x)]
+    # The coarsest dtype of the parameters bounds how exactly the policy computes.
+    spacing = max((float(jnp.finfo(x.dtype).eps) for x in floats), default=float(2**-23))
+    finite = np.isfinite(a) & np.isfinite(b)
+    if (np.isfinite(a) != np.isfinite(b)).any():
+        return True
+    a, b = a[finite], b[finite]
+    scale = max(1.0, np.abs(a).max(initial=0))
+    return bool(np.abs(a - b).max(initial=0) > spacings * max(spacing, 2**-42) * scale)
+
+
+def check_values(probe: Probe) -> Iterator[str]:
+    """The logits are numbers, and logits."""
+    logits = probe.logits(probe.ids)
+    if np.isnan(logits).any() or np.isposinf(logits).any() or np.isneginf(logits).all(-1).any():
+        yield "The logits are NaN or infinite. Check the initialisation and divisions by zero."
+    elif (logits >= 0).all() and np.allclose(logits.sum(-1), 1, atol=1e-3):
+        yield "The policy returns probabilities. Return the logits, before the softmax."
+
+
+def check_dtype(probe: Probe) -> Iterator[str]:
+    """The logits are as exact as the parameters."""
+    dtype = eqx.filter_eval_shape(
+        call_policy, probe.policy, jnp.asarray(probe.ids), _key(probe)
+    ).dtype
+    floats = [x.dtype for x in jax.tree.leaves(probe.policy) if eqx.is_inexact_array(x)]
+    if jnp.finfo(dtype).bits < 32 and all(jnp.finfo(x).bits >= 32 for x in floats):
+        yield (
+            f"The logits are in {dtype}, though no parameter is that narrow. Compute the logits in "
+            "float32: log-probabilities of a long completion need it."
+        )
+
+
+def _key(probe: Probe) -> Any:
+    """The key of a call in training."""
+    return probe.key if probe.takes_key else None
+
+
+def check_vocabulary(probe: Probe) -> Iterator[str]:
+    """There is one logit for each token, and each token has a row of the embedding."""
+    logits = probe.logits(probe.ids)
+    if logits.shape[-1] != probe.vocab:
+        yield (
+            f"The policy returns {logits.shape[-1]} logits for each position, but `vocab` is "
+            f"{probe.vocab}. Check the output layer; if it is padded, pass its padded size."
+        )
+    rows = [
+        layer.num_embeddings
+        for layer in jax.tree.leaves(probe.policy, is_leaf=_is_embedding)
+        if _is_embedding(layer)
+    ]
+    if rows and logits.shape[-1] > max(rows):
+        yield (
+            f"The policy returns {logits.shape[-1]} logits, but its embedding has {max(rows)} "
+            "rows. JAX reads the last row for larger ids, without an error."
+        )
+
+
+def _is_embedding(node: Any) -> bool:
+    return isinstance(node, eqx.nn.Embedding)
+
+
+def check_causality(probe: Probe) -> Iterator[str]:
+    """A change of later tokens changes no earlier logits."""
+    base, size = probe.logits(probe.ids), probe.ids.size
+    for start in sorted({1, size // 2, size - 1}):
+        if _differ(probe, base[:start], probe.logits(probe.changed(start))[:start], _SAME):
+            yield (
+                f"The policy is not causal: other tokens from position {start} on changed logits "
+                "before it. Mask attention to the right, shift by slicing and not by `jnp.roll`, "
+                "and take no statistics over the whole row."
+            )
+            return
+
+
+def check_dependence(probe: Probe) -> Iterator[str]:
+    """The logits at a position depend on the token there, and on the token before."""
+    base, last = probe.logits(probe.ids), probe.ids.size - 1
+    if not _differ(probe, base[last], probe.logits(probe.changed(last))[last], 0):
+        yield (
+            "The logits at a position do not depend on the token there. `logits[t]` must predict "
+            "`ids[t + 1]` from `ids[: t + 1]`: check for a shift by one, and for an input that is "
+            "not used."
+        )
+
+
+def check_padding(probe: Probe) -> Iterator[str]:
+    """The padding behind a row, and its width, do not change the logits of the row."""
+    base = probe.logits(probe.ids)
+    for size in sorted({1, probe.ids.size // 2}):
+        try:
+            alone = probe.logits(probe.ids[:size])
+        except Exception as error:  # the policy's own error, of any class
+            yield (
+                f"The policy runs on {probe.ids.size} tokens, but not on {size}: {summary(error)} "
+                "Rows of different batches have different widths."
+            )
+            return
+        padded = probe.logits(np.pad(probe.ids[:size], (0, probe.ids.size - size)))
+        leaks = _differ(probe, alone, padded[:size], _SIMILAR)
+        if leaks or _differ(probe, alone, base[:size], _SIMILAR):
+            yield (
+                f"Padding leaks: the logits of {size} tokens change if the row is padded on the "
+                "right. Count positions from the left, and take no mean over the row."
+            )
+            return
+
+
+def check_determinism(probe: Probe) -> Iterator[str]:
+    """Evaluation draws no random numbers, and nothing is kept between calls."""
+    base = probe.logits(probe.ids)
+    if any(_differ(probe, base, probe.fresh_logits(training=False), 0) for _ in range(2)):
+        yield (
+            "Two calls without a key differ in evaluation. Draw random numbers from `key` alone, "
+            "and none without it; keep no state in Python or NumPy."
+        )
+
+
+def check_keys(probe: Probe) -> Iterator[str]:
+    """The policy runs in training, and one key gives one result."""
+    try:
+        calls = [probe.fresh_logits(training=True) for _ in range(2 if probe.takes_key else 1)]
+    except Exception as error:  # the policy's own error, of any class
+        yield (
+            f"The policy fails in training: {summary(error)} If it has dropout, let `__call__` "
+            "take `key` and pass it on, or set the flags by `eqx.nn.inference_mode`."
+        )
+        return
+    if _differ(probe, calls[0], calls[-1], 0):
+        yield "Two calls with one key differ. Draw random numbers from `key` alone."
+
+
+def check_vmap(probe: Probe) -> Iterator[str]:
+    """The policy can be mapped over a batch."""
+    rows = jnp.stack([jnp.asarray(probe.ids), jnp.asarray(probe.changed(0))])
+    policy = in_inference(probe.policy)
+    try:
+        together = as_numpy(eqx.filter_jit(jax.vmap(lambda ids: policy(ids)))(rows))
+    except Exception as error:  # the policy's own error, of any class
+        yield f"The policy cannot be mapped by `jax.jit(jax.vmap(policy))`: {summary(error)}"
+        return
+    alone = np.stack([probe.logits(np.asarray(row)) for row in rows])
+    if _differ(probe, alone, together, _SIMILAR):
+        yield (
+            "The logits change under `jax.jit(jax.vmap(policy))`. A row may depend only on its own "
+            "tokens, and not on Python state."
+        )
+
+
+def check_fast_path(probe: Probe) -> Iterator[str]:
+    """A `FastPolicy` agrees with its plain call."""
+    if not offers_fast_path(probe.policy):
+        return
+    fast = in_inference(probe.policy)
+    plain = adapt(fast, _call_plainly)
+    got, want = (_scores(model, probe) for model in (fast, plain))
+    if _differ(probe, want, got, _SIMILAR):
+        yield (
+            "`hidden` and `unembedding` disagree with the plain call of the policy: "
+            f"log-probabilities differ by up to {np.abs(got - want).max():.2g} nats. Check "
+            "`layout.mask()`, `layout.positions`, the final normalisation, the bias and soft cap."
+        )
+
+
+def _call_plainly(model: Any, ids: Any, key: Any) -> Any:
+    return model(ids)
+
+
+def batch_of(probe: Probe) -> PreferenceBatch:
+    """Two pairs of different lengths, made of the tokens of the probe."""
+    size = max(2, probe.ids.size // 3)
+    ids = [np.stack([np.resize(np.roll(probe.ids, i + j), size) for j in (0, 1)]) for i in range(3)]
+    mask = np.arange(size) < np.array([[size], [size - 1]])
+    prompt, chosen, rejected = map(Tokens, ids, (mask, mask[::-1], mask))
+    return PreferenceBatch(prompt, chosen, rejected)
+
+
+def _scores(policy: PyTree, probe: Probe) -> np.ndarray:
+    log_probs = eqx.filter_jit(score_pairs)(policy, batch_of(probe))
+    return np.concatenate([log_probs.chosen, log_probs.rejected])
+
+
+def check_gradients(probe: Probe) -> Iterator[str]:
+    """The gradient of the log-probabilities is finite."""
+    params, rest = eqx.partition(probe.policy, probe.trainable)
+
+    def total(params):
+        log_probs = score_pairs(eqx.combine(params, rest), batch_of(probe), key=_key(probe))
+        return log_probs.chosen.sum() - log_probs.rejected.sum()
+
+    gradients = eqx.filter_jit(jax.grad(total))(params)
+    found = jax.tree_util.tree_leaves_with_path(gradients)
+    wrong = [leaf_name(path) for path, leaf in found if not jnp.isfinite(leaf).all()]
+    if wrong:
+        yield (
+            f"The gradient is NaN or infinite at {', '.join(wrong[:3])}"
+            f"{', ...' if len(wrong) > 3 else ''}. Guard square roots, divisions and logarithms by "
+            "`jnp.where` on their input, too."
+        )
+
+
+def check_buffers(probe: Probe) -> Iterator[str]:
+    """No table or state is trained."""
+    params = eqx.filter(probe.policy, probe.trainable)
+    found = jax.tree_util.tree_leaves_with_path(params)
+    if not found:
+        yield "No array would be trained. Parameters are JAX arrays in fields that are not static."
+    tables = [leaf_name(path) for path, leaf in found if _is_table(leaf_name(path), leaf)]
+    if tables:
+        yield (
+            f"Arrays would be trained that look like tables or masks: {', '.join(tables[:3])}"
+            f"{', ...' if len(tables) > 3 else ''}. Leave them out by "
+            f"`trainable=dpx.trainable(policy, without={_pattern(tables[0])!r})`."
+        )
+    if _holds_state(params):
+        yield (
+            "The state of a layer (`eqx.nn.State`) would be trained. Hold it frozen, outside of "
+            "the model: `dpx.adapt(model, lambda model, ids, key: model(ids, state)[0])`."
+        )
+
+
+def _pattern(path: str) -> str:
+    return re.escape(path.rsplit(".", 1)[-1]) + "$"
+
+
+def _is_table(path: str, leaf: Any) -> bool:
+    """Whether an array has the name of a fixed table, or the values of sines and cosines."""
+    words = set(re.split(r"[._]", path.lower()))
+    name = set(re.split(r"_", path.lower().rsplit(".", 1)[-1]))
+    is_mask = bool(name & _BUFFERS) and not name & {"embedding", "token"}
+    if words & _TABLES or is_mask:
+        return True
+    if leaf.ndim != 2 or leaf.shape[0] < 2 or not any("pos" in word for word in words):
+        return False
+    # Row 0 of a sinusoidal table is made of sin 0 and cos 0; a learned row is not.
+    table = np.asarray(leaf)
+    return bool(np.isin(table[0], (0, 1)).all() and 0 < np.abs(table).max() <= 1)
+
+
+def _holds_state(params: PyTree) -> bool:
+    kinds = eqx.nn.State, eqx.nn.StateIndex
+    nodes = jax.tree.leaves(params, is_leaf=lambda node: isinstance(node, kinds))
+    return any(isinstance(node, kinds) and jax.tree.leaves(node) for node in nodes)
+
+
+def summary(error: Exception) -> str:
+    """The first line of an error, as a sentence."""
+    line = (str(error).strip().split("\n") or [""])[0]
+    return f"{type(error).__name__}: {line.rstrip('.')}."
+
+
+CHECKS: dict[str, Callable[[Probe], Iterator[str]]] = {
+    "the logits are finite": check_values,
+    "the dtype of the logits": check_dtype,
+    "one logit for each token": check_vocabulary,
+    "causality": check_causality,
+    "each logit sees its token": check_dependence,
+    "padding does not leak": check_padding,
+    "determinism": check_determinism,
+    "jit and vmap": check_vmap,
+    "the call in training": check_keys,
+    "the fast path": check_fast_path,
+    "finite gradients": check_gradients,
+    "no table or state is trained": check_buffers,
+}

@@ -1,0 +1,278 @@
+"""Finds the line of code that makes a policy of another signature callable as `policy(ids)`.
+
+It runs only after a policy has failed, and on shapes alone. Nothing here raises or runs a policy.
+"""
+
+import dataclasses
+import inspect
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, PyTree
+
+from .._jax.keys import Keys
+
+_IDS = {"ids", "input_ids", "token_ids", "tokens", "token", "inputs", "input", "x", "xs"}
+_KEYS = {"key", "rng", "prng_key", "rng_key", "dropout_key"}
+_OFF = {"deterministic", "inference", "inference_mode"}
+_ON = {"train", "training", "is_training", "enable_dropout"}
+_POSITIONS = {"positions", "position_ids", "pos"}
+_CACHES = {"cache", "kv_cache", "past_key_values", "past"}
+# The causal mask comes first: a model that masks nothing else must get it. A model that wants a
+# mask of padding fails on its shape, and gets the next one.
+_CAUSAL, _PADDING = "jnp.tril(jnp.ones((ids.size, ids.size), bool))", "jnp.ones(ids.shape, bool)"
+_MASKS = (_CAUSAL, _PADDING, f"{_CAUSAL}[None]", f"{_PADDING}[None]")
+_SOME_KEY = "jax.random.key(0) if key is None else key"
+_KEY_ADVICE = (
+    "Evaluation and the reference then use this fixed key. If the model only needs a key in "
+    "training, pass `key=` to the step, and set its `inference` flag elsewhere."
+)
+
+
+class Line(NamedTuple):
+    """A line that adapts a model, and a sentence about it, which may be empty."""
+
+    code: str
+    advice: str = ""
+
+    def __str__(self) -> str:
+        wrap = f"`policy = dpx.adapt(model, lambda model, ids, key: {self.code})`."
+        return f"{wrap} {self.advice}" if self.advice else wrap
+
+
+def adapter_line(policy: PyTree, ids: Array, key: Keys | None) -> Line | None:
+    """The line that adapts `policy`, or `None` if none of the known ones gives logits.
+
+    A line is run on shapes, with a key and without one, before it is returned. A line with names
+    that only the user knows cannot be run.
+    """
+    unknown = _unknown_arguments(policy)
+    if unknown:
+        return _line_with_unknowns(policy, unknown)
+    for call in _calls(policy, ("ids", "ids[None]")):
+        if line := _tried(policy, call, ids, key):
+            return line
+    return _line_of_last_position(policy, ids, key) or _line_of_fixed_length(policy, ids, key)
+
+
+def _tried(policy: PyTree, call: str, ids: Array, key: Keys | None) -> Line | None:
+    """The line of `call` with what picks the logits from its result, if that exists."""
+    picks = []
+    for given in (None, _shape_of_key(key)):
+        try:
+            picks.append(_picks(policy, call, ids.size, ids.dtype, given))
+        except Exception:  # the model's own error, of any class: this way to call it is wrong
+            return None
+    both = [pick for pick in picks[0] if pick in picks[1]]
+    if not both:
+        return None
+    best = next((pick for pick in both if "logits" in pick), both[0])
+    others = [pick for pick in both if pick != best]
+    if others:
+        return Line(call + best, f"`{call}{others[0]}` has the shape of logits, too.")
+    return Line(call + best, _KEY_ADVICE if _SOME_KEY in call else "")
+
+
+def _picks(policy: PyTree, call: str, size: int, dtype: Any, key: Any) -> list[str]:
+    """The suffixes that pick arrays of the shape of logits from what `call` returns."""
+    function = _compiled(call)
+    found = []
+
+    def run(ids, key):
+        found.extend(_logits_in(function(policy, ids, key), size))
+
+    shape = jax.ShapeDtypeStruct((size,), dtype)
+    # Inside `eval_shape`, results of classes that JAX does not know can be looked at, too.
+    if key is None:
+        jax.eval_shape(lambda ids: run(ids, None), shape)
+    else:
+        jax.eval_shape(run, shape, key)
+    return found
+
+
+def _compiled(call: str) -> Callable:
+    """The function that the user is told to write, from its text: what is printed was tried."""
+    return eval(f"lambda model, ids, key: {call}", {"jax": jax, "jnp": jnp})
+
+
+def _logits_in(value: Any, size: int, depth: int = 3) -> Iterator[str]:
+    """The suffixes that lead from `value` to floating-point arrays `(size, vocab)`."""
+    if isinstance(value, jax.Array | np.ndarray):
+        if jnp.issubdtype(value.dtype, jnp.floating):
+            yield from _slices(value.shape, size)
+    elif depth:
+        for suffix, part in _parts(value):
+            yield from (suffix + rest for rest in _logits_in(part, size, depth - 1))
+
+
+def _slices(shape: tuple[int, ...], size: int) -> Iterator[str]:
+    if len(shape) == 2 and shape[0] == size:
+        yield ""
+    elif len(shape) == 2 and shape[0] > size:
+        yield "[: ids.size]"
+    elif len(shape) == 3 and shape[0] == 1 and shape[1] >= size:
+        yield "[0]" if shape[1] == size else "[0, : ids.size]"
+    elif len(shape) == 3 and shape[1] == 1 and shape[0] == size:
+        yield "[:, 0]"
+
+
+def _parts(value: Any) -> Iterable[tuple[str, Any]]:
+    if isinstance(value, dict):
+        return [(f"[{name!r}]", part) for name, part in value.items()]
+    if names := getattr(value, "_fields", None):  # a `NamedTuple`
+        return [(f".{name}", getattr(value, name)) for name in names]
+    if isinstance(value, tuple | list):
+        return [(f"[{i}]", part) for i, part in enumerate(value)]
+    return [(f".{name}", part) for name, part in getattr(value, "__dict__", {}).items()]
+
+
+def _parameters(policy: PyTree) -> list[inspect.Parameter]:
+    try:
+        return list(inspect.signature(policy).parameters.values())
+    except (TypeError, ValueError):  # a callable of C code has no signature
+        return []
+
+
+def _ids_parameter(parameters: list[inspect.Parameter]) -> str | None:
+    """The name of the parameter that takes the ids."""
+    names = [p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    known = (name for name in names if name in _IDS)
+    other = (name for name in names if not _values_of(name))
+    return next(known, next(other, None))
+
+
+def _values_of(name: str) -> tuple[str, ...]:
+    """The expressions that may be the argument called `name`; none if only the user knows it."""
+    if name in _KEYS:
+        return "key", _SOME_KEY
+    if name in _OFF:
+        return ("key is None",)
+    if name in _ON:
+        return ("key is not None",)
+    if name in _POSITIONS:
+        return "jnp.arange(ids.size)", "jnp.arange(ids.size)[None]"
+    if name in _CACHES:
+        return ("None",)
+    return _MASKS if "mask" in name else ()
+
+
+def _calls(policy: PyTree, ways_of_ids: tuple[str, ...]) -> Iterator[str]:
+    """Calls of `model`, with all its arguments by their names, the likeliest first."""
+    parameters = _parameters(policy)
+    takes = [p for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    ids_name = _ids_parameter(takes)
+    if ids_name is None:
+        yield from (f"model({ids})" for ids in ways_of_ids)
+        return
+    takes = [p for p in takes if p.name == ids_name or _is_needed(p)]
+    values = [ways_of_ids if p.name == ids_name else _values_of(p.name) for p in takes]
+    for chosen in itertools.product(*values):
+        named = dict(zip([p.name for p in takes], chosen, strict=True))
+        yield f"model({', '.join(_arguments(takes, named, ids_name))})"
+
+
+def _is_needed(parameter: inspect.Parameter) -> bool:
+    """Whether to pass it: it is required, or it switches dropout."""
+    switches = parameter.name in _KEYS | _OFF | _ON
+    return switches or parameter.default is parameter.empty
+
+
+def _arguments(
+    takes: list[inspect.Parameter], named: dict[str, str], ids_name: str
+) -> Iterator[str]:
+    """By position up to the ids, and by name after them."""
+    seen_ids = False
+    for p in takes:
+        by_name = p.kind is p.KEYWORD_ONLY or (seen_ids and p.kind is not p.POSITIONAL_ONLY)
+        yield f"{p.name}={named[p.name]}" if by_name else named[p.name]
+        seen_ids = seen_ids or p.name == ids_name
+
+
+def _unknown_arguments(policy: PyTree) -> list[str]:
+    """The names of required parameters whose values only the user knows."""
+    parameters = _parameters(policy)
+    ids_name = _ids_parameter(parameters)
+    return [
+        p.name
+        for p in parameters
+        if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+        and p.default is p.empty
+        and p.name != ids_name
+        and not _values_of(p.name)
+    ]
+
+
+def _line_with_unknowns(policy: PyTree, unknown: list[str]) -> Line:
+    takes = [p for p in _parameters(policy) if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    ids_name = _ids_parameter(takes) or "ids"
+    takes = [p for p in takes if p.name == ids_name or _is_needed(p)]
+    named = {p.name: next(iter(_values_of(p.name)), p.name) for p in takes} | {ids_name: "ids"}
+    call = f"model({', '.join(_arguments(takes, named, ids_name))})"
+    if any("state" in name for name in unknown):
+        return Line(
+            f"{call}[0]",
+            "The state is then frozen: it is read from outside the policy, and neither trained "
+            "nor updated. Switch layers such as BatchNorm to their running statistics by "
+            "`model = eqx.nn.inference_mode(model)` first.",
+        )
+    names = " and ".join(f"`{name}`" for name in unknown)
+    return Line(call, f"Define {names} outside, or write the value in its place.")
+
+
+def _line_of_last_position(policy: PyTree, ids: Array, key: Keys | None) -> Line | None:
+    """The line for a policy that returns the logits of the last position only."""
+    for call in _calls(policy, ("ids[: i + 1]",)):
+        stacked = f"jnp.stack([{call} for i in range(ids.size)])"
+        if line := _tried(policy, stacked, ids, key):
+            advice = (
+                "This runs the model once for each token, because it returns the logits of the "
+                "last position only. It is faster to apply its head to all positions in its code."
+            )
+            return Line(line.code, advice)
+    return None
+
+
+def _line_of_fixed_length(policy: PyTree, ids: Array, key: Keys | None) -> Line | None:
+    """The line for a policy that runs on rows of one length only."""
+    longer = sorted({size for size in _sizes(policy) if size > ids.size})
+    for size in longer:
+        padded = f"jnp.pad(ids, (0, {size} - ids.size))"
+        for call in _calls(policy, (padded, f"{padded}[None]")):
+            if line := _tried(policy, call, ids, key):
+                return line._replace(advice=f"The model runs on rows of {size} tokens only.")
+    return None
+
+
+def longest_length(policy: PyTree, ids: Array) -> int | None:
+    """The largest number of tokens, fewer than those of `ids`, on which the policy runs."""
+    for size in sorted({size for size in _sizes(policy) if size < ids.size}, reverse=True):
+        for call in _calls(policy, (f"ids[:{size}]", f"ids[None, :{size}]")):
+            if _runs(policy, call, ids):
+                return size
+    return None
+
+
+def _runs(policy: PyTree, call: str, ids: Array) -> bool:
+    try:
+        _picks(policy, call, ids.size, ids.dtype, None)
+    except Exception:  # the model's own error, of any class
+        return False
+    return True
+
+
+def _sizes(policy: PyTree) -> set[int]:
+    """Lengths that the policy may be made for: the sizes of its arrays, and its whole numbers."""
+    arrays = (x for x in jax.tree.leaves(policy) if isinstance(x, jax.Array | np.ndarray))
+    fields = dataclasses.fields(policy) if dataclasses.is_dataclass(policy) else ()
+    numbers = (getattr(policy, field.name, None) for field in fields)
+    found = {size for x in arrays for size in x.shape}
+    return found | {n for n in numbers if isinstance(n, int) and 1 < n <= 2**20}
+
+
+def _shape_of_key(key: Keys | None) -> jax.ShapeDtypeStruct:
+    made = jax.eval_shape(lambda: jax.random.key(0)) if key is None else key
+    return jax.ShapeDtypeStruct(made.shape, made.dtype)

@@ -1,0 +1,30 @@
+"""The examples of `docs/policies.md`, run as they stand there."""
+
+import re
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import numpy as np
+import pytest
+
+PAGE = Path(__file__).parents[1] / "docs" / "policies.md"
+
+
+@pytest.mark.slow
+def test_the_page_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), flags=re.M | re.S)
+    with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"):
+        for block in blocks:
+            exec(compile(block, str(PAGE), "exec"), names)
+    assert "544 parameters in 5 arrays" in str(names["report"])
+    assert "544 parameters in 5 arrays" in PAGE.read_text()
+    loss = np.asarray(names["metrics"]["loss"])
+    assert loss.shape == (100,)
+    assert loss[0] == pytest.approx(np.log(2), abs=1e-6)
+    embedding = names["policy"].model.embedding.weight
+    np.testing.assert_array_equal(embedding, names["reference"].model.embedding.weight)
+    restored = eqx.combine(names["arrays"], names["static"])
+    assert eqx.tree_equal((names["policy"], names["opt_state"]), restored)
