@@ -1,9 +1,10 @@
 """Checks a policy before it is trained, and reports what is wrong with it.
 
-Each check is in `probes.py`, the report in `report.py`.
+The checks are in `probes.py` and `training_probes.py`, the report in `report.py`.
 """
 
 import inspect
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import equinox as eqx
@@ -16,8 +17,37 @@ from .._jax.inference_mode import in_inference
 from .._jax.paths import leaf_name
 from .._scoring.policy_checks import call_policy, check_is_policy
 from .._scoring.predict import offers_fast_path
-from .probes import CHECKS, Probe, summary
+from .probes import (
+    Probe,
+    check_causality,
+    check_dependence,
+    check_determinism,
+    check_dtype,
+    check_fast_path,
+    check_keys,
+    check_padding,
+    check_values,
+    check_vmap,
+    check_vocabulary,
+    summary,
+)
 from .report import PolicyReport, TrainedArray
+from .training_probes import check_buffers, check_gradients
+
+CHECKS: dict[str, Callable[[Probe], Iterator[str]]] = {
+    "the logits are finite": check_values,
+    "the dtype of the logits": check_dtype,
+    "one logit for each token": check_vocabulary,
+    "causality": check_causality,
+    "each logit sees its token": check_dependence,
+    "padding does not leak": check_padding,
+    "determinism": check_determinism,
+    "jit and vmap": check_vmap,
+    "the call in training": check_keys,
+    "the fast path": check_fast_path,
+    "finite gradients": check_gradients,
+    "no table or state is trained": check_buffers,
+}
 
 
 def check_policy(

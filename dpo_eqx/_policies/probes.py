@@ -1,10 +1,10 @@
-"""The checks of `check_policy`, each a function that yields sentences about the faults it finds.
+"""Checks of what a policy returns, each a function that yields sentences about faults.
 
-They run the policy on a few rows of tokens. `check_policy.py` puts them together.
+They run the policy on a few rows of tokens. `training_probes.py` checks what is trained, and
+`check_policy.py` puts all checks together.
 """
 
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,6 @@ from .._arrays.batches import PreferenceBatch
 from .._arrays.tokens import Tokens
 from .._jax.dtypes import at_least_float32
 from .._jax.inference_mode import in_inference
-from .._jax.paths import leaf_name
 from .._scoring.policy_checks import call_policy
 from .._scoring.predict import offers_fast_path
 from .._scoring.score import score_pairs
@@ -27,9 +26,6 @@ from .adapt import adapt
 # A multiple of the dtype's spacing at the largest logit: for one program, and for two programs
 # that round differently.
 _SAME, _SIMILAR = 2**6, 2**12
-_TABLES = {"rotary", "rope", "freq", "freqs", "sin", "cos", "sine", "cosine", "alibi"}
-_BUFFERS = {"mask", "buffer", "buffers"}
-
 
 _run = eqx.filter_jit(call_policy)
 
@@ -103,7 +99,7 @@ def check_values(probe: Probe) -> Iterator[str]:
 def check_dtype(probe: Probe) -> Iterator[str]:
     """The logits are as exact as the parameters."""
     dtype = eqx.filter_eval_shape(
-        call_policy, probe.policy, jnp.asarray(probe.ids), _key(probe)
+        call_policy, probe.policy, jnp.asarray(probe.ids), key_in_training(probe)
     ).dtype
     floats = [x.dtype for x in jax.tree.leaves(probe.policy) if eqx.is_inexact_array(x)]
     if jnp.finfo(dtype).bits < 32 and all(jnp.finfo(x).bits >= 32 for x in floats):
@@ -113,7 +109,7 @@ def check_dtype(probe: Probe) -> Iterator[str]:
         )
 
 
-def _key(probe: Probe) -> Any:
+def key_in_training(probe: Probe) -> Any:
     """The key of a call in training."""
     return probe.key if probe.takes_key else None
 
@@ -262,86 +258,7 @@ def _scores(policy: PyTree, probe: Probe) -> np.ndarray:
     return np.concatenate([log_probs.chosen, log_probs.rejected])
 
 
-def check_gradients(probe: Probe) -> Iterator[str]:
-    """The gradient of the log-probabilities is finite."""
-    params, rest = eqx.partition(probe.policy, probe.trainable)
-
-    def total(params):
-        log_probs = score_pairs(eqx.combine(params, rest), batch_of(probe), key=_key(probe))
-        return log_probs.chosen.sum() - log_probs.rejected.sum()
-
-    gradients = eqx.filter_jit(jax.grad(total))(params)
-    found = jax.tree_util.tree_leaves_with_path(gradients)
-    wrong = [leaf_name(path) for path, leaf in found if not jnp.isfinite(leaf).all()]
-    if wrong:
-        yield (
-            f"The gradient is NaN or infinite at {', '.join(wrong[:3])}"
-            f"{', ...' if len(wrong) > 3 else ''}. Guard square roots, divisions and logarithms by "
-            "`jnp.where` on their input, too."
-        )
-
-
-def check_buffers(probe: Probe) -> Iterator[str]:
-    """No table or state is trained."""
-    params = eqx.filter(probe.policy, probe.trainable)
-    found = jax.tree_util.tree_leaves_with_path(params)
-    if not found:
-        yield "No array would be trained. Parameters are JAX arrays in fields that are not static."
-    tables = [leaf_name(path) for path, leaf in found if _is_table(leaf_name(path), leaf)]
-    if tables:
-        yield (
-            f"Arrays would be trained that look like tables or masks: {', '.join(tables[:3])}"
-            f"{', ...' if len(tables) > 3 else ''}. Leave them out by "
-            f"`trainable=dpx.trainable(policy, without={_pattern(tables[0])!r})`."
-        )
-    if _holds_state(params):
-        yield (
-            "The state of a layer (`eqx.nn.State`) would be trained. Hold it frozen, outside of "
-            "the model: `dpx.adapt(model, lambda model, ids, key: model(ids, state)[0])`."
-        )
-
-
-def _pattern(path: str) -> str:
-    return re.escape(path.rsplit(".", 1)[-1]) + "$"
-
-
-def _is_table(path: str, leaf: Any) -> bool:
-    """Whether an array has the name of a fixed table, or the values of sines and cosines."""
-    words = set(re.split(r"[._]", path.lower()))
-    name = set(re.split(r"_", path.lower().rsplit(".", 1)[-1]))
-    is_mask = bool(name & _BUFFERS) and not name & {"embedding", "token"}
-    if words & _TABLES or is_mask:
-        return True
-    if leaf.ndim != 2 or leaf.shape[0] < 2 or not any("pos" in word for word in words):
-        return False
-    # Row 0 of a sinusoidal table is made of sin 0 and cos 0; a learned row is not.
-    table = np.asarray(leaf)
-    return bool(np.isin(table[0], (0, 1)).all() and 0 < np.abs(table).max() <= 1)
-
-
-def _holds_state(params: PyTree) -> bool:
-    kinds = eqx.nn.State, eqx.nn.StateIndex
-    nodes = jax.tree.leaves(params, is_leaf=lambda node: isinstance(node, kinds))
-    return any(isinstance(node, kinds) and jax.tree.leaves(node) for node in nodes)
-
-
 def summary(error: Exception) -> str:
     """The first line of an error, as a sentence."""
     line = (str(error).strip().split("\n") or [""])[0]
     return f"{type(error).__name__}: {line.rstrip('.')}."
-
-
-CHECKS: dict[str, Callable[[Probe], Iterator[str]]] = {
-    "the logits are finite": check_values,
-    "the dtype of the logits": check_dtype,
-    "one logit for each token": check_vocabulary,
-    "causality": check_causality,
-    "each logit sees its token": check_dependence,
-    "padding does not leak": check_padding,
-    "determinism": check_determinism,
-    "jit and vmap": check_vmap,
-    "the call in training": check_keys,
-    "the fast path": check_fast_path,
-    "finite gradients": check_gradients,
-    "no table or state is trained": check_buffers,
-}
