@@ -100,11 +100,9 @@ def _train(settings: Settings) -> None:
     )
     evaluate = eqx.filter_jit(make_eval(loss, **options))
     held_out = prepared[1] if len(prepared) > 1 else None
-
     opt_state = optimizer.init(eqx.filter(policy, trainable))
     state = State(policy, opt_state, reference.policy, jax.random.key(settings.seed))
-    # New arrays are placed like restored ones, so that a run that starts and a run that continues
-    # execute the same program and have the same bits.
+    # Placed like restored arrays, so that a resumed run executes the same program, bit for bit.
     state = devices.put(state, mesh)
     run = Run(
         settings=settings,

@@ -7,7 +7,7 @@ import operator
 from collections.abc import Sequence
 from functools import partial
 from numbers import Real
-from typing import Any, TypedDict, Unpack
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -28,18 +28,6 @@ from .sample import choose
 from .transformer import Transformer
 
 Ids = int | np.integer | Sequence[int | np.integer] | Array | np.ndarray
-
-
-class SampleOptions(TypedDict, total=False):
-    """The options of `sample` that `generate` has too."""
-
-    temperature: Number
-    top_k: int | np.integer | None
-    top_p: Number | None
-    min_p: Number | None
-    key: Keys | None
-    eos: Ids | None
-    stop: Sequence[Sequence[int]] | None
 
 
 @partial(automatic, like=1)
@@ -125,7 +113,13 @@ def generate(
     prompt: Tokens,
     *,
     max_new_tokens: int | np.integer,
-    **options: Unpack[SampleOptions],
+    temperature: Number = 1.0,
+    top_k: int | np.integer | None = None,
+    top_p: Number | None = None,
+    min_p: Number | None = None,
+    key: Keys | None = None,
+    eos: Ids | None = None,
+    stop: Sequence[Sequence[int]] | None = None,
 ) -> Tokens:
     """Draws one completion for each prompt: `sample` with `samples=1`.
 
@@ -135,8 +129,7 @@ def generate(
 
     **Arguments:**
 
-    - `policy`, `prompt`, `max_new_tokens`: as in `sample`.
-    - `options`: `temperature`, `top_k`, `top_p`, `min_p`, `key`, `eos` and `stop`, as in `sample`.
+    - all arguments: as in `sample`.
 
     **Returns:**
 
@@ -147,7 +140,19 @@ def generate(
 
     `ValueError` as `sample` does.
     """
-    samples = sample(policy, prompt, samples=1, max_new_tokens=max_new_tokens, **options)
+    samples = sample(
+        policy,
+        prompt,
+        samples=1,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        key=key,
+        eos=eos,
+        stop=stop,
+    )
     return jax.tree.map(lambda x: x[:, 0], samples.tokens)
 
 
