@@ -82,7 +82,10 @@ def value_and_gradient(policy, batch, score, slopes):
 
 @pytest.mark.parametrize(
     "name",
-    [*(pytest.param(n, marks=pytest.mark.slow) for n in ("window", "learned")), "mask", "windows"],
+    [
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("window", "learned", "windows")),
+        "mask",
+    ],
 )
 def test_equals_each_sequence_alone(name):
     policy = POLICIES[name]

@@ -161,8 +161,8 @@ def test_rows_that_are_too_long_are_known_before_the_first_step(tmp_path, capsys
     path = write_lengths(tmp_path / "eval.jsonl", lengths)
     assert small(tmp_path, eval_data=path) == 2
     assert (
-        f"learned positions for 256 tokens, and 2 of 4 rows of {path} are longer: record 2 (from "
-        "0) has 270. Give `--max-length 256`."
+        f"learned positions for 256 tokens, and 2 of 4 rows of {path} are longer: line 3 of {path} "
+        "has 270. Give `--max-length 256`."
     ) in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
     # The flag that the message gives helps.

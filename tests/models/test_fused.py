@@ -70,7 +70,13 @@ MASKS = {"causal": None, "mask": jnp.tri(6, 8, 1, dtype=bool)}
 
 
 @pytest.mark.usefixtures("in_place_of_the_kernel")
-@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
+@pytest.mark.parametrize(
+    "mask",
+    [
+        pytest.param(mask, marks=pytest.mark.slow if name == "mask" else (), id=name)
+        for name, mask in MASKS.items()
+    ],
+)
 def test_gradient_of_a_batch_and_through_one_and_two_vmaps(mask):
     args = operands(key=6 if mask is None else 8)
     slopes = jax.value_and_grad(total, (2, 3, 4))

@@ -146,6 +146,7 @@ def test_a_cache_equals_whole_rows(name, checkpoint):
     assert np.array_equal(got.ids, want.ids)
 
 
+@pytest.mark.slow
 def test_generation_past_the_limit(checkpoint):
     """Each token is what the whole row so far predicts, with the rotation of its length."""
     policy = shortened(models.load(checkpoint("phi3-long"), dtype=jnp.float64), 6)

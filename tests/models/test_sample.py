@@ -70,6 +70,7 @@ def test_any_policy_draws_what_the_cache_draws(policy, prompt, drawn):
     assert drawn.tokens.ids.shape == (3, SAMPLES, STEPS)
 
 
+@pytest.mark.slow
 def test_caches_that_grow_draw_the_same(policy, prompt, drawn, monkeypatch):
     monkeypatch.setattr(decode, "FIRST_WIDTH", 2)
     jax.clear_caches()

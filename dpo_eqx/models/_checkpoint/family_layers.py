@@ -51,7 +51,7 @@ def write_smollm3(config: Config) -> dict[str, Any]:
     return {
         **windows,
         "use_sliding_window": windows["sliding_window"] is not None,
-        "no_rope_layers": [int(rotary is not None) for rotary in config.rotaries],
+        "no_rope_layers": [int(rotary is not None) for rotary in config.layer_rotaries],
         **write_rotary(config.rotary),
     }
 
@@ -87,7 +87,7 @@ def rotary_in_windows(period: int, *, whole: bool, **form: Any) -> Trait:
 
     def write(config: Config) -> dict[str, Any]:
         windows = write_windows(config)
-        if windows["sliding_window"] is None and None in config.rotaries:
+        if windows["sliding_window"] is None and None in config.layer_rotaries:
             # A window that no layer has: it says that full layers do not rotate.
             windows["sliding_window"] = config.max_length
         return {**windows, "sliding_window_pattern": period, **write_rotary(config.rotary)}
@@ -126,7 +126,7 @@ def rotary_by_type(theta: float, sliding_theta: float, sliding_key: str | None) 
 
     def write(config: Config) -> dict[str, Any]:
         full = config.rotary or Rotary()
-        pairs = zip(config.rotaries, config.windows, strict=True)
+        pairs = zip(config.layer_rotaries, config.windows, strict=True)
         with_window = (rotary for rotary, window in pairs if rotary and window is not None)
         sliding = next(with_window, Rotary(theta=sliding_theta))
         keys = {sliding_key: sliding.theta} if sliding_key else {}

@@ -42,11 +42,12 @@ def choose_tables(
     def of(rotary: Rotary) -> Tables:
         return tables(rotary, config.head_width, positions, tokens, at_least_float32(dtype))
 
-    first = next((rotary for rotary in config.rotaries if rotary is not None), None)
+    first = next((rotary for rotary in config.layer_rotaries if rotary is not None), None)
     if first is None:
         return (lambda which: None), None
     return by_layer(
-        lambda rotary: no_rotation(of(first)) if rotary is None else of(rotary), config.rotaries
+        lambda rotary: no_rotation(of(first)) if rotary is None else of(rotary),
+        config.layer_rotaries,
     )
 
 

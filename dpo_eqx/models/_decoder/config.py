@@ -172,14 +172,21 @@ class Config:
         self._default("head_width", self.width // self.heads)
         self._default("feed_forward", 4 * self.width)
         self._default("windows", (None,) * self.layers)
-        self._default("rotaries", (self.rotary,) * self.layers)
         self._default("attention_scale", self.head_width**-0.5)
+        if set(self.rotaries) == {self.rotary}:
+            # One form for one meaning, whatever the number of layers.
+            object.__setattr__(self, "rotaries", ())
         check_fit(self)
+
+    @property
+    def layer_rotaries(self) -> tuple[Rotary | None, ...]:
+        """The rotary position embeddings of each layer."""
+        return self.rotaries or (self.rotary,) * self.layers
 
     @property
     def length_limit(self) -> int | None:
         """The tokens up to which the length of a sequence has no effect; `None` if it never has."""
-        limits = [rotary.limit for rotary in self.rotaries if rotary is not None]
+        limits = [rotary.limit for rotary in self.layer_rotaries if rotary is not None]
         return min((limit for limit in limits if limit is not None), default=None)
 
     def _default(self, name: str, value: object) -> None:
@@ -206,8 +213,7 @@ def check_fit(config: Config) -> None:
         raise ValueError(
             f"`heads` must be a multiple of `key_heads`; got {config.heads} and {config.key_heads}."
         )
-    for name in ("windows", "rotaries"):
-        entries = getattr(config, name)
+    for name, entries in (("windows", config.windows), ("rotaries", config.layer_rotaries)):
         if len(entries) != config.layers:
             raise ValueError(
                 f"`{name}` must have one entry per layer, {config.layers}; got {len(entries)}."
@@ -223,7 +229,7 @@ def check_fit(config: Config) -> None:
 def check_rotary(config: Config) -> None:
     """Raises if the rotary embeddings do not fit the heads or each other."""
     rotary = config.rotary
-    others = [other for other in config.rotaries if other is not None]
+    others = [other for other in config.layer_rotaries if other is not None]
     if rotary is None:
         if others:
             raise ValueError("`rotaries` must be `None` in each layer if positions are learned.")

@@ -6,14 +6,16 @@ Some families fuse several of our layers into one, as GPT-2 its queries, keys an
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Set
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
+import equinox as eqx
 import jax
 import numpy as np
 from jaxtyping import Float
 
 from ..._jax.paths import leaf_name
-from .._adapters.lora import LoRA, is_linear, weight_shape
+from .._adapters.lora import is_linear, weight_shape
 from .._checkpoint.families import FAMILIES
 from .._checkpoint.tensor_names import parts_of, rows_of_parts
 from .._decoder.transformer import Transformer
@@ -69,17 +71,13 @@ def sites_of(policy: Transformer, paths: Iterable[str]) -> list[Site]:
 
 
 def linear_shapes(policy: Transformer) -> dict[str, jax.ShapeDtypeStruct]:
-    """The shape of the weight of each linear layer, by the layer's path."""
-    nodes = jax.tree_util.tree_leaves_with_path(policy, is_leaf=_is_layer)
-    return {leaf_name(path): _weight_shape(node) for path, node in nodes if _is_layer(node)}
+    """The shape of the weight of each linear layer, by the layer's path.
 
-
-def _is_layer(node: Any) -> bool:
-    return isinstance(node, LoRA) or is_linear(node)
-
-
-def _weight_shape(node: Any) -> jax.ShapeDtypeStruct:
-    return weight_shape(node.base if isinstance(node, LoRA) else node)
+    They come from the configuration, since the policy may hold its adapters alone.
+    """
+    plain = eqx.filter_eval_shape(partial(Transformer, policy.config), key=jax.random.key(0))
+    nodes = jax.tree_util.tree_leaves_with_path(plain, is_leaf=is_linear)
+    return {leaf_name(path): weight_shape(node) for path, node in nodes if is_linear(node)}
 
 
 def short_names(policy: Transformer) -> dict[str, str]:
