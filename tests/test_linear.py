@@ -195,6 +195,7 @@ def test_a_last_part_that_overlaps(monkeypatch, vocab):
     assert_close(jax.jit(jax.value_and_grad(chunked, (0, 1, 2)))(*operands), want, 1e-12)
 
 
+@pytest.mark.slow
 def test_a_symbolic_number_of_rows():
     (hidden, head, _), targets, _ = example((3, 4))
     (rows,) = jax.export.symbolic_shape("rows")

@@ -191,6 +191,7 @@ def test_sharded_automatically():
     assert_close(gradient(placed, batch, **GIVEN), gradient(policy, PACKED, **GIVEN), 1e-10)
 
 
+@pytest.mark.slow
 def test_a_precomputed_reference_is_in_the_order_of_the_batch():
     policy, reference = POLICIES["mask"], Attention(jax.random.key(9), dtype=np.float64)
     batch = without_reference(PACKED)

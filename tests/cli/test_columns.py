@@ -106,6 +106,7 @@ def test_only_kto_needs_mismatched_completions(names, needed):
     assert needs_mismatched(compose_loss(settings)) == needed
 
 
+@pytest.mark.slow
 def test_the_mean_over_no_completion_is_left_out(tmp_path):
     """Batches of one row: each has one label alone. All rows have one prompt, too."""
     write(tmp_path / "data.jsonl", ONE, ONE | {"label": False})

@@ -121,6 +121,7 @@ def check_calibration(rows, margin):
             assert row["predicted"] is row["frequency"] is None
 
 
+@pytest.mark.slow
 def test_beside_itself(there, tmp_path, capsys):
     assert evaluate(capsys, there, tmp_path / "out.json", model=MODEL)[0] == 0
     result = written(tmp_path / "out.json")
