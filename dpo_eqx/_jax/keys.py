@@ -35,14 +35,17 @@ def is_one_key(key: Keys) -> bool:
 
 def keys_per_pair(key: Keys | None, pairs: int) -> Keys | None:
     """One key for each pair: splits a single key, and returns an array of keys unchanged."""
-    if key is None:
-        return None
+    return None if key is None else keys_per_row(key, pairs, rows="pairs")
+
+
+def keys_per_row(key: Keys, count: int, *, rows: str) -> Keys:
+    """`keys_per_pair` for other rows than pairs; `rows` is their name in the error."""
     check_key(key)
     if is_one_key(key):
-        return jax.random.split(key, pairs)
-    if key.shape[0] != pairs:
+        return jax.random.split(key, count)
+    if key.shape[0] != count:
         raise ValueError(
-            f"`key` must be one key, or one for each of the {pairs} pairs; got shape {key.shape}."
+            f"`key` must be one key, or one for each of the {count} {rows}; got shape {key.shape}."
         )
     return key
 

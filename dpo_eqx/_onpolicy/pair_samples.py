@@ -4,7 +4,7 @@ Shapes depend on shapes alone, so that drawing, judging, pairing and a training 
 jitted function. What cannot be compared stays in the batch with weight 0.
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +16,10 @@ from .._arrays.samples import Samples
 from .._arrays.tokens import Tokens
 from .._jax.describe import described
 from .._jax.dtypes import at_least_float32
-from .._jax.keys import Keys, keys_per_pair
+from .._jax.keys import Keys, keys_per_row
 from .._jax.scalars import Number
 
-HOW = ("best_worst", "all", "random")
+How = Literal["best_worst", "all", "random"]
 Rewards = Real[Array | np.ndarray, "prompts samples"]
 
 
@@ -28,7 +28,7 @@ def pair_samples(
     samples: Samples | Tokens,
     rewards: Rewards,
     *,
-    how: Literal["best_worst", "all", "random"] = "best_worst",
+    how: How = "best_worst",
     min_gap: Number = 0.0,
     offset: bool = False,
     key: Keys | None = None,
@@ -65,12 +65,12 @@ def pair_samples(
     or missing, or, outside of transformations, a reward is not finite.
     """
     tokens, rewards = _checked(prompt, samples, rewards, at_least=2)
-    if how not in HOW:
-        raise ValueError(f"`how` must be one of {', '.join(map(repr, HOW))}; got {how!r}.")
+    if how not in get_args(How):
+        raise ValueError(
+            f"`how` must be one of {', '.join(map(repr, get_args(How)))}; got {how!r}."
+        )
     if not isinstance(min_gap, jax.Array) and not min_gap >= 0:
         raise ValueError(f"`min_gap` must not be negative; got {min_gap}.")
-    if how == "random" and key is None:
-        raise ValueError('`key` is required for `how="random"`; give one, as `jax.random.key(0)`.')
     first, second = _candidates(rewards, how, key)
     gap = _take(rewards, first) - _take(rewards, second)
     chosen, rejected = jnp.where(gap >= 0, first, second), jnp.where(gap >= 0, second, first)
@@ -141,14 +141,18 @@ def label_samples(
 
 
 def _candidates(
-    rewards: Real[Array, "prompts samples"], how: str, key: Keys | None
+    rewards: Real[Array, "prompts samples"], how: How, key: Keys | None
 ) -> tuple[Int[Array, "prompts pairs"], Int[Array, "prompts pairs"]]:
     """The two samples of each pair, in any order."""
     prompts, count = rewards.shape
     if how == "best_worst":
         return jnp.argmax(rewards, axis=1)[:, None], jnp.argmin(rewards, axis=1)[:, None]
     if how == "random":
-        keys = keys_per_pair(key, prompts)
+        if key is None:
+            raise ValueError(
+                '`key` is required for `how="random"`; give one, as `jax.random.key(0)`.'
+            )
+        keys = keys_per_row(key, prompts, rows="prompts")
         order = jax.vmap(lambda key: jax.random.permutation(key, count))(keys)
         return order[:, :1], order[:, 1:2]
     first, second = (jnp.broadcast_to(i, (prompts, i.size)) for i in np.triu_indices(count, 1))

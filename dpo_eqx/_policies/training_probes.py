@@ -11,10 +11,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PyTree
 
 from .._jax.paths import leaf_name
 from .._scoring.score import score_pairs
+from .._training.passes import holds
 from .probes import Probe, batch_of, key_in_training
 
 _TABLES = {"rotary", "rope", "freq", "freqs", "sin", "cos", "sine", "cosine", "alibi"}
@@ -55,7 +55,7 @@ def check_buffers(probe: Probe) -> Iterator[str]:
             f"{', ...' if len(tables) > 3 else ''}. Leave them out by "
             f"`trainable=dpx.trainable(policy, without={_pattern(tables[0])!r})`."
         )
-    if _holds_state(params):
+    if holds(params, (eqx.nn.State, eqx.nn.StateIndex)):
         yield (
             "The state of a layer (`eqx.nn.State`) would be trained. Hold it frozen, outside of "
             "the model: `dpx.adapt(model, lambda model, ids, key: model(ids, state)[0])`."
@@ -78,9 +78,3 @@ def _is_table(path: str, leaf: Any) -> bool:
     # Row 0 of a sinusoidal table is made of sin 0 and cos 0; a learned row is not.
     table = np.asarray(leaf)
     return bool(np.isin(table[0], (0, 1)).all() and 0 < np.abs(table).max() <= 1)
-
-
-def _holds_state(params: PyTree) -> bool:
-    kinds = eqx.nn.State, eqx.nn.StateIndex
-    nodes = jax.tree.leaves(params, is_leaf=lambda node: isinstance(node, kinds))
-    return any(isinstance(node, kinds) and jax.tree.leaves(node) for node in nodes)

@@ -33,7 +33,7 @@ def predict(
 ) -> AbstractPrediction:
     """The predictions of all completion tokens, with the completions concatenated in order."""
     check_is_policy(policy)
-    prompt, *completions = map(_without_padding, (prompt, *completions))
+    prompt, *completions = map(without_padding, (prompt, *completions))
     lengths = prompt.mask.sum(axis=1, dtype=jnp.int32)
     if offers_fast_path(policy):
         hidden = _fast_hidden(policy, prompt.ids, lengths, completions, keys)
@@ -59,17 +59,17 @@ def unembedding_of(policy: FastPolicy) -> Unembedding:
     return Unembedding(policy.unembedding, bias, softcap)
 
 
-def _without_padding(tokens: Tokens) -> Tokens:
+def without_padding(tokens: Tokens) -> Tokens:
     """Ids in int32; any id after the last true position of the mask becomes 0."""
     mask = jnp.asarray(tokens.mask)
     context = jax.lax.cummax(mask.astype(jnp.int32), axis=1, reverse=True) > 0
     return Tokens(jnp.where(context, as_ids(tokens.ids), 0), mask)
 
 
-def _sizes(completion: Tokens) -> Int[Array, " pairs"]:
+def sizes_of(completion: Tokens) -> Int[Array, "*batch"]:
     """The number of tokens of each completion: the last scored one and all before it."""
-    places = jnp.arange(1, completion.mask.shape[1] + 1, dtype=jnp.int32)
-    return jnp.where(completion.mask, places, 0).max(axis=1, initial=0)
+    places = jnp.arange(1, completion.mask.shape[-1] + 1, dtype=jnp.int32)
+    return jnp.where(completion.mask, places, 0).max(axis=-1, initial=0)
 
 
 def _plain_logits(
@@ -118,7 +118,7 @@ def _fast_hidden(
         return jnp.concatenate(alone, axis=1)
     rows = jnp.concatenate([prompts, *(completion.ids for completion in completions)], axis=1)
     widths = tuple(completion.ids.shape[1] for completion in completions)
-    sizes = jnp.stack([_sizes(completion) for completion in completions], axis=1)
+    sizes = jnp.stack([sizes_of(completion) for completion in completions], axis=1)
 
     def one_row(row, length, sizes, key):
         layout = Layout(length, prompts.shape[1], widths, sizes)

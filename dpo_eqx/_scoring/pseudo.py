@@ -17,6 +17,7 @@ from .._head.token_log_probs import token_log_probs
 from .._jax.keys import Keys, keys_per_pair
 from ..protocols import Score
 from .policy_checks import call_policy, check_is_policy
+from .predict import without_padding
 from .score import TokenScores, pair_log_probs
 
 
@@ -86,15 +87,10 @@ def _token_scores(
     lengths = jnp.asarray(prompt.mask).sum(axis=1, dtype=jnp.int32)
     width = completion.ids.shape[1]
     one_row = partial(_row_log_probs, policy, mask_id=mask_id, groups=groups or max(width, 1))
-    ids = _without_padding(completion)
-    rows = jax.vmap(one_row)(as_ids(prompt.ids), lengths, ids, jnp.asarray(completion.mask), keys)
+    completion = without_padding(completion)
+    ids, mask = jnp.asarray(completion.ids), jnp.asarray(completion.mask)
+    rows = jax.vmap(one_row)(as_ids(prompt.ids), lengths, ids, mask, keys)
     return TokenScores(rows, None, completion.mask)
-
-
-def _without_padding(tokens: Tokens) -> Int[Array, "pairs completion"]:
-    """Ids in int32; any id after the last scored token becomes 0."""
-    scored = jnp.asarray(tokens.mask).astype(jnp.int32)
-    return jnp.where(jax.lax.cummax(scored, axis=1, reverse=True) > 0, as_ids(tokens.ids), 0)
 
 
 def _row_log_probs(

@@ -164,13 +164,18 @@ def split_trainable(policy: PyTree, trainable: PyTree) -> tuple[PyTree, PyTree]:
 
 def _check_no_state(params: PyTree) -> None:
     """Raises if the state of a layer, such as the running mean of BatchNorm, would be trained."""
-    nodes = jax.tree.leaves(params, is_leaf=lambda node: isinstance(node, eqx.nn.State))
-    if any(isinstance(node, eqx.nn.State) and jax.tree.leaves(node) for node in nodes):
+    if holds(params, eqx.nn.State):
         raise ValueError(
             "`trainable` must not select an `eqx.nn.State`, which no gradient should change; got a "
             "policy that holds one. Hold it frozen, outside of the policy: `policy = dpx.adapt("
             "model, lambda model, ids, key: model(ids, state)[0])`."
         )
+
+
+def holds(tree: PyTree, kinds: type | tuple[type, ...]) -> bool:
+    """Whether `tree` has a node of these classes that is not empty."""
+    nodes = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, kinds))
+    return any(isinstance(node, kinds) and jax.tree.leaves(node) for node in nodes)
 
 
 def _one_pass(problem: Problem, params: PyTree) -> tuple[PyTree, Scored, Any]:

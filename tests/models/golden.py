@@ -16,6 +16,15 @@ FAMILIES = sorted(path.name for path in (FOLDER / "families").iterdir())
 CHECKPOINTS = [FOLDER / "families" / name for name in FAMILIES]
 
 
+class Uncached(eqx.Module):
+    """A policy of which nothing is known but that it can be called."""
+
+    policy: models.Transformer
+
+    def __call__(self, ids):
+        return self.policy(ids)
+
+
 def expected(folder):
     """Ids, a mask of the real ones, and the logits that `transformers` gives."""
     values = np.load(folder / "expected.npz")

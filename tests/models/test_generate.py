@@ -1,6 +1,5 @@
 """Sampling: the cache against the uncached forward pass, the distributions, the ends."""
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,16 +9,7 @@ import dpo_eqx as dpx
 from dpo_eqx import models
 from dpo_eqx.models._decoder.sample import choose, keep_top_k, keep_top_p
 
-from .golden import FOLDER
-
-
-class Uncached(eqx.Module):
-    """A policy of which nothing is known but that it can be called."""
-
-    policy: models.Transformer
-
-    def __call__(self, ids):
-        return self.policy(ids)
+from .golden import FOLDER, Uncached
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import dpo_eqx as dpx
 from dpo_eqx import losses, models
@@ -108,15 +109,14 @@ def test_the_body_may_be_quantised():
 
 def test_errors(tmp_path):
     source = REWARD_MODELS / "llama"
-    safetensors = pytest.importorskip("safetensors.numpy")
-    tensors = safetensors.load_file(source / "model.safetensors")
+    tensors = load_file(source / "model.safetensors")
     tensors["score.weight"] = np.zeros((3, 32), np.float32)
     (tmp_path / "config.json").write_bytes((source / "config.json").read_bytes())
-    safetensors.save_file(tensors, tmp_path / "model.safetensors")
+    save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"one label, shape \(1, width\); it has shape \(3, 32\)"):
         models.load(tmp_path)
     del tensors["score.weight"]
-    safetensors.save_file(tensors, tmp_path / "model.safetensors")
+    save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="there is none"):
         models.load(tmp_path)
 

@@ -13,18 +13,9 @@ from dpo_eqx.models._decoder import decode
 from dpo_eqx.models._decoder.sample import choose, keep_min_p
 
 from ..policies import Perceptron
-from .golden import FOLDER
+from .golden import FOLDER, Uncached
 
 STEPS, SAMPLES = 11, 3
-
-
-class Uncached(eqx.Module):
-    """A policy of which nothing is known but that it can be called."""
-
-    policy: models.Transformer
-
-    def __call__(self, ids):
-        return self.policy(ids)
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from ..._arrays.samples import Samples
 from ..._arrays.tokens import Tokens, as_ids
 from ..._jax.describe import described
 from ..._jax.explicit_meshes import automatic
-from ..._jax.keys import Keys, check_key, is_one_key
+from ..._jax.keys import Keys, keys_per_row
 from ..._jax.scalars import Number
 from ..._scoring.policy_checks import check_is_policy
 from .decode import Ends, decode
@@ -199,13 +199,7 @@ def _keys(key: Keys | None, prompts: int) -> Keys:
     """One key for each prompt."""
     if key is None:
         raise ValueError("`key` is required to sample tokens; give one, or `temperature=0`.")
-    check_key(key)
-    if not is_one_key(key) and key.shape[0] != prompts:
-        raise ValueError(
-            f"`key` must be one key, or one for each of the {prompts} prompts; got shape "
-            f"{key.shape}."
-        )
-    return jax.random.split(key, prompts) if is_one_key(key) else key
+    return keys_per_row(key, prompts, rows="prompts")
 
 
 def _ends(eos: Any, stop: Any) -> Ends:

@@ -19,6 +19,7 @@ from ..._arrays.tokens import Tokens, as_ids
 from ..._jax.dtypes import at_least_float32
 from ..._jax.explicit_meshes import automatic
 from ..._jax.keys import Keys, keys_per_pair
+from ..._scoring.predict import sizes_of
 from .basic_layers import Linear
 from .config import Config
 from .transformer import Transformer
@@ -120,7 +121,7 @@ def score_rewards(
 
     def pair(prompt: Tokens, chosen: Tokens, rejected: Tokens, key: Keys | None):
         widths = chosen.ids.size, rejected.ids.size
-        sizes = jnp.stack([_size(chosen), _size(rejected)])
+        sizes = jnp.stack([sizes_of(chosen), sizes_of(rejected)])
         layout = Layout(prompt.mask.sum(), prompt.ids.size, widths, sizes)
         ids = jnp.concatenate([as_ids(x.ids) for x in (prompt, chosen, rejected)])
         hidden = reward_model.body.hidden(ids, layout, key=key)
@@ -134,9 +135,3 @@ def score_rewards(
     rewards = jax.vmap(pair)(batch.prompt, batch.chosen, batch.rejected, keys)  # (pairs, 2)
     weight = None if batch.weight is None else jnp.asarray(batch.weight)
     return PairLogProbs(rewards[:, 0], rewards[:, 1], weight=weight)
-
-
-def _size(completion: Tokens) -> Int[Array, ""]:
-    """The number of tokens of a completion: the last scored one and all before it."""
-    places = jnp.arange(1, completion.mask.shape[0] + 1, dtype=jnp.int32)
-    return jnp.where(completion.mask, places, 0).max(initial=0)
