@@ -112,7 +112,7 @@ def test_parts_of_the_vocabulary(monkeypatch):
         return jax.value_and_grad(lambda *x: (slopes * function(*x)).sum(), range(6))(*sides)
 
     # No size of a chunk that another test has compiled with other parts.
-    assert tiles.in_chunks(2, 11, sides[0])[1] == 4
+    assert tiles.tiling_for((3,), 2, 11)("cpu").parts == 4
     assert_close(of(partial(chunked, chunk_size=2)), of(plain), 1e-12)
 
 

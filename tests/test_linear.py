@@ -178,10 +178,10 @@ def test_linearize_of_the_hidden_states_alone(tiny_tiles):
 def test_parts_of_any_vocabulary_are_of_about_the_size_that_is_wanted(vocab):
     for most in (1, 100, 4096, 12000):
         wanted = most * vocab / tiles.LOGITS_AT_ONCE["cpu"]
-        (rows,), parts = tiles.in_chunks(most, vocab, jnp.zeros((most, 1)))
-        assert rows.shape == (1, most, 1)
-        assert parts <= max(1, 1.6 * wanted)
-        assert vocab / parts <= 1.6 * vocab / max(1, wanted)
+        tiling = tiles.tiling_for((most,), most, vocab)("cpu")
+        assert tiling.chunks(jnp.zeros((most, 1))).shape == (1, most, 1)
+        assert tiling.parts <= max(1, 1.6 * wanted)
+        assert vocab / tiling.parts <= 1.6 * vocab / max(1, wanted)
 
 
 @pytest.mark.parametrize("vocab", [7, 31, 8 * 13, 32003])
@@ -189,7 +189,7 @@ def test_a_last_part_that_overlaps(monkeypatch, vocab):
     monkeypatch.setitem(tiles.LOGITS_AT_ONCE, "cpu", 5 * vocab // 3)
     operands, targets, slopes = example((5,), vocab)
     targets = targets.at[0].set(vocab - 1)
-    assert tiles.in_chunks(None, vocab, operands[0])[1] == 3
+    assert tiles.tiling_for((5,), None, vocab)("cpu").parts == 3
     plain, chunked = objectives(targets, slopes, 2.0)
     want = jax.jit(jax.value_and_grad(plain, (0, 1, 2)))(*operands)
     assert_close(jax.jit(jax.value_and_grad(chunked, (0, 1, 2)))(*operands), want, 1e-12)

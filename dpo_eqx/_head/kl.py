@@ -4,7 +4,7 @@ It comes from logits, or from hidden states and unembeddings in the tiles of `ti
 `_diagnosis/compare.py` applies it to a policy and its reference.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,28 +13,29 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from .._jax.by_platform import by_platform
 from .._jax.dtypes import at_least_float32
 from .._jax.explicit_meshes import automatic
 from .._jax.linear_map import per_tile, share, sum_parts, with_transpose
 from .._jax.mapped_axes import vary_alike
-from .._jax.microbatches import merge
 from .tiles import (
     Tile,
+    Tiling,
     Unembedding,
     check_chunk_size,
     check_head,
     fold,
-    in_chunks,
     over_devices,
     part_at,
     put_back,
     raised,
     tile_at,
+    tiling_for,
 )
 
 Heads = tuple[Unembedding, Unembedding]
-Hiddens = tuple[Float[Array, "count chunk width"], Float[Array, "count chunk reference_width"]]
-Normalisers = tuple[Float[Array, "count chunk"], Float[Array, "count chunk"]]
+Hiddens = tuple[Float[Array, "*batch width"], Float[Array, "*batch reference_width"]]
+Normalisers = tuple[Float[Array, "*batch"], Float[Array, "*batch"]]
 
 
 def token_kl(
@@ -110,21 +111,32 @@ def linear_kl(
     finite = [jnp.isfinite(jax.lax.stop_gradient(x)).all(axis=-1) for x in hiddens]
     both = finite[0] & finite[1]
     hiddens = [jnp.where(both[..., None], x, 0) for x in hiddens]
-    rows, parts = in_chunks(chunk_size, len(unembedding), *hiddens)
-    kl = merge(_kl(axis_name, parts, *vary_alike(heads, rows))[0])
-    return jnp.where(both, kl[: both.size].reshape(both.shape), jnp.nan)
+    kl = _kl(axis_name, chunk_size, *vary_alike(heads, tuple(hiddens)))[0]
+    return jnp.where(both, kl, jnp.nan)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _kl(
-    axis_name: str | None, parts: int, heads: Heads, hiddens: Hiddens
-) -> tuple[Float[Array, "count chunk"], Normalisers]:
+    axis_name: str | None, chunk_size: int | None, heads: Heads, hiddens: Hiddens
+) -> tuple[Float[Array, "*batch"], Normalisers]:
     r"""The divergences and the two normalisers of each token: all that the derivatives need.
 
     With logits $a$ of $p$ and $b$ of $q$, and normalisers $A$ and $B$, the divergence is
     $\sum_v p_v (a_v - b_v) - (A - B)$. The sum is accumulated as the normalisers are, by an online
     softmax.
     """
+    plan_for = _tiling_for(chunk_size, heads, hiddens)
+    return by_platform(plan_for, partial(_fold_kl, axis_name), heads, hiddens)
+
+
+def _tiling_for(chunk_size: int | None, heads: Heads, hiddens: Hiddens) -> Callable[[str], Tiling]:
+    return tiling_for(hiddens[0].shape[:-1], chunk_size, heads[0].weight.shape[0])
+
+
+def _fold_kl(
+    axis_name: str | None, tiling: Tiling, heads: Heads, hiddens: Hiddens
+) -> tuple[Float[Array, "*batch"], Normalisers]:
+    hiddens = tiling.chunks(hiddens)
     wide = jnp.result_type(*(at_least_float32(x.dtype) for x in hiddens))
     zeros = jnp.zeros(hiddens[0].shape[:2], wide)
     side = zeros - jnp.inf, zeros
@@ -145,7 +157,7 @@ def _kl(
         is_infinite = is_infinite | excluded.any(axis=-1)
         return (peak_p, total_p), (peak_q, total_q), moment, is_infinite
 
-    of_p, of_q, moment, is_infinite = fold(add, start, heads, parts, hiddens, axis_name)
+    of_p, of_q, moment, is_infinite = fold(add, start, heads, tiling.parts, hiddens, axis_name)
     peak_p, (total_p, moment) = over_devices(of_p[0], (of_p[1], moment), axis_name)
     peak_q, (total_q,) = over_devices(of_q[0], (of_q[1],), axis_name)
     if axis_name is not None:
@@ -153,37 +165,40 @@ def _kl(
     log_p, log_q = jnp.log(total_p), jnp.log(total_q)
     # The peaks nearly cancel, and exactly if the two sides are the same.
     kl = moment / total_p - ((peak_p - peak_q) + (log_p - log_q))
-    return jnp.where(is_infinite, jnp.inf, kl), (peak_p + log_p, peak_q + log_q)
+    kl = jnp.where(is_infinite, jnp.inf, kl)
+    return tiling.tokens((kl, (peak_p + log_p, peak_q + log_q)))
 
 
 @_kl.defjvp
-def _kl_jvp(axis_name, parts, primals, tangents):
+def _kl_jvp(axis_name, chunk_size, primals, tangents):
     heads, hiddens = primals
-    kl, normalisers = results = _kl(axis_name, parts, heads, hiddens)
+    kl, normalisers = results = _kl(axis_name, chunk_size, heads, hiddens)
     # The gradient is 0 where the divergence is not finite, whatever the logits are.
     live = jnp.isfinite(kl)
     tokens = hiddens, live, *(jnp.where(live, x, 0) for x in (kl, *normalisers))
     in_heads, in_hiddens = tangents
     operands = vary_alike((in_heads, share(in_hiddens, axis_name, hiddens[0])), primals)[0]
+    plan_for = _tiling_for(chunk_size, heads, hiddens)
     pushed = with_transpose(
-        partial(_push, axis_name, parts, heads, tokens),
-        partial(_pull, axis_name, parts, heads, tokens),
+        lambda moved: by_platform(plan_for, partial(_push, axis_name), heads, tokens, moved),
+        lambda slopes: by_platform(plan_for, partial(_pull, axis_name), heads, tokens, slopes),
         operands,
         results,
     )
     return results, sum_parts(pushed, axis_name, hiddens[0])
 
 
-def _push(axis_name: str | None, parts: int, heads: Heads, tokens: Any, tangents: Any) -> Any:
+def _push(axis_name: str | None, tiling: Tiling, heads: Heads, tokens: Any, tangents: Any) -> Any:
     """The tangents of the divergences and the normalisers, from those of `heads` and `hiddens`."""
     in_heads, in_hiddens = tangents
+    tokens, in_hiddens = tiling.chunks((tokens, in_hiddens))
     zeros = jnp.zeros_like(tokens[2])
     start = vary_alike((zeros, (zeros, zeros)), tokens[0][0])[0]
 
     @per_tile
     def one_part(sums, index):
-        tiles = [tile_at(head, index, parts, jnp.int32, axis_name) for head in heads]
-        in_tiles = [part_at(in_head, index, parts) for in_head in in_heads]
+        tiles = [tile_at(head, index, tiling.parts, jnp.int32, axis_name) for head in heads]
+        in_tiles = [part_at(in_head, index, tiling.parts) for in_head in in_heads]
 
         @per_tile
         def chunk(operands):
@@ -201,11 +216,12 @@ def _push(axis_name: str | None, parts: int, heads: Heads, tokens: Any, tangents
 
         return jax.lax.map(chunk, (sums, in_hiddens, *tokens)), None
 
-    return jax.lax.scan(one_part, start, jnp.arange(parts))[0]
+    return tiling.tokens(jax.lax.scan(one_part, start, jnp.arange(tiling.parts))[0])
 
 
-def _pull(axis_name: str | None, parts: int, heads: Heads, tokens: Any, cotangents: Any) -> Any:
+def _pull(axis_name: str | None, tiling: Tiling, heads: Heads, tokens: Any, cotangents: Any) -> Any:
     """The transpose of `_push`."""
+    tokens, cotangents = tiling.chunks((tokens, cotangents))
     hiddens, live, kl, *_ = tokens
     # At a token that is not live, a cotangent may be NaN.
     cotangents = jax.tree.map(lambda x: jnp.where(live, x, 0), cotangents)
@@ -213,7 +229,7 @@ def _pull(axis_name: str | None, parts: int, heads: Heads, tokens: Any, cotangen
 
     def one_part(sums, index):
         in_heads, in_hiddens = sums
-        tiles = [tile_at(head, index, parts, jnp.int32, axis_name) for head in heads]
+        tiles = [tile_at(head, index, tiling.parts, jnp.int32, axis_name) for head in heads]
 
         def chunk(in_tiles, operands):
             in_hiddens, (of_kl, (of_p, of_q)), hiddens, live, kl, *normalisers = operands
@@ -231,13 +247,14 @@ def _pull(axis_name: str | None, parts: int, heads: Heads, tokens: Any, cotangen
         operands = in_hiddens, cotangents, *tokens
         in_tiles, in_hiddens = jax.lax.scan(chunk, vary_alike(zeros, hiddens[0])[0], operands)
         sides = zip(in_heads, in_tiles, strict=True)
-        in_heads = tuple(put_back(head, in_tile, index, parts) for head, in_tile in sides)
+        in_heads = tuple(put_back(head, in_tile, index, tiling.parts) for head, in_tile in sides)
         return (in_heads, in_hiddens), None
 
     zeros = jax.tree.map(jnp.zeros_like, heads), tuple(jnp.zeros_like(x, wide) for x in hiddens)
     start = vary_alike(zeros, hiddens[0])[0]
-    (in_heads, in_hiddens), _ = jax.lax.scan(one_part, start, jnp.arange(parts))
-    return in_heads, jax.tree.map(lambda x, hidden: x.astype(hidden.dtype), in_hiddens, hiddens)
+    (in_heads, in_hiddens), _ = jax.lax.scan(one_part, start, jnp.arange(tiling.parts))
+    in_hiddens = jax.tree.map(lambda x, hidden: x.astype(hidden.dtype), in_hiddens, hiddens)
+    return in_heads, tiling.tokens(in_hiddens)
 
 
 def _logits_of(tiles: Sequence[Tile], heads: Sequence[Unembedding], hiddens: Sequence[Array]):

@@ -14,22 +14,23 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Integer
 
 from .._arrays.tokens import as_ids
+from .._jax.by_platform import by_platform
 from .._jax.dtypes import at_least_float32
 from .._jax.explicit_meshes import automatic
 from .._jax.linear_map import moving, per_tile, share, sum_parts, with_transpose
 from .._jax.mapped_axes import vary_alike
-from .._jax.microbatches import merge
 from .tiles import (
+    Tiling,
     Unembedding,
     check_chunk_size,
     check_head,
     fold,
-    in_chunks,
     over_devices,
     part_at,
     put_back,
     raised,
     tile_at,
+    tiling_for,
 )
 
 
@@ -79,11 +80,10 @@ def linear_token_log_probs(
     # A NaN in a hidden state would reach the unembedding's gradient as 0 * NaN.
     finite = jnp.isfinite(jax.lax.stop_gradient(hidden)).all(axis=-1)
     hidden = jnp.where(finite[..., None], hidden, 0)
-    rows, parts = in_chunks(chunk_size, unembedding.shape[0], hidden, targets)
-    log_probs = merge(_log_probs(axis_name, parts, *vary_alike(head, *rows))[0])
+    log_probs = _log_probs(axis_name, chunk_size, *vary_alike(head, hidden, targets))[0]
     vocab = unembedding.shape[0] * (1 if axis_name is None else jax.lax.axis_size(axis_name))
     known = finite & (targets >= 0) & (targets < vocab)
-    return jnp.where(known, log_probs[: known.size].reshape(known.shape), jnp.nan)
+    return jnp.where(known, log_probs, jnp.nan)
 
 
 def linear_collisions(
@@ -100,8 +100,6 @@ def linear_collisions(
     """
     hidden, unembedding, bias = jax.lax.stop_gradient((hidden, unembedding, bias))
     head = Unembedding(unembedding, bias, softcap)
-    (hidden_rows,), parts = in_chunks(chunk_size, unembedding.shape[0], hidden)
-    zeros = jnp.zeros(hidden_rows.shape[:2], at_least_float32(hidden.dtype))
 
     def add(tile, state, hidden):
         peak, total, squares = state
@@ -111,10 +109,15 @@ def linear_collisions(
         total = total * shrunk + shares.sum(axis=-1)
         return peak, total, squares * shrunk**2 + (shares**2).sum(axis=-1)
 
-    start, head, rows = vary_alike((zeros - jnp.inf, zeros, zeros), head, (hidden_rows,))
-    _, total, squares = fold(add, start, head, parts, rows)
-    collisions = merge(jnp.log(squares) - 2 * jnp.log(total))
-    return collisions[: hidden[..., 0].size].reshape(hidden.shape[:-1])
+    def compute(tiling, head, hidden):
+        chunks = tiling.chunks(hidden)
+        zeros = jnp.zeros(chunks.shape[:2], at_least_float32(hidden.dtype))
+        start = vary_alike((zeros - jnp.inf, zeros, zeros), hidden)[0]
+        _, total, squares = fold(add, start, head, tiling.parts, (chunks,))
+        return tiling.tokens(jnp.log(squares) - 2 * jnp.log(total))
+
+    plan_for = tiling_for(hidden.shape[:-1], chunk_size, unembedding.shape[0])
+    return by_platform(plan_for, compute, *vary_alike(head, hidden))
 
 
 def collisions_of(logits: Float[Array, "*batch vocab"]) -> Float[Array, "*batch"]:
@@ -142,12 +145,24 @@ def _check_shapes(
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _log_probs(
     axis_name: str | None,
-    parts: int,
+    chunk_size: int | None,
     head: Unembedding,
-    hidden: Float[Array, "count chunk width"],
-    targets: Int[Array, "count chunk"],
-) -> tuple[Float[Array, "count chunk"], Float[Array, "count chunk"]]:
+    hidden: Float[Array, "*batch length width"],
+    targets: Int[Array, "*batch length"],
+) -> tuple[Float[Array, "*batch length"], Float[Array, "*batch length"]]:
     """Log-probabilities, and the normaliser of each token, which the derivatives reuse."""
+    plan_for = tiling_for(targets.shape, chunk_size, head.weight.shape[0])
+    return by_platform(plan_for, partial(_fold_log_probs, axis_name), head, hidden, targets)
+
+
+def _fold_log_probs(
+    axis_name: str | None,
+    tiling: Tiling,
+    head: Unembedding,
+    hidden: Float[Array, "*batch length width"],
+    targets: Int[Array, "*batch length"],
+) -> tuple[Float[Array, "*batch length"], Float[Array, "*batch length"]]:
+    hidden, targets = tiling.chunks((hidden, targets))
     zeros = jnp.zeros(targets.shape, at_least_float32(hidden.dtype))
     start = vary_alike((zeros - jnp.inf, zeros, zeros), hidden)[0]
 
@@ -158,21 +173,21 @@ def _log_probs(
         total = total * shrunk + jnp.exp(logits - offset[:, None]).sum(axis=-1)
         return peak, total, picked + jnp.where(tile.holds(targets), logits, 0).sum(axis=-1)
 
-    state = fold(add, start, head, parts, (hidden, targets), axis_name)
+    state = fold(add, start, head, tiling.parts, (hidden, targets), axis_name)
     peak, (total,) = over_devices(state[0], (state[1],), axis_name)
     picked = state[2] if axis_name is None else jax.lax.psum(state[2], axis_name)
     total = jnp.log(total)
     # Not `picked - normaliser`: without a gradient, XLA fuses the two sums in an order of its own,
     # and a policy and a reference with the same parameters differ in the last bit.
-    return picked - peak - total, peak + total
+    return tiling.tokens((picked - peak - total, peak + total))
 
 
 def _log_probs_jvp(
-    axis_name: str | None, parts: int, primals: tuple[Any, ...], tangents: tuple[Any, ...]
+    axis_name: str | None, chunk_size: int | None, primals: Any, tangents: Any
 ) -> tuple[Any, Any]:
     """Computes each tile's logits once more, in forward and in reverse mode."""
     head, hidden, targets = primals
-    results = _log_probs(axis_name, parts, head, hidden, targets)
+    results = _log_probs(axis_name, chunk_size, head, hidden, targets)
     # Bad tokens are found by their normaliser, not by a cotangent of 0. A good token may have a
     # cotangent of 0, too, with respect to which there are derivatives. Its logits are finite, so
     # its gradient is 0 anyway.
@@ -180,10 +195,11 @@ def _log_probs_jvp(
     rows = hidden, targets, jnp.where(live, results[1], 0), live
     in_head, in_hidden, _ = moving(tangents)
     operands = in_head, share(in_hidden, axis_name, hidden)
+    plan_for = tiling_for(targets.shape, chunk_size, head.weight.shape[0])
     pushed = with_transpose(
-        partial(_push, axis_name, parts, head, rows),
+        lambda moved: by_platform(plan_for, partial(_push, axis_name), head, rows, moved),
         lambda cotangents: eqx.filter(
-            _pull(axis_name, parts, head, rows, cotangents),
+            by_platform(plan_for, partial(_pull, axis_name), head, rows, cotangents),
             jax.tree.map(lambda x: x is not None, operands, is_leaf=lambda x: x is None),
         ),
         operands,
@@ -196,15 +212,16 @@ _log_probs.defjvp(_log_probs_jvp, symbolic_zeros=True)
 
 
 def _push(
-    axis_name: str | None, parts: int, head: Unembedding, rows: tuple[Array, ...], tangents: Any
-) -> tuple[Float[Array, "count chunk"], Float[Array, "count chunk"]]:
+    axis_name: str | None, tiling: Tiling, head: Unembedding, rows: tuple[Array, ...], tangents: Any
+) -> tuple[Float[Array, "*batch length"], Float[Array, "*batch length"]]:
     """The pushforward: from tangents of `head` and `hidden` to those of both results.
 
     The tangent of a normaliser is the mean of the logits' tangents under the softmax $p$. The
     tangent of a log-probability is its own logit's tangent minus that mean.
     """
-    hidden, targets, normalisers, live = rows
+    parts = tiling.parts
     in_head, in_hidden = tangents
+    (hidden, targets, normalisers, live), in_hidden = tiling.chunks((rows, in_hidden))
     zeros = jnp.zeros_like(normalisers)
     start = vary_alike((zeros, zeros), hidden)[0]
 
@@ -230,14 +247,19 @@ def _push(
         return jax.lax.map(chunk, operands), None
 
     picked, means = jax.lax.scan(one_part, start, jnp.arange(parts))[0]
-    return picked - means, means
+    return tiling.tokens((picked - means, means))
 
 
 def _pull(
-    axis_name: str | None, parts: int, head: Unembedding, rows: tuple[Array, ...], cotangents: Any
-) -> tuple[Unembedding, Float[Array, "count chunk width"]]:
+    axis_name: str | None,
+    tiling: Tiling,
+    head: Unembedding,
+    rows: tuple[Array, ...],
+    cotangents: Any,
+) -> tuple[Unembedding, Float[Array, "*batch length width"]]:
     """The transpose of `_push`: by a logit, a log-probability has the slope `(is target) - p`."""
-    hidden, targets, normalisers, live = rows
+    parts = tiling.parts
+    (hidden, targets, normalisers, live), cotangents = tiling.chunks((rows, cotangents))
     wide = normalisers.dtype
     cotangents = [jnp.where(live, x, 0) for x in cotangents]
 
@@ -262,4 +284,4 @@ def _pull(
     zeros = jax.tree.map(jnp.zeros_like, head), jnp.zeros_like(hidden, wide)
     carry = vary_alike(zeros, hidden)[0]
     (in_head, in_hidden), _ = jax.lax.scan(one_part, carry, jnp.arange(parts))
-    return in_head, in_hidden.astype(hidden.dtype)
+    return in_head, tiling.tokens(in_hidden.astype(hidden.dtype))

@@ -15,7 +15,7 @@ from jax.export import is_symbolic_dim
 from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
 from .._jax.dtypes import at_least_float32
-from .._jax.microbatches import Size, nearest_divisor, split
+from .._jax.microbatches import Size, merge, nearest_divisor, split
 
 # Logits held at once. A CPU is fastest if they stay in its cache: 8 MiB of float32. An accelerator
 # is fastest if a product is large enough to fill it: 256 MiB.
@@ -113,26 +113,48 @@ class Tile(NamedTuple):
         return targets[:, None] == self.ids[None]
 
 
-def in_chunks(chunk_size: int | None, vocab: int, *arrays: Array) -> tuple[tuple[Array, ...], int]:
-    """Arrays of tokens in chunks, `(count, chunk, ...)`, and the parts of the vocabulary.
+class Tiling(NamedTuple):
+    """How tokens are cut into chunks, and the vocabulary into parts.
 
-    The first array has the width as its last axis, the others have one entry for each token.
+    - `shape`: of the tokens, `(*batch, length)`.
+    - `most`: the largest number of tokens in a chunk.
+    - `parts`: the number of parts of the vocabulary.
     """
-    shape = arrays[0].shape[:-1]
-    most = chunk_count(shape, chunk_size or TOKENS_AT_ONCE)[1]
-    at_once = LOGITS_AT_ONCE.get(jax.default_backend(), LOGITS_AT_ONCE_ELSEWHERE)
-    parts = _parts(vocab, most * vocab / at_once)
-    # A small vocabulary cannot be split into thin parts, so a chunk has fewer tokens then.
-    most = max(1, min(most, 4 * at_once * parts // vocab))
-    return tuple(chunked(x, len(shape), most) for x in arrays), parts
+
+    shape: tuple[Size, ...]
+    most: int
+    parts: int
+
+    def chunks(self, tree: Any) -> Any:
+        """Arrays `(*shape, ...)` as chunks `(count, chunk, ...)`, the last padded with zeros."""
+        count, chunk = chunk_count(self.shape, self.most)
+
+        def chunked(x):
+            flat = x.reshape(math.prod(self.shape), *x.shape[len(self.shape) :])
+            missing = count * chunk - flat.shape[0]
+            return split(jnp.pad(flat, [(0, missing)] + [(0, 0)] * (flat.ndim - 1)), count)
+
+        return jax.tree.map(chunked, tree)
+
+    def tokens(self, tree: Any) -> Any:
+        """The inverse of `chunks`."""
+        count = math.prod(self.shape)
+        return jax.tree.map(lambda x: x[:count].reshape(*self.shape, *x.shape[1:]), merge(tree))
 
 
-def chunked(x: Array, axes: int, most: int) -> Array:
-    """The first `axes` axes of `x` as chunks of at most `most` tokens, padded with zeros."""
-    count, chunk = chunk_count(x.shape[:axes], most)
-    flat = x.reshape(math.prod(x.shape[:axes]), *x.shape[axes:])
-    missing = count * chunk - flat.shape[0]
-    return split(jnp.pad(flat, [(0, missing)] + [(0, 0)] * (flat.ndim - 1)), count)
+def tiling_for(
+    shape: tuple[Size, ...], chunk_size: int | None, vocab: int
+) -> Callable[[str], Tiling]:
+    """The tiling for each platform, as `by_platform` wants it."""
+
+    def plan_for(platform: str) -> Tiling:
+        most = chunk_count(shape, chunk_size or TOKENS_AT_ONCE)[1]
+        at_once = LOGITS_AT_ONCE.get(platform, LOGITS_AT_ONCE_ELSEWHERE)
+        parts = _parts(vocab, most * vocab / at_once)
+        # A small vocabulary cannot be split into thin parts, so a chunk has fewer tokens then.
+        return Tiling(shape, max(1, min(most, 4 * at_once * parts // vocab)), parts)
+
+    return plan_for
 
 
 def chunk_count(shape: tuple[Size, ...], most: int) -> tuple[Size, int]:
