@@ -59,7 +59,7 @@ def mapped(mesh: Any, count: int):
 
 
 def show(sizes: str, road: str, program: Any, mesh: Any, count: int) -> None:
-    from tests.sharding.hlo import collectives
+    from dpo_eqx.sharding._collectives import collectives
     from tests.sharding.programs import peak
 
     moved = collectives(program.as_text())

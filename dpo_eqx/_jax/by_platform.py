@@ -4,7 +4,9 @@
 that this process does not have, or be exported for several platforms.
 """
 
-from collections.abc import Callable, Hashable
+import contextlib
+from collections.abc import Callable, Hashable, Iterator
+from contextvars import ContextVar
 from functools import partial
 from typing import Any, TypeVar
 
@@ -15,6 +17,11 @@ Returned = TypeVar("Returned")
 
 # The platforms that plans may differ for, as JAX names them; all others share one plan.
 CPU, CUDA, OTHER = "cpu", "cuda", "other"
+
+# Whether the devices that are compiled for have cuDNN's attention kernel, if it is known.
+_KERNEL: ContextVar[bool | None] = ContextVar("_KERNEL", default=None)
+# The version of cuDNN that JAX sees for devices that are not there: 9.12.
+_CUDNN_VERSION = 91200
 
 
 def by_platform(
@@ -40,3 +47,35 @@ def by_platform(
     if not special:
         return run(default, *operands)
     return jax.lax.platform_dependent(*operands, default=partial(run, default), **special)
+
+
+def assumed_kernel() -> bool | None:
+    """What `assume_kernel` says; `None` outside of it."""
+    return _KERNEL.get()
+
+
+@contextlib.contextmanager
+def assume_kernel(is_there: bool) -> Iterator[None]:
+    """Programs traced inside are for devices with cuDNN's attention kernel, or without it.
+
+    To trace the kernel, JAX asks the devices of this process for the version of cuDNN, and has no
+    public way to answer for others.
+    """
+    token = _KERNEL.set(is_there)
+    try:
+        with _as_if_cudnn_were_here() if is_there else contextlib.nullcontext():
+            yield
+    finally:
+        _KERNEL.reset(token)
+
+
+@contextlib.contextmanager
+def _as_if_cudnn_were_here() -> Iterator[None]:
+    from jax._src.cudnn import fused_attention_stablehlo as kernel
+
+    ask = kernel.check_cudnn_version
+    kernel.check_cudnn_version = lambda: _CUDNN_VERSION
+    try:
+        yield
+    finally:
+        kernel.check_cudnn_version = ask

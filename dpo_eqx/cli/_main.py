@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from .commands.evaluate import evaluate
 from .commands.generate import generate
 from .commands.inspect import inspect
+from .commands.plan import plan
 from .commands.report import report
 from .commands.train import train
 from .settings.parse import parse
@@ -21,6 +22,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "evaluate": (evaluate, "measure a policy against its reference on preferences"),
     "generate": (generate, "let a model answer prompts, or two models side by side"),
     "report": (report, "draw the curves of a run, or compare several runs"),
+    "plan": (plan, "say whether a step fits some devices, and what bounds it"),
     "inspect": (inspect, "show preferences as tokens, and which tokens are scored"),
 }
 

@@ -47,23 +47,35 @@ def mapped_step(
     return lowered.compile()
 
 
-def _step(config, pairs, prompt, completion, chunk_size, optimizer, **options):
-    """A function of parameters, optimiser state, batch and reference, and their shapes."""
+def shapes_of_step(
+    config=CONFIG, pairs=16, prompt=24, completion=16, chunk_size=48, optimizer=None, **options
+):
+    """A step of DPO, and the shapes of its policy, its optimiser's state and its batch."""
     optimizer = optax.adam(1e-3) if optimizer is None else optimizer
     score = functools.partial(dpx.score_pairs, chunk_size=chunk_size)
     step = dpx.make_step(losses.dpo, optimizer, score=score, **options)
     make = functools.partial(models.Transformer, config)
     policy = eqx.filter_eval_shape(make, key=jax.random.key(0))
-    params, rest = eqx.partition(policy, lambda x: isinstance(x, jax.ShapeDtypeStruct))
     with jax.numpy_dtype_promotion("standard"):
-        opt_state = eqx.filter_eval_shape(optimizer.init, params)
+        opt_state = eqx.filter_eval_shape(optimizer.init, eqx.filter(policy, _is_shape))
+    return step, policy, opt_state, _batch(pairs, prompt, completion)
+
+
+def _is_shape(leaf):
+    return isinstance(leaf, jax.ShapeDtypeStruct)
+
+
+def _step(*sizes, **options):
+    """A function of parameters, optimiser state, batch and reference, and their shapes."""
+    step, policy, opt_state, batch = shapes_of_step(*sizes, **options)
+    params, rest = eqx.partition(policy, _is_shape)
 
     def train(params, opt_state, batch, reference):
         whole, beside = eqx.combine(params, rest), eqx.combine(reference, rest)
         trained, opt_state, metrics = step(whole, opt_state, batch, beside)
         return eqx.filter(trained, eqx.is_array), opt_state, metrics
 
-    return train, (params, opt_state, _batch(pairs, prompt, completion), params)
+    return train, (params, opt_state, batch, params)
 
 
 def placed(arguments, mesh):

@@ -7,8 +7,8 @@ computes all rows, or holds all layers.
 import pytest
 
 from dpo_eqx import sharding
+from dpo_eqx.sharding._collectives import Collective, collectives
 
-from .hlo import Collective, collectives
 from .programs import CONFIG, compiled_step, peak
 
 WIDTH, VOCAB, ROWS = CONFIG.width, CONFIG.vocab, 16

@@ -9,9 +9,9 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 import dpo_eqx as dpx
 from dpo_eqx import losses, sharding
 from dpo_eqx._jax.partitioning import beside_sweeps, keep_rows, row_axes
+from dpo_eqx.sharding._collectives import collectives
 
 from ..policies import Attention, Perceptron, arrays, assert_close, random_batch, statics
-from .hlo import collectives
 
 BATCH = random_batch(pairs=8, prompt=3, completion=3)
 POLICIES = {"fast": Attention(jax.random.key(0), width=4), "plain": Perceptron(jax.random.key(0))}

@@ -12,6 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Bool, Float
 
+from ..._jax.by_platform import assumed_kernel
 from ..._jax.linear_map import with_transpose
 from ..._jax.partitioning import mesh_of
 from .blockwise import ATTENDED, blockwise
@@ -42,7 +43,13 @@ def fits(query: Array, key: Array, softcap: float | None) -> bool:
 
 
 def has_kernel() -> bool:
-    """Whether the default device of JAX is an NVIDIA GPU of the Ampere generation or later."""
+    """Whether the default device of JAX is an NVIDIA GPU of the Ampere generation or later.
+
+    Inside `assume_kernel`, that decides.
+    """
+    assumed = assumed_kernel()
+    if assumed is not None:
+        return assumed
     device = jax.devices()[0]
     on_cuda = jax.default_backend() == "gpu" and "cuda" in device.client.platform_version
     return on_cuda and float(device.compute_capability) >= 8

@@ -50,7 +50,7 @@ class Collective:
             "all-to-all": away,
             "collective-permute": 1,
         }[self.kind]
-        return self.times * share * self.size
+        return float(self.times * share * self.size)
 
 
 def collectives(text: str) -> list[Collective]:
@@ -109,5 +109,6 @@ def _group_size(line: str, kind: str) -> int:
     if match := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", line):
         return int(match[2])
     match = re.search(r"replica_groups=\{\{([\d,]+)\}", line)
-    assert match, line
+    if match is None:
+        raise ValueError(f"No replica groups are in the line {line.strip()!r} of a program.")
     return match[1].count(",") + 1

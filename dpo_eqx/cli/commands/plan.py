@@ -1,0 +1,259 @@
+"""`dpo-eqx plan`: whether a training step fits some devices, and what bounds its time.
+
+`sharding.plan` compiles; this file makes the step of `dpo-eqx train` from shapes alone.
+"""
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import PyTree
+
+from ... import losses, models, sharding
+from ..._arrays.batches import PreferenceBatch
+from ..._arrays.log_probs import PairLogProbs
+from ..._arrays.tokens import Tokens
+from ..._jax.dtypes import in_dtype, in_float32_at_least
+from ..._training.step import make_step
+from ...models._checkpoint.config_json import read_config
+from ...models._checkpoint.folder import CONFIG, read_json, resolve
+from ...models._checkpoint.language_model import inner_config
+from ...protocols import Step
+from ...sharding._mesh import parse_sizes
+from ..compose.optimizer import compose_optimizer
+from ..compose.policy import has_adapters, trainable_of
+from ..run.folder import replace_text
+from ..settings.check import check_positive
+from ..settings.options import dtype_of
+from ..settings.settings import Dtype, Settings
+from ..settings.shared_flags import check_writable, parse_flags
+from ..terminal.display import say
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlanFlags:
+    """Says whether a training step fits some devices, and what bounds its time.
+
+    The step is compiled for the devices, which need not be there. No weights are read."""
+
+    model: str
+    """A folder with `config.json`, that file itself, or a hub name."""
+    target: str = "cpu"
+    """The devices: cpu, a100, h100, h200, b200, l4, v5e, v5p or v6e, with their number or, for
+    TPUs, their topology: `h100:8`, `v5e:2x2`."""
+    mesh: str | None = None
+    """The mesh, `data=4,fsdp=2,tensor=1` (default: all devices along data)."""
+    batch_size: int = 8
+    """Pairs per optimiser step, over all devices and microbatches."""
+    microbatches: int = 1
+    """Number of parts that a batch is split into to save memory."""
+    max_length: int = 1024
+    """Number of tokens of prompt plus completion."""
+    max_prompt_length: int | None = None
+    """Number of tokens of the prompt (default: half of `--max-length`)."""
+    lora_rank: int = 0
+    """Train low-rank adapters of this rank in place of the model; 0 trains the model."""
+    lora_target: str | None = None
+    """A regular expression for the layers that get adapters (default: all linear layers but the
+    unembedding)."""
+    quantize: Literal["int8", "nf4"] | None = None
+    """Hold the linear layers of the frozen model in 8 or 4 bits."""
+    optimizer: Literal["adamw", "sgd", "adafactor", "lion"] = "adamw"
+    """The Optax optimiser; sgd has no momentum."""
+    dtype: Dtype | None = None
+    """Dtype of the parameters (default: float32 for trained parameters, that of `config.json` for
+    frozen parameters)."""
+    compute_dtype: Dtype | None = None
+    """Dtype of the forward pass (default: that of `config.json`)."""
+    remat: bool = False
+    """Recompute each layer in the backward pass, which saves memory."""
+    fused: bool = True
+    """Use cuDNN's attention kernel in half precision on a GPU that has it."""
+    precompute_reference: bool = False
+    """The reference's log-probabilities are computed once, before training."""
+    largest_batch: bool = False
+    """Double `--batch-size` while the step fits, and show the largest batch."""
+    json: Path | None = None
+    """A file for the numbers, as JSON."""
+
+
+def plan(arguments: Sequence[str]) -> None:
+    """Runs the command with its flags in `arguments`.
+
+    **Raises:**
+
+    `ValueError`, `OSError` or `ImportError` with a message for the user.
+    """
+    flags = parse_flags(PlanFlags, "plan", arguments)
+    _check(flags)
+    _make_cpus(flags.target)
+    problem = _pose(flags)
+    found = _plan(flags, problem, flags.batch_size)
+    if flags.largest_batch:
+        found = _largest(flags, problem, found)
+    say(str(found))
+    if flags.json is not None:
+        replace_text(flags.json, json.dumps(found.as_dict(), indent=1) + "\n")
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A step and the shapes of all of its arguments but the batch."""
+
+    step: Step
+    policy: PyTree
+    opt_state: PyTree
+    reference: PyTree
+    reference_of: Callable[[Any], Any] | None
+    trainable: PyTree
+    vocab: int
+
+
+def _pose(flags: PlanFlags) -> Problem:
+    """The step that `dpo-eqx train` would take with these flags."""
+    values = inner_config(_config_json(flags.model))
+    config = dataclasses.replace(read_config(values), remat=flags.remat, fused=flags.fused)
+    if config.rotary is None and flags.max_length > config.max_length:
+        raise ValueError(
+            f"`--max-length` must be at most {config.max_length}, the number of learned positions "
+            f"of {flags.model}; got {flags.max_length}."
+        )
+    stored = jnp.dtype(values.get("dtype") or values.get("torch_dtype") or "bfloat16")
+    settings = _as_training(flags)
+    base = eqx.filter_eval_shape(_make_base, config, flags, stored)
+    policy = eqx.filter_eval_shape(_make_policy, base, flags)
+    trainable = trainable_of(policy, settings)
+    if flags.dtype is None:
+        policy = eqx.filter_eval_shape(_with_trained_wide, policy, trainable)
+    optimizer = compose_optimizer(settings, optax.constant_schedule(settings.learning_rate))
+    with jax.numpy_dtype_promotion("standard"):
+        opt_state = eqx.filter_eval_shape(
+            lambda policy: optimizer.init(eqx.filter(policy, trainable)), policy
+        )
+    is_live = not flags.precompute_reference
+    adapted = has_adapters(settings)
+    reference_of = models.without_lora if adapted and is_live else None
+    step = make_step(
+        losses.dpo,
+        optimizer,
+        trainable=trainable,
+        microbatches=flags.microbatches,
+        compute_dtype=dtype_of(flags.compute_dtype) or stored,
+        reference_of=reference_of,
+    )
+    reference = base if is_live and not adapted else None
+    return Problem(step, policy, opt_state, reference, reference_of, trainable, config.vocab)
+
+
+def _plan(flags: PlanFlags, problem: Problem, pairs: int) -> sharding.Plan:
+    # Optax's Adam mixes dtypes.
+    with jax.numpy_dtype_promotion("standard"):
+        return sharding.plan(
+            problem.step,
+            problem.policy,
+            problem.opt_state,
+            _batch(flags, pairs),
+            problem.reference,
+            target=flags.target,
+            mesh=flags.mesh,
+            reference_of=problem.reference_of,
+            trainable=problem.trainable,
+        )
+
+
+def _largest(flags: PlanFlags, problem: Problem, found: sharding.Plan) -> sharding.Plan:
+    """The plan of the largest batch that fits, by doubling; `found` if even that does not fit."""
+    pairs, larger = flags.batch_size, found
+    while larger.fits:
+        say(f"{pairs} pairs fit: {larger.peak / 1e9:.2f} GB of {larger.capacity / 1e9:.2f} GB")
+        found, pairs = larger, 2 * pairs
+        larger = _plan(flags, problem, pairs)
+    say(f"{pairs} pairs do not fit: {larger.peak / 1e9:.2f} GB of {larger.capacity / 1e9:.2f} GB")
+    return found
+
+
+def _make_base(config: models.Config, flags: PlanFlags, stored: np.dtype) -> models.Transformer:
+    """The model as loaded: in the dtype of `config.json` or `--dtype`, quantised if asked for."""
+    base = in_dtype(
+        models.Transformer(config, key=jax.random.key(0)), dtype_of(flags.dtype) or stored
+    )
+    return base if flags.quantize is None else models.quantize(base, flags.quantize)
+
+
+def _make_policy(base: models.Transformer, flags: PlanFlags) -> models.Transformer:
+    if not flags.lora_rank:
+        return base
+    return models.add_lora(
+        base, rank=flags.lora_rank, target=flags.lora_target, key=jax.random.key(0)
+    )
+
+
+def _with_trained_wide(policy: PyTree, trainable: PyTree) -> PyTree:
+    params, frozen = eqx.partition(policy, trainable)
+    return eqx.combine(in_float32_at_least(params), frozen)
+
+
+def _batch(flags: PlanFlags, pairs: int) -> PreferenceBatch:
+    """A full batch: no shape of a training run is larger."""
+    prompt = flags.max_prompt_length or flags.max_length // 2
+
+    def tokens(length: int) -> Tokens:
+        return Tokens(np.zeros((pairs, length), np.int32), np.ones((pairs, length), bool))
+
+    completion = tokens(flags.max_length - prompt)
+    zeros = np.zeros(pairs, np.float32)
+    reference = PairLogProbs(zeros, zeros, zeros, zeros) if flags.precompute_reference else None
+    return PreferenceBatch(
+        tokens(prompt), completion, completion, np.ones(pairs, np.float32), reference
+    )
+
+
+def _config_json(model: str) -> Mapping[str, Any]:
+    path = Path(model)
+    return read_json(path if path.is_file() else resolve(model, (CONFIG,)) / CONFIG)
+
+
+def _as_training(flags: PlanFlags) -> Settings:
+    """The settings of the run that is planned."""
+    names = {field.name for field in dataclasses.fields(Settings)}
+    given = {name: value for name, value in vars(flags).items() if name in names}
+    return Settings(**given, data=(), output=Path())
+
+
+def _make_cpus(target: str) -> None:
+    """Lets JAX make as many CPU devices as the target has, if it has not started yet."""
+    chip, _, count = target.partition(":")
+    if chip == "cpu" and count.isdecimal():
+        with contextlib.suppress(RuntimeError):
+            jax.config.update("jax_num_cpu_devices", int(count))
+
+
+def _check(flags: PlanFlags) -> None:
+    for name in ("batch_size", "microbatches", "max_length", "max_prompt_length"):
+        check_positive(name, getattr(flags, name))
+    check_writable("--json", flags.json)
+    if flags.mesh is not None:
+        parse_sizes(flags.mesh)
+    if flags.max_prompt_length is not None and flags.max_prompt_length >= flags.max_length:
+        raise ValueError(
+            f"`--max-prompt-length` must be below `--max-length`, {flags.max_length}; got "
+            f"{flags.max_prompt_length}."
+        )
+    if flags.quantize is not None and not flags.lora_rank:
+        raise ValueError(
+            f"`--quantize {flags.quantize}` freezes the model, so adapters are trained; give "
+            "`--lora-rank` too."
+        )
+    if flags.batch_size % flags.microbatches:
+        raise ValueError(
+            f"`--microbatches` must divide `--batch-size`, {flags.batch_size}; got "
+            f"{flags.microbatches}."
+        )
