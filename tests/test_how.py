@@ -102,6 +102,12 @@ def test_packed_rows_one_after_the_other():
     assert_close(run(policy, batch, how="map"), run(policy, batch), 1e-12)
 
 
+def test_an_adapted_model_may_take_a_batch():
+    policy = dpx.adapt(Batched(PLAIN), lambda model, ids, key: model(ids, key=key))
+    shapes = eqx.filter_eval_shape(dpx.score_pairs, policy, BATCH, key=KEY, how="batch")
+    assert shapes.chosen.shape == (4,)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_a_step(way):
