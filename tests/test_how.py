@@ -76,15 +76,15 @@ def test_scores_and_gradients_are_those_of_vmap(way, wanted):
     assert_close(gradient.inner, wanted[1], 1e-12)
 
 
-@pytest.mark.parametrize(
-    "policy", [Attention(KEY), pytest.param(LRU(KEY), marks=pytest.mark.slow)], ids=["fast", "lru"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", [Attention(KEY), LRU(KEY)], ids=["fast", "lru"])
 def test_rows_of_hidden_states_one_after_the_other(policy):
     got, want = (value_and_grad(policy, BATCH, how) for how in ("map", "vmap"))
     assert_close(got, want, 1e-12)
 
 
-@pytest.mark.parametrize("way", ["batch", pytest.param("map", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
 def test_other_scores(way):
     policy, how = WAYS[way]
     kl = dpx.Tokens(np.ones((4, 3), int), np.ones((4, 3), bool))

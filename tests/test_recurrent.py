@@ -24,7 +24,7 @@ BATCH = gappy(random_batch(2))
 score = eqx.filter_jit(dpx.score_pairs)
 
 
-# Mamba takes longer to compile, so most of its tests are slow ones.
+# Each test takes seconds to compile, so most of them are slow ones.
 @pytest.fixture(params=["lru", pytest.param("mamba", marks=pytest.mark.slow)])
 def policy(request):
     return POLICIES[request.param]
@@ -39,7 +39,6 @@ def objective(policy, batch):
 value_and_grad = eqx.filter_jit(eqx.filter_value_and_grad(objective, has_aux=True))
 
 
-@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
 def test_scores_and_gradients_equal_the_plain_call(policy):
     (_, got), gradient = value_and_grad(policy, BATCH)
     (_, want), plain_gradient = value_and_grad(Plain(policy), BATCH)
@@ -67,6 +66,7 @@ def test_each_prompt_is_read_once(policy):
     assert calls == [("start", 5), ("extend", 6)]
 
 
+@pytest.mark.slow
 def test_the_width_of_the_padding_changes_nothing(policy):
     def wider(tokens, by):
         pad = [(0, 0), (0, by)]
@@ -81,6 +81,7 @@ def test_the_width_of_the_padding_changes_nothing(policy):
     assert_close(score(policy, padded), score(policy, BATCH), 1e-12)
 
 
+@pytest.mark.slow
 def test_unpaired_completions_of_two_widths(policy):
     batch = dpx.UnpairedBatch(
         BATCH.prompt,
@@ -92,12 +93,14 @@ def test_unpaired_completions_of_two_widths(policy):
     assert_close(run(policy, batch), run(Plain(policy), batch), 1e-10)
 
 
+@pytest.mark.slow
 def test_completions_of_one_token(policy):
     chosen, rejected = jax.tree.map(lambda x: x[:, :1], (BATCH.chosen, BATCH.rejected))
     batch = dataclasses.replace(BATCH, chosen=chosen, rejected=rejected)
     assert_close(score(policy, batch), score(Plain(policy), batch), 1e-10)
 
 
+@pytest.mark.slow
 def test_microbatches_change_nothing_and_keys_are_those_of_the_pairs():
     policy, batch = LRU(KEY, rate=0.25), random_batch()
     grad = eqx.filter_jit(dpx.make_grad(losses.dpo, microbatches=4))
@@ -105,6 +108,7 @@ def test_microbatches_change_nothing_and_keys_are_those_of_the_pairs():
     assert_close(grad(policy, batch, policy, key=KEY), whole(policy, batch, policy, key=KEY), 1e-12)
 
 
+@pytest.mark.slow
 def test_dropout_is_drawn_for_each_completion():
     policy = LRU(KEY, rate=0.25)
     batch = random_batch()
@@ -116,6 +120,7 @@ def test_dropout_is_drawn_for_each_completion():
     assert len(set(np.asarray(noisy.chosen).tolist())) == 8
 
 
+@pytest.mark.slow
 def test_a_step_starts_at_log_2_and_trains(policy, standard_promotion):
     optimizer = optax.adam(1e-2)
     step = eqx.filter_jit(dpx.make_step(losses.dpo, optimizer))
@@ -128,6 +133,7 @@ def test_a_step_starts_at_log_2_and_trains(policy, standard_promotion):
     assert seen[-1] < 0.6
 
 
+@pytest.mark.slow
 def test_the_comparison_is_that_of_the_plain_call(policy):
     other = jax.tree.map(lambda x: x * 1.1, policy)
     run = eqx.filter_jit(dpx.compare)
@@ -196,7 +202,7 @@ def test_an_error_of_the_policy_says_how_it_was_called():
 OPTIONS = {"samples": 3, "max_new_tokens": 9, "key": jax.random.split(KEY, 8), "eos": 5}
 
 
-@pytest.mark.parametrize("temperature", [0, 1.3])
+@pytest.mark.parametrize("temperature", [pytest.param(0, marks=pytest.mark.slow), 1.3])
 def test_the_draw_is_that_of_the_plain_call(policy, temperature):
     options = {**OPTIONS, "temperature": temperature, "samples": 1 if temperature == 0 else 3}
     got = models.sample(policy, BATCH.prompt, **options)
@@ -208,6 +214,7 @@ def test_the_draw_is_that_of_the_plain_call(policy, temperature):
     assert temperature == 0 or got.tokens.mask.mean() < 1
 
 
+@pytest.mark.slow
 def test_generate_is_the_first_sample(policy):
     options = {name: value for name, value in OPTIONS.items() if name != "samples"}
     got = models.generate(policy, BATCH.prompt, **options)
@@ -215,6 +222,7 @@ def test_generate_is_the_first_sample(policy):
     np.testing.assert_array_equal(got.ids, want.ids[:, 0])
 
 
+@pytest.mark.slow
 def test_a_state_that_grows_cannot_draw_but_the_remedy_can():
     class Growing(LRU):
         """Its state is all ids so far."""
@@ -309,7 +317,7 @@ FAULTS = {
 }
 
 
-QUICK = {"the state of the padding", "the convolution starts anew"}
+QUICK = {"the state of the padding"}
 
 
 @pytest.mark.parametrize(
@@ -322,6 +330,7 @@ def test_check_policy_finds(name):
     assert "`start` and `extend` disagree" in found
 
 
+@pytest.mark.slow
 def test_check_policy_finds_nothing_in_good_ones():
     for policy in (*POLICIES.values(), transformer()):
         probe = Probe(policy, np.arange(8, dtype=np.int32), VOCAB, KEY, True, None)

@@ -222,9 +222,8 @@ def _recurrent_hidden(
             # Each token is predicted by the token before it, and the first one by the prompt.
             return keep_rows(jnp.concatenate([before[None], hidden])[:-1])
 
-        return over_rows(one_completion, how)(
-            completions, others
-        )  # (completions, completion, width)
+        over_completions = over_rows(one_completion, how)
+        return over_completions(completions, others)  # (completions, completion, width)
 
     over_pairs = over_rows(one_prompt, how, row_axes(stacked, policy, keys))
     return _beside(over_pairs(prompts, lengths, stacked, keys), completions)

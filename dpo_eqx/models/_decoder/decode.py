@@ -23,7 +23,7 @@ from ..._scoring.policy_checks import call_extend, call_start, check_keeps_shape
 from ..._scoring.predict import offers_recurrence, unembedding_of
 from ...protocols import RecurrentPolicy
 from .attention import attend_parts, visible
-from .cache import read_prompt
+from .incremental import read_prompt
 from .transformer import Transformer
 
 # The width of the first cache of new tokens. Each further one is twice as wide, so that a short

@@ -20,7 +20,7 @@ from ..._head.tiles import Unembedding
 from ..._jax.dtypes import is_narrow
 from ..._jax.explicit_meshes import automatic
 from ..._jax.partitioning import keep_rows
-from . import cache
+from . import incremental
 from .attention import attend_by_layout, masks
 from .basic_layers import Embedding, Linear, Norm, dropout, scaled
 from .blockwise import ATTENDED
@@ -209,8 +209,8 @@ class Transformer(eqx.Module):
         head = Unembedding(self.unembedding, self.unembedding_bias, self.softcap)
         return head.logits(hidden)
 
-    # `RecurrentPolicy`, too.
-    start, extend = cache.start, cache.extend
+    # The methods of `RecurrentPolicy`.
+    start, extend = incremental.start, incremental.extend
 
     @property
     def unembedding(self) -> Float[Array, "vocab width"]:

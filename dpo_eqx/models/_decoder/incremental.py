@@ -1,4 +1,4 @@
-"""A `Transformer` that reads a sequence in parts: the methods `start` and `extend` of it.
+"""Reads a sequence in parts: the methods `start` and `extend` of `Transformer`.
 
 The state is a cache of keys and values, which grows. `decode.py` has a cache of fixed shapes, for
 loops.

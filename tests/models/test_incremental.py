@@ -84,6 +84,7 @@ def objective(policy, batch):
     return jnp.arange(3.0) @ scored.chosen - 2 * jnp.ones(3) @ scored.rejected
 
 
+@pytest.mark.slow
 def test_scores_and_gradients_in_parts():
     policy = decoder(key_heads=1, unembedding_bias=True, softcap=5.0)
     batch = ragged_batch(0)
@@ -94,6 +95,7 @@ def test_scores_and_gradients_in_parts():
     assert_close(gradient.policy, plain.policy, 1e-10)
 
 
+@pytest.mark.slow
 def test_a_state_is_forked():
     policy = decoder()
     state, _ = policy.start(IDS[:5], 5)
@@ -102,6 +104,7 @@ def test_a_state_is_forked():
     np.testing.assert_array_equal(policy.extend(state, IDS[5:8])[1], first)
 
 
+@pytest.mark.slow
 def test_dropout_needs_a_key():
     policy = decoder(residual_dropout=0.5)
     plain, once, again = (
@@ -111,6 +114,7 @@ def test_dropout_needs_a_key():
     assert (abs(once - plain).max(axis=1) > 1e-3).all()
 
 
+@pytest.mark.slow
 def test_learned_positions_run_out_token_by_token():
     policy = decoder(rotary=None, norm="layer", max_length=6)
     got = np.asarray(in_parts(policy, IDS[:9], 4, IDS[4:8]))
@@ -122,13 +126,11 @@ def test_learned_positions_run_out_token_by_token():
 def test_rotary_embeddings_that_depend_on_the_length():
     grown = models.Rotary(theta=500.0, kind="dynamic", factor=3.0, original_length=10)
     policy = decoder(rotary=grown, max_length=10)
-    got = in_parts(policy, IDS[:6], 6, IDS[6:10])
-    assert_close(got, at_once(policy, IDS[:10])[5:], 1e-10)
     with pytest.raises(ValueError, match="more than 10; got a sequence of up to 11, read in parts"):
         policy.start(IDS[:11], 3)
-    state, _ = policy.start(IDS[:6], 3)
+    state, _ = eqx.filter_eval_shape(policy.start, jnp.asarray(IDS[:6]), 3)
     with pytest.raises(ValueError, match="more than 10; got a sequence of up to 12, read in parts"):
-        policy.extend(state, IDS[6:12])
+        eqx.filter_eval_shape(policy.extend, state, jnp.asarray(IDS[6:12]))
 
 
 def test_it_is_both_kinds_of_policy():
