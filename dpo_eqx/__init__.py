@@ -60,6 +60,7 @@ from .protocols import (
     Gradient as Gradient,
     Loss as Loss,
     MetricsFunction as MetricsFunction,
+    RecurrentPolicy as RecurrentPolicy,
     Score as Score,
     Step as Step,
 )

@@ -147,3 +147,58 @@ class FastPolicy(Protocol):
     ) -> Float[Array, "length width"]:
         """The last hidden states, after the final normalisation, of a row with this `layout`."""
         ...
+
+
+@runtime_checkable
+class RecurrentPolicy(Protocol):
+    """Optional methods of a policy, in addition to `policy(ids)`, that read a sequence in parts.
+
+    The result is the same. `score_pairs` then reads each prompt once, and each completion from the
+    state after its prompt. `models.sample` and `models.generate` read only the last token for each
+    token that they draw. A policy that offers `FastPolicy`, too, is scored by its `hidden`.
+
+    The logits are those of `FastPolicy`: hidden states times `unembedding`, with the same optional
+    attributes. They must equal the logits that `policy(ids)` returns.
+
+    The state is a pytree of arrays. To draw tokens with it, `extend` must keep its shapes and
+    dtypes. The last state of a linear recurrence is enough:
+
+    ```python
+    class Policy(eqx.Module):
+        ...
+        def __call__(self, ids, *, key=None):
+            return self.extend(jnp.zeros(self.decay.size), ids)[1] @ self.unembedding.T
+
+        def start(self, ids, length, *, key=None):
+            states, hidden = self.read(jnp.zeros(self.decay.size), ids)
+            return states[length - 1], hidden[length - 1]
+
+        def extend(self, state, ids, *, key=None):
+            states, hidden = self.read(state, ids)
+            return states[-1], hidden
+    ```
+    """
+
+    @property
+    def unembedding(self) -> Float[Array, "vocab width"]:
+        """The output embedding of each token."""
+        ...
+
+    def start(
+        self, ids: Int[Array, " length"], length: Int[Array, ""], *, key: PRNGKeyArray | None = None
+    ) -> tuple[Any, Float[Array, " width"]]:
+        """The state after the first `length` tokens, and the last hidden state of the last of them.
+
+        The tokens behind them are padding, which must not change the result. `length` is at least
+        1. It is called without `key` if there is no key.
+        """
+        ...
+
+    def extend(
+        self, state: Any, ids: Int[Array, " length"], *, key: PRNGKeyArray | None = None
+    ) -> tuple[Any, Float[Array, "length width"]]:
+        """The state after all of `ids`, which follow on `state`, and the last hidden state of each.
+
+        One state is extended by several completions, so `state` must stay as it is.
+        """
+        ...

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from benchmarks import accelerator, large, lengths, memory, parts, step
+from benchmarks import accelerator, large, lengths, memory, parts, recurrent, step
 from benchmarks.peers import ours, plain_jax
 from benchmarks.problem import (
     Problem,
@@ -131,6 +131,18 @@ def test_parts_prints_a_row_for_each(capsys):
     sizes = "--vocab 97 --width 16 --layers 2 --heads 2 --prompt 6 --completion 5 --pairs 2"
     parts.main([*sizes.split(), "--rounds", "1"])
     assert "| unembedding, and backward | 0." in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("implicit_ranks")
+def test_recurrent_prints_how_much_faster_the_state_is(capsys):
+    sizes = "--vocab 31 --width 8 --layers 1 --prompt 6 --completion 3 --pairs 2 --rounds 1"
+    recurrent.main(sizes.split())
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert [row.split(" | ")[0] for row in rows][1::2] == [
+        "| gradient, by the state",
+        "| drawing, by the state",
+    ]
 
 
 @pytest.mark.slow

@@ -26,5 +26,6 @@ def test_the_page_runs(tmp_path, monkeypatch):
     assert loss[0] == pytest.approx(np.log(2), abs=1e-6)
     embedding = names["policy"].model.embedding.weight
     np.testing.assert_array_equal(embedding, names["reference"].model.embedding.weight)
+    # As trained, after both ways to save and restore: a file of Equinox, and one of Orbax.
     restored = eqx.combine(names["arrays"], names["static"])
     assert eqx.tree_equal((names["policy"], names["opt_state"]), restored)

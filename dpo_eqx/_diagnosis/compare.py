@@ -16,7 +16,7 @@ from .._head.predictions import kl_between
 from .._head.token_log_probs import sequence_log_probs
 from .._jax.explicit_meshes import automatic
 from .._scoring.policy_checks import as_reference
-from .._scoring.predict import offers_fast_path, predict
+from .._scoring.predict import gives_hidden, predict
 from .._scoring.score import pair_log_probs, token_scores
 from ..protocols import Score
 
@@ -87,17 +87,18 @@ def compare(
 ) -> Comparison | ScoredComparison:
     r"""Compares policy and reference on each completion: log-ratios by token, and KL divergences.
 
-    Each of the two is run once, as `score_pairs` runs it. If both offer `FastPolicy`, the logits
-    are never built. The KL compares the distributions at each position, given the tokens before it
-    in the batch. On completions that the policy wrote, its mean estimates the KL of whole answers.
-    On other completions, it shows how far the policy has moved there. Gradients flow into both.
+    Each of the two is run once, as `score_pairs` runs it. If both offer `FastPolicy` or
+    `RecurrentPolicy`, the logits are never built. The KL compares the distributions at each
+    position, given the tokens before it in the batch. On completions that the policy wrote, its
+    mean estimates the KL of whole answers. On other completions, it shows how far the policy has
+    moved there. Gradients flow into both.
 
     **Arguments:**
 
     - `policy`, `reference`: as in `score_pairs`, with the same vocabulary. Pass
         `eqx.nn.inference_mode(policy)` if a policy has dropout.
     - `batch`: the pairs; its own `reference` is not used.
-    - `chunk_size`: as in `linear_kl`, used if both are a `FastPolicy`.
+    - `chunk_size`: as in `linear_kl`, used if the logits are never built.
     - `score`: another score, such as `pseudo_score(mask_id)`. The result is then a
         `ScoredComparison`, without tokens and KL divergences.
 
@@ -109,8 +110,8 @@ def compare(
         ours = score(policy, batch, key=None)
         with as_reference():
             return ScoredComparison(ours, score(reference, batch, key=None))
-    is_fast = any(map(offers_fast_path, (policy, reference)))
-    run = partial(automatic, like=2)(_compare) if is_fast else _compare
+    is_hidden = any(map(gives_hidden, (policy, reference)))
+    run = partial(automatic, like=2)(_compare) if is_hidden else _compare
     return run(policy, reference, batch, chunk_size)
 
 

@@ -40,7 +40,8 @@ def adapt(
     - `model`: any pytree: a module, or for instance a tuple of two modules.
     - `call`: a function of the model, `ids` of shape `(length,)`, and a key, which is `None` for
         the reference and in evaluation. It returns logits of shape `(length, vocab)`. The function
-        is part of the structure of the policy: define it once, outside of loops.
+        is part of the structure of the policy: define it once, outside of loops. With `how="batch"`
+        of `score_pairs`, both shapes begin with the axis of rows.
     - `hidden`: a function `(model, ids, layout, key)` that returns the last hidden states of shape
         `(length, width)`. With it and `unembedding`, the policy is a `FastPolicy`.
     - `unembedding`: a function of the model that returns the output embedding of shape
@@ -88,9 +89,9 @@ class Adapted:
     call: Call
 
     def __call__(
-        self, ids: Int[Array | np.ndarray, " length"], *, key: PRNGKeyArray | None = None
+        self, ids: Int[Array | np.ndarray, "*rows length"], *, key: PRNGKeyArray | None = None
     ) -> Any:
-        """The logits that `call` returns."""
+        """The logits that `call` returns; `how="batch"` of the scores gives it several rows."""
         return self.call(self.model, ids, key)
 
 

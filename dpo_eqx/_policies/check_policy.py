@@ -1,6 +1,7 @@
 """Checks a policy before it is trained, and reports what is wrong with it.
 
-The checks are in `probes.py` and `training_probes.py`, the report in `report.py`.
+The checks are in `probes.py`, `recurrence_probe.py` and `training_probes.py`, the report is in
+`report.py`.
 """
 
 import inspect
@@ -16,7 +17,7 @@ from jaxtyping import PRNGKeyArray, PyTree
 from .._jax.inference_mode import in_inference
 from .._jax.paths import leaf_name
 from .._scoring.policy_checks import call_policy, check_is_policy
-from .._scoring.predict import offers_fast_path
+from .._scoring.predict import offers_fast_path, offers_recurrence
 from .probes import (
     Probe,
     check_causality,
@@ -31,6 +32,7 @@ from .probes import (
     check_vocabulary,
     summary,
 )
+from .recurrence_probe import check_recurrence
 from .report import PolicyReport, TrainedArray
 from .training_probes import check_buffers, check_gradients
 
@@ -45,6 +47,7 @@ CHECKS: dict[str, Callable[[Probe], Iterator[str]]] = {
     "jit and vmap": check_vmap,
     "the call in training": check_keys,
     "the fast path": check_fast_path,
+    "start and extend": check_recurrence,
     "finite gradients": check_gradients,
     "no table or state is trained": check_buffers,
 }
@@ -142,6 +145,8 @@ def _notes(policy: PyTree) -> tuple[str, ...]:
         found.append(f"NumPy arrays are not trained: {', '.join(hosts[:3])}.")
     if offers_fast_path(policy):
         found.append("It offers `FastPolicy`: prompts are read once, and no logits are built.")
+    elif offers_recurrence(policy):
+        found.append("It offers `RecurrentPolicy`: prompts are read once for all completions.")
     if callable(policy) and not _takes_key(policy):
         found.append("It takes no `key`: give none to the step.")
     return tuple(found)

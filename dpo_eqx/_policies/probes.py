@@ -1,7 +1,7 @@
 """Checks of what a policy returns, each a function that yields sentences about faults.
 
-They run the policy on a few rows of tokens. `training_probes.py` checks what is trained, and
-`check_policy.py` puts all checks together.
+They run the policy on a few rows of tokens. `recurrence_probe.py` reads rows in parts,
+`training_probes.py` checks what is trained, and `check_policy.py` puts all checks together.
 """
 
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ from .adapt import adapt
 
 # A multiple of the dtype's spacing at the largest logit: for one program, and for two programs
 # that round differently.
-_SAME, _SIMILAR = 2**6, 2**12
+_SAME, SIMILAR = 2**6, 2**12
 
 _run = eqx.filter_jit(call_policy)
 
@@ -74,7 +74,7 @@ def as_numpy(logits: Any) -> np.ndarray:
     return np.asarray(logits.astype(at_least_float32(logits.dtype)))
 
 
-def _differ(probe: Probe, a: np.ndarray, b: np.ndarray, spacings: int) -> bool:
+def differ(probe: Probe, a: np.ndarray, b: np.ndarray, spacings: int) -> bool:
     """Whether two arrays of logits differ by more than rounding."""
     floats = [x for x in jax.tree.leaves(probe.policy) if eqx.is_inexact_array(x)]
     # The coarsest dtype of the parameters bounds how exactly the policy computes.
@@ -142,7 +142,7 @@ def check_causality(probe: Probe) -> Iterator[str]:
     """A change of later tokens changes no earlier logits."""
     base, size = probe.logits(probe.ids), probe.ids.size
     for start in sorted({1, size // 2, size - 1}):
-        if _differ(probe, base[:start], probe.logits(probe.changed(start))[:start], _SAME):
+        if differ(probe, base[:start], probe.logits(probe.changed(start))[:start], _SAME):
             yield (
                 f"The policy is not causal: other tokens from position {start} on changed logits "
                 "before it. Mask attention to the right, shift by slicing and not by `jnp.roll`, "
@@ -154,7 +154,7 @@ def check_causality(probe: Probe) -> Iterator[str]:
 def check_dependence(probe: Probe) -> Iterator[str]:
     """The logits at a position depend on the token there, and on the token before."""
     base, last = probe.logits(probe.ids), probe.ids.size - 1
-    if not _differ(probe, base[last], probe.logits(probe.changed(last))[last], 0):
+    if not differ(probe, base[last], probe.logits(probe.changed(last))[last], 0):
         yield (
             "The logits at a position do not depend on the token there. `logits[t]` must predict "
             "`ids[t + 1]` from `ids[: t + 1]`: check for a shift by one, and for an input that is "
@@ -175,8 +175,8 @@ def check_padding(probe: Probe) -> Iterator[str]:
             )
             return
         padded = probe.logits(np.pad(probe.ids[:size], (0, probe.ids.size - size)))
-        leaks = _differ(probe, alone, padded[:size], _SIMILAR)
-        if leaks or _differ(probe, alone, base[:size], _SIMILAR):
+        leaks = differ(probe, alone, padded[:size], SIMILAR)
+        if leaks or differ(probe, alone, base[:size], SIMILAR):
             yield (
                 f"Padding leaks: the logits of {size} tokens change if the row is padded on the "
                 "right. Count positions from the left, and take no mean over the row."
@@ -187,7 +187,7 @@ def check_padding(probe: Probe) -> Iterator[str]:
 def check_determinism(probe: Probe) -> Iterator[str]:
     """Evaluation draws no random numbers, and nothing is kept between calls."""
     base = probe.logits(probe.ids)
-    if any(_differ(probe, base, probe.fresh_logits(training=False), 0) for _ in range(2)):
+    if any(differ(probe, base, probe.fresh_logits(training=False), 0) for _ in range(2)):
         yield (
             "Two calls without a key differ in evaluation. Draw random numbers from `key` alone, "
             "and none without it; keep no state in Python or NumPy."
@@ -204,7 +204,7 @@ def check_keys(probe: Probe) -> Iterator[str]:
             "take `key` and pass it on, or set the flags by `eqx.nn.inference_mode`."
         )
         return
-    if _differ(probe, calls[0], calls[-1], 0):
+    if differ(probe, calls[0], calls[-1], 0):
         yield "Two calls with one key differ. Draw random numbers from `key` alone."
 
 
@@ -215,10 +215,13 @@ def check_vmap(probe: Probe) -> Iterator[str]:
     try:
         together = as_numpy(eqx.filter_jit(jax.vmap(lambda ids: policy(ids)))(rows))
     except Exception as error:  # the policy's own error, of any class
-        yield f"The policy cannot be mapped by `jax.jit(jax.vmap(policy))`: {summary(error)}"
+        yield (
+            f"The policy cannot be mapped by `jax.jit(jax.vmap(policy))`: {summary(error)} Score "
+            'its rows one after the other, by `functools.partial(dpx.score_pairs, how="map")`.'
+        )
         return
     alone = np.stack([probe.logits(np.asarray(row)) for row in rows])
-    if _differ(probe, alone, together, _SIMILAR):
+    if differ(probe, alone, together, SIMILAR):
         yield (
             "The logits change under `jax.jit(jax.vmap(policy))`. A row may depend only on its own "
             "tokens, and not on Python state."
@@ -232,7 +235,7 @@ def check_fast_path(probe: Probe) -> Iterator[str]:
     fast = in_inference(probe.policy)
     plain = adapt(fast, _call_plainly)
     got, want = (_scores(model, probe) for model in (fast, plain))
-    if _differ(probe, want, got, _SIMILAR):
+    if differ(probe, want, got, SIMILAR):
         yield (
             "`hidden` and `unembedding` disagree with the plain call of the policy: "
             f"log-probabilities differ by up to {np.abs(got - want).max():.2g} nats. Check "

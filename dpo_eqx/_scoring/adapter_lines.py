@@ -59,15 +59,35 @@ def adapter_line(policy: PyTree, ids: Array, key: Keys | None) -> Line | None:
     return _line_of_last_position(policy, ids, key) or _line_of_fixed_length(policy, ids, key)
 
 
+def fails_in_vmap(policy: PyTree, ids: Array, key: Keys | None) -> bool | None:
+    """Whether `jax.vmap` fails on a policy that runs on one row; `None` if it fails on that, too.
+
+    It is tried on shapes.
+    """
+    call = "model(ids)" if key is None else "model(ids, key=key)"
+    given = None if key is None else _shape_of_key(key)
+    if "" not in (_picked(policy, call, ids, given) or ()):
+        return None
+    mapped = f"jax.vmap(lambda ids: {call})(ids[None])"
+    return "[0]" not in (_picked(policy, mapped, ids, given) or ())
+
+
+def takes_batch(policy: PyTree, ids: Array, key: Keys | None) -> bool:
+    """Whether the policy takes ids `(rows, length)`, and returns logits `(rows, length, vocab)`.
+
+    It must do so with the key, if there is one, and without.
+    """
+    calls: dict[str, Any] = {"model(ids[None])": None}
+    if key is not None:
+        calls["model(ids[None], key=key)"] = _shape_of_key(key)
+    return all("[0]" in (_picked(policy, call, ids, given) or ()) for call, given in calls.items())
+
+
 def _tried(policy: PyTree, call: str, ids: Array, key: Keys | None) -> Line | None:
     """The line of `call` with what picks the logits from its result, if that exists."""
-    picks = []
-    for given in (None, _shape_of_key(key)):
-        try:
-            picks.append(_picks(policy, call, ids.size, ids.dtype, given))
-        except Exception:  # the model's own error, of any class: this way to call it is wrong
-            return None
-    both = [pick for pick in picks[0] if pick in picks[1]]
+    alone = _picked(policy, call, ids, None) or ()
+    keyed = (alone and _picked(policy, call, ids, _shape_of_key(key))) or ()
+    both = [pick for pick in alone if pick in keyed]
     if not both:
         return None
     best = next((pick for pick in both if "logits" in pick), both[0])
@@ -75,6 +95,14 @@ def _tried(policy: PyTree, call: str, ids: Array, key: Keys | None) -> Line | No
     if others:
         return Line(call + best, f"`{call}{others[0]}` has the shape of logits, too.")
     return Line(call + best, _KEY_ADVICE if _SOME_KEY in call else "")
+
+
+def _picked(policy: PyTree, call: str, ids: Array, key: Any) -> list[str] | None:
+    """`_picks` for `ids` and the shape of a key; `None` if the call fails."""
+    try:
+        return _picks(policy, call, ids.size, ids.dtype, key)
+    except Exception:  # the model's own error, of any class: this way to call it is wrong
+        return None
 
 
 def _picks(policy: PyTree, call: str, size: int, dtype: Any, key: Any) -> list[str]:
@@ -251,17 +279,9 @@ def longest_length(policy: PyTree, ids: Array) -> int | None:
     """The largest number of tokens, fewer than those of `ids`, on which the policy runs."""
     for size in sorted({size for size in _sizes(policy) if size < ids.size}, reverse=True):
         for call in _calls(policy, (f"ids[:{size}]", f"ids[None, :{size}]")):
-            if _runs(policy, call, ids):
+            if _picked(policy, call, ids, None) is not None:
                 return size
     return None
-
-
-def _runs(policy: PyTree, call: str, ids: Array) -> bool:
-    try:
-        _picks(policy, call, ids.size, ids.dtype, None)
-    except Exception:  # the model's own error, of any class
-        return False
-    return True
 
 
 def _sizes(policy: PyTree) -> set[int]:

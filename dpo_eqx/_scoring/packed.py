@@ -5,7 +5,6 @@
 
 from functools import partial
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, PyTree
 
@@ -20,6 +19,7 @@ from .._jax.partitioning import keep_rows, row_axes
 from ..protocols import FastPolicy
 from .policy_checks import check_is_policy, checked_hidden
 from .predict import offers_fast_path, unembedding_of
+from .rows import How, check_how, over_rows
 
 
 @partial(automatic, like=1)
@@ -29,6 +29,7 @@ def score_packed(
     *,
     key: Keys | None = None,
     chunk_size: int | None = None,
+    how: How = "vmap",
 ) -> PairLogProbs:
     """The log-probabilities of both completions of each pair of a packed batch.
 
@@ -38,7 +39,8 @@ def score_packed(
 
     Each pair has the same result as in `score_pairs`, up to rounding. A pair's tokens see only
     tokens of the same pair, and have the same positions as without packing. The unembedding is
-    applied to scored tokens only.
+    applied to scored tokens only. A `RecurrentPolicy` gains nothing from packing, since its state
+    would have to start anew within a row: run it by `score_pairs`.
 
     **Arguments:**
 
@@ -48,6 +50,7 @@ def score_packed(
     - `key`: for dropout and other randomness: one key, which is split into one for each *row*, or
         one key for each row. The dropout masks are not the same as in `score_pairs`.
     - `chunk_size`: as in `linear_token_log_probs`.
+    - `how`: `"vmap"` or `"map"`, as in `score_pairs`.
 
     **Returns:**
 
@@ -55,8 +58,10 @@ def score_packed(
 
     **Raises:**
 
-    `ValueError` if the policy does not offer `FastPolicy` or returns an array of a wrong shape.
+    `ValueError` if the policy does not offer `FastPolicy` or returns an array of a wrong shape, or
+    if `how` is another word.
     """
+    check_how(how, ("vmap", "map"))
     _check_offers(policy)
     keys = keys_per_pair(key, batch.rows)
 
@@ -68,8 +73,8 @@ def score_packed(
         return keep_rows(hidden[layout.predicts[scored]]), ids[scored], _parts_of(layout, scored)
 
     ids, lengths, scored = map(as_ids, (batch.ids, batch.lengths, batch.scored))
-    over_rows = jax.vmap(one_row, spmd_axis_name=row_axes(ids, policy, keys))
-    hidden, targets, parts = over_rows(ids, lengths, scored, keys)
+    run = over_rows(one_row, how, row_axes(ids, policy, keys))
+    hidden, targets, parts = run(ids, lengths, scored, keys)
     log_probs = Hidden(hidden, unembedding_of(policy), chunk_size).log_probs(targets)
     repeated = jnp.broadcast_to(log_probs[:, None, None], parts.shape)
     totals = sequence_log_probs(repeated, parts)  # (rows, slots, 2)

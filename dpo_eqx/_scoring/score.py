@@ -23,7 +23,8 @@ from .._jax.explicit_meshes import automatic
 from .._jax.keys import Keys, keys_per_pair
 from .._jax.scalars import Number
 from ..protocols import Score
-from .predict import offers_fast_path, predict
+from .predict import gives_hidden, predict
+from .rows import How
 
 
 def score_pairs(
@@ -33,13 +34,15 @@ def score_pairs(
     key: Keys | None = None,
     chunk_size: int | None = None,
     confidence: bool = False,
+    how: How = "vmap",
 ) -> PairLogProbs:
     """The log-probabilities of both completions of each pair under `policy`.
 
     Any policy is called as `policy(ids)`, once for each sequence, on the real tokens of prompt and
     completion, contiguous and padded on the right. A policy that offers `FastPolicy` is run only
     once for each pair, with the same result: the prompt is encoded once for both completions, and
-    the logits are never built.
+    the logits are never built. A policy that offers `RecurrentPolicy` reads the prompt once, and
+    each completion from the state after it.
 
     **Arguments:**
 
@@ -50,8 +53,15 @@ def score_pairs(
         one key for each pair. With one key for each pair, a pair's dropout masks are the same in
         every batch, except with keys of the kinds `rbg` and `unsafe_rbg`: under `vmap` JAX draws
         their numbers for the whole batch from its first key.
-    - `chunk_size`: as in `linear_token_log_probs`, for a `FastPolicy`; other policies ignore it.
+    - `chunk_size`: as in `linear_token_log_probs`, for a `FastPolicy` or a `RecurrentPolicy`; other
+        policies ignore it.
     - `confidence`: whether to compute the confidences that `losses.wpo` needs.
+    - `how`: the way to run all rows. `"vmap"` maps the policy over them. `"map"` runs one row after
+        the other in a loop, for a policy that cannot be mapped by `vmap`, or to save memory without
+        a gradient. `"batch"` is for a policy that takes a batch: it is called once, with `ids` of
+        shape `(rows, length)`, and returns logits `(rows, length, vocab)`. It gets the key of the
+        first pair, so its dropout masks depend on the batch. Choose one for a step by
+        `score=functools.partial(score_pairs, how="map")`.
 
     **Returns:**
 
@@ -61,11 +71,13 @@ def score_pairs(
 
     **Raises:**
 
-    `ValueError` if the policy returns an array of a wrong shape, or if the number of keys is not
-    the number of pairs.
+    `ValueError` if the policy returns an array of a wrong shape, if `how` is another word, or if
+    the number of keys is not the number of pairs.
     """
     completions = batch.chosen, batch.rejected
-    chosen, rejected = _token_scores(policy, batch.prompt, completions, key, chunk_size, confidence)
+    chosen, rejected = _token_scores(
+        policy, batch.prompt, completions, key, chunk_size, how, confidence
+    )
     return pair_log_probs(batch, chosen, rejected)
 
 
@@ -75,6 +87,7 @@ def score_unpaired(
     *,
     key: Keys | None = None,
     chunk_size: int | None = None,
+    how: How = "vmap",
 ) -> UnpairedLogProbs:
     """The log-probabilities of single completions, and of KTO's mismatched completions if given.
 
@@ -82,7 +95,7 @@ def score_unpaired(
     which the losses treat as a constant.
     """
     completions = (batch.completion,) if batch.kl is None else (batch.completion, batch.kl)
-    completion, *kl = _token_scores(policy, batch.prompt, completions, key, chunk_size)
+    completion, *kl = _token_scores(policy, batch.prompt, completions, key, chunk_size, how)
     return UnpairedLogProbs(
         completion=completion.total(),
         label=jnp.asarray(batch.label),
@@ -110,8 +123,8 @@ def ld_score(alpha: Number) -> Score[PairLogProbs]:
 
     **Returns:**
 
-    A score, `(policy, batch, *, key=None, chunk_size=None) -> PairLogProbs`. The lengths count
-    all scored tokens, including the surplus.
+    A score, `(policy, batch, *, key=None, chunk_size=None, how="vmap") -> PairLogProbs`. The
+    lengths count all scored tokens, including the surplus.
 
     **Raises:**
 
@@ -131,9 +144,10 @@ def ld_score(alpha: Number) -> Score[PairLogProbs]:
         *,
         key: Keys | None = None,
         chunk_size: int | None = None,
+        how: How = "vmap",
     ) -> PairLogProbs:
         completions = batch.chosen, batch.rejected
-        pair = _token_scores(policy, batch.prompt, completions, key, chunk_size)
+        pair = _token_scores(policy, batch.prompt, completions, key, chunk_size, how)
         lengths = [tokens.length() for tokens in pair]
         shorter = jnp.minimum(*lengths)[:, None]
 
@@ -193,17 +207,20 @@ def _token_scores(
     completions: Sequence[Tokens],
     key: Keys | None,
     chunk_size: int | None,
+    how: How,
     confidence: bool = False,
 ) -> list[TokenScores]:
     """The scores of each completion, in order."""
 
     def run(prompt, completions, policy, key):
         keys = keys_per_pair(key, prompt.ids.shape[0])
-        predictions = predict(policy, prompt, completions, keys=keys, chunk_size=chunk_size)
+        predictions = predict(
+            policy, prompt, completions, keys=keys, chunk_size=chunk_size, how=how
+        )
         return token_scores(predictions, completions, confidence)
 
     # A plain policy may name shardings itself, so explicit axes of a mesh stay explicit for it.
-    run = automatic(run) if offers_fast_path(policy) else run
+    run = automatic(run) if gives_hidden(policy, how) else run
     return run(prompt, completions, policy, key)
 
 

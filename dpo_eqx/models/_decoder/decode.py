@@ -1,9 +1,9 @@
 """Decoding: reads each prompt once, then draws several completions of it, token by token.
 
 A `Transformer` keeps the keys and values of the prompt, which all samples share, apart from those
-of each sample. Any other policy runs on the whole row for each token. So does a `Transformer` in
-rows so long that its rotary embeddings depend on their length. `generate.py` has the public
-functions.
+of each sample. A `RecurrentPolicy` keeps its state. Any other policy runs on the whole row for each
+token. So does a `Transformer` in rows so long that its rotary embeddings depend on their length.
+`generate.py` has the public functions.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,8 +19,11 @@ from ..._arrays.samples import Samples
 from ..._arrays.tokens import Tokens
 from ..._jax.dtypes import at_least_float32
 from ..._jax.mapped_axes import vary_alike
-from ..._scoring.policy_checks import checked_logits
-from .attention import attend_by_layout, attend_parts, masks, visible
+from ..._scoring.policy_checks import call_extend, call_start, check_keeps_shapes, checked_logits
+from ..._scoring.predict import offers_recurrence, unembedding_of
+from ...protocols import RecurrentPolicy
+from .attention import attend_parts, visible
+from .incremental import read_prompt
 from .transformer import Transformer
 
 # The width of the first cache of new tokens. Each further one is twice as wide, so that a short
@@ -48,16 +51,14 @@ def decode(
 
     **Arguments:**
 
-    - `policy`: a `Transformer`, or any causal callable from ids to logits.
+    - `policy`: a `Transformer`, a `RecurrentPolicy`, or any causal callable from ids to logits.
     - `prompt`: the prompts, with ids in int32. Shape `(prompts, length)`.
     - `draw`: returns the next ids, from the logits and the number of the step.
     - `samples`: the number of completions of each prompt.
     - `steps`: the largest number of tokens in a completion.
     - `ends`: sequences of ids, each of which ends a completion.
     """
-    longest = prompt.ids.shape[1] + steps
-    caches = isinstance(policy, Transformer) and policy.shares_prompts(longest)
-    reader = Cached(policy) if caches else Uncached(policy)
+    reader = _reader_of(policy, prompt.ids.shape[1] + steps)
     lengths = prompt.mask.sum(axis=1)
     shared, own, logits = jax.vmap(reader.start)(jnp.asarray(prompt.ids), lengths)
     # Over prompts, and within each over its samples, which all read one `shared`.
@@ -92,10 +93,17 @@ def decode(
     carry = (first + 1, own, append(first, logits, vary_alike(written, logits)[0]))
     for width in widths(steps):
         step, own, written = carry
-        own = _grown(own, 2 + reader.axis, width)
+        own = own if reader.axis is None else _grown(own, 2 + reader.axis, width)
         carry = jax.lax.while_loop(_until(width), one_step, (step, own, written))
     ids, mask, log_probs, _ = carry[-1]
     return Samples(Tokens(ids, mask), log_probs)
+
+
+def _reader_of(policy: PyTree, longest: int) -> "Cached | Recurrent | Uncached":
+    """The reader of a policy, in rows of at most `longest` tokens."""
+    if isinstance(policy, Transformer):
+        return Cached(policy) if policy.shares_prompts(longest) else Uncached(policy)
+    return Recurrent(policy) if offers_recurrence(policy) else Uncached(policy)
 
 
 def widths(steps: int) -> Iterator[int]:
@@ -162,18 +170,9 @@ class Cached(eqx.Module):
 
     def start(self, ids: Int[Array, " prompt"], length: Int[Array, ""]):
         """Reads a prompt: its cache, an empty one for new tokens, and the logits of the first."""
-        policy, config = self.policy, self.policy.config
-        layout = Layout(length, ids.size, ())
-
-        def attend_and_keep(query, key, value, masks, cache, rng):
-            output = attend_by_layout(layout, query, key, value, masks, config=config, rng=rng)
-            return output, (key, value)
-
-        hidden, shared = policy.run(
-            ids, layout.positions, attend_and_keep, lambda window: masks(layout, window)
-        )
+        hidden, shared = read_prompt(self.policy, ids, length)
         own = jax.tree.map(lambda x: x[:, :0], shared)
-        return shared, own, policy.unembed(hidden[length - 1][None])[0]
+        return shared, own, self.policy.unembed(hidden[length - 1][None])[0]
 
     def advance(self, shared, own, token: Int[Array, ""], length: Int[Array, ""], step):
         """Reads the new token number `step`: its cache, and the logits of the next token."""
@@ -202,6 +201,28 @@ class Cached(eqx.Module):
             written,
         )
         return own, self.policy.unembed(hidden)[0]
+
+
+class Recurrent(eqx.Module):
+    """Reads one row by a state of fixed shapes; samples share nothing but their first state."""
+
+    policy: RecurrentPolicy
+    axis: None = eqx.field(static=True, default=None)
+
+    def start(self, ids: Int[Array, " prompt"], length: Int[Array, ""]):
+        """Reads a prompt: nothing to share, its state, and the logits of the first new token."""
+        state, hidden = call_start(self.policy, ids, length, None)
+        return None, jax.tree.map(jnp.asarray, state), self._logits(hidden[None])
+
+    def advance(self, shared, own, token: Int[Array, ""], length: Int[Array, ""], step):
+        """Reads the new token number `step`: the state, and the logits of the next token."""
+        state, hidden = call_extend(self.policy, own, token[None], None)
+        state = jax.tree.map(jnp.asarray, state)
+        check_keeps_shapes(self.policy, own, state)
+        return state, self._logits(hidden)
+
+    def _logits(self, hidden: Float[Array, "1 width"]) -> Float[Array, " vocab"]:
+        return unembedding_of(self.policy).logits(hidden)[0]
 
 
 class Uncached(eqx.Module):

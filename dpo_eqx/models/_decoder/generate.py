@@ -61,7 +61,8 @@ def sample(
     **Arguments:**
 
     - `policy`: a `Transformer`, with adapters or without, or any causal callable from ids of shape
-        `(length,)` to logits of shape `(length, vocab)`.
+        `(length,)` to logits of shape `(length, vocab)`. A `RecurrentPolicy` reads each new token
+        by `extend`; any other callable runs on the whole row for each token.
     - `prompt`: the prompts, padded on the right. Shape `(prompts, length)`.
     - `samples`: the number of completions of each prompt.
     - `max_new_tokens`: the largest number of tokens in a completion, and the width of the result.
@@ -84,8 +85,9 @@ def sample(
 
     **Raises:**
 
-    `ValueError` if an argument is out of range, if a key is missing, or if positions are learned
-    and are fewer than the tokens of a prompt and its completion.
+    `ValueError` if an argument is out of range, if a key is missing, if positions are learned and
+    are fewer than the tokens of a prompt and its completion, or if the state of a `RecurrentPolicy`
+    changes its shapes.
     """
     check_is_policy(policy)
     _check_prompt(prompt)

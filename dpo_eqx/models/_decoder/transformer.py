@@ -20,6 +20,7 @@ from ..._head.tiles import Unembedding
 from ..._jax.dtypes import is_narrow
 from ..._jax.explicit_meshes import automatic
 from ..._jax.partitioning import keep_rows
+from . import incremental
 from .attention import attend_by_layout, masks
 from .basic_layers import Embedding, Linear, Norm, dropout, scaled
 from .blockwise import ATTENDED
@@ -207,6 +208,9 @@ class Transformer(eqx.Module):
         """Logits from hidden states, in float32 or wider."""
         head = Unembedding(self.unembedding, self.unembedding_bias, self.softcap)
         return head.logits(hidden)
+
+    # The methods of `RecurrentPolicy`.
+    start, extend = incremental.start, incremental.extend
 
     @property
     def unembedding(self) -> Float[Array, "vocab width"]:
