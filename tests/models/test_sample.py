@@ -75,6 +75,13 @@ def test_log_probs_are_those_of_the_score(policy, prompt, drawn):
     np.testing.assert_allclose(drawn.log_probs.reshape(-1), want, rtol=1e-10)
 
 
+def test_a_jitted_function_can_close_over_the_prompt(policy, prompt, drawn):
+    """With JAX arrays, of which even a sum is traced there."""
+    constant = jax.tree.map(jnp.asarray, prompt)
+    got = jax.eval_shape(lambda: models.sample(policy, constant, **OPTIONS))
+    assert got.tokens.ids.shape == drawn.tokens.ids.shape
+
+
 @pytest.mark.slow
 def test_adapters_draw_like_any_policy(prompt):
     base = models.load(FOLDER / "families" / "qwen2", dtype=jnp.float64)
