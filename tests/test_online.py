@@ -13,6 +13,7 @@ import optax
 import pytest
 
 import dpo_eqx as dpx
+from benchmarks import bandit
 from dpo_eqx import losses, models
 
 from .policies import Perceptron, assert_close, random_batch
@@ -144,3 +145,18 @@ def test_a_bandit_reaches_the_optimum_of_dpo(how):
     # Not vacuous: the reference is far from the optimum.
     assert 0.5 * jnp.abs(jax.nn.softmax(reference.logits) - optimum).sum() > 0.2
     assert np.isfinite(policy.logits).all()
+
+
+@pytest.mark.slow
+def test_online_reaches_an_optimum_that_offline_does_not():
+    """The bandit of the figure: the best token has a probability of 0.0002 under the reference."""
+    key = jax.random.key(0)
+    distances = {
+        is_online: float(bandit.distance(bandit.train(key, is_online=is_online)[-1]))
+        for is_online in (False, True)
+    }
+    assert distances[True] < 0.02
+    assert distances[False] > 0.2
+    # pi_ref exp(r / beta) / Z by a calculator.
+    want = [0.3644, 0.2736, 0.0839, 0.0247, 0.2489, 0.0045]
+    np.testing.assert_allclose(bandit.optimum(), want, atol=1e-4)

@@ -50,13 +50,13 @@ def xpo(
     """
     check_positive(beta=beta)
     check_nonnegative(alpha=alpha)
+    chosen, rejected = log_ratios(policy, reference, needed_by="xpo")
     if chosen_is_reference is None:
         raise ValueError(
             "`xpo` needs `chosen_is_reference`, 1 for each pair whose chosen completion the "
             "reference drew and 0 for the others, and got none. In a step, put an array of shape "
             '`(pairs,)` into `batch.per_pair["chosen_is_reference"]`.'
         )
-    chosen, rejected = log_ratios(policy, reference, needed_by="xpo")
     of_reference = times(chosen_is_reference, wide(policy.chosen))
     of_reference += times(1 - chosen_is_reference, wide(policy.rejected))
     loss = -log_sigmoid(beta * (chosen - rejected)) + times(alpha, of_reference)
