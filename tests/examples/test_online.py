@@ -27,11 +27,11 @@ def test_a_wrong_option_is_told_before_the_work(flag, capsys):
 @pytest.mark.slow  # compiling takes most of the time
 def test_a_short_run_goes_further_online(tmp_path):
     picture = tmp_path / "picture.png"
-    flags = ["--rounds", "30", "--fit-steps", "150", "--output", str(picture)]
+    flags = ["--rounds", "80", "--fit-steps", "60", "--output", str(picture)]
     command = [sys.executable, str(Path(online.__file__)), *flags]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert len(re.findall(r"line  1/30  loss 0\.693", done.stdout)) == 2
+    assert len(re.findall(r"line  1/80  loss 0\.693", done.stdout)) == 2
     rows = re.findall(r"^(\w+) +(\S+) ± \S+ +(\S+) ± (\S+)$", done.stdout, re.M)
     (kl, gold, _), *runs = [tuple(map(float, row[1:])) for row in rows]
     assert [row[0] for row in rows] == ["reference", "offline", "online"]
