@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from benchmarks import accelerator, large, lengths, memory, parts, recurrent, step
+from benchmarks import accelerator, large, lengths, memory, parts, recurrent, sample, step
 from benchmarks.peers import ours, plain_jax
 from benchmarks.problem import (
     Problem,
@@ -24,7 +24,7 @@ from benchmarks.problem import (
     write_checkpoints,
 )
 from benchmarks.turns import Turns
-from benchmarks.workers import WorkerError, alternate, started
+from benchmarks.workers import Worker, WorkerError, alternate, started
 from dpo_eqx import models
 
 TINY = step.quick(Problem())
@@ -153,6 +153,47 @@ def test_accelerator_prints_tokens_per_second(capsys):
     assert "| tiny-qwen3 | ours_unfused | " in out
     assert "| tiny-qwen3 | plain_jax    | " in out
     assert "Not measured" not in out
+
+
+@pytest.mark.slow
+def test_sample_prints_a_row_for_each_system_and_point(capsys):
+    sample.main(["--quick"])
+    out = capsys.readouterr().out
+    rows = [line.strip("| ").split(" | ") for line in out.splitlines() if line.startswith("| 6")]
+    assert [[cell.strip() for cell in row[:3]] for row in rows] == [
+        ["6", batch, system] for batch in "12" for system in ("ours", "plain_jax")
+    ]
+    first, second = out.splitlines()[-1].removeprefix("checksums: ").split(", ")
+    assert first.split()[1] == second.split()[1]
+
+
+def test_the_times_of_a_point_are_those_of_its_calls():
+    drawing = sample.Drawing(batches=(1, 2), prompts=(3, 5), new=7, rounds=2)
+    calls = list(drawing.calls())
+    worker = Worker("none", None, None)
+    # The time of a call is its number among all calls; those of the warm-up are not in `times`.
+    worker.times = [float(number) for number in range(len(calls))][sample.WARM_UP :]
+    for point, (batch, prompt) in enumerate(drawing.points):
+        for time, new in zip(sample.seconds(worker, drawing, point), (1, 7), strict=True):
+            at = [number for number, call in enumerate(calls) if call == (batch, prompt, new)]
+            assert time == np.mean(at[-2:])
+    assert len(calls) == sample.WARM_UP + 2 * 3 * 4
+
+
+def test_the_floors_of_drawing_count_the_weights():
+    drawing = sample.Drawing(layers=3, vocab=100, width=8, feed_forward=20, new=16)
+    shapes = tensor_shapes(drawing.problem)
+    matrices = {name: np.prod(shape) for name, shape in shapes.items() if len(shape) == 2}
+    embedding, head = matrices.pop("model.embed_tokens.weight"), matrices["lm_head.weight"]
+    assert embedding == head
+    assert sample.weights_read(drawing) == sum(matrices.values())
+    # So slow at arithmetic that only the products count, and then so slow at reading.
+    first, token = sample.floors(drawing, 2, 10, rate=1.0, bandwidth=1e30)
+    layers = sum(matrices.values()) - head
+    assert first == 2 * 2 * (10 * layers + head)
+    assert token == 2 * 2 * sum(matrices.values()) + 2 * 2 * 2 * 18 * 8 * 3
+    _, token = sample.floors(drawing, 2, 10, rate=1e30, bandwidth=1.0)
+    assert token == 4 * (sum(matrices.values()) + 2 * 2 * 18 * 8 * 3)
 
 
 def test_the_line_goes_through_its_points():

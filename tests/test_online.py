@@ -1,6 +1,8 @@
 """On-policy training: the page's example, and a bandit whose optimum is known."""
 
+import dataclasses
 import re
+from functools import partial
 from pathlib import Path
 
 import equinox as eqx
@@ -11,9 +13,10 @@ import optax
 import pytest
 
 import dpo_eqx as dpx
+from benchmarks import bandit
 from dpo_eqx import losses, models
 
-from .policies import Perceptron, random_batch
+from .policies import Perceptron, assert_close, random_batch
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 PAGE = (Path(__file__).parents[1] / "docs" / "online.md").read_text()
@@ -27,7 +30,7 @@ def standard_promotion():
 
 
 def test_the_page_trains_towards_the_reward():
-    first, _, _, noise = re.findall(r"^```python\n(.*?)^```", PAGE, flags=re.M | re.S)
+    first, _, _, _, noise = re.findall(r"^```python\n(.*?)^```", PAGE, flags=re.M | re.S)
     optimizer = optax.adam(0.03)
     names = {
         "dpx": dpx,
@@ -56,6 +59,46 @@ def test_the_page_trains_towards_the_reward():
         policy, opt_state, _ = names["one_round"](policy, opt_state, prompt, reference, key)
     assert mean_reward(policy) > before + 0.2
     exec(noise, names | {"rewards": jnp.zeros((2, 3)), "key": jax.random.key(0)})
+
+
+def test_the_page_has_a_round_of_xpo():
+    """One step of SGD, by hand: the gradient of DPO, and `alpha` times that of log pi(y_ref)."""
+    block = re.findall(r"^```python\n(.*?)^```", PAGE, flags=re.M | re.S)[3]
+    drawn, alpha = [], 0.5
+
+    def reward(prompt, tokens):
+        drawn.append(tokens)
+        return (tokens.mask & (tokens.ids < 4)).sum(-1)
+
+    names = {"dpx": dpx, "models": models, "eqx": eqx, "jax": jax, "jnp": jnp, "losses": losses}
+    names |= {"dataclasses": dataclasses, "partial": partial, "reward": reward}
+    names |= {"optimizer": optax.sgd(1.0)}
+    # Without `jit`, so that what was drawn can be read.
+    exec(block.replace("1e-5", str(alpha)).replace("@eqx.filter_jit", ""), names)
+    policy, reference = (Perceptron(jax.random.key(i)) for i in (0, 1))
+    prompt, opt_state = random_batch(0, pairs=6).prompt, optax.sgd(1.0).init(())
+    key = jax.random.key(11)
+    got, _, _ = names["xpo_round"](policy, opt_state, prompt, reference, key)
+    (tokens,) = drawn
+    # 1 if the policy's sample has the larger reward, and -1 if the reference's has it.
+    sign = np.sign(np.asarray(reward(prompt, tokens)) @ np.array([1, -1]))
+    assert {-1, 1} <= set(sign)
+    sides = (dpx.Tokens(tokens.ids[:, i], tokens.mask[:, i]) for i in (0, 1))
+    ours, theirs = (dpx.UnpairedBatch(prompt, side, np.ones(6, bool)) for side in sides)
+
+    @eqx.filter_jit
+    @eqx.filter_grad
+    def by_hand(policy):
+        def log_ratio(batch):
+            scores = (dpx.score_unpaired(model, batch).completion for model in (policy, reference))
+            return jnp.subtract(*scores)
+
+        each = jnp.log1p(jnp.exp(-0.1 * sign * (log_ratio(ours) - log_ratio(theirs))))
+        each += alpha * dpx.score_unpaired(policy, theirs).completion
+        return (each * abs(sign)).sum() / abs(sign).sum()
+
+    want = eqx.apply_updates(policy, jax.tree.map(lambda g: -g, by_hand(policy)))
+    assert_close(got, want, 1e-10)
 
 
 class Bandit(eqx.Module):
@@ -102,3 +145,18 @@ def test_a_bandit_reaches_the_optimum_of_dpo(how):
     # Not vacuous: the reference is far from the optimum.
     assert 0.5 * jnp.abs(jax.nn.softmax(reference.logits) - optimum).sum() > 0.2
     assert np.isfinite(policy.logits).all()
+
+
+@pytest.mark.slow
+def test_online_reaches_an_optimum_that_offline_does_not():
+    """The bandit of the figure: the best token has a probability of 0.0002 under the reference."""
+    key = jax.random.key(0)
+    distances = {
+        is_online: float(bandit.distance(bandit.train(key, is_online=is_online)[-1]))
+        for is_online in (False, True)
+    }
+    assert distances[True] < 0.02
+    assert distances[False] > 0.2
+    # pi_ref exp(r / beta) / Z by a calculator.
+    want = [0.3644, 0.2736, 0.0839, 0.0247, 0.2489, 0.0045]
+    np.testing.assert_allclose(bandit.optimum(), want, atol=1e-4)

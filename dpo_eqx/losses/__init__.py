@@ -28,6 +28,7 @@ from ._likelihood import alpha_po as alpha_po, cpo as cpo, orpo as orpo, sft as 
 from ._margins import chi_po as chi_po, dpop as dpop, odpo as odpo, r_dpo as r_dpo
 from ._marks import couples_pairs as couples_pairs
 from ._names import BY_NAME as BY_NAME
+from ._optimism import xpo as xpo
 from ._rewards import bradley_terry as bradley_terry
 from ._shift import batch_delta as batch_delta, update_delta as update_delta
 from ._transport import aot as aot, aot_unpaired as aot_unpaired

@@ -1,4 +1,4 @@
-"""The options of the quickstart's command line."""
+"""The command line of the quickstart, and the checks that other examples share."""
 
 import argparse
 from collections.abc import Sequence
@@ -22,8 +22,12 @@ def parse(description: str | None, arguments: Sequence[str] | None) -> argparse.
         default=Path("quickstart.png"),
         help="File for the picture (%(default)s).",
     )
+    return checked(parser, arguments)
+
+
+def checked(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options; exits if there is no folder for the picture, which is drawn after all work."""
     options = parser.parse_args(arguments)
-    # Checked now, since the picture is drawn after all the work.
     if not options.output.parent.is_dir():
         parser.error(
             f"`--output` must be in a folder that exists; there is no folder "

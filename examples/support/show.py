@@ -16,6 +16,7 @@ Columns = Mapping[str, Numbers]
 HAS_RICH = importlib.util.find_spec("rich") is not None
 HAS_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
 TRAINING, HELD_OUT = "tab:gray", "tab:blue"
+RUNS = ("tab:orange", "tab:blue", "tab:green", "tab:red")
 
 
 @contextlib.contextmanager
@@ -93,6 +94,12 @@ def report(looks: Sequence[Mapping[str, float]], pairs: int) -> str:
     return table(["", "before", "after"], rows)
 
 
+def beside(looks: Mapping[str, Mapping[str, float]]) -> str:
+    """A table of evaluations by name, with the KL, the gold reward and their 95% intervals."""
+    rows = [[name, _mean(look, "kl"), _mean(look, "gold")] for name, look in looks.items()]
+    return table(["", "KL to the reference (nats)", "mean gold reward"], rows)
+
+
 def _mean(look: Mapping[str, float], name: str) -> str:
     return f"{look[name]:.2f} \u00b1 {1.96 * look[f'{name}_error']:.2f}"
 
@@ -163,6 +170,36 @@ def _gold_against_kl(axes, held_out: Columns, frontier: Sequence[Numbers]) -> No
     axes.plot(*frontier, "--", color="black", linewidth=1, label="best possible at this KL")
     axes.plot(held_out["kl"], held_out["gold"], "o-", color=HELD_OUT, label="policy, during DPO")
     axes.set(xlabel="KL to the reference (nats per sample)", ylabel="mean gold reward")
+
+
+def gold_picture(
+    path: Path,
+    runs: Mapping[str, Sequence[Mapping[str, float]]],
+    frontier: Sequence[Numbers],
+) -> None:
+    """Draws the gold reward of several runs against the KL, if matplotlib is installed.
+
+    **Arguments:**
+
+    - `path`: the file; its suffix sets the format.
+    - `runs`: the evaluations of each run by its name, with `kl` and `gold`.
+    - `frontier`: KLs and the best gold rewards that they allow.
+    """
+    if not HAS_MATPLOTLIB:
+        return
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4.5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(*frontier, "--", color="black", linewidth=1, label="best possible at this KL")
+    for colour, (name, looks) in zip(RUNS, runs.items(), strict=False):
+        points = _columns(looks)
+        axes.plot(points["kl"], points["gold"], "o-", color=colour, label=name)
+    axes.set(xlabel="KL to the reference (nats per sample)", ylabel="mean gold reward")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="best", framealpha=0.9)
+    figure.savefig(path, dpi=120)
+    say(f"\nPicture: {path}")
 
 
 def moving_average(values: Numbers, window: int = 10) -> list[float]:

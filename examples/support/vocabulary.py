@@ -98,8 +98,8 @@ def padded(rows: Sequence[Sequence[int]], width: int) -> dpx.Tokens:
     return dpx.Tokens(ids, mask)
 
 
-def take(batch: Any, rows: np.ndarray) -> Any:
-    """The given rows of a batch of either kind."""
+def take(batch: Any, rows: np.ndarray | jax.Array) -> Any:
+    """The given rows of a batch of either kind, or of tokens."""
     return jax.tree.map(lambda x: x[rows], batch)
 
 

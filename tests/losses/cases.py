@@ -27,6 +27,7 @@ class Case:
     unpaired: bool = False
     divergence: bool = False
     smooth: bool = True
+    needed: dict[str, float] = field(default_factory=dict)  # what has no default
     detached: tuple[str, ...] = ()  # hyper-parameters through which no gradient flows
 
     @property
@@ -68,6 +69,11 @@ CASES = [
     Case(losses.dpop, {"beta": 0.3, "penalty": 2.0}, LOG2, smooth=False),
     Case(losses.odpo, {"beta": 0.3, "offset": 0.7}, LOG2),
     Case(losses.r_dpo, {"beta": 0.3, "alpha": 0.05}, lengths=True),
+    Case(
+        losses.xpo,
+        {"beta": 0.3, "alpha": 0.2, "chosen_is_reference": 0.3},
+        needed={"chosen_is_reference": 1.0},
+    ),
     Case(losses.chi_po, {"beta": 0.3}, LOG2),
     Case(losses.chi_po, {"beta": 0.3, "clip": 0.5}, LOG2, smooth=False),
     Case(losses.aot, {"beta": 0.3, "label_smoothing": 0.2}, LOG2),

@@ -181,6 +181,13 @@ def bradley_terry(p, margin=0.0, label_smoothing=0.0, centering=0.0):
     return loss + centering * total**2, slope + pull, pull - slope
 
 
+def xpo(p, beta=0.1, alpha=1e-5, *, chosen_is_reference):
+    loss, slope = cross_entropy(beta * (p.rhos[0] - p.rhos[1]))
+    share = chosen_is_reference
+    bonus = alpha * (p.lw * share + p.ll * (1 - share))
+    return loss + bonus, beta * slope + alpha * share, -beta * slope + alpha * (1 - share)
+
+
 def simpo(p, beta=2.0, gamma=1.0):
     a, b = p.averages
     loss, slope = cross_entropy(beta * (a - b) - gamma)

@@ -162,8 +162,9 @@ def test_names():
     field += "aot_unpaired aot_pair apo_zero apo_down discopop sft simpo cpo orpo alphapo kto bco "
     field += "apo_zero_unpaired"
     assert set(field.split()) <= set(losses.BY_NAME)
-    # A name chooses a loss of log-probabilities; `bradley_terry` takes rewards.
-    without = {losses.ipo, losses.bradley_terry}
+    # A name chooses a loss of log-probabilities alone; `bradley_terry` takes rewards, and `xpo`
+    # needs to know who drew each completion.
+    without = {losses.ipo, losses.bradley_terry, losses.xpo}
     assert {case.loss for case in CASES} <= set(losses.BY_NAME.values()) | without
 
 

@@ -76,6 +76,7 @@ def test_beta_must_be_positive(case, beta):
         (losses.discopop, "tau", 0, "`tau` must be positive; got 0"),
         (losses.chi_po, "clip", 0.0, "`clip` must be positive; got 0.0"),
         (losses.dpop, "penalty", -1, "`penalty` must not be negative; got -1"),
+        (losses.xpo, "alpha", -1.0, "`alpha` must not be negative; got -1.0"),
         (losses.cpo, "alpha", -1.0, "`alpha` must not be negative; got -1.0"),
     ],
 )

@@ -47,7 +47,7 @@ table = pytest.mark.parametrize("case", CASES, ids=NAMES)
     ],
 )
 def test_huge_log_ratios(case, dtype):
-    assert_finite(gradient(case.loss, *records(case, extreme(case), dtype)))
+    assert_finite(gradient(case.loss, *records(case, extreme(case), dtype), **case.needed))
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.name != "orpo"], ids=lambda case: case.name)
@@ -57,9 +57,9 @@ def test_huge_log_ratios_have_the_values_of_the_paper(case):
     `orpo` is left out, since it takes log-probabilities of at most 0.
     """
     p = extreme(case)
-    result, slopes = gradient(case.loss, *records(case, p, jnp.float64))
+    result, slopes = gradient(case.loss, *records(case, p, jnp.float64), **case.needed)
     with np.errstate(all="ignore"):
-        want = case.oracle(p)
+        want = case.oracle(p, **case.needed)
     for got, expected in zip((result.loss, *slopes), want, strict=True):
         finite = np.isfinite(expected)
         assert finite.mean() > 0.4
@@ -88,7 +88,7 @@ def test_empty_and_short_completions(case):
     chosen_length, rejected_length, log_prob = np.array(list(rows)).T
     chosen, rejected = chosen_length * log_prob, rejected_length * log_prob
     p = Pairs(*map(as_many, (chosen, rejected, chosen, rejected, chosen_length, rejected_length)))
-    assert_finite(gradient(case.loss, *records(case, p, jnp.float32)))
+    assert_finite(gradient(case.loss, *records(case, p, jnp.float32), **case.needed))
 
 
 def test_gradient_does_not_vanish_where_an_exponential_is_worst():

@@ -17,7 +17,7 @@ table = pytest.mark.parametrize("case", CASES, ids=NAMES)
 @pytest.mark.parametrize("defaults", [True, False], ids=["defaults", "others"])
 def test_value_reward_and_closed_form_gradient(case, defaults):
     p = draw(case)
-    hyper = {} if defaults else case.hyper
+    hyper = case.needed if defaults else case.hyper
     result, slopes = gradient(case.loss, *records(case, p), **hyper)
     loss, *want = case.oracle(p, **hyper)
     close(result.loss, loss)

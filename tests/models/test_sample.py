@@ -75,6 +75,13 @@ def test_log_probs_are_those_of_the_score(policy, prompt, drawn):
     np.testing.assert_allclose(drawn.log_probs.reshape(-1), want, rtol=1e-10)
 
 
+def test_a_jitted_function_can_close_over_the_prompt(policy, prompt, drawn):
+    """With JAX arrays, of which even a sum is traced there."""
+    constant = jax.tree.map(jnp.asarray, prompt)
+    got = jax.eval_shape(lambda: models.sample(policy, constant, **OPTIONS))
+    assert got.tokens.ids.shape == drawn.tokens.ids.shape
+
+
 @pytest.mark.slow
 def test_adapters_draw_like_any_policy(prompt):
     base = models.load(FOLDER / "families" / "qwen2", dtype=jnp.float64)
@@ -124,6 +131,54 @@ def test_draws_have_the_distribution_of_the_policy():
     np.testing.assert_allclose(
         samples.log_probs[0], np.log(want / count)[4 * first + second], rtol=1e-6
     )
+
+
+def truncated(probabilities, *, temperature=1.0, top_k=None, top_p=None, min_p=None):
+    """The distribution to draw from, one id after the other, as the docstring has it."""
+    tempered = probabilities ** (1 / temperature)
+    tempered = tempered / tempered.sum()
+    kept, order = np.zeros(len(tempered)), np.argsort(-tempered)
+    limit = len(tempered) if top_k is None else top_k
+    total = tempered[order[:limit]].sum()  # top-p looks at what top-k has left
+    mass = 0.0
+    for id in order[:limit]:
+        if top_p is not None and mass >= top_p:
+            break
+        if min_p is None or tempered[id] >= min_p * tempered[order[0]]:
+            kept[id] = tempered[id]
+        mass += tempered[id] / total
+    return kept / kept.sum()
+
+
+SETTINGS = [
+    {"temperature": 0.6},
+    {"temperature": 1.7},
+    {"top_k": 3},
+    {"top_p": 0.8},
+    {"min_p": 0.25},
+    {"temperature": 1.5, "top_k": 6, "top_p": 0.85, "min_p": 0.2},
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: "-".join(settings))
+def test_truncated_draws_have_their_distribution(settings):
+    """Chi-square over 1e5 draws of one token, and nothing outside of what is kept."""
+    probabilities = np.array([0.02, 0.3, 0.07, 0.21, 0.11, 0.05, 0.2, 0.04])
+    table = Table(jnp.log(jnp.broadcast_to(jnp.asarray(probabilities), (8, 8))))
+    prompt, count = dpx.Tokens(np.array([[1]]), np.ones((1, 1), bool)), 100_000
+    options = {"samples": count, "max_new_tokens": 1, "key": jax.random.key(7)}
+    drawn = models.sample(table, prompt, **options, **settings)
+    ids = np.asarray(drawn.tokens.ids).ravel()
+    seen, want = np.bincount(ids, minlength=8), count * truncated(probabilities, **settings)
+    assert not seen[want == 0].any()
+    kept = want > 0
+    # Chi-square of at most 7 degrees of freedom: above 24.3 with a probability of 1e-3.
+    assert ((seen - want)[kept] ** 2 / want[kept]).sum() < 24.3
+    # Not vacuous: the settings change the distribution by far more.
+    assert abs(want / count - probabilities).max() > 0.02
+    # The log-probabilities are those of the policy, at temperature 1.
+    np.testing.assert_allclose(drawn.log_probs[0], np.log(probabilities)[ids], rtol=1e-6)
 
 
 def test_min_p():

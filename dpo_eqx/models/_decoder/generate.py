@@ -194,7 +194,8 @@ def _longest(prompt: Tokens) -> int:
     """The tokens of the longest prompt; under a transformation, the width, which bounds them."""
     if not is_concrete(prompt.mask) or not len(prompt.mask):
         return prompt.ids.shape[1]
-    return int(np.asarray(prompt.mask.sum(axis=1)).max())
+    # NumPy: inside `jit` even a sum over a constant of JAX is traced.
+    return int(np.asarray(prompt.mask).sum(axis=1).max())
 
 
 def _keys(key: Keys | None, prompts: int) -> Keys:

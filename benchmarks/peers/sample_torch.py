@@ -1,0 +1,33 @@
+"""`transformers`' own `generate`: greedy, with its cache, and fused attention."""
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from benchmarks.sample import Drawing, checksum
+from benchmarks.turns import Turns
+from benchmarks.workers import given
+
+
+def main() -> None:
+    turns = Turns(version=f"PyTorch {torch.__version__}")
+    drawing, folder = given(Drawing)
+    settings = {"attn_implementation": "sdpa", "dtype": getattr(torch, drawing.dtype)}
+    model = AutoModelForCausalLM.from_pretrained(folder / "policy", **settings).eval()
+    turns.begin()
+    for batch, length, new in drawing.calls():
+        ids = torch.from_numpy(drawing.ids(batch, length)).long()
+        with torch.inference_mode():
+            drawn = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=new,
+                min_new_tokens=new,
+                do_sample=False,
+                pad_token_id=0,
+            )
+        if not turns.step_done(checksum(drawn[:, length:].numpy())):
+            return
+
+
+if __name__ == "__main__":
+    main()
