@@ -1,9 +1,9 @@
 """Decoding: reads each prompt once, then draws several completions of it, token by token.
 
 A `Transformer` keeps the keys and values of the prompt, which all samples share, apart from those
-of each sample. Any other policy runs on the whole row for each token. So does a `Transformer` in
-rows so long that its rotary embeddings depend on their length. `generate.py` has the public
-functions.
+of each sample. The states of its recurrent layers begin as the prompt's in each sample. Any other
+policy runs on the whole row for each token. So does a `Transformer` in rows so long that its rotary
+embeddings depend on their length. `generate.py` has the public functions.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,6 +21,8 @@ from ..._jax.dtypes import at_least_float32
 from ..._jax.mapped_axes import vary_alike
 from ..._scoring.policy_checks import checked_logits
 from .attention import attend_by_layout, attend_parts, masks, visible
+from .blocks import Caches
+from .links import links_of
 from .transformer import Transformer
 
 # The width of the first cache of new tokens. Each further one is twice as wide, so that a short
@@ -119,6 +121,9 @@ def _until(width: int) -> Callable[[tuple[Any, ...]], Bool[Array, ""]]:
 
 def _grown(own: PyTree, axis: int, width: int) -> PyTree:
     """The states of the samples with room for `width` new tokens."""
+    if isinstance(own, Caches):
+        # The state of a recurrent layer has no axis of tokens.
+        return own._replace(attention=_grown(own.attention, axis, width))
 
     def grown(x):
         padding = [(0, 0)] * x.ndim
@@ -154,7 +159,11 @@ def _has_ended(
 
 
 class Cached(eqx.Module):
-    """Reads one row with a cache of keys and values: the prompt's, and those of the new tokens."""
+    """Reads one row with a cache: keys and values of the prompt and of the new tokens, and states.
+
+    All samples share the keys and values of the prompt; each has its own of the new tokens, and its
+    own states of recurrent layers.
+    """
 
     policy: Transformer
     # The axis of the new tokens in the state of a sample, after the axis of layers.
@@ -170,15 +179,20 @@ class Cached(eqx.Module):
             return output, (key, value)
 
         hidden, shared = policy.run(
-            ids, layout.positions, attend_and_keep, lambda window: masks(layout, window)
+            ids,
+            layout.positions,
+            attend_and_keep,
+            lambda window: masks(layout, window),
+            links=links_of(layout),
         )
-        own = jax.tree.map(lambda x: x[:, :0], shared)
+        own = shared._replace(attention=jax.tree.map(lambda x: x[:, :0], shared.attention))
+        shared = shared._replace(recurrence=None)
         return shared, own, policy.unembed(hidden[length - 1][None])[0]
 
     def advance(self, shared, own, token: Int[Array, ""], length: Int[Array, ""], step):
         """Reads the new token number `step`: its cache, and the logits of the next token."""
         config = self.policy.config
-        prompt, new = (jnp.arange(x[0].shape[1]).astype(length.dtype) for x in (shared, own))
+        prompt, new = (_places(x).astype(length.dtype) for x in (shared, own))
         # The position counts real tokens, and not the padding of the prompt.
         position = (length + step)[None]
 
@@ -193,15 +207,22 @@ class Cached(eqx.Module):
             parts = (*shared, on_prompt), (*own, on_own), (key, value, jnp.ones((1, 1), bool))
             return attend_parts(query, parts, config=config), (key, value)
 
+        caches = Caches((shared.attention, own.attention), own.recurrence)
         hidden, written = self.policy.run(
-            token[None], position, attend_cached, masks_of, cache=(shared, own)
+            token[None], position, attend_cached, masks_of, caches=caches
         )
-        own = jax.tree.map(
+        attention = jax.tree.map(
             lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, step, axis=self.axis),
-            own,
-            written,
+            own.attention,
+            written.attention,
         )
-        return own, self.policy.unembed(hidden)[0]
+        return written._replace(attention=attention), self.policy.unembed(hidden)[0]
+
+
+def _places(caches: Caches) -> Int[Array, " length"]:
+    """The places of the tokens in a cache of keys and values; none if no layer has attention."""
+    leaves = jax.tree.leaves(caches.attention)
+    return jnp.arange(leaves[0].shape[1] if leaves else 0)
 
 
 class Uncached(eqx.Module):
