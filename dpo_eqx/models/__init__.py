@@ -24,6 +24,7 @@ from ._checkpoint.save import save as save
 from ._decoder.config import Config as Config, Rotary as Rotary
 from ._decoder.generate import generate as generate, sample as sample
 from ._decoder.mixture import Mixture as Mixture
+from ._decoder.recurrence import Recurrence as Recurrence
 from ._decoder.reward_model import RewardModel as RewardModel, score_rewards as score_rewards
 from ._decoder.transformer import Transformer as Transformer
 from ._peft.files import load_lora as load_lora, save_lora as save_lora

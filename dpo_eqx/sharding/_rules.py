@@ -86,23 +86,48 @@ def _scales(*axes: str) -> Rule:
     return choose
 
 
-# As in Megatron: the first matrix of a block is sharded over its outputs, the second over its
-# inputs, and one sum over `tensor` ends the block. An adapter is sharded along the axis that it
-# shares with its layer. Quantised layers are sharded as other layers.
-_INTO = r"(attention\.(query|key|value)|feed_forward\.(gate|up))"
+def _or_whole(spec: P) -> Rule:
+    """A rule for stacked leaves: `spec`, but an axis that `tensor` does not divide stays whole."""
+    choose = either(spec, P(*(None if entry == "tensor" else entry for entry in spec)), P())
+
+    def within_stack(shape: Shape, mesh: Mesh) -> P:
+        # Vectors of Adafactor have too few axes; the first one is that of the stack.
+        return choose(shape, mesh) if len(shape) > len(spec) else stacked(shape, mesh)
+
+    return within_stack
+
+
+def _projections(into: str, out: str, rule: Callable[[P], Rule]) -> Rules:
+    """The rules of linear layers that go into a block, and of those that lead out of it.
+
+    As in Megatron: the first matrix of a block is sharded over its outputs, the second over its
+    inputs, and one sum over `tensor` ends the block. An adapter is sharded along the axis that it
+    shares with its layer. Quantised layers are sharded as other layers.
+    """
+    return {
+        into + r"(\.base)?\.weight$": rule(P("tensor", "fsdp")),
+        into + r"(\.base)?\.stored\.codes$": rule(P("tensor", "fsdp")),
+        into + r"(\.base)?\.stored\.scales$": _scales("tensor", "fsdp"),
+        into + r"(\.base)?(\.layer)?\.bias$": rule(P("tensor")),
+        into + r"\.(up|pinned\.1)$": rule(P("tensor", None)),
+        out + r"(\.base)?\.weight$": rule(P("fsdp", "tensor")),
+        out + r"(\.base)?\.stored\.codes$": rule(P("fsdp", "tensor")),
+        out + r"(\.base)?\.stored\.scales$": _scales("fsdp", "tensor"),
+        out + r"\.(down|pinned\.0)$": rule(P(None, "tensor")),
+    }
+
+
+_INTO = r"(attention\.(query|key|value|gate)|feed_forward\.(gate|up))"
 _OUT = r"(attention\.output|feed_forward\.down)"
+_INTO_RECURRENCE = r"recurrence\.(query|key|value|gate|input_gate|output_gate|rate|decay)"
 TRANSFORMER: Rules = {
     r"(^|\.)(embedding|head)(\.base)?\.weight$": _VOCABULARY,
     r"(^|\.)head\.bias$": either(P("tensor"), P()),
-    _INTO + r"(\.base)?\.weight$": P("tensor", "fsdp"),
-    _INTO + r"(\.base)?\.stored\.codes$": P("tensor", "fsdp"),
-    _INTO + r"(\.base)?\.stored\.scales$": _scales("tensor", "fsdp"),
-    _INTO + r"(\.base)?(\.layer)?\.bias$": P("tensor"),
-    _INTO + r"\.(up|pinned\.1)$": P("tensor", None),
-    _OUT + r"(\.base)?\.weight$": P("fsdp", "tensor"),
-    _OUT + r"(\.base)?\.stored\.codes$": P("fsdp", "tensor"),
-    _OUT + r"(\.base)?\.stored\.scales$": _scales("fsdp", "tensor"),
-    _OUT + r"\.(down|pinned\.0)$": P(None, "tensor"),
+    **_projections(_INTO, _OUT, lambda spec: spec),
+    # Recurrent layers may have fewer heads than `tensor` has devices.
+    **_projections(_INTO_RECURRENCE, r"recurrence\.output", _or_whole),
+    # Small.
+    r"recurrence\.(\w+_)?filter\.(weight|bias)$": P(),
 }
 """The rules for `models.Transformer` and its adapters, which apply if no rules are given.
 

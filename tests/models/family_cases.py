@@ -7,6 +7,8 @@ import zlib
 
 import numpy as np
 
+from .hybrid_cases import HYBRIDS
+
 SMALL = {
     "vocab_size": 80,
     "hidden_size": 48,
@@ -34,7 +36,7 @@ LONG = {
 # The keys of Ministral 3's rotary embeddings.
 GROWN = {**YARN, "llama_4_scaling_beta": 0.2, "mscale": 1.0, "mscale_all_dim": 0.5}
 # By name, the `model_type` and the keys that differ from `SMALL`.
-CASES = {
+DENSE = {
     "llama-dynamic": (
         "llama",
         {"max_position_embeddings": 20, "rope_scaling": {"rope_type": "dynamic", "factor": 3.0}},
@@ -173,6 +175,9 @@ CASES = {
     "apertus": ("apertus", {"attention_bias": True}),
     "apertus-silu": ("apertus", {"hidden_act": "silu", "rope_scaling": YARN}),
 }
+# By the name of the file with their golden logits.
+GROUPS = {"families": DENSE, "hybrids": HYBRIDS}
+CASES = {name: case for group in GROUPS.values() for name, case in group.items()}
 IDS = np.random.default_rng(0).integers(0, 80, (2, 40))
 # Where the logits are compared: more would only make the file larger.
 POSITIONS, TOKENS = slice(None, None, 3), slice(None, None, 4)

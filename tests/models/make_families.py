@@ -1,13 +1,14 @@
 """Makes the golden logits of `family_cases.py` by `transformers`, and loads what we saved; by hand.
 
-    python -m tests.models.make_families make            # with torch and transformers
+    python -m tests.models.make_families make families   # with torch and transformers
+    python -m tests.models.make_families make hybrids
     python -m tests.models.make_families ours FOLDER     # with dpo_eqx
     python -m tests.models.make_families back FOLDER     # with torch and transformers
 
-`make` writes `tests/golden/models/families.json.gz`. `ours` saves each checkpoint again, and `back`
-checks that `transformers` loads it with the same bits and no complaint. `transformers` computes
-norms and rotary tables in float32 for any weights. Here float32 stands for float64, so the logits
-are exact to 1e-12.
+`make` writes `tests/golden/models/families.json.gz`, or `hybrids.json.gz` for layers of two kinds.
+`ours` saves each checkpoint again, and `back` checks that `transformers` loads it with the same
+bits and no complaint. `transformers` computes norms, rotary tables and delta rules in float32 for
+any weights. Here float32 stands for float64, so the logits are exact to 1e-12.
 """
 
 import gzip
@@ -17,26 +18,26 @@ from pathlib import Path
 
 import numpy as np
 
-from .family_cases import CASES, IDS, POSITIONS, TOKENS, settings_of, weights_of
+from .family_cases import GROUPS, IDS, POSITIONS, TOKENS, settings_of, weights_of
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "models" / "families.json.gz"
+FOLDER = Path(__file__).parents[1] / "golden" / "models"
 
 
-def make() -> None:
+def make(group: str) -> None:
     import torch
 
     widen(torch)
     import transformers
 
     cases = {}
-    for name in CASES:
+    for name in GROUPS[group]:
         family, settings = settings_of(name)
         config = transformers.AutoConfig.for_model(family, **settings)
         model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
         cases[name] = one_case(model.double().eval())
         print(name, flush=True)
     text = json.dumps(cases, indent=1, sort_keys=True)
-    GOLDEN.write_bytes(gzip.compress(text.encode(), mtime=0))
+    (FOLDER / f"{group}.json.gz").write_bytes(gzip.compress(text.encode(), mtime=0))
 
 
 def widen(torch) -> None:
@@ -66,7 +67,7 @@ def one_case(model) -> dict:
             folder, dtype=torch.float64, attn_implementation="eager"
         )
     with torch.no_grad():
-        logits = loaded.eval()(torch.tensor(IDS)).logits.numpy()
+        logits = logits_of(loaded)
     scale = float(np.abs(logits).max())
     shown = logits[:, POSITIONS, TOKENS].tolist()
     config = {key: value for key, value in config.items() if key not in ("dtype", "architectures")}
@@ -79,6 +80,13 @@ def one_case(model) -> dict:
     }
 
 
+def logits_of(model) -> np.ndarray:
+    import torch
+
+    # `transformers` has no cache for a model without attention.
+    return model.eval()(torch.tensor(IDS), use_cache=False).logits.numpy()
+
+
 def save(weights: dict[str, np.ndarray], folder: Path) -> None:
     from safetensors.numpy import save_file
 
@@ -87,7 +95,9 @@ def save(weights: dict[str, np.ndarray], folder: Path) -> None:
 
 def read_golden() -> dict:
     """The golden cases by name."""
-    return json.loads(gzip.decompress(GOLDEN.read_bytes()))
+    files = ((FOLDER / f"{group}.json.gz").read_bytes() for group in GROUPS)
+    groups = (json.loads(gzip.decompress(file)) for file in files)
+    return {name: case for group in groups for name, case in group.items()}
 
 
 def write_checkpoint(case: dict, folder: Path) -> Path:
@@ -121,7 +131,7 @@ def back(folder: Path) -> None:
         assert states[0].keys() == states[1].keys(), name
         assert all(torch.equal(states[0][key], states[1][key]) for key in states[0]), name
         with torch.no_grad():
-            logits = [model.eval()(torch.tensor(IDS)).logits.numpy() for model, _ in (first, again)]
+            logits = [logits_of(model) for model, _ in (first, again)]
         apart = float(np.abs(logits[0] - logits[1]).max()) / case["scale"]
         assert apart < 2e-6, (name, apart)
         print(f"{name:28} the same weights, logits apart by {apart:.1e}", flush=True)
@@ -129,4 +139,7 @@ def back(folder: Path) -> None:
 
 if __name__ == "__main__":
     task, *paths = sys.argv[1:]
-    {"make": make, "ours": ours, "back": back}[task](*map(Path, paths))
+    if task == "make":
+        make(*paths)
+    else:
+        {"ours": ours, "back": back}[task](*map(Path, paths))

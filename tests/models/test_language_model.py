@@ -3,6 +3,7 @@
 import json
 import warnings
 
+import equinox as eqx
 import jax
 import numpy as np
 import pytest
@@ -17,6 +18,8 @@ VISION = {
     "vision_tower.embeddings.weight": np.ones((3, 2), np.float32),
     "multi_modal_projector.norm.weight": np.ones(2, np.float32),
 }
+# A head that predicts a second token.
+HEADS = {"mtp.fc.weight": np.ones((2, 2), np.float32)}
 # The prefixes of the language model and of its unembedding, and of the other parts.
 FORMS = {
     "older": ("language_model.model.", "language_model.lm_head.", ""),
@@ -102,3 +105,34 @@ def test_unknown_parts_are_extra(tmp_path):
         pytest.raises(ValueError, match=r"extra: audio_tower\.weight"),
     ):
         models.load(folder)
+
+
+def test_qwen_with_images_and_with_a_head_for_a_second_token(tmp_path):
+    inner = write_checkpoint(GOLDEN["qwen3-5-delta"], tmp_path / "inner")
+    want = models.load(inner)
+    tensors = load_file(inner / "model.safetensors")
+    save_file(tensors | HEADS, inner / "model.safetensors", metadata={"format": "pt"})
+    with pytest.warns(UserWarning, match=r"has 1 tensors of heads .* such as mtp\.fc\.weight"):
+        assert eqx.tree_equal(models.load(inner), want)
+    save_file(tensors, inner / "model.safetensors", metadata={"format": "pt"})
+    folder = outer_folder(inner, "qwen3_5", "newer", tmp_path / "outer")
+    values = json.loads((folder / "config.json").read_text())
+    del values["tie_word_embeddings"]
+    assert not models.read_config(values).tied
+    outer = load_file(folder / "model.safetensors")
+    others = {"model.visual.pos_embed.weight": np.ones((2, 2), np.float32)}
+    language = {name: tensor for name, tensor in outer.items() if "vision" not in name}
+    language = {name: tensor for name, tensor in language.items() if "projector" not in name}
+    save_file(language | others | HEADS, folder / "model.safetensors", metadata={"format": "pt"})
+    with (
+        pytest.warns(UserWarning, match="a language model and 1 tensors of other parts"),
+        pytest.warns(UserWarning, match="has 1 tensors of heads"),
+    ):
+        policy = models.load(folder)
+    assert policy.config == want.config
+    assert all(map(np.array_equal, jax.tree.leaves(policy), jax.tree.leaves(want)))
+    with pytest.warns(UserWarning, match="of a 'qwen3_5' checkpoint"):
+        models.save(policy, tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert saved["architectures"] == ["Qwen3_5ForCausalLM"]
+    assert saved["model_type"] == "qwen3_5_text"

@@ -17,14 +17,14 @@ from dpo_eqx.models._checkpoint.families import FAMILIES
 
 from ..policies import Plain, assert_close
 from ..test_packed import PACKED, PADDED, ROWS, in_order, value_and_gradient
-from .family_cases import CASES, IDS, POSITIONS, TOKENS
+from .family_cases import CASES, DENSE, IDS, POSITIONS, TOKENS
 from .golden import ragged_batch, shaken
 from .make_families import read_golden, save, write_checkpoint
 from .test_generate import Uncached
 
 GOLDEN = read_golden()
 # Each case compiles for a second or more: by default those with the most pieces of their own.
-DEFAULT = ("apertus", "cohere", "gemma3", "gpt-neox", "phi3-long")
+DEFAULT = ("apertus", "cohere", "gemma3", "gpt-neox", "phi3-long", "lfm2", "qwen3-5-rest")
 
 
 def cases(default=DEFAULT, of=CASES):
@@ -63,7 +63,9 @@ def test_logits(name, checkpoint):
 
 @pytest.mark.parametrize("name", cases(default=()))
 def test_logits_in_float32(name, checkpoint):
-    assert apart(name, logits_of(models.load(checkpoint(name)), IDS)) < 5e-6
+    # Rounding grows in a delta rule: `transformers` in float32 is off by 1.1e-5 and 2.6e-5.
+    limit = {"qwen3-5": 3e-5, "qwen3-5-delta": 3e-5}.get(name, 5e-6)
+    assert apart(name, logits_of(models.load(checkpoint(name)), IDS)) < limit
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -72,7 +74,7 @@ def test_configurations_are_written_as_they_were_read(name):
     assert models.read_config(write_config(config)) == config
 
 
-@pytest.mark.parametrize("name", cases(default=("apertus", "codegen")))
+@pytest.mark.parametrize("name", cases(default=("apertus", "codegen", "qwen3-5-rest")))
 def test_round_trip_is_bit_identical(name, checkpoint, tmp_path):
     folder = checkpoint(name)
     policy = models.load(folder)
@@ -167,6 +169,12 @@ def test_adapters_come_back_from_the_format_of_peft(name, checkpoint, tmp_path):
     policy = shaken(models.add_lora(base, rank=3, alpha=5, target="", key=jax.random.key(0)))
     models.save_lora(policy, tmp_path / "adapter")
     assert eqx.tree_equal(models.load_lora(base, tmp_path / "adapter"), policy)
+
+
+@pytest.mark.parametrize("name", cases(default=FUSED, of=DENSE))
+def test_adapters_of_fused_modules_with_one_down(name, checkpoint, tmp_path):
+    base = models.load(checkpoint(name))
+    policy = shaken(models.add_lora(base, rank=3, alpha=5, target="", key=jax.random.key(0)))
     attention = policy.layers.attention
     alike = eqx.tree_at(
         lambda policy: [getattr(policy.layers.attention, part).down for part in ("key", "value")],

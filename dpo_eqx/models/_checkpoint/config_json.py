@@ -61,8 +61,9 @@ def read_config(values: Mapping[str, Any]) -> Config:
     aliases = {key: values[a] for a, key in family.aliases().items() if a in values}
     settings = {**family.defaults, **values, **aliases}
     fields = {field: settings[key] for key, field in family.keys.items()}
+    fields = {**fields, **family.fixed}
     check_activation(fields["activation"], family)
-    fields = {**fields, **family.fixed, **family.read(settings), "family": values["model_type"]}
+    fields = {**fields, **family.read(settings), "family": values["model_type"]}
     try:
         config = Config(**{name: _plain(name, value) for name, value in fields.items()})
     except ValueError as error:

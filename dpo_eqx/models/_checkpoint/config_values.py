@@ -34,6 +34,10 @@ def _are_texts(x: Any) -> bool:
     return isinstance(x, list | tuple) and all(isinstance(item, str) for item in x)
 
 
+def _are_integers(x: Any) -> bool:
+    return isinstance(x, list | tuple) and all(map(_is_integer, x))
+
+
 def _are_switches(x: Any) -> bool:
     return isinstance(x, list | tuple) and all(item in (0, 1) for item in x)
 
@@ -52,6 +56,7 @@ FRACTION = Kind("a number above 0 and at most 1", lambda x: _is_number(x) and 0 
 FLAG = Kind("true or false", lambda x: isinstance(x, bool))
 TEXT = Kind("a text", lambda x: isinstance(x, str))
 TEXTS = Kind("a list of texts", _are_texts)
+INTEGERS = Kind("a list of integers", _are_integers)
 SWITCHES = Kind("a list of 0 and 1", _are_switches)
 POSITIVES = Kind("a list of positive numbers", _are_positive)
 COUNT_OR_TEXT = Kind(
@@ -94,6 +99,14 @@ KINDS = {
     **_each(FLAG, "scale_attn_by_inverse_layer_idx"),
     **_each(optional(FLAG), "use_bidirectional_attention"),
     **_each(TEXT, "hidden_act", "hidden_activation", "activation_function"),
+    **_each(SIZE, "conv_L_cache", "block_multiple_of", "full_attention_interval"),
+    **_each(SIZE, "linear_conv_kernel_dim", "linear_num_key_heads", "linear_num_value_heads"),
+    **_each(SIZE, "linear_key_head_dim", "linear_value_head_dim"),
+    **_each(optional(SIZE), "block_ff_dim"),
+    **_each(optional(POSITIVE), "block_ffn_dim_multiplier"),
+    **_each(FLAG, "conv_bias", "block_auto_adjust_ff_dim"),
+    **_each(optional(FLAG), "tie_embedding"),
+    **_each(optional(INTEGERS), "full_attn_idxs"),
     **_each(optional(TEXTS), "layer_types"),
     **_each(optional(OBJECT), "rope_scaling", "rope_parameters"),
 }

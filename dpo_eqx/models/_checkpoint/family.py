@@ -43,6 +43,8 @@ class Family:
     - `rotary_keys`: the keys of rotary embeddings that the family reads.
     - `neutral`: the values of keys in published files that `transformers` does not read, and that
         say what the family is anyway; an ellipsis stands for any value.
+    - `heads`: a regular expression for the tensors of heads that predict further tokens. They are
+        left out, as by `transformers`.
     - `constants`: the numbers that its checkpoints store beside the parameters, by name; with `{}`
         for the number of the layer.
     """
@@ -55,6 +57,7 @@ class Family:
     traits: tuple[Trait, ...] = ()
     rotary_keys: tuple[str, ...] = ROTARY_KEYS
     neutral: Values = dataclasses.field(default_factory=dict)
+    heads: str | None = None
     constants: Callable[[Config], Mapping[str, float]] = lambda config: {}
 
     def read(self, values: Values) -> dict[str, Any]:

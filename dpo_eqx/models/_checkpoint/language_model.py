@@ -14,12 +14,14 @@ from .config_values import shown
 from .folder import Weights
 
 # The outer `model_type`, and the inner one if the file does not say it.
-_OUTER = {"gemma3": "gemma3_text", "mistral3": "mistral"}
+_OUTER = {"gemma3": "gemma3_text", "mistral3": "mistral", "qwen3_5": "qwen3_5_text"}
+# Whether embeddings are tied if the outer configuration does not say it (default: yes).
+_TIED = {"qwen3_5": False}
 # Keys that the outer configuration decides if it has them.
 _OUTER_KEYS = ("quantization_config", "auto_map", "bos_token_id", "eos_token_id", "pad_token_id")
 # The same language model, as newer and as older versions of `transformers` name it.
 _PREFIX = re.compile(r"^(model\.language_model\.|language_model\.(model\.)?)")
-_OTHER_PARTS = re.compile(r"^(model\.)?(vision_tower|multi_modal_projector)\.")
+_OTHER_PARTS = re.compile(r"^(model\.)?(vision_tower|multi_modal_projector|visual)\.")
 # Files about images, which a language model alone does not take.
 _IMAGE_FILES = ("processor_config.json", "preprocessor_config.json")
 
@@ -45,7 +47,8 @@ def inner_config(values: Mapping[str, Any]) -> Mapping[str, Any]:
             f"{values['model_type']!r}; got {shown(text)}."
         )
     # `transformers` ties by the outer key alone.
-    tied = {"tie_word_embeddings": values.get("tie_word_embeddings", True)}
+    default = _TIED.get(values["model_type"], True)
+    tied = {"tie_word_embeddings": values.get("tie_word_embeddings", default)}
     outer = {key: values[key] for key in _OUTER_KEYS if key in values}
     return {"model_type": _OUTER[values["model_type"]], **text, **tied, **outer}
 
@@ -60,9 +63,7 @@ def inner_origin(origin: Origin) -> Origin:
 
 def keep_language_model(weights: Weights) -> None:
     """Keeps only the language model's tensors, under plain names; a warning counts the rest."""
-    others = [name for name in weights.shapes if _OTHER_PARTS.search(name)]
-    for name in others:
-        weights.drop(name)
+    others = _leave_out(weights, _OTHER_PARTS)
     for name in list(weights.shapes):
         plain = _PREFIX.sub("", name)
         if plain != name:
@@ -73,3 +74,28 @@ def keep_language_model(weights: Weights) -> None:
             f"such as {min(others)}. Only the language model is loaded.",
             stacklevel=3,
         )
+
+
+def leave_out_heads(weights: Weights, pattern: str) -> None:
+    """Leaves out the heads that predict further tokens; a warning counts their tensors.
+
+    **Arguments:**
+
+    - `weights`: the tensors of the checkpoint.
+    - `pattern`: a regular expression, searched in the names of tensors.
+    """
+    heads = _leave_out(weights, re.compile(pattern))
+    if heads:
+        warnings.warn(
+            f"{weights.folder} has {len(heads)} tensors of heads that predict further tokens, such "
+            f"as {min(heads)}. They are not loaded.",
+            stacklevel=3,
+        )
+
+
+def _leave_out(weights: Weights, pattern: re.Pattern[str]) -> list[str]:
+    """Leaves out the tensors whose name matches; returns their names."""
+    names = [name for name in weights.shapes if pattern.search(name)]
+    for name in names:
+        weights.drop(name)
+    return names

@@ -22,9 +22,10 @@ from .._decoder.reward_model import RewardModel, without_head
 from .._decoder.transformer import Transformer
 from .checks import check_tensors, check_tokenizer, with_tying_of
 from .config_json import read_config
+from .families import FAMILIES
 from .fill_shards import fill, fill_encoded, leaf_dtype
 from .folder import CONFIG, Weights, read_origin, resolve
-from .language_model import inner_origin, is_outer, keep_language_model
+from .language_model import inner_origin, is_outer, keep_language_model, leave_out_heads
 from .reward_head import PATH, is_reward_model, take_head
 from .tensor_sources import LeafSource, sources_in
 
@@ -48,8 +49,9 @@ def load(
 
     Tensors are read one at a time: peak memory is one copy of the weights (quantised, if
     `quantize` is given) and one tensor. The policy carries the tokenizer's files, and
-    `models.save` writes them again. If a checkpoint holds more than a language model (Gemma 3 and
-    Mistral 3 with images), the language model is read, and a warning counts the other tensors.
+    `models.save` writes them again. If a checkpoint holds more than a language model (Gemma 3,
+    Mistral 3 and Qwen3.5 with images), the language model is read, and a warning counts the other
+    tensors.
 
     **Arguments:**
 
@@ -98,6 +100,8 @@ def load(
     weights = Weights(folder)
     if is_outer(whole.config):
         keep_language_model(weights)
+    if (heads := FAMILIES[config.family].heads) is not None:
+        leave_out_heads(weights, heads)
     is_reward = is_reward_model(whole.config)
     stored, read_head = take_head(weights) if is_reward else ("", None)
     if is_reward:

@@ -133,7 +133,7 @@ def rope_parameters(rotary: Rotary) -> dict[str, Any]:
     return {**settings, **_WRITE[rotary.kind](rotary)}
 
 
-def _either(first: Mapping, second: Mapping, key: str, default: float) -> float:
+def _either(first: Mapping, second: Mapping, key: str, default: float) -> float | int:
     value = first.get(key)
     value = second.get(key) if value is None else value
     return default if value is None else value

@@ -19,6 +19,7 @@ from jaxtyping import PyTree
 from ..._extras import require
 from ..._jax.paths import leaf_name
 from .._adapters.quantize import holds_quantized
+from .._decoder.blocks import layers_at
 from .._decoder.reward_model import RewardModel
 from .._decoder.transformer import Transformer
 from .config_json import write_config
@@ -152,10 +153,11 @@ def tensors_of(policy: Transformer) -> list[Tensor]:
         pieces.sort(key=lambda part: part[0].part)
         source, path, _ = pieces[0]
         leaves = [leaf for _, _, leaf in pieces]
-        layers = range(policy.config.layers) if path.startswith("layers.") else (None,)
-        for layer in layers:
+        layers = layers_at(path, policy.config) if path.startswith("layers.") else (None,)
+        for place, layer in enumerate(layers):
             blocks = source.block_count(policy.config)
-            read = functools.partial(_read, source, blocks, leaves, layer)
+            own = None if layer is None else place
+            read = functools.partial(_read, source, blocks, leaves, own)
             size = sum(leaf.nbytes for leaf in leaves) // len(layers)
             tensors.append(Tensor(source.tensor(layer or 0, suffix), size, read))
     dtype = policy.embedding.weight.dtype
@@ -164,8 +166,8 @@ def tensors_of(policy: Transformer) -> list[Tensor]:
     return tensors
 
 
-def _read(source: Source, blocks: int, leaves: list[Any], layer: int | None) -> np.ndarray:
-    arrays = [np.asarray(leaf if layer is None else leaf[layer]) for leaf in leaves]
+def _read(source: Source, blocks: int, leaves: list[Any], place: int | None) -> np.ndarray:
+    arrays = [np.asarray(leaf if place is None else leaf[place]) for leaf in leaves]
     tensor = arrays[0] if len(arrays) == 1 else fuse(arrays, blocks)
     return np.ascontiguousarray(tensor.T if source.transposed else tensor)
 

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from ..._jax.paths import leaf_name
+from .._decoder.blocks import layers_at
 from .._decoder.transformer import Transformer
 from .families import FAMILIES
 from .folder import Weights
@@ -21,7 +22,7 @@ class LeafSource:
 
     **Arguments:**
 
-    - `tensors`: the names of the tensors.
+    - `tensors`: the names of the tensors, in the order of the layers that have one.
     - `rows`: for each output of the leaf, its place among the outputs of the tensor.
     - `outputs`: the number of outputs of the tensor.
     - `transposed`: whether the tensor is stored as `(in, out)`.
@@ -37,7 +38,7 @@ class LeafSource:
     stacked: bool
 
     def read(self, weights: Weights, layer: int, index: Index) -> np.ndarray:
-        """The part of the leaf at `index`, in one layer."""
+        """The part of the leaf at `index`, in one of the layers that have it."""
         (start, stop), *other_axes = index
         rows = self.rows[start:stop]
         first, last = int(rows[0]), int(rows[-1]) + 1
@@ -69,7 +70,7 @@ def sources_in(weights: Weights, skeleton: Transformer) -> dict[str, LeafSource]
     for path, shape in shapes.items():
         source, suffix = source_of(names, path)
         stacked = path.startswith("layers.")
-        layers = range(skeleton.config.layers if stacked else 1)
+        layers = layers_at(path, skeleton.config) if stacked else (0,)
         tensors = tuple(source.tensor(layer, suffix) for layer in layers)
         if bare:
             tensors = tuple(name.removeprefix(prefix) for name in tensors)

@@ -6,6 +6,8 @@
 import dataclasses
 from typing import Literal
 
+from .recurrence import Recurrence
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rotary:
@@ -106,6 +108,9 @@ class Config:
     - `windows`: for each layer, the number of positions that a token sees, itself included; `None`
         for all (default: `None` for each layer).
     - `projection_clip`: queries, keys and values are clipped to this absolute value.
+    - `recurrence`: what replaces attention in recurrent layers.
+    - `recurrent`: for each layer, whether it is recurrent (default: no layer is).
+    - `attention_gate`: whether a sigmoid of a projection gates the output of attention.
     - `attention_scale`: the factor of the scores (default: `head_width ** -0.5`).
     - `attention_softcap`, `softcap`: the soft caps of the scores and of the logits.
     - `embedding_scale`, `residual_scale`, `logit_scale`: the factors of the embedded tokens, of the
@@ -153,6 +158,9 @@ class Config:
     tied: bool = False
     windows: tuple[int | None, ...] = ()
     projection_clip: float | None = None
+    recurrence: Recurrence | None = None
+    recurrent: tuple[bool, ...] = ()
+    attention_gate: bool = False
     attention_scale: float = 0.0
     attention_softcap: float | None = None
     softcap: float | None = None
@@ -172,11 +180,17 @@ class Config:
         self._default("head_width", self.width // self.heads)
         self._default("feed_forward", 4 * self.width)
         self._default("windows", (None,) * self.layers)
+        self._default("recurrent", (False,) * self.layers)
         self._default("attention_scale", self.head_width**-0.5)
         if set(self.rotaries) == {self.rotary}:
             # One form for one meaning, whatever the number of layers.
             object.__setattr__(self, "rotaries", ())
         check_fit(self)
+
+    @property
+    def mixers(self) -> tuple[str, ...]:
+        """What mixes the tokens in each layer: `"attention"` or `"recurrence"`."""
+        return tuple("recurrence" if own else "attention" for own in self.recurrent)
 
     @property
     def layer_rotaries(self) -> tuple[Rotary | None, ...]:
@@ -213,11 +227,15 @@ def check_fit(config: Config) -> None:
         raise ValueError(
             f"`heads` must be a multiple of `key_heads`; got {config.heads} and {config.key_heads}."
         )
-    for name, entries in (("windows", config.windows), ("rotaries", config.layer_rotaries)):
+    by_layer = ("windows", "recurrent", "layer_rotaries")
+    for name, entries in ((name, getattr(config, name)) for name in by_layer):
         if len(entries) != config.layers:
             raise ValueError(
-                f"`{name}` must have one entry per layer, {config.layers}; got {len(entries)}."
+                f"`{name.removeprefix('layer_')}` must have one entry per layer, "
+                f"{config.layers}; got {len(entries)}."
             )
+    if any(config.recurrent) and config.recurrence is None:
+        raise ValueError("`recurrence` is required if a layer is recurrent; got None.")
     if config.tied and config.unembedding_bias:
         raise ValueError(
             "`tied` must be false if the logits have a bias (`unembedding_bias`), since a tied "

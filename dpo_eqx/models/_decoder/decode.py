@@ -1,9 +1,10 @@
 """Decoding: reads each prompt once, then draws several completions of it, token by token.
 
 A `Transformer` keeps the keys and values of the prompt, which all samples share, apart from those
-of each sample. A `RecurrentPolicy` keeps its state. Any other policy runs on the whole row for each
-token. So does a `Transformer` in rows so long that its rotary embeddings depend on their length.
-`generate.py` has the public functions.
+of each sample. The states of its recurrent layers begin as the prompt's in each sample, and so does
+the state of a `RecurrentPolicy`. Any other policy runs on the whole row for each token. So does a
+`Transformer` in rows so long that its rotary embeddings depend on their length. `generate.py` has
+the public functions.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ from ..._scoring.policy_checks import call_extend, call_start, check_keeps_shape
 from ..._scoring.predict import offers_recurrence, unembedding_of
 from ...protocols import RecurrentPolicy
 from .attention import attend_parts, visible
+from .blocks import Caches
 from .incremental import read_prompt
 from .transformer import Transformer
 
@@ -127,6 +129,9 @@ def _until(width: int) -> Callable[[tuple[Any, ...]], Bool[Array, ""]]:
 
 def _grown(own: PyTree, axis: int, width: int) -> PyTree:
     """The states of the samples with room for `width` new tokens."""
+    if isinstance(own, Caches):
+        # The state of a recurrent layer has no axis of tokens.
+        return own._replace(attention=_grown(own.attention, axis, width))
 
     def grown(x):
         padding = [(0, 0)] * x.ndim
@@ -162,7 +167,11 @@ def _has_ended(
 
 
 class Cached(eqx.Module):
-    """Reads one row with a cache of keys and values: the prompt's, and those of the new tokens."""
+    """Reads one row with a cache: keys and values of the prompt and of the new tokens, and states.
+
+    All samples share the keys and values of the prompt; each has its own of the new tokens, and its
+    own states of recurrent layers.
+    """
 
     policy: Transformer
     # The axis of the new tokens in the state of a sample, after the axis of layers.
@@ -170,14 +179,15 @@ class Cached(eqx.Module):
 
     def start(self, ids: Int[Array, " prompt"], length: Int[Array, ""]):
         """Reads a prompt: its cache, an empty one for new tokens, and the logits of the first."""
-        hidden, shared = read_prompt(self.policy, ids, length)
-        own = jax.tree.map(lambda x: x[:, :0], shared)
+        hidden, caches = read_prompt(self.policy, ids, length)
+        own = caches._replace(attention=jax.tree.map(lambda x: x[:, :0], caches.attention))
+        shared = caches._replace(recurrence=None)
         return shared, own, self.policy.unembed(hidden[length - 1][None])[0]
 
     def advance(self, shared, own, token: Int[Array, ""], length: Int[Array, ""], step):
         """Reads the new token number `step`: its cache, and the logits of the next token."""
         config = self.policy.config
-        prompt, new = (jnp.arange(x[0].shape[1]).astype(length.dtype) for x in (shared, own))
+        prompt, new = (_places(x).astype(length.dtype) for x in (shared, own))
         # The position counts real tokens, and not the padding of the prompt.
         position = (length + step)[None]
 
@@ -192,15 +202,22 @@ class Cached(eqx.Module):
             parts = (*shared, on_prompt), (*own, on_own), (key, value, jnp.ones((1, 1), bool))
             return attend_parts(query, parts, config=config), (key, value)
 
+        caches = Caches((shared.attention, own.attention), own.recurrence)
         hidden, written = self.policy.run(
-            token[None], position, attend_cached, masks_of, cache=(shared, own)
+            token[None], position, attend_cached, masks_of, caches=caches
         )
-        own = jax.tree.map(
+        attention = jax.tree.map(
             lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, step, axis=self.axis),
-            own,
-            written,
+            own.attention,
+            written.attention,
         )
-        return own, self.policy.unembed(hidden)[0]
+        return written._replace(attention=attention), self.policy.unembed(hidden)[0]
+
+
+def _places(caches: Caches) -> Int[Array, " length"]:
+    """The places of the tokens in a cache of keys and values; none if no layer has attention."""
+    leaves = jax.tree.leaves(caches.attention)
+    return jnp.arange(leaves[0].shape[1] if leaves else 0)
 
 
 class Recurrent(eqx.Module):

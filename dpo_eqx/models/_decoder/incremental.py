@@ -1,7 +1,7 @@
 """Reads a sequence in parts: the methods `start` and `extend` of `Transformer`.
 
-The state is a cache of keys and values, which grows. `decode.py` has a cache of fixed shapes, for
-loops.
+The state is a cache of keys and values, which grows, and the states of recurrent layers.
+`decode.py` has a cache of fixed shapes, for loops.
 """
 
 from functools import partial
@@ -16,9 +16,8 @@ from ..._arrays.layout import Layout
 from ..._arrays.tokens import as_ids
 from ..._jax.explicit_meshes import automatic
 from .attention import attend, attend_by_layout, masks, visible
-
-# Keys and values of all layers. Each of shape `(layers, length, key_heads, head_width)`.
-KeysAndValues = tuple[Float[Array, "layers length key_heads head_width"], ...]
+from .blocks import Caches
+from .links import links_of
 
 
 class Cache(eqx.Module):
@@ -26,13 +25,14 @@ class Cache(eqx.Module):
 
     **Arguments:**
 
-    - `layers`: the keys and the values of all layers.
+    - `layers`: the keys and the values of layers with attention, each of shape
+        `(layers, length, key_heads, head_width)`, and the states of recurrent layers.
     - `positions`: the position of each token. Shape `(length,)`.
     - `is_real`: false for the padding of a prompt, which no later token sees. Shape `(length,)`.
     - `tokens`: the number of real tokens, which is the position of the next one.
     """
 
-    layers: KeysAndValues
+    layers: Caches
     positions: Int[Array, " length"]
     is_real: Bool[Array, " length"]
     tokens: Int[Array, ""]
@@ -43,8 +43,8 @@ def read_prompt(
     ids: Int[Array, " prompt"],
     length: Int[Array, ""],
     key: PRNGKeyArray | None = None,
-) -> tuple[Float[Array, "prompt width"], KeysAndValues]:
-    """The hidden states of a prompt of `length` real tokens, and its keys and values."""
+) -> tuple[Float[Array, "prompt width"], Caches]:
+    """The hidden states of a prompt of `length` real tokens, and what its layers keep."""
     layout = Layout(length, ids.size, ())
 
     def attend_and_keep(query, key, value, masks, cache, rng):
@@ -52,7 +52,12 @@ def read_prompt(
         return output, (key, value)
 
     return policy.run(
-        ids, layout.positions, attend_and_keep, lambda window: masks(layout, window), key=key
+        ids,
+        layout.positions,
+        attend_and_keep,
+        lambda window: masks(layout, window),
+        links=links_of(layout),
+        key=key,
     )
 
 
@@ -76,7 +81,7 @@ def start(
 
     **Returns:**
 
-    The cache of keys and values, and the normalised hidden state of the last real token.
+    The cache, and the normalised hidden state of the last real token.
 
     **Raises:**
 
@@ -111,8 +116,7 @@ def extend(
 
     **Returns:**
 
-    The cache with the keys and values of `ids` behind all others, and the normalised hidden state
-    of each token.
+    The cache after `ids`, and the normalised hidden state of each token.
 
     **Raises:**
 
@@ -132,7 +136,7 @@ def extend(
     def mask_of(window):
         return visible(own, positions, window) & is_real[None]
 
-    hidden, layers = policy.run(ids, own, attend_to_all, mask_of, cache=state.layers, key=key)
+    hidden, layers = policy.run(ids, own, attend_to_all, mask_of, caches=state.layers, key=key)
     cache = Cache(layers, positions, is_real, state.tokens + ids.size)
     return cache, _in_table(policy, hidden, own)
 

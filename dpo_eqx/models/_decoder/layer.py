@@ -1,6 +1,7 @@
 """One layer of a decoder: attention, feed-forward, their norms and the residual stream.
 
-The caller's function `attend` applies the mask and any cache.
+The caller's functions apply the mask and any cache. In hybrids, `short_conv.py` and `delta_net.py`
+replace the attention of some layers.
 """
 
 from collections.abc import Callable
@@ -14,10 +15,14 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from ..._jax.rounding import rounded
 from .basic_layers import ACTIVATIONS, XIELU, Linear, Norm, dropout, scaled
 from .config import Config
+from .delta_net import DeltaNet
 from .rotary import Tables, rotate
+from .short_conv import ShortConvolution
 
 # Maps queries, keys and values of one layer to its output, and to a cache of any form.
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
+# Maps the normalised input of one layer to what its attention or recurrence adds, and to a cache.
+Mix = Callable[[Array], tuple[Array, Any]]
 
 
 class Attention(eqx.Module):
@@ -27,7 +32,7 @@ class Attention(eqx.Module):
 
     - `config`: gives the sizes, biases and norms. The weights of `query`, `key`, `value` and
         `output` have shapes `(heads * head_width, width)`, `(key_heads * head_width, width)`
-        (twice) and `(width, heads * head_width)`.
+        (twice) and `(width, heads * head_width)`; `gate` has the shape of `query`.
     - `key`: the random key of the initial weights.
     """
 
@@ -35,6 +40,7 @@ class Attention(eqx.Module):
     key: Linear
     value: Linear
     output: Linear
+    gate: Linear | None
     query_norm: Norm | None
     key_norm: Norm | None
 
@@ -47,6 +53,9 @@ class Attention(eqx.Module):
         self.value = Linear(shared, config.width, key=keys[2], **into)
         scale = (2 * config.layers * inner) ** -0.5
         self.output = Linear(config.width, inner, bias=config.output_bias, scale=scale, key=keys[3])
+        # A key of its own, so that the other weights are the same with a gate and without.
+        gate = Linear(inner, config.width, key=jax.random.fold_in(key, 4), **into)
+        self.gate = gate if config.attention_gate else None
         self.query_norm = query_key_norm(config.heads, config)
         self.key_norm = query_key_norm(config.key_heads, config)
 
@@ -75,7 +84,10 @@ class Attention(eqx.Module):
         if config.query_key_norm_last:
             query, key = self._normalised(query, key, config)
         output, cache = attend(query, key, value)  # (length, heads, head_width)
-        return self.output(output.reshape(x.shape[0], -1)), cache
+        output = output.reshape(x.shape[0], -1)
+        if self.gate is not None:
+            output = rounded(output * jax.nn.sigmoid(self.gate(x)))
+        return self.output(output), cache
 
     def _normalised(
         self,
@@ -149,6 +161,9 @@ class FeedForward(eqx.Module):
 class Layer(eqx.Module):
     """Attention and feed-forward on the residual stream, in sequence or in parallel.
 
+    If `config` has layers with attention and recurrent layers, it has the parts of both, and the
+    caller chooses between them.
+
     **Arguments:**
 
     - `config`: gives the sizes and biases, and which norms there are. Each norm has parameters of
@@ -157,7 +172,8 @@ class Layer(eqx.Module):
     """
 
     attention_norm: Norm | None
-    attention: Attention
+    attention: Attention | None
+    recurrence: ShortConvolution | DeltaNet | None
     attention_post_norm: Norm | None
     feed_forward_norm: Norm | None
     feed_forward: FeedForward
@@ -167,7 +183,8 @@ class Layer(eqx.Module):
         keys = jax.random.split(key)
         width, shared = config.width, config.parallel and not config.parallel_norms
         self.attention_norm = Norm(width, config) if config.pre_norms else None
-        self.attention = Attention(config, key=keys[0])
+        self.attention = Attention(config, key=keys[0]) if "attention" in config.mixers else None
+        self.recurrence = recurrence_of(config, key=keys[0])
         self.attention_post_norm = Norm(width, config) if config.post_norms else None
         own = config.pre_norms and not shared
         self.feed_forward_norm = Norm(width, config) if own else None
@@ -177,8 +194,7 @@ class Layer(eqx.Module):
     def __call__(
         self,
         x: Float[Array, "length width"],
-        tables: Tables | None,
-        attend: Attend,
+        mix: Mix,
         *,
         config: Config,
         key: PRNGKeyArray | None,
@@ -187,7 +203,7 @@ class Layer(eqx.Module):
         rate = config.residual_dropout
         before = x
         normed = x if self.attention_norm is None else self.attention_norm(x)
-        mixed, cache = self.attention(normed, tables, attend, config=config)
+        mixed, cache = mix(normed)
         if self.attention_post_norm is not None:
             mixed = self.attention_post_norm(mixed)
         x = x + dropout(scaled(mixed, config.residual_scale), rate, keys[0])
@@ -200,3 +216,11 @@ class Layer(eqx.Module):
         if self.feed_forward_post_norm is not None:
             fed = self.feed_forward_post_norm(fed)
         return x + dropout(scaled(fed, config.residual_scale), rate, keys[1]), cache
+
+
+def recurrence_of(config: Config, *, key: PRNGKeyArray) -> ShortConvolution | DeltaNet | None:
+    """What replaces attention in recurrent layers, if there are any."""
+    if config.recurrence is None or "recurrence" not in config.mixers:
+        return None
+    kind = DeltaNet if config.recurrence.kind == "delta" else ShortConvolution
+    return kind(config, config.recurrence, key=key)

@@ -23,20 +23,13 @@ from ..._jax.partitioning import keep_rows
 from . import incremental
 from .attention import attend_by_layout, masks
 from .basic_layers import Embedding, Linear, Norm, dropout, scaled
-from .blockwise import ATTENDED
+from .blocks import Caches, keep_own, scan_layers
 from .by_layer import choose_masks, choose_tables
 from .companion_files import Origin
 from .config import Config
 from .half_precision_scan import as_bits, from_bits
 from .layer import Layer
-
-# The residuals of a layer for the backward pass: the outputs of its matrix products with weights,
-# and of its attention. Everything in between is recomputed, which is faster than writing and
-# reading it.
-KEPT = jax.checkpoint_policies.save_from_both_policies(
-    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    jax.checkpoint_policies.save_only_these_names(ATTENDED),
-)
+from .links import Links, links_of, one_sequence
 
 
 class Transformer(eqx.Module):
@@ -44,6 +37,8 @@ class Transformer(eqx.Module):
 
     It implements `FastPolicy`. Layers are stacked: each leaf of `layers` has a leading axis of
     size `config.layers`, and `lax.scan` runs them, so that compile time does not grow with depth.
+    In a hybrid, leaves of `layers.attention` and `layers.recurrence` have only the layers with
+    attention and the recurrent layers along that axis.
     Dropout applies only if a key is given.
 
     ```python
@@ -74,7 +69,8 @@ class Transformer(eqx.Module):
         learned = Embedding(config.max_length, config.width, key=keys[1])
         self.positions = learned if config.rotary is None else None
         stack = jax.random.split(keys[2], config.layers)
-        self.layers = eqx.filter_vmap(lambda key: Layer(config, key=key))(stack)
+        layers = eqx.filter_vmap(lambda key: Layer(config, key=key))(stack)
+        self.layers = keep_own(layers, config)
         self.norm = Norm(config.width, config)
         bias = config.unembedding_bias
         head = Linear(config.vocab, config.width, bias=bias, scale=0.02, key=keys[3])
@@ -136,8 +132,9 @@ class Transformer(eqx.Module):
         def masks_of(window):
             return masks(layout, window)
 
+        links = links_of(layout) if any(self.config.recurrent) else None
         hidden, _ = self.run(
-            as_ids(ids), layout.positions, attend, masks_of, tokens=tokens, key=key
+            as_ids(ids), layout.positions, attend, masks_of, tokens=tokens, links=links, key=key
         )
         return hidden if is_too_long is None else jnp.where(is_too_long, jnp.nan, hidden)
 
@@ -149,9 +146,10 @@ class Transformer(eqx.Module):
         masks_of: Callable[[int | None], Any],
         *,
         tokens: Int[Array, ""] | None = None,
-        cache: Any = None,
+        links: Links | None = None,
+        caches: Caches | None = None,
         key: PRNGKeyArray | None = None,
-    ) -> tuple[Float[Array, "length width"], Any]:
+    ) -> tuple[Float[Array, "length width"], Caches]:
         """Runs the whole stack, with an attention function from the caller.
 
         **Arguments:**
@@ -161,12 +159,16 @@ class Transformer(eqx.Module):
         - `masks_of`: returns the masks for `attend`, from the window of a layer.
         - `tokens`: the number of real tokens of the sequence; `None` if it is at most the limit of
             the rotary embeddings.
-        - `cache`: a pytree with a leading axis of layers; each layer gets its slice.
+        - `links`: which token follows which, for recurrent layers (default: each follows the one
+            before it).
+        - `caches`: what `attend` gets as `cache`, and the states of recurrent layers before the
+            row (default: zeros); each layer gets its slice.
         - `key`: the random key of dropout; without it no dropout applies.
 
         **Returns:**
 
-        The normalised hidden states, and the caches that `attend` returned, stacked.
+        The normalised hidden states; the caches that `attend` returned, and the states of recurrent
+        layers after the last real token.
         """
         config = self.config
         first, key = (None, None) if key is None else jax.random.split(key)
@@ -179,25 +181,28 @@ class Transformer(eqx.Module):
         # Without rematerialisation, each layer would store a copy of what it reads from bits.
         bits = as_bits(arrays) if config.remat else None
 
-        def body(x, inputs):
-            arrays, bits, which_masks, which_tables, cache, key = inputs
+        def body(mixer, x, inputs):
+            arrays, bits, which_masks, which_tables, caches, key = inputs
             key, rng = (None, None) if key is None else jax.random.split(key)
 
             def attend_here(query, key, value):
-                return attend(query, key, value, masks_in(which_masks), cache, rng)
+                return attend(query, key, value, masks_in(which_masks), caches.attention, rng)
 
             arrays = arrays if bits is None else from_bits(arrays, bits, x)
             layer = eqx.combine(arrays, static)
             tables = tables_in(which_tables)
-            x, new_cache = layer(keep_rows(x), tables, attend_here, config=config, key=key)
-            return keep_rows(x), new_cache
 
-        # In a scan, common subexpressions cannot undo the recomputation, and preventing them is
-        # slow.
-        body = jax.checkpoint(body, prevent_cse=False, policy=None if config.remat else KEPT)
-        x, new_caches = jax.lax.scan(
-            body, x, (arrays, bits, which_masks, which_tables, cache, keys)
-        )
+            def mix(x):
+                if mixer == "attention":
+                    return layer.attention(x, tables, attend_here, config=config)
+                own_links = one_sequence(ids.size) if links is None else links
+                return layer.recurrence(x, own_links, caches.recurrence, config=config)
+
+            x, cache = layer(keep_rows(x), mix, config=config, key=key)
+            return keep_rows(x), Caches(**{mixer: cache})
+
+        stacks = (arrays, bits, which_masks, which_tables, caches or Caches(), keys)
+        x, new_caches = scan_layers(body, x, stacks, config.mixers, remat=config.remat)
         # In half precision the norm is recomputed too: nothing that it keeps for the backward pass
         # then changes how the forward pass rounds.
         norm = eqx.filter_checkpoint(self.norm) if is_narrow(x) else self.norm

@@ -18,6 +18,7 @@ from ..._jax.paths import leaf_name
 from .._adapters.lora import is_linear, weight_shape
 from .._checkpoint.families import FAMILIES
 from .._checkpoint.tensor_names import parts_of, rows_of_parts
+from .._decoder.blocks import layers_at
 from .._decoder.transformer import Transformer
 
 
@@ -31,12 +32,12 @@ class Pair(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-    """A linear layer of a checkpoint, in every layer of the decoder.
+    """A linear layer of a checkpoint, in every layer of the decoder that has it.
 
     **Arguments:**
 
     - `module`: its name, with `{}` for the number of the layer.
-    - `layers`: the number of layers.
+    - `layers`: the numbers of the layers that have it.
     - `stacked`: whether our parameters have a leading axis of layers.
     - `parts`: the paths of our layers, each one a part of its outputs; `None` for a part without an
         adapter.
@@ -45,7 +46,7 @@ class Site:
     """
 
     module: str
-    layers: int
+    layers: tuple[int, ...]
     stacked: bool
     parts: tuple[str | None, ...]
     rows: tuple[np.ndarray, ...]
@@ -53,7 +54,7 @@ class Site:
 
     def names(self) -> list[str]:
         """The module's name in each layer."""
-        return [self.module.format(layer) for layer in range(self.layers)]
+        return [self.module.format(layer) for layer in self.layers]
 
     @property
     def outputs(self) -> int:
@@ -123,7 +124,7 @@ def join(site: Site, pairs: Mapping[str, Pair]) -> Pair:
     )
     shares = alike and None not in site.parts
     rank = first.up.shape[2] if shares else sum(pair.up.shape[2] for pair in present)
-    up = np.zeros((site.layers, site.outputs, rank), first.up.dtype)
+    up = np.zeros((len(site.layers), site.outputs, rank), first.up.dtype)
     column = 0
     for path, rows in zip(site.parts, site.rows, strict=True):
         if shares:
@@ -151,7 +152,7 @@ def _site(
     sizes = [shapes[path].shape[-2] for path in paths]
     return Site(
         module=module,
-        layers=policy.config.layers if stacked else 1,
+        layers=layers_at(paths[0], policy.config) if stacked else (0,),
         stacked=stacked,
         parts=tuple(path if path in found else None for path in paths),
         rows=tuple(rows_of_parts(sizes, source.block_count(policy.config))),
