@@ -24,7 +24,7 @@ from .test_generate import Uncached
 
 GOLDEN = read_golden()
 # Each case compiles for a second or more: by default those with the most pieces of their own.
-DEFAULT = ("apertus", "cohere", "gemma3", "gpt-neox", "phi3-long")
+DEFAULT = ("apertus", "cohere", "gemma3", "gpt-neox", "gpt-oss", "mixtral", "phi3-long")
 
 
 def cases(default=DEFAULT, of=CASES):

@@ -3,10 +3,11 @@
 `family.py` defines a family, and the modules that this one joins have their tables.
 """
 
+from .families_experts import EXPERTS
 from .families_gpt import GPTS
 from .families_layer_norm import LAYER_NORM
 from .families_llama import LLAMAS
 from .families_norms import NORMS
 from .family import Family as Family
 
-FAMILIES: dict[str, Family] = {**LLAMAS, **NORMS, **LAYER_NORM, **GPTS}
+FAMILIES: dict[str, Family] = {**LLAMAS, **NORMS, **LAYER_NORM, **GPTS, **EXPERTS}

@@ -5,6 +5,7 @@ its place.
 """
 
 import functools
+import itertools
 import json
 import os
 import warnings
@@ -153,21 +154,37 @@ def tensors_of(policy: Transformer) -> list[Tensor]:
         source, path, _ = pieces[0]
         leaves = [leaf for _, _, leaf in pieces]
         layers = range(policy.config.layers) if path.startswith("layers.") else (None,)
-        for layer in layers:
-            blocks = source.block_count(policy.config)
-            read = functools.partial(_read, source, blocks, leaves, layer)
-            size = sum(leaf.nbytes for leaf in leaves) // len(layers)
-            tensors.append(Tensor(source.tensor(layer or 0, suffix), size, read))
+        blocks, count = (
+            source.block_count(policy.config),
+            source.tensors_in_layer(policy.config),
+        )
+        size = sum(leaf.nbytes for leaf in leaves) // (len(layers) * count)
+        for layer, expert in itertools.product(layers, range(count)):
+            read = functools.partial(_read, source, blocks, leaves, layer, expert)
+            tensors.append(Tensor(source.tensor(layer or 0, suffix, expert), size, read))
     dtype = policy.embedding.weight.dtype
     for name, value in family.constants_of(policy.config).items():
         tensors.append(Tensor(name, dtype.itemsize, functools.partial(np.asarray, value, dtype)))
     return tensors
 
 
-def _read(source: Source, blocks: int, leaves: list[Any], layer: int | None) -> np.ndarray:
-    arrays = [np.asarray(leaf if layer is None else leaf[layer]) for leaf in leaves]
-    tensor = arrays[0] if len(arrays) == 1 else fuse(arrays, blocks)
-    return np.ascontiguousarray(tensor.T if source.transposed else tensor)
+def _read(
+    source: Source, blocks: int, leaves: list[Any], layer: int | None, expert: int
+) -> np.ndarray:
+    """A tensor of one layer, and of one expert if each has its own."""
+    index = () if layer is None else (layer,)
+    if source.experts == "stacked":
+        parts = zip(*(np.asarray(leaf[index]) for leaf in leaves), strict=True)
+        tensor = np.stack([_joined(source, blocks, list(part)) for part in parts])
+    else:
+        index = index if source.experts is None else (*index, expert)
+        tensor = _joined(source, blocks, [np.asarray(leaf[index]) for leaf in leaves])
+    # safetensors writes the memory as it lies.
+    return np.ascontiguousarray(tensor)
+
+
+def _joined(source: Source, blocks: int, arrays: list[np.ndarray]) -> np.ndarray:
+    return source.transpose(arrays[0] if len(arrays) == 1 else fuse(arrays, blocks))
 
 
 def fuse(parts: list[np.ndarray], blocks: int) -> np.ndarray:

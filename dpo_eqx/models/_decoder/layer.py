@@ -14,10 +14,11 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from ..._jax.rounding import rounded
 from .basic_layers import ACTIVATIONS, XIELU, Linear, Norm, dropout, scaled
 from .config import Config
+from .experts import RoutedFeedForward
 from .rotary import Tables, rotate
 
-# Maps queries, keys and values of one layer to its output, and to a cache of any form.
-Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
+# Maps queries, keys, values and sinks of one layer to its output, and to a cache of any form.
+Attend = Callable[[Array, Array, Array, Array | None], tuple[Array, Any]]
 
 
 class Attention(eqx.Module):
@@ -27,7 +28,7 @@ class Attention(eqx.Module):
 
     - `config`: gives the sizes, biases and norms. The weights of `query`, `key`, `value` and
         `output` have shapes `(heads * head_width, width)`, `(key_heads * head_width, width)`
-        (twice) and `(width, heads * head_width)`.
+        (twice) and `(width, heads * head_width)`. `sinks` has shape `(heads,)`.
     - `key`: the random key of the initial weights.
     """
 
@@ -37,6 +38,7 @@ class Attention(eqx.Module):
     output: Linear
     query_norm: Norm | None
     key_norm: Norm | None
+    sinks: Float[Array, " heads"] | None
 
     def __init__(self, config: Config, *, key: PRNGKeyArray):
         keys = jax.random.split(key, 4)
@@ -49,6 +51,7 @@ class Attention(eqx.Module):
         self.output = Linear(config.width, inner, bias=config.output_bias, scale=scale, key=keys[3])
         self.query_norm = query_key_norm(config.heads, config)
         self.key_norm = query_key_norm(config.key_heads, config)
+        self.sinks = jnp.zeros(config.heads, jnp.float32) if config.attention_sinks else None
 
     def __call__(
         self,
@@ -59,11 +62,12 @@ class Attention(eqx.Module):
         config: Config,
     ) -> tuple[Float[Array, "length width"], Any]:
         query, key, value = (
-            clipped(project(x), config.projection_clip).reshape(x.shape[0], -1, config.head_width)
+            project(x).reshape(x.shape[0], -1, config.head_width)
             for project in (self.query, self.key, self.value)
         )  # (length, heads, head_width), for keys and values (length, key_heads, head_width)
         if not config.query_key_norm_last:
             query, key = self._normalised(query, key, config)
+        query, key, value = (clipped(x, config.projection_clip) for x in (query, key, value))
         if tables is not None:
             interleaved = config.rotary is not None and config.rotary.interleaved
             query, key = (rotate(x, tables, interleaved=interleaved) for x in (query, key))
@@ -74,7 +78,7 @@ class Attention(eqx.Module):
             query, key = rounded((query, key))
         if config.query_key_norm_last:
             query, key = self._normalised(query, key, config)
-        output, cache = attend(query, key, value)  # (length, heads, head_width)
+        output, cache = attend(query, key, value, self.sinks)  # (length, heads, head_width)
         return self.output(output.reshape(x.shape[0], -1)), cache
 
     def _normalised(
@@ -160,7 +164,7 @@ class Layer(eqx.Module):
     attention: Attention
     attention_post_norm: Norm | None
     feed_forward_norm: Norm | None
-    feed_forward: FeedForward
+    feed_forward: FeedForward | RoutedFeedForward
     feed_forward_post_norm: Norm | None
 
     def __init__(self, config: Config, *, key: PRNGKeyArray):
@@ -171,7 +175,8 @@ class Layer(eqx.Module):
         self.attention_post_norm = Norm(width, config) if config.post_norms else None
         own = config.pre_norms and not shared
         self.feed_forward_norm = Norm(width, config) if own else None
-        self.feed_forward = FeedForward(config, key=keys[1])
+        block = RoutedFeedForward if config.experts else FeedForward
+        self.feed_forward = block(config, key=keys[1])
         self.feed_forward_post_norm = Norm(width, config) if config.post_norms else None
 
     def __call__(

@@ -26,6 +26,7 @@ from .blockwise import ATTENDED
 from .by_layer import choose_masks, choose_tables
 from .companion_files import Origin
 from .config import Config
+from .experts import CHOSEN, PRODUCTS
 from .half_precision_scan import as_bits, from_bits
 from .layer import Layer
 
@@ -34,8 +35,10 @@ from .layer import Layer
 # reading it.
 KEPT = jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    jax.checkpoint_policies.save_only_these_names(ATTENDED),
+    jax.checkpoint_policies.save_only_these_names(ATTENDED, PRODUCTS, CHOSEN),
 )
+# If layers are recomputed: nothing but the choices of the routers.
+CHOICES = jax.checkpoint_policies.save_only_these_names(CHOSEN)
 
 
 class Transformer(eqx.Module):
@@ -127,9 +130,9 @@ class Transformer(eqx.Module):
         is_too_long = self._is_too_long(layout)
         tokens = self._tokens_of(layout)
 
-        def attend(query, key, value, masks, cache, rng):
+        def attend(query, key, value, sinks, masks, cache, rng):
             return attend_by_layout(
-                layout, query, key, value, masks, config=self.config, rng=rng
+                layout, query, key, value, masks, sinks=sinks, config=self.config, rng=rng
             ), None
 
         def masks_of(window):
@@ -156,7 +159,8 @@ class Transformer(eqx.Module):
         **Arguments:**
 
         - `ids`, `positions`: the tokens and their positions. Shape `(length,)`.
-        - `attend`: `(query, key, value, masks, cache, rng) -> (output, cache)` for one layer.
+        - `attend`: `(query, key, value, sinks, masks, cache, rng) -> (output, cache)` for one
+            layer.
         - `masks_of`: returns the masks for `attend`, from the window of a layer.
         - `tokens`: the number of real tokens of the sequence; `None` if it is at most the limit of
             the rotary embeddings.
@@ -182,8 +186,8 @@ class Transformer(eqx.Module):
             arrays, bits, which_masks, which_tables, cache, key = inputs
             key, rng = (None, None) if key is None else jax.random.split(key)
 
-            def attend_here(query, key, value):
-                return attend(query, key, value, masks_in(which_masks), cache, rng)
+            def attend_here(query, key, value, sinks):
+                return attend(query, key, value, sinks, masks_in(which_masks), cache, rng)
 
             arrays = arrays if bits is None else from_bits(arrays, bits, x)
             layer = eqx.combine(arrays, static)
@@ -193,7 +197,7 @@ class Transformer(eqx.Module):
 
         # In a scan, common subexpressions cannot undo the recomputation, and preventing them is
         # slow.
-        body = jax.checkpoint(body, prevent_cse=False, policy=None if config.remat else KEPT)
+        body = jax.checkpoint(body, prevent_cse=False, policy=CHOICES if config.remat else KEPT)
         x, new_caches = jax.lax.scan(
             body, x, (arrays, bits, which_masks, which_tables, cache, keys)
         )
