@@ -2,7 +2,7 @@
 
 JAX has such a product for sorted rows, `jax.lax.ragged_dot`, but no `vmap` of it over rows that
 share their matrices. Here a `vmap` merges the rows of all examples into one product. Nothing here
-knows what chooses the groups.
+knows what chooses the groups. `grouped_blocks.py` has the products on CPUs.
 """
 
 import functools
@@ -16,6 +16,7 @@ from jax.interpreters import ad, batching, mlir
 from jax.sharding import NamedSharding, PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from .grouped_blocks import dot_by_blocks, outer_by_blocks
 from .mapped_axes import vary_alike
 from .partitioning import over_axes
 
@@ -72,19 +73,28 @@ def _sorted(group: Int[Array, " rows"], groups: int) -> tuple[Array, Array]:
     return jnp.argsort(group, stable=True), is_member.sum(axis=0, dtype=jnp.int32)
 
 
-def _dot_of_rows(x: Array, matrices: Array, group: Array) -> Array:
-    order, sizes = _sorted(group, len(matrices))
-    products = jax.lax.ragged_dot_general(
-        x[order], matrices, sizes, _ROWS_BY_MATRIX, preferred_element_type=x.dtype
-    )
-    return products[jnp.argsort(order)]
-
-
-def _outer_of_rows(y: Array, x: Array, group: Array, *, groups: int) -> Array:
-    order, sizes = _sorted(group, groups)
+def _ragged_dot(x: Array, matrices: Array, sizes: Array) -> Array:
     return jax.lax.ragged_dot_general(
-        y[order], x[order], sizes, _ROWS_BY_ROWS, preferred_element_type=x.dtype
+        x, matrices, sizes, _ROWS_BY_MATRIX, preferred_element_type=x.dtype
     )
+
+
+def _ragged_outer(y: Array, x: Array, sizes: Array) -> Array:
+    return jax.lax.ragged_dot_general(y, x, sizes, _ROWS_BY_ROWS, preferred_element_type=x.dtype)
+
+
+def _dot_of_rows(dot: Callable[..., Array], x: Array, matrices: Array, group: Array) -> Array:
+    """The product by a function for sorted rows."""
+    order, sizes = _sorted(group, len(matrices))
+    return dot(x[order], matrices, sizes)[jnp.argsort(order)]
+
+
+def _outer_of_rows(
+    outer: Callable[..., Array], y: Array, x: Array, group: Array, *, groups: int
+) -> Array:
+    """The sums by a function for sorted rows."""
+    order, sizes = _sorted(group, groups)
+    return outer(y[order], x[order], sizes)
 
 
 def _dot_shape(x: Any, matrices: Any, group: Any) -> Any:
@@ -180,18 +190,42 @@ def _batch_outer(axis: Any, operands: Any, dims: Any, *, groups: int) -> tuple[A
     return over_axes(axis.spmd_name, on_part, rows), 0
 
 
-def _define(name: str, of_rows: Callable, shape: Callable, transpose: Callable, batch: Callable):
+def _define(
+    name: str,
+    ragged: Callable[..., Array],
+    by_blocks: Callable[..., Array],
+    shape: Callable[..., Any],
+    transpose: Callable[..., Any],
+    batch: Callable[..., Any],
+) -> Primitive:
+    """A primitive; `ragged` computes it everywhere but on CPUs."""
     primitive = Primitive(name)
-    primitive.def_impl(of_rows)
+    primitive.def_impl(ragged)
     primitive.def_abstract_eval(shape)
     ad.primitive_jvps[primitive] = functools.partial(_jvp, primitive.bind)
     ad.primitive_transposes[primitive] = transpose
     batching.fancy_primitive_batchers[primitive] = batch
-    mlir.register_lowering(primitive, mlir.lower_fun(of_rows, multiple_results=False))
+    mlir.register_lowering(primitive, mlir.lower_fun(ragged, multiple_results=False))
+    on_cpu = mlir.lower_fun(by_blocks, multiple_results=False)
+    mlir.register_lowering(primitive, on_cpu, platform="cpu")
     return primitive
 
 
 # A primitive, since JAX's `custom_vmap` has no reverse mode, and inside of a `custom_vjp` it would
 # compute the gradient of shared matrices for each example apart.
-_dot = _define("grouped_dot", _dot_of_rows, _dot_shape, _dot_transpose, _batch_dot)
-_outer = _define("grouped_outer", _outer_of_rows, _outer_shape, _outer_transpose, _batch_outer)
+_dot = _define(
+    "grouped_dot",
+    functools.partial(_dot_of_rows, _ragged_dot),
+    functools.partial(_dot_of_rows, dot_by_blocks),
+    _dot_shape,
+    _dot_transpose,
+    _batch_dot,
+)
+_outer = _define(
+    "grouped_outer",
+    functools.partial(_outer_of_rows, _ragged_outer),
+    functools.partial(_outer_of_rows, outer_by_blocks),
+    _outer_shape,
+    _outer_transpose,
+    _batch_outer,
+)

@@ -187,6 +187,7 @@ class Layer(eqx.Module):
         *,
         config: Config,
         key: PRNGKeyArray | None,
+        observe: Callable[["Layer", Array], Any] | None = None,
     ) -> tuple[Float[Array, "length width"], Any]:
         keys = (None, None) if key is None else jax.random.split(key)
         rate = config.residual_dropout
@@ -201,6 +202,7 @@ class Layer(eqx.Module):
         elif not config.parallel:
             normed = x
         # In a parallel layer without a second norm, the feed-forward reads attention's input.
+        cache = cache if observe is None else observe(self, normed)
         fed = self.feed_forward(normed, config=config)
         if self.feed_forward_post_norm is not None:
             fed = self.feed_forward_post_norm(fed)

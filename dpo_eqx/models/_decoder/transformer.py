@@ -22,23 +22,12 @@ from ..._jax.explicit_meshes import automatic
 from ..._jax.partitioning import keep_rows
 from .attention import attend_by_layout, masks
 from .basic_layers import Embedding, Linear, Norm, dropout, scaled
-from .blockwise import ATTENDED
 from .by_layer import choose_masks, choose_tables
 from .companion_files import Origin
 from .config import Config
-from .experts import CHOSEN, PRODUCTS
 from .half_precision_scan import as_bits, from_bits
 from .layer import Layer
-
-# The residuals of a layer for the backward pass: the outputs of its matrix products with weights,
-# and of its attention. Everything in between is recomputed, which is faster than writing and
-# reading it.
-KEPT = jax.checkpoint_policies.save_from_both_policies(
-    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    jax.checkpoint_policies.save_only_these_names(ATTENDED, PRODUCTS, CHOSEN),
-)
-# If layers are recomputed: nothing but the choices of the routers.
-CHOICES = jax.checkpoint_policies.save_only_these_names(CHOSEN)
+from .residuals import CHOICES, KEPT
 
 
 class Transformer(eqx.Module):
@@ -128,6 +117,18 @@ class Transformer(eqx.Module):
         - `shares_prompts` is false for the row, and it has several completions.
         """
         is_too_long = self._is_too_long(layout)
+        hidden, _ = self.run_row(as_ids(ids), layout, key=key)
+        return hidden if is_too_long is None else jnp.where(is_too_long, jnp.nan, hidden)
+
+    def run_row(
+        self,
+        ids: Int[Array, " length"],
+        layout: Layout | PackedLayout,
+        *,
+        key: PRNGKeyArray | None = None,
+        observe: Callable[[Layer, Array], Any] | None = None,
+    ) -> tuple[Float[Array, "length width"], Any]:
+        """Does what `run` does, for a row with this layout and without a cache."""
         tokens = self._tokens_of(layout)
 
         def attend(query, key, value, sinks, masks, cache, rng):
@@ -135,13 +136,15 @@ class Transformer(eqx.Module):
                 layout, query, key, value, masks, sinks=sinks, config=self.config, rng=rng
             ), None
 
-        def masks_of(window):
-            return masks(layout, window)
-
-        hidden, _ = self.run(
-            as_ids(ids), layout.positions, attend, masks_of, tokens=tokens, key=key
+        return self.run(
+            ids,
+            layout.positions,
+            attend,
+            partial(masks, layout),
+            tokens=tokens,
+            key=key,
+            observe=observe,
         )
-        return hidden if is_too_long is None else jnp.where(is_too_long, jnp.nan, hidden)
 
     def run(
         self,
@@ -153,6 +156,7 @@ class Transformer(eqx.Module):
         tokens: Int[Array, ""] | None = None,
         cache: Any = None,
         key: PRNGKeyArray | None = None,
+        observe: Callable[[Layer, Array], Any] | None = None,
     ) -> tuple[Float[Array, "length width"], Any]:
         """Runs the whole stack, with an attention function from the caller.
 
@@ -166,6 +170,8 @@ class Transformer(eqx.Module):
             the rotary embeddings.
         - `cache`: a pytree with a leading axis of layers; each layer gets its slice.
         - `key`: the random key of dropout; without it no dropout applies.
+        - `observe`: a function of a layer and the input of its feed-forward block, whose results
+            are returned in place of the caches.
 
         **Returns:**
 
@@ -192,7 +198,9 @@ class Transformer(eqx.Module):
             arrays = arrays if bits is None else from_bits(arrays, bits, x)
             layer = eqx.combine(arrays, static)
             tables = tables_in(which_tables)
-            x, new_cache = layer(keep_rows(x), tables, attend_here, config=config, key=key)
+            x, new_cache = layer(
+                keep_rows(x), tables, attend_here, config=config, key=key, observe=observe
+            )
             return keep_rows(x), new_cache
 
         # In a scan, common subexpressions cannot undo the recomputation, and preventing them is
