@@ -127,8 +127,9 @@ def route(
     The weights are a softmax over all experts, or over the chosen ones if
     `config.normalised_routes`.
     """
-    chosen = jax.lax.top_k(jax.lax.stop_gradient(scores), config.experts_per_token)[1]
-    chosen = checkpoint_name(chosen, CHOSEN)
+    # Not `top_k`: XLA does not partition it on CPUs, and gathers the scores of all rows.
+    order = jnp.argsort(jax.lax.stop_gradient(scores), axis=-1, stable=True, descending=True)
+    chosen = checkpoint_name(order[:, : config.experts_per_token].astype(jnp.int32), CHOSEN)
     best = jnp.take_along_axis(scores, chosen, axis=-1)
     if config.normalised_routes:
         return chosen, jax.nn.softmax(best, axis=-1)
