@@ -89,16 +89,31 @@ def over_data(function: Callable[..., Array], rows: Sequence[Array], *shared: Py
     `function` has. XLA would sum inside the loops: in a loop over chunks of tokens, it would sum
     the gradient of a whole unembedding once for each chunk.
     """
+    return over_axes("data", function, rows, *shared)
+
+
+def over_axes(
+    names: str | tuple[str, ...] | None,
+    function: Callable[..., Array],
+    rows: Sequence[Array],
+    *shared: PyTree,
+) -> Array:
+    """`function(rows, *shared)`, computed separately on each shard of the rows over mesh axes.
+
+    Without a mesh, or if the axes do not divide the rows, it is `function(rows, *shared)`.
+    """
     mesh = mesh_of(rows[0])
-    parts = 1 if mesh is None else mesh.shape.get("data", 1)
+    wanted = (names,) if isinstance(names, str) else names or ()
+    split_over = tuple(name for name in wanted if mesh is not None and name in mesh.axis_names)
+    parts = math.prod(mesh.shape[name] for name in split_over) if mesh is not None else 1
     # JAX has no `shard_map` inside a `vmap` that splits over another axis of the mesh.
     if parts == 1 or rows[0].shape[0] % parts or _taken((rows, shared)):
         return function(rows, *shared)
-    split = P("data")
+    split = P(split_over)
     dtypes = jax.tree.map(lambda x: x.dtype, shared)
 
     def on_part(rows, *wide):
-        here = vary(wide, "data")
+        here = vary(wide, split_over)
         return function(rows, *jax.tree.map(lambda x, dtype: x.astype(dtype), here, dtypes))
 
     # Arguments of `shard_map` are in float32, so that the sum of their gradients is, too. A sum in
@@ -109,7 +124,7 @@ def over_data(function: Callable[..., Array], rows: Sequence[Array], *shared: Py
         mesh=mesh,
         in_specs=(split, *(P() for _ in shared)),
         out_specs=split,
-        axis_names={"data"},
+        axis_names=set(split_over),
     )(rows, *shared)
 
 

@@ -23,6 +23,12 @@ from ._checkpoint.load import load as load
 from ._checkpoint.save import save as save
 from ._decoder.config import Config as Config, Rotary as Rotary
 from ._decoder.generate import generate as generate, sample as sample
+from ._decoder.load_balance import (
+    expert_load as expert_load,
+    load_balancing_loss as load_balancing_loss,
+    router_scores as router_scores,
+    router_z_loss as router_z_loss,
+)
 from ._decoder.mixture import Mixture as Mixture
 from ._decoder.recurrence import Recurrence as Recurrence
 from ._decoder.reward_model import RewardModel as RewardModel, score_rewards as score_rewards

@@ -174,6 +174,67 @@ DENSE = {
     ),
     "apertus": ("apertus", {"attention_bias": True}),
     "apertus-silu": ("apertus", {"hidden_act": "silu", "rope_scaling": YARN}),
+    "mixtral": (
+        "mixtral",
+        {"num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": 7, "head_dim": 12},
+    ),
+    "mixtral-one": ("mixtral", {"num_local_experts": 3, "num_experts_per_tok": 1}),
+    "qwen3-moe": (
+        "qwen3_moe",
+        {
+            "head_dim": 12,
+            "num_experts": 5,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 20,
+            "norm_topk_prob": False,
+        },
+    ),
+    "qwen3-moe-windows": (
+        "qwen3_moe",
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "norm_topk_prob": True,
+            "use_sliding_window": True,
+            "sliding_window": 6,
+            "attention_bias": True,
+        },
+    ),
+    "olmoe": ("olmoe", {"num_experts": 6, "num_experts_per_tok": 2, "clip_qkv": 0.5}),
+    "olmoe-normalised": (
+        "olmoe",
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 3,
+            "norm_topk_prob": True,
+            "attention_bias": True,
+            "hidden_act": "gelu",
+        },
+    ),
+    "gpt-oss": (
+        "gpt_oss",
+        {
+            "head_dim": 12,
+            "num_local_experts": 5,
+            "num_experts_per_tok": 2,
+            "sliding_window": 6,
+            "swiglu_limit": 0.5,
+            "swiglu_alpha": 1.2,
+        },
+    ),
+    "gpt-oss-plain": (
+        "gpt_oss",
+        {
+            "head_dim": 8,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 3,
+            "sliding_window": 5,
+            "layer_types": MIXED[::-1][1:] + MIXED[:1],
+            "attention_bias": False,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 700.0},
+        },
+    ),
 }
 # By the name of the file with their golden logits.
 GROUPS = {"families": DENSE, "hybrids": HYBRIDS}

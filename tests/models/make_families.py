@@ -1,14 +1,15 @@
 """Makes the golden logits of `family_cases.py` by `transformers`, and loads what we saved; by hand.
 
-    python -m tests.models.make_families make families   # with torch and transformers
+    python -m tests.models.make_families make families [NAME ...]  # with torch and transformers
     python -m tests.models.make_families make hybrids
-    python -m tests.models.make_families ours FOLDER     # with dpo_eqx
-    python -m tests.models.make_families back FOLDER     # with torch and transformers
+    python -m tests.models.make_families ours FOLDER               # with dpo_eqx
+    python -m tests.models.make_families back FOLDER               # with torch and transformers
 
-`make` writes `tests/golden/models/families.json.gz`, or `hybrids.json.gz` for layers of two kinds.
-`ours` saves each checkpoint again, and `back` checks that `transformers` loads it with the same
-bits and no complaint. `transformers` computes norms, rotary tables and delta rules in float32 for
-any weights. Here float32 stands for float64, so the logits are exact to 1e-12.
+`make` writes `tests/golden/models/families.json.gz`, or `hybrids.json.gz` for layers of two kinds,
+or only the named cases in it. `ours` saves each checkpoint again, and `back` checks that
+`transformers` loads it with the same bits and no complaint. `transformers` computes norms, rotary
+tables and delta rules in float32 for any weights. Here float32 stands for float64, so the logits
+are exact to 1e-12.
 """
 
 import gzip
@@ -21,19 +22,22 @@ import numpy as np
 from .family_cases import GROUPS, IDS, POSITIONS, TOKENS, settings_of, weights_of
 
 FOLDER = Path(__file__).parents[1] / "golden" / "models"
+# PyTorch's grouped products have no float64.
+EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}
 
 
-def make(group: str) -> None:
+def make(group: str, *names: str) -> None:
     import torch
 
     widen(torch)
     import transformers
 
-    cases = {}
-    for name in GROUPS[group]:
+    cases = {name: case for name, case in read_golden().items() if name in GROUPS[group]}
+    cases = cases if names else {}
+    for name in names or GROUPS[group]:
         family, settings = settings_of(name)
         config = transformers.AutoConfig.for_model(family, **settings)
-        model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+        model = transformers.AutoModelForCausalLM.from_config(config, **EAGER)
         cases[name] = one_case(model.double().eval())
         print(name, flush=True)
     text = json.dumps(cases, indent=1, sort_keys=True)
@@ -63,9 +67,7 @@ def one_case(model) -> dict:
         # As float64, since float32 is not what it says here.
         weights = weights_of(shapes, constants)
         save({key: value.astype(np.float64) for key, value in weights.items()}, Path(folder))
-        loaded = type(model).from_pretrained(
-            folder, dtype=torch.float64, attn_implementation="eager"
-        )
+        loaded = type(model).from_pretrained(folder, dtype=torch.float64, **EAGER)
     with torch.no_grad():
         logits = logits_of(loaded)
     scale = float(np.abs(logits).max())
@@ -138,8 +140,8 @@ def back(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    task, *paths = sys.argv[1:]
+    task, *arguments = sys.argv[1:]
     if task == "make":
-        make(*paths)
+        make(*arguments)
     else:
-        {"ours": ours, "back": back}[task](*map(Path, paths))
+        {"ours": ours, "back": back}[task](*map(Path, arguments))

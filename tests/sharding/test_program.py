@@ -4,6 +4,8 @@ Results would be right all the same: without these tests nobody would see that e
 computes all rows, or holds all layers.
 """
 
+import dataclasses
+
 import pytest
 
 from dpo_eqx import sharding
@@ -100,6 +102,21 @@ def test_all_axes_at_once():
     for each in gathers(compiled):
         assert each.size <= max(LAYER, UNEMBEDDING) / 2, each
         assert each.shape[0] != CONFIG.layers, each
+
+
+@pytest.mark.slow
+def test_experts_keep_tokens_on_their_devices_and_gather_one_layer():
+    config = dataclasses.replace(CONFIG, experts=8, experts_per_token=2, expert_width=128)
+    compiled = compiled_step(sharding.make_mesh("fsdp=8"), config=config)
+    weights = 4 * 8 * 128 * WIDTH
+    for each in moved(compiled):
+        # Sorted over all devices, the tokens of all rows would be one axis, twice or once.
+        tokens = ROWS * (24 + 2 * 16)
+        assert not {tokens, 2 * tokens} & set(each.shape), each
+        assert each.kind != "all-gather" or each.size <= max(weights, UNEMBEDDING), each
+    gathered = [each for each in gathers(compiled) if each.size == 4 * 8 * 128 * WIDTH]
+    # Three matrices, for the policy and its reference forward, and backward.
+    assert 0 < sum(each.times for each in gathered) <= 5 * 3 * config.layers
 
 
 def test_parsing_of_collectives():

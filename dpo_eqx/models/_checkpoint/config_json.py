@@ -50,11 +50,7 @@ def read_config(values: Mapping[str, Any]) -> Config:
     """
     values = inner_config(values)
     family = family_of(values)
-    if values.get("quantization_config"):
-        raise ValueError(
-            "`quantization_config`: quantised checkpoints are not supported. Save the model "
-            "with its weights in float32, float16 or bfloat16."
-        )
+    check_not_quantised(values.get("quantization_config"))
     read = family.reads()
     check_kinds({key: values[key] for key in sorted(values.keys() & read)}, KINDS, "config.json")
     # If both names are present, the alias wins, as in `transformers`.
@@ -70,6 +66,23 @@ def read_config(values: Mapping[str, Any]) -> Config:
         raise ValueError(_in_keys(str(error), family)) from None
     check_unread(values, read, family.neutral, config)
     return config
+
+
+def check_not_quantised(settings: Any) -> None:
+    """Raises if the weights are stored quantised; the error says how to convert them."""
+    if not settings:
+        return
+    method = settings.get("quant_method") if isinstance(settings, Mapping) else None
+    way = (
+        "`transformers` converts them: load the model with "
+        "`quantization_config=Mxfp4Config(dequantize=True)` and `dtype=torch.bfloat16`, and save it"
+        if method == "mxfp4"
+        else "Save the model with its weights in float32, float16 or bfloat16"
+    )
+    raise ValueError(
+        "`quantization_config`: quantised checkpoints are not supported"
+        f"{f'; the method is {method!r}' if method else ''}. {way}."
+    )
 
 
 def check_activation(activation: Any, family: Family) -> None:

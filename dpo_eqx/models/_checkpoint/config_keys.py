@@ -40,6 +40,8 @@ _HARMLESS = frozenset(
         *("model_max_length", "max_sequence_length", "max_seq_len", "seq_length", "n_ctx"),
         # Old GPT-2; `reorder_and_upcast_attn` only changes the precision of the scores.
         *("n_special", "predict_special_tokens", "reorder_and_upcast_attn"),
+        # Losses and noise of routers in training.
+        *("router_aux_loss_coef", "router_z_loss_coef", "router_jitter_noise"),
         # Notes by programs that wrote the file.
         *("unsloth_fixed", "is_llama_config"),
     ]
@@ -74,6 +76,7 @@ _SAME = {
     **dict.fromkeys(["max_position_embeddings", "n_positions"], "max_length"),
     **dict.fromkeys(["rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon"], "norm_eps"),
     **dict.fromkeys(["head_dim", "kv_channels"], "head_width"),
+    "experts_per_token": "experts_per_token",
     "attention_bias": "query_bias",
     "mlp_bias": "feed_forward_bias",
     "attention_multiplier": "attention_scale",

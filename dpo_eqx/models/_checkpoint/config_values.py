@@ -42,6 +42,10 @@ def _are_switches(x: Any) -> bool:
     return isinstance(x, list | tuple) and all(item in (0, 1) for item in x)
 
 
+def _are_counts(x: Any) -> bool:
+    return isinstance(x, list | tuple) and all(_is_integer(item) and item >= 0 for item in x)
+
+
 def _are_positive(x: Any) -> bool:
     return isinstance(x, list | tuple) and all(_is_number(item) and item > 0 for item in x)
 
@@ -58,6 +62,7 @@ TEXT = Kind("a text", lambda x: isinstance(x, str))
 TEXTS = Kind("a list of texts", _are_texts)
 INTEGERS = Kind("a list of integers", _are_integers)
 SWITCHES = Kind("a list of 0 and 1", _are_switches)
+COUNTS = Kind("a list of integers of at least 0", _are_counts)
 POSITIVES = Kind("a list of positive numbers", _are_positive)
 COUNT_OR_TEXT = Kind(
     "an integer of at least 0, or a text",
@@ -79,6 +84,11 @@ KINDS = {
     **_each(optional(SIZE), "original_max_position_embeddings"),
     **_each(COUNT, "max_window_layers"),
     **_each(SIZE, "rotary_dim", "no_rope_layer_interval"),
+    **_each(SIZE, "num_experts", "num_local_experts", "num_experts_per_tok"),
+    **_each(SIZE, "moe_intermediate_size", "decoder_sparse_step"),
+    **_each(optional(COUNTS), "mlp_only_layers"),
+    **_each(POSITIVE, "swiglu_limit", "swiglu_alpha"),
+    **_each(FLAG, "norm_topk_prob"),
     **_each(optional(COUNT_OR_TEXT), "sliding_window_pattern"),
     **_each(optional(SWITCHES), "no_rope_layers"),
     **_each(POSITIVE, "query_pre_attn_scalar", "logit_scale", "logits_scaling"),

@@ -86,12 +86,14 @@ class Family:
 
 
 # GPT-2's names of keys, and the names in all other families. `transformers` reads either for the
-# families with GPT-2's names.
+# families with GPT-2's names, and either name of the number of experts.
 _ALIASES = {
     "n_embd": "hidden_size",
     "n_layer": "num_hidden_layers",
     "n_head": "num_attention_heads",
     "n_positions": "max_position_embeddings",
+    "num_experts": "num_local_experts",
+    "num_local_experts": "num_experts",
 }
 
 KEYS = {

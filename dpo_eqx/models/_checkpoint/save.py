@@ -5,6 +5,7 @@ its place.
 """
 
 import functools
+import itertools
 import json
 import os
 import warnings
@@ -154,22 +155,36 @@ def tensors_of(policy: Transformer) -> list[Tensor]:
         source, path, _ = pieces[0]
         leaves = [leaf for _, _, leaf in pieces]
         layers = layers_at(path, policy.config) if path.startswith("layers.") else (None,)
-        for place, layer in enumerate(layers):
-            blocks = source.block_count(policy.config)
+        blocks = source.block_count(policy.config)
+        count = source.tensors_in_layer(policy.config)
+        size = sum(leaf.nbytes for leaf in leaves) // (len(layers) * count)
+        for (place, layer), expert in itertools.product(enumerate(layers), range(count)):
             own = None if layer is None else place
-            read = functools.partial(_read, source, blocks, leaves, own)
-            size = sum(leaf.nbytes for leaf in leaves) // len(layers)
-            tensors.append(Tensor(source.tensor(layer or 0, suffix), size, read))
+            read = functools.partial(_read, source, blocks, leaves, own, expert)
+            tensors.append(Tensor(source.tensor(layer or 0, suffix, expert), size, read))
     dtype = policy.embedding.weight.dtype
     for name, value in family.constants_of(policy.config).items():
         tensors.append(Tensor(name, dtype.itemsize, functools.partial(np.asarray, value, dtype)))
     return tensors
 
 
-def _read(source: Source, blocks: int, leaves: list[Any], place: int | None) -> np.ndarray:
-    arrays = [np.asarray(leaf if place is None else leaf[place]) for leaf in leaves]
-    tensor = arrays[0] if len(arrays) == 1 else fuse(arrays, blocks)
-    return np.ascontiguousarray(tensor.T if source.transposed else tensor)
+def _read(
+    source: Source, blocks: int, leaves: list[Any], place: int | None, expert: int
+) -> np.ndarray:
+    """A tensor of one layer, and of one expert if each has its own."""
+    index = () if place is None else (place,)
+    if source.experts == "stacked":
+        parts = zip(*(np.asarray(leaf[index]) for leaf in leaves), strict=True)
+        tensor = np.stack([_joined(source, blocks, list(part)) for part in parts])
+    else:
+        index = index if source.experts is None else (*index, expert)
+        tensor = _joined(source, blocks, [np.asarray(leaf[index]) for leaf in leaves])
+    # safetensors writes the memory as it lies.
+    return np.ascontiguousarray(tensor)
+
+
+def _joined(source: Source, blocks: int, arrays: list[np.ndarray]) -> np.ndarray:
+    return source.transpose(arrays[0] if len(arrays) == 1 else fuse(arrays, blocks))
 
 
 def fuse(parts: list[np.ndarray], blocks: int) -> np.ndarray:

@@ -5,6 +5,7 @@ Both loading and saving read these tables; nothing here touches a file.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 
@@ -27,16 +28,31 @@ class Source:
     - `transposed`: whether its weight is stored as `(in, out)`.
     - `part`: the place of our module among the parts of a fused module.
     - `blocks`: the number of blocks, or the field of `Config` that gives it.
+    - `experts`: how it holds our module if that has a leading axis of experts. With `"each"`, every
+        expert has a module of its own, and a second `{}` stands for its number. With `"stacked"`,
+        one parameter holds all experts, and the name of a weight has no suffix.
     """
 
     module: str
     transposed: bool = False
     part: int = 0
     blocks: int | str = 1
+    experts: Literal["each", "stacked"] | None = None
 
-    def tensor(self, layer: int, suffix: str) -> str:
+    def tensor(self, layer: int, suffix: str, expert: int = 0) -> str:
         """The tensor's name: `suffix` is `"weight"` or `"bias"`."""
-        return f"{self.module.format(layer)}.{suffix}"
+        module = self.module.format(layer, expert)
+        if self.experts == "stacked":
+            return module if suffix == "weight" else f"{module}_{suffix}"
+        return f"{module}.{suffix}"
+
+    def tensors_in_layer(self, config: Config) -> int:
+        """The number of tensors that hold the weight in one layer."""
+        return config.experts if self.experts == "each" else 1
+
+    def transpose(self, weight: np.ndarray) -> np.ndarray:
+        """A weight in our layout from the checkpoint's, or back; biases stay as they are."""
+        return weight.T if self.transposed else weight
 
     def block_count(self, config: Config) -> int:
         """The number of blocks in a checkpoint with this configuration."""
@@ -73,10 +89,19 @@ def rows_of_parts(sizes: Sequence[int], blocks: int) -> list[np.ndarray]:
 
 
 def fused(
-    *paths: str, module: str, transposed: bool = False, blocks: int | str = 1
+    *paths: str,
+    module: str,
+    transposed: bool = False,
+    blocks: int | str = 1,
+    experts: Literal["each", "stacked"] | None = None,
 ) -> dict[str, Source]:
     """The sources of the modules at `paths`, which are the parts of one fused module, in order."""
-    return {path: Source(module, transposed, i, blocks) for i, path in enumerate(paths)}
+    return {path: Source(module, transposed, i, blocks, experts) for i, path in enumerate(paths)}
+
+
+def _expert(module: str) -> Source:
+    """The source of a module of experts, each of which is a module of its own."""
+    return Source(module, experts="each")
 
 
 _QKV = ("layers.attention.query", "layers.attention.key", "layers.attention.value")
@@ -217,5 +242,38 @@ CODEGEN = {
         "layers.attention.key",
         module="transformer.h.{}.attn.qkv_proj",
         blocks=4,
+    ),
+}
+
+MIXTRAL = {
+    **LLAMA,
+    "layers.feed_forward.router": Source("model.layers.{}.block_sparse_moe.gate"),
+    "layers.feed_forward.gate": _expert("model.layers.{}.block_sparse_moe.experts.{}.w1"),
+    "layers.feed_forward.up": _expert("model.layers.{}.block_sparse_moe.experts.{}.w3"),
+    "layers.feed_forward.down": _expert("model.layers.{}.block_sparse_moe.experts.{}.w2"),
+}
+
+QWEN3_MOE = {
+    **LLAMA,
+    "layers.feed_forward.router": Source("model.layers.{}.mlp.gate"),
+    "layers.feed_forward.gate": _expert("model.layers.{}.mlp.experts.{}.gate_proj"),
+    "layers.feed_forward.up": _expert("model.layers.{}.mlp.experts.{}.up_proj"),
+    "layers.feed_forward.down": _expert("model.layers.{}.mlp.experts.{}.down_proj"),
+}
+
+# Gates and what they gate take turns among the outputs.
+GPT_OSS = {
+    **LLAMA,
+    "layers.attention": Source("model.layers.{}.self_attn"),
+    "layers.feed_forward.router": Source("model.layers.{}.mlp.router"),
+    **fused(
+        *_GATE_UP,
+        module="model.layers.{}.mlp.experts.gate_up_proj",
+        transposed=True,
+        blocks="expert_width",
+        experts="stacked",
+    ),
+    "layers.feed_forward.down": Source(
+        "model.layers.{}.mlp.experts.down_proj", True, experts="stacked"
     ),
 }

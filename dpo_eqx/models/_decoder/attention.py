@@ -17,7 +17,7 @@ from ..._arrays.layout import Layout
 from ..._arrays.packed import PackedLayout
 from ..._arrays.tokens import as_ids
 from .basic_layers import dropout
-from .blockwise import blockwise, scores_of
+from .blockwise import blockwise, blockwise_and_normaliser, scores_of
 from .config import Config
 from .fused import fits, fused
 
@@ -79,12 +79,15 @@ def attend_by_layout(
     value: Float[Array, "length key_heads head_width"],
     masks: Masks,
     *,
+    sinks: Float[Array, " heads"] | None = None,
     config: Config,
     rng: PRNGKeyArray | None,
 ) -> Float[Array, "length heads head_width"]:
     """Attention over a whole row, block by block."""
     if isinstance(layout, PackedLayout):
-        return _attend_packed(layout, query, key, value, masks.prompt, config=config, rng=rng)
+        return _attend_packed(
+            layout, query, key, value, masks.prompt, sinks=sinks, config=config, rng=rng
+        )
     width = layout.prompt_width
     keys = iter(_split(rng, 1 + len(masks.completions)))
     prompt_key, prompt_value = key[None, :width], value[None, :width]
@@ -94,6 +97,7 @@ def attend_by_layout(
             prompt_key,
             prompt_value,
             masks.prompt,
+            sinks=sinks,
             config=config,
             rng=next(keys),
         )[0]
@@ -108,6 +112,7 @@ def attend_by_layout(
             _behind(prompt_key, own_key),
             _behind(prompt_value, own_value),
             mask,
+            sinks=sinks,
             config=config,
             rng=next(keys),
         )
@@ -122,6 +127,7 @@ def _attend_packed(
     value: Float[Array, "length key_heads head_width"],
     mask: Any,  # (length, length) in bool; a packed row always has a mask
     *,
+    sinks: Float[Array, " heads"] | None,
     config: Config,
     rng: PRNGKeyArray | None,
 ) -> Float[Array, "length heads head_width"]:
@@ -134,8 +140,9 @@ def _attend_packed(
         # Start at an even key: the fused kernel has a gradient only for an even number of keys.
         first = max(start + 1 - layout.longest_pair, 0) // 2 * 2
         keys = slice(first, queries.stop)
-        parts = query[None, queries], key[None, keys], value[None, keys], mask[queries, keys]
-        outputs.append(attend(*parts, config=config, rng=block_rng)[0])
+        parts = query[None, queries], key[None, keys], value[None, keys]
+        seen = mask[queries, keys]
+        outputs.append(attend(*parts, seen, sinks=sinks, config=config, rng=block_rng)[0])
     return jnp.concatenate(outputs)
 
 
@@ -145,28 +152,44 @@ def attend(
     value: Float[Array, "batch key key_heads head_width"],
     mask: Bool[Array, "query key"] | None,
     *,
+    sinks: Float[Array, " heads"] | None = None,
     config: Config,
     rng: PRNGKeyArray | None = None,
 ) -> Float[Array, "batch query heads head_width"]:
     """Attention with grouped heads; causal without a mask.
 
-    Scores and their softmax are in float32 or wider.
+    Scores and their softmax are in float32 or wider. Each head's sink is one more score of the
+    softmax, without a value.
     """
     scale, softcap = config.attention_scale, config.attention_softcap
     rng = rng if config.attention_dropout > 0 else None
-    if rng is None and config.fused and fits(query, key, softcap):
+    # The kernel has no sinks, nor the normaliser that they need.
+    if rng is None and sinks is None and config.fused and fits(query, key, softcap):
         return fused(scale, query, key, value, mask)
     if mask is None:
         mask = jnp.tri(query.shape[1], dtype=bool)
     groups = query.shape[2] // key.shape[2]
     # (batch, query, key_heads, groups, head_width): the heads of a group share keys and values.
     grouped = query.reshape(*query.shape[:2], key.shape[2], groups, query.shape[3])
-    output: Array = (
-        blockwise(scale, softcap, grouped, key, value, mask)
-        if rng is None
-        else _dropped(grouped, key, value, mask, config, rng)
+    if rng is not None:
+        return _dropped(grouped, key, value, sinks, mask, config, rng).reshape(query.shape)
+    if sinks is None:
+        return blockwise(scale, softcap, grouped, key, value, mask).reshape(query.shape)
+    output, normaliser = blockwise_and_normaliser(scale, softcap, grouped, key, value, mask)
+    share = share_beside(sinks.reshape(*grouped.shape[2:4], 1), normaliser)
+    return (output * share.astype(output.dtype)).reshape(query.shape)
+
+
+def share_beside(
+    sinks: Float[Array, "*heads"], normaliser: Float[Array, "*shape"]
+) -> Float[Array, "*shape"]:
+    """The weight that a softmax leaves to the keys, beside a sink in each head.
+
+    The trailing axes of `normaliser`, the logarithm of the sum over the keys, are those of `sinks`.
+    """
+    return jax.nn.sigmoid(
+        normaliser - jnp.broadcast_to(sinks.astype(normaliser.dtype), normaliser.shape)
     )
-    return output.reshape(query.shape)
 
 
 def attend_parts(
@@ -175,6 +198,7 @@ def attend_parts(
         tuple[Float[Array, "_ kv width"], Float[Array, "_ kv width"], Bool[Array, "1 _"]]
     ],
     *,
+    sinks: Float[Array, " heads"] | None = None,
     config: Config,
 ) -> Float[Array, "1 heads head_width"]:
     """Attention of one query over keys and values in several parts, which are not joined.
@@ -184,6 +208,7 @@ def attend_parts(
     - `query`: shape `(1, heads, head_width)`.
     - `parts`: keys and values, each of shape `(length, key_heads, head_width)`, and a mask of shape
         `(1, length)`.
+    - `sinks`: a score without a value for each head, or `None`.
     """
     key_heads = parts[0][0].shape[1]
     grouped = query.reshape(1, 1, key_heads, -1, query.shape[-1])
@@ -192,7 +217,8 @@ def attend_parts(
         *(scores_of(scale, softcap, grouped, key[None], mask) for key, _, mask in parts),
         strict=True,
     )  # each (1, key_heads, groups, 1, length)
-    weights = jax.nn.softmax(factors[0] * jnp.concatenate(scores, axis=-1), axis=-1)
+    joined = factors[0] * jnp.concatenate(scores, axis=-1)
+    weights = _weights(joined, sinks)
     ends, wide = list(itertools.accumulate(x.shape[-1] for x in scores))[:-1], weights.dtype
     outputs = [
         jnp.einsum(
@@ -208,6 +234,7 @@ def _dropped(
     query: Float[Array, "batch query key_heads groups head_width"],
     key: Float[Array, "batch key key_heads head_width"],
     value: Float[Array, "batch key key_heads head_width"],
+    sinks: Float[Array, " heads"] | None,
     mask: Bool[Array, "query key"],
     config: Config,
     rng: PRNGKeyArray,
@@ -215,8 +242,20 @@ def _dropped(
     """Attention with dropout of its weights."""
     scale, softcap = config.attention_scale, config.attention_softcap
     scores, factor = scores_of(scale, softcap, query, key, mask)
-    weights = dropout(jax.nn.softmax(factor * scores, axis=-1), config.attention_dropout, rng)
+    weights = dropout(_weights(factor * scores, sinks), config.attention_dropout, rng)
     return jnp.einsum("bkgts,bskh->btkgh", weights.astype(value.dtype), value)
+
+
+def _weights(
+    scores: Float[Array, "batch key_heads groups query key"], sinks: Float[Array, " heads"] | None
+) -> Float[Array, "batch key_heads groups query key"]:
+    """The softmax of scores over the keys, beside the sinks if there are any."""
+    weights = jax.nn.softmax(scores, axis=-1)
+    if sinks is None:
+        return weights
+    normaliser = jax.nn.logsumexp(scores, axis=-1, keepdims=True)
+    sinks = sinks.reshape(*scores.shape[1:3], 1, 1)
+    return weights * jnp.broadcast_to(share_beside(sinks, normaliser), weights.shape)
 
 
 def _behind(

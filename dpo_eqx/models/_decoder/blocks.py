@@ -14,16 +14,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from ..._jax.paths import leaf_name
-from .blockwise import ATTENDED
 from .config import Config
+from .residuals import CHOICES, KEPT
 
-# The residuals of a layer for the backward pass: the outputs of its matrix products with weights,
-# and of its attention. Everything in between is recomputed, which is faster than writing and
-# reading it.
-KEPT = jax.checkpoint_policies.save_from_both_policies(
-    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    jax.checkpoint_policies.save_only_these_names(ATTENDED),
-)
 MIXERS = ("attention", "recurrence")
 # The mixer at the front of a path, behind the name of the stack.
 _MIXER = re.compile(r"^\w+\.(attention|recurrence)(\.|$)")
@@ -121,7 +114,8 @@ def scan_layers(
         # In a scan, common subexpressions cannot undo the recomputation, and preventing them is
         # slow. XLA turns a scan of one step into straight code, where they can.
         alone = run.repeats == 1 and len(mixers) > 1
-        layer = partial(jax.checkpoint, prevent_cse=alone, policy=None if remat else KEPT)
+        policy = CHOICES if remat else KEPT
+        layer = partial(jax.checkpoint, prevent_cse=alone, policy=policy)
         own = _take_run(stacks, run, mixers)
         x, new = jax.lax.scan(partial(_run_block, body, layer, run.block), x, own)
         caches.append(_flatten(new) if len(run.block) > 1 else new)

@@ -48,7 +48,25 @@ def blockwise(
 
     The weighted sums of values, in the shape of `query`.
     """
-    return _attended(scale, softcap, query, key, value, mask)[0]
+    return blockwise_and_normaliser(scale, softcap, query, key, value, mask)[0]
+
+
+def blockwise_and_normaliser(
+    scale: float,
+    softcap: float | None,
+    query: Float[Array, "batch query key_heads groups head_width"],
+    key: Float[Array, "batch key key_heads head_width"],
+    value: Float[Array, "batch key key_heads head_width"],
+    mask: Bool[Array, "query key"],
+) -> tuple[
+    Float[Array, "batch query key_heads groups head_width"],
+    Float[Array, "batch query key_heads groups 1"],
+]:
+    """What `blockwise` returns, and the logarithm of the sum over the keys, in float32 or wider.
+
+    The arguments are as there.
+    """
+    return _attended(scale, softcap, query, key, value, mask)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))

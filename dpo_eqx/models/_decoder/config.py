@@ -107,7 +107,10 @@ class Config:
     - `tied`: whether the unembedding is the embedding.
     - `windows`: for each layer, the number of positions that a token sees, itself included; `None`
         for all (default: `None` for each layer).
-    - `projection_clip`: queries, keys and values are clipped to this absolute value.
+    - `projection_clip`: queries, keys and values are clipped to this absolute value, before the
+        rotation and after a norm in front of it.
+    - `attention_sinks`: whether each head has a trained score without a value, which takes part in
+        the softmax over the keys.
     - `recurrence`: what replaces attention in recurrent layers.
     - `recurrent`: for each layer, whether it is recurrent (default: no layer is).
     - `attention_gate`: whether a sigmoid of a projection gates the output of attention.
@@ -115,6 +118,16 @@ class Config:
     - `attention_softcap`, `softcap`: the soft caps of the scores and of the logits.
     - `embedding_scale`, `residual_scale`, `logit_scale`: the factors of the embedded tokens, of the
         outputs of attention and feed-forward, and of the logits before the soft cap.
+    - `experts`: the number of experts in each feed-forward block; 0 for a dense block.
+        `feed_forward_bias` is then for them.
+    - `experts_per_token`: the number of experts that the router chooses for a token.
+    - `expert_width`: the inner width of an expert (default: `feed_forward`).
+    - `normalised_routes`: whether the weights of the chosen experts sum to 1, rather than those of
+        all experts.
+    - `router_bias`: whether the router has a bias.
+    - `swiglu_limit`, `swiglu_alpha`: if there is a limit, gates of experts are at most this limit,
+        what they gate is clipped to this absolute value, and the activation is
+        `(up + 1) * gate * sigmoid(swiglu_alpha * gate)`.
     - `embedding_dropout`, `attention_dropout`, `residual_dropout`: dropout probabilities. Dropout
         applies only if the policy is called with a key.
     - `remat`: whether each layer is recomputed in the backward pass rather than stored.
@@ -161,12 +174,20 @@ class Config:
     recurrence: Recurrence | None = None
     recurrent: tuple[bool, ...] = ()
     attention_gate: bool = False
+    attention_sinks: bool = False
     attention_scale: float = 0.0
     attention_softcap: float | None = None
     softcap: float | None = None
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
     logit_scale: float = 1.0
+    experts: int = 0
+    experts_per_token: int = 0
+    expert_width: int = 0
+    normalised_routes: bool = True
+    router_bias: bool = False
+    swiglu_limit: float | None = None
+    swiglu_alpha: float = 1.702
     embedding_dropout: float = 0.0
     attention_dropout: float = 0.0
     residual_dropout: float = 0.0
@@ -179,6 +200,8 @@ class Config:
         self._default("key_heads", self.heads)
         self._default("head_width", self.width // self.heads)
         self._default("feed_forward", 4 * self.width)
+        if self.experts:
+            self._default("expert_width", self.feed_forward)
         self._default("windows", (None,) * self.layers)
         self._default("recurrent", (False,) * self.layers)
         self._default("attention_scale", self.head_width**-0.5)
@@ -214,7 +237,7 @@ def check_sizes(config: Config) -> None:
     for name in ("vocab", "width", "layers", "heads", "max_length"):
         if not getattr(config, name) > 0:
             raise ValueError(f"`{name}` must be positive; got {getattr(config, name)}.")
-    for name in ("key_heads", "head_width", "feed_forward"):
+    for name in ("key_heads", "head_width", "feed_forward", "experts", "expert_width"):
         if not getattr(config, name) >= 0:
             raise ValueError(
                 f"`{name}` must be positive, or 0 for its default; got {getattr(config, name)}."
@@ -242,6 +265,20 @@ def check_fit(config: Config) -> None:
             "unembedding has no place for it."
         )
     check_rotary(config)
+    check_experts(config)
+
+
+def check_experts(config: Config) -> None:
+    """Raises if the sizes of experts do not fit, or the activation is not one of experts."""
+    count, most = config.experts_per_token, config.experts
+    if not (1 <= count <= most if most else count == 0):
+        wanted = f"from 1 to `experts`, {most}" if most else "0 if `experts` is 0"
+        raise ValueError(f"`experts_per_token` must be {wanted}; got {count}.")
+    if most and (not config.gated or config.activation == "xielu"):
+        raise ValueError(
+            "`experts` must be 0 without a gate or with the activation 'xielu'; got "
+            f"{most} experts, `gated` {config.gated} and `activation` {config.activation!r}."
+        )
 
 
 def check_rotary(config: Config) -> None:

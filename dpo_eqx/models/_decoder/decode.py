@@ -195,12 +195,12 @@ class Cached(eqx.Module):
             on_prompt = visible(position, prompt, window) & (prompt < length)[None]
             return on_prompt, visible(position, length + new, window) & (new < step)[None]
 
-        def attend_cached(query, key, value, masks, caches, rng):
+        def attend_cached(query, key, value, sinks, masks, caches, rng):
             (shared, own), (on_prompt, on_own) = caches, masks
             # The token itself is not in the cache yet: a layer returns what is to be written, and
             # one write for all layers follows.
             parts = (*shared, on_prompt), (*own, on_own), (key, value, jnp.ones((1, 1), bool))
-            return attend_parts(query, parts, config=config), (key, value)
+            return attend_parts(query, parts, sinks=sinks, config=config), (key, value)
 
         caches = Caches((shared.attention, own.attention), own.recurrence)
         hidden, written = self.policy.run(

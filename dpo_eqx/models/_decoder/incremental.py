@@ -47,8 +47,10 @@ def read_prompt(
     """The hidden states of a prompt of `length` real tokens, and what its layers keep."""
     layout = Layout(length, ids.size, ())
 
-    def attend_and_keep(query, key, value, masks, cache, rng):
-        output = attend_by_layout(layout, query, key, value, masks, config=policy.config, rng=rng)
+    def attend_and_keep(query, key, value, sinks, masks, cache, rng):
+        output = attend_by_layout(
+            layout, query, key, value, masks, sinks=sinks, config=policy.config, rng=rng
+        )
         return output, (key, value)
 
     return policy.run(
@@ -128,9 +130,10 @@ def extend(
     positions = jnp.concatenate([state.positions, own])
     is_real = jnp.concatenate([state.is_real, jnp.ones(ids.shape, bool)])
 
-    def attend_to_all(query, key, value, mask, cache, rng):
+    def attend_to_all(query, key, value, sinks, mask, cache, rng):
         key, value = (jnp.concatenate(x) for x in zip(cache, (key, value), strict=True))
-        output = attend(query[None], key[None], value[None], mask, config=policy.config, rng=rng)
+        parts = query[None], key[None], value[None], mask
+        output = attend(*parts, sinks=sinks, config=policy.config, rng=rng)
         return output[0], (key, value)
 
     def mask_of(window):

@@ -16,11 +16,12 @@ from ..._jax.rounding import rounded
 from .basic_layers import ACTIVATIONS, XIELU, Linear, Norm, dropout, scaled
 from .config import Config
 from .delta_net import DeltaNet
+from .experts import RoutedFeedForward
 from .rotary import Tables, rotate
 from .short_conv import ShortConvolution
 
-# Maps queries, keys and values of one layer to its output, and to a cache of any form.
-Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
+# Maps queries, keys, values and sinks of one layer to its output, and to a cache of any form.
+Attend = Callable[[Array, Array, Array, Array | None], tuple[Array, Any]]
 # Maps the normalised input of one layer to what its attention or recurrence adds, and to a cache.
 Mix = Callable[[Array], tuple[Array, Any]]
 
@@ -32,7 +33,8 @@ class Attention(eqx.Module):
 
     - `config`: gives the sizes, biases and norms. The weights of `query`, `key`, `value` and
         `output` have shapes `(heads * head_width, width)`, `(key_heads * head_width, width)`
-        (twice) and `(width, heads * head_width)`; `gate` has the shape of `query`.
+        (twice) and `(width, heads * head_width)`; `gate` has the shape of `query`. `sinks` has
+        shape `(heads,)`.
     - `key`: the random key of the initial weights.
     """
 
@@ -43,6 +45,7 @@ class Attention(eqx.Module):
     gate: Linear | None
     query_norm: Norm | None
     key_norm: Norm | None
+    sinks: Float[Array, " heads"] | None
 
     def __init__(self, config: Config, *, key: PRNGKeyArray):
         keys = jax.random.split(key, 4)
@@ -58,6 +61,7 @@ class Attention(eqx.Module):
         self.gate = gate if config.attention_gate else None
         self.query_norm = query_key_norm(config.heads, config)
         self.key_norm = query_key_norm(config.key_heads, config)
+        self.sinks = jnp.zeros(config.heads, jnp.float32) if config.attention_sinks else None
 
     def __call__(
         self,
@@ -68,11 +72,12 @@ class Attention(eqx.Module):
         config: Config,
     ) -> tuple[Float[Array, "length width"], Any]:
         query, key, value = (
-            clipped(project(x), config.projection_clip).reshape(x.shape[0], -1, config.head_width)
+            project(x).reshape(x.shape[0], -1, config.head_width)
             for project in (self.query, self.key, self.value)
         )  # (length, heads, head_width), for keys and values (length, key_heads, head_width)
         if not config.query_key_norm_last:
             query, key = self._normalised(query, key, config)
+        query, key, value = (clipped(x, config.projection_clip) for x in (query, key, value))
         if tables is not None:
             interleaved = config.rotary is not None and config.rotary.interleaved
             query, key = (rotate(x, tables, interleaved=interleaved) for x in (query, key))
@@ -83,7 +88,7 @@ class Attention(eqx.Module):
             query, key = rounded((query, key))
         if config.query_key_norm_last:
             query, key = self._normalised(query, key, config)
-        output, cache = attend(query, key, value)  # (length, heads, head_width)
+        output, cache = attend(query, key, value, self.sinks)  # (length, heads, head_width)
         output = output.reshape(x.shape[0], -1)
         if self.gate is not None:
             output = rounded(output * jax.nn.sigmoid(self.gate(x)))
@@ -176,7 +181,7 @@ class Layer(eqx.Module):
     recurrence: ShortConvolution | DeltaNet | None
     attention_post_norm: Norm | None
     feed_forward_norm: Norm | None
-    feed_forward: FeedForward
+    feed_forward: FeedForward | RoutedFeedForward
     feed_forward_post_norm: Norm | None
 
     def __init__(self, config: Config, *, key: PRNGKeyArray):
@@ -188,7 +193,8 @@ class Layer(eqx.Module):
         self.attention_post_norm = Norm(width, config) if config.post_norms else None
         own = config.pre_norms and not shared
         self.feed_forward_norm = Norm(width, config) if own else None
-        self.feed_forward = FeedForward(config, key=keys[1])
+        block = RoutedFeedForward if config.experts else FeedForward
+        self.feed_forward = block(config, key=keys[1])
         self.feed_forward_post_norm = Norm(width, config) if config.post_norms else None
 
     def __call__(
@@ -198,6 +204,7 @@ class Layer(eqx.Module):
         *,
         config: Config,
         key: PRNGKeyArray | None,
+        observe: Callable[["Layer", Array], Any] | None = None,
     ) -> tuple[Float[Array, "length width"], Any]:
         keys = (None, None) if key is None else jax.random.split(key)
         rate = config.residual_dropout
@@ -212,6 +219,7 @@ class Layer(eqx.Module):
         elif not config.parallel:
             normed = x
         # In a parallel layer without a second norm, the feed-forward reads attention's input.
+        cache = cache if observe is None else observe(self, normed)
         fed = self.feed_forward(normed, config=config)
         if self.feed_forward_post_norm is not None:
             fed = self.feed_forward_post_norm(fed)

@@ -122,21 +122,36 @@ class Transformer(eqx.Module):
         - `shares_prompts` is false for the row, and it has several completions.
         """
         is_too_long = self._is_too_long(layout)
+        hidden, _ = self.run_row(as_ids(ids), layout, key=key)
+        return hidden if is_too_long is None else jnp.where(is_too_long, jnp.nan, hidden)
+
+    def run_row(
+        self,
+        ids: Int[Array, " length"],
+        layout: Layout | PackedLayout,
+        *,
+        key: PRNGKeyArray | None = None,
+        observe: Callable[[Layer, Array], Any] | None = None,
+    ) -> tuple[Float[Array, "length width"], Any]:
+        """Does what `run` does, for a row with this layout and without a cache."""
         tokens = self._tokens_of(layout)
 
-        def attend(query, key, value, masks, cache, rng):
+        def attend(query, key, value, sinks, masks, cache, rng):
             return attend_by_layout(
-                layout, query, key, value, masks, config=self.config, rng=rng
+                layout, query, key, value, masks, sinks=sinks, config=self.config, rng=rng
             ), None
 
-        def masks_of(window):
-            return masks(layout, window)
-
         links = links_of(layout) if any(self.config.recurrent) else None
-        hidden, _ = self.run(
-            as_ids(ids), layout.positions, attend, masks_of, tokens=tokens, links=links, key=key
+        return self.run(
+            ids,
+            layout.positions,
+            attend,
+            partial(masks, layout),
+            tokens=tokens,
+            links=links,
+            key=key,
+            observe=observe,
         )
-        return hidden if is_too_long is None else jnp.where(is_too_long, jnp.nan, hidden)
 
     def run(
         self,
@@ -149,13 +164,15 @@ class Transformer(eqx.Module):
         links: Links | None = None,
         caches: Caches | None = None,
         key: PRNGKeyArray | None = None,
+        observe: Callable[[Layer, Array], Any] | None = None,
     ) -> tuple[Float[Array, "length width"], Caches]:
         """Runs the whole stack, with an attention function from the caller.
 
         **Arguments:**
 
         - `ids`, `positions`: the tokens and their positions. Shape `(length,)`.
-        - `attend`: `(query, key, value, masks, cache, rng) -> (output, cache)` for one layer.
+        - `attend`: `(query, key, value, sinks, masks, cache, rng) -> (output, cache)` for one
+            layer.
         - `masks_of`: returns the masks for `attend`, from the window of a layer.
         - `tokens`: the number of real tokens of the sequence; `None` if it is at most the limit of
             the rotary embeddings.
@@ -164,6 +181,8 @@ class Transformer(eqx.Module):
         - `caches`: what `attend` gets as `cache`, and the states of recurrent layers before the
             row (default: zeros); each layer gets its slice.
         - `key`: the random key of dropout; without it no dropout applies.
+        - `observe`: a function of a layer and the input of its feed-forward block, whose results
+            are returned in place of the caches.
 
         **Returns:**
 
@@ -185,8 +204,9 @@ class Transformer(eqx.Module):
             arrays, bits, which_masks, which_tables, caches, key = inputs
             key, rng = (None, None) if key is None else jax.random.split(key)
 
-            def attend_here(query, key, value):
-                return attend(query, key, value, masks_in(which_masks), caches.attention, rng)
+            def attend_here(query, key, value, sinks):
+                masks, cache = masks_in(which_masks), caches.attention
+                return attend(query, key, value, sinks, masks, cache, rng)
 
             arrays = arrays if bits is None else from_bits(arrays, bits, x)
             layer = eqx.combine(arrays, static)
@@ -198,7 +218,7 @@ class Transformer(eqx.Module):
                 own_links = one_sequence(ids.size) if links is None else links
                 return layer.recurrence(x, own_links, caches.recurrence, config=config)
 
-            x, cache = layer(keep_rows(x), mix, config=config, key=key)
+            x, cache = layer(keep_rows(x), mix, config=config, key=key, observe=observe)
             return keep_rows(x), Caches(**{mixer: cache})
 
         stacks = (arrays, bits, which_masks, which_tables, caches or Caches(), keys)
