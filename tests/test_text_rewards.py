@@ -51,6 +51,18 @@ def test_each_answer_has_its_reward_in_any_batch(batch_size):
     assert max(map(len, seen)) == min(batch_size, 6)
 
 
+def test_bos_and_eos_are_no_text():
+    class Numbers:
+        bos_token_id, eos_token_id = ord("a"), TOKENIZER.eos_token_id
+
+        def decode(self, ids):
+            return " ".join(map(str, ids))
+
+    seen = []
+    dpx.text_rewards(lambda p, a: seen.extend(a) or [0] * len(a), Numbers())(PROMPT, SAMPLES)
+    assert seen[:3] == ["", "98 99 100", ""]
+
+
 def test_the_same_under_jit():
     reward = dpx.text_rewards(lengths, TOKENIZER)
     assert np.array_equal(jax.jit(reward)(PROMPT, SAMPLES), EXPECTED)

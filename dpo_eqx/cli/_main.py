@@ -12,6 +12,7 @@ from .commands.evaluate import evaluate
 from .commands.generate import generate
 from .commands.inspect import inspect
 from .commands.label import label
+from .commands.online import online
 from .commands.report import report
 from .commands.sample import sample
 from .commands.train import train
@@ -24,6 +25,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "generate": (generate, "let a model answer prompts, or two models side by side"),
     "sample": (sample, "draw several answers to each prompt"),
     "label": (label, "judge drawn answers by a reward, and pair them"),
+    "online": (online, "train a policy on pairs of its own answers, in rounds"),
     "report": (report, "draw the curves of a run, or compare several runs"),
     "inspect": (inspect, "show preferences as tokens, and which tokens are scored"),
 }

@@ -12,6 +12,7 @@ import numpy as np
 
 from ... import models
 from ..._arrays.samples import Samples
+from ..._arrays.tokens import Tokens
 from ...data._batches.buckets import choose_buckets
 from ...data._records.as_chat import as_chat
 from ..terminal.answers import ends_of, padded
@@ -152,18 +153,14 @@ def lines_of(
 ) -> Iterator[dict[str, Any]]:
     """A line for each prompt of a batch: the prompt as given, and its answers."""
     for place, number in enumerate(batch.numbers):
-        prompt, ids = encoded.prompts[number], encoded.ids[number]
+        prompt = encoded.prompts[number]
         tokens = jax.tree.map(lambda x, place=place: x[place], samples.tokens)
-        rows = [row[mask].tolist() for row, mask in zip(tokens.ids, tokens.mask, strict=True)]
-        ended = [bool(row) and row[-1] in ends for row in rows]
-        texts = [row[:-1] if is_ended else row for row, is_ended in zip(rows, ended, strict=True)]
-        # A text continues the text of its prompt; the content of a turn stands alone.
-        before = ids if isinstance(prompt.value, str) else []
+        rows, texts, ended = answers_of(encoded, number, tokens, tokenizer, ends)
         yield {
             **({} if prompt.ids is None else {"prompt_ids": prompt.ids}),
             "prompt": stored(tokenizer, prompt),
-            **_carried(prompt.columns),
-            "answers": [continuation(tokenizer, before, row) for row in texts],
+            **carried(prompt.columns),
+            "answers": texts,
             **({} if prompt.ids is None else {"answer_ids": rows}),
             "log_probs": [float(x) for x in samples.log_probs[place]],
             "tokens": [len(row) for row in rows],
@@ -173,5 +170,25 @@ def lines_of(
         }
 
 
-def _carried(columns: Mapping[str, Any]) -> dict[str, Any]:
+def answers_of(
+    encoded: Encoded, number: int, tokens: Tokens, tokenizer: Any, ends: tuple[int, ...]
+) -> tuple[list[list[int]], list[str], list[bool]]:
+    """The ids of the answers to a prompt, their texts without an end, and whether each has ended.
+
+    **Arguments:**
+
+    - `number`: the number of the prompt.
+    - `tokens`: its answers, in NumPy. Shape `(samples, length)`.
+    - `ends`: the tokens that end an answer.
+    """
+    rows = [row[mask].tolist() for row, mask in zip(tokens.ids, tokens.mask, strict=True)]
+    ended = [bool(row) and row[-1] in ends for row in rows]
+    texts = [row[:-1] if is_ended else row for row, is_ended in zip(rows, ended, strict=True)]
+    # A text continues the text of its prompt; the content of a turn stands alone.
+    before = encoded.ids[number] if isinstance(encoded.prompts[number].value, str) else []
+    return rows, [continuation(tokenizer, before, row) for row in texts], ended
+
+
+def carried(columns: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns of a prompt that its chat template gets."""
     return {name: columns[name] for name in _CARRIED if name in columns}
