@@ -34,6 +34,7 @@ from ._onpolicy.pair_samples import (
     label_samples as label_samples,
     pair_samples as pair_samples,
 )
+from ._onpolicy.text_rewards import text_rewards as text_rewards
 from ._policies.adapt import adapt as adapt
 from ._policies.check_policy import check_policy as check_policy
 from ._policies.report import PolicyReport as PolicyReport

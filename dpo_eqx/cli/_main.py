@@ -11,8 +11,11 @@ from collections.abc import Callable, Sequence
 from .commands.evaluate import evaluate
 from .commands.generate import generate
 from .commands.inspect import inspect
+from .commands.label import label
+from .commands.online import online
 from .commands.plan import plan
 from .commands.report import report
+from .commands.sample import sample
 from .commands.train import train
 from .settings.parse import parse
 from .settings.words import in_flags
@@ -21,6 +24,9 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "train": (lambda arguments: train(parse(arguments)), "train a policy on preferences"),
     "evaluate": (evaluate, "measure a policy against its reference on preferences"),
     "generate": (generate, "let a model answer prompts, or two models side by side"),
+    "sample": (sample, "draw several answers to each prompt"),
+    "label": (label, "judge drawn answers by a reward, and pair them"),
+    "online": (online, "train a policy on pairs of its own answers, in rounds"),
     "report": (report, "draw the curves of a run, or compare several runs"),
     "plan": (plan, "say whether a step fits some devices, and what bounds it"),
     "inspect": (inspect, "show preferences as tokens, and which tokens are scored"),

@@ -17,6 +17,7 @@ from ... import models, sharding
 from ..._scoring.score import score_pairs, score_unpaired
 from ..._training.evaluate import make_eval
 from ..._training.step import make_step
+from ...protocols import Score
 from ..compose import policy as policies
 from ..compose.data import Prepared, data_facts, make_batches
 from ..compose.dtypes import (
@@ -72,7 +73,7 @@ def _train(settings: Settings) -> None:
     say(in_flags("\n".join(source.told for source in prepared)))
 
     policy, reference, trainable, dtypes, finish = hosts.together(
-        functools.partial(_load, settings, prepared[0], needs_reference(loss), mesh)
+        functools.partial(load_all, settings, prepared[0], needs_reference(loss), mesh)
     )
     inputs = digests_of(settings, prepared)
     if settings.precompute_reference:
@@ -86,7 +87,7 @@ def _train(settings: Settings) -> None:
     optimizer = compose_optimizer(settings, schedule)
     # Evaluations and the report must compute what the step computes, so all of them share these.
     options = {
-        "score": score_unpaired if is_unpaired(loss) else score_pairs,
+        "score": _score(settings, loss),
         "compute_dtype": dtypes.compute,
         "reference_of": reference.view,
     }
@@ -116,11 +117,11 @@ def _train(settings: Settings) -> None:
         finish=finish,
         chat_template=template,
     )
-    say(_summary(run, state, reference.words, dtypes))
+    say(summary(run, state, reference.words, dtypes))
     probe = make_probe(settings, prepared, loss, options, mesh)
     # A thread prepares the batches; leaving the context ends it, also after an error.
     with batches:
-        _carry_out(run, state, folder, prepared[0], inputs, probe)
+        carry_out(run, state, folder, prepared[0], inputs, probe)
 
 
 def _prepare(settings: Settings, folder: Folder) -> tuple[Loss, list[Prepared], Mesh | None]:
@@ -129,6 +130,12 @@ def _prepare(settings: Settings, folder: Folder) -> tuple[Loss, list[Prepared], 
     folder.check(settings)
     loss = compose_loss(settings)
     return loss, prepare_all(settings, loss), devices.mesh_of(settings)
+
+
+def _score(settings: Settings, loss: Loss) -> Score:
+    if settings.reward_head:
+        return models.score_rewards
+    return score_unpaired if is_unpaired(loss) else score_pairs
 
 
 def total_steps(settings: Settings, steps_per_epoch: int) -> int:
@@ -152,7 +159,7 @@ def evaluate_all(
     return {f"eval/{name}": value for name, value in means.items()}
 
 
-def _load(
+def load_all(
     settings: Settings, prepared: Prepared, needs_reference: bool, mesh: Mesh | None
 ) -> tuple[PyTree, policies.Reference, PyTree, Dtypes, Callable[[PyTree], PyTree]]:
     """Loads the policy and its reference, in the dtypes of training.
@@ -176,7 +183,7 @@ def _load(
     return policy, reference, trainable, dtypes, finish
 
 
-def _carry_out(
+def carry_out(
     run: Run,
     state: State,
     folder: Folder,
@@ -268,7 +275,7 @@ def _tokenizer(settings: Settings) -> str | None:
     return None if settings.tokenizer == "bytes" else settings.tokenizer
 
 
-def _summary(run: Run, state: State, reference: str, dtypes: Dtypes) -> str:
+def summary(run: Run, state: State, reference: str, dtypes: Dtypes) -> str:
     """The lines that describe the run before its first step."""
     params = eqx.filter(state.policy, run.trainable)
     kinds = " and ".join(sorted({str(leaf.dtype) for leaf in jax.tree.leaves(params)}))

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from ... import data, losses, models
+from ... import data, models
 from ...data._fingerprint import digest
 from ...data._records.records import Form
 from ...data._tokens.rows import lengths_of
@@ -19,7 +19,7 @@ from ..settings.options import split_pairs
 from ..settings.settings import Settings
 from ..settings.sources import sources_of
 from ..settings.words import OF_ARGUMENT
-from .loss import keywords
+from .loss import takes_offset
 from .tokenizer import tokenizer_of
 
 
@@ -196,14 +196,14 @@ def reading(settings: Settings) -> dict[str, Any]:
     if settings.offset_column is not None:
         columns |= {"offset": settings.offset_column}
     options = split_pairs(settings.loss_options, "--loss-options")
-    takes_offset = any("offset" in keywords(losses.BY_NAME[name]) for name in settings.loss)
     return {
         "columns": {ours: theirs or None for ours, theirs in columns.items()},
         "where": split_pairs(settings.where, "--where"),
         "as_chat": settings.as_chat,
         "pairs": settings.pairs,
         "ties": settings.ties,
-        "offset_from_scores": takes_offset and "offset" not in options.keys() | columns.keys(),
+        "offset_from_scores": takes_offset(settings)
+        and "offset" not in options.keys() | columns.keys(),
     }
 
 

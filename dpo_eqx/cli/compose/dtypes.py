@@ -83,9 +83,7 @@ def dtypes_of(params: PyTree) -> PyTree:
     return jax.tree.map(lambda x: x.dtype, params)
 
 
-def finished(
-    policy: models.Transformer, saved: np.dtype | None, trainable: PyTree, loaded: PyTree
-) -> models.Transformer:
+def finished(policy: Tree, saved: np.dtype | None, trainable: PyTree, loaded: PyTree) -> Tree:
     """The policy to save: its adapters merged, and each weight rounded once.
 
     **Arguments:**

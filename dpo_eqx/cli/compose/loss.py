@@ -15,7 +15,7 @@ from ... import losses
 from ..._arrays.log_probs import PairLogProbs, UnpairedLogProbs
 from ...losses._marks import marks_of, parts
 from ...protocols import Loss
-from ..settings.check import flag
+from ..settings.check import REWARD_LOSS, flag
 from ..settings.options import as_number, split_pairs
 from ..settings.settings import Settings
 
@@ -34,7 +34,7 @@ def compose_loss(settings: Settings) -> Loss:
     `ValueError` if a name is unknown, if no loss has a given hyper-parameter or its value is out of
     range, or if losses of pairs are combined with losses of single completions.
     """
-    terms = [losses.BY_NAME[name] for name in settings.loss]
+    terms = [_named(name) for name in settings.loss]
     hyper_parameters = _hyper_parameters(settings)
     for name, (value, source) in hyper_parameters.items():
         if not any(_takes(term, name) for term in terms):
@@ -51,6 +51,15 @@ def compose_loss(settings: Settings) -> Loss:
     # A value out of range is only found by calling the loss. Do so before any file is read.
     _try(loss, with_reference=True)
     return loss
+
+
+def _named(name: str) -> Loss:
+    return losses.bradley_terry if name == REWARD_LOSS else losses.BY_NAME[name]
+
+
+def takes_offset(settings: Settings) -> bool:
+    """Whether a loss of the settings has an offset for each pair."""
+    return any("offset" in keywords(_named(name)) for name in settings.loss)
 
 
 def is_unpaired(loss: Loss) -> bool:

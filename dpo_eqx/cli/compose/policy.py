@@ -36,11 +36,19 @@ class Reference:
     view: Callable[[Any], Any] | None = None
 
 
-def load_policy(settings: Settings, mesh: Mesh | None = None) -> models.Transformer:
+def load_policy(
+    settings: Settings, mesh: Mesh | None = None
+) -> models.Transformer | models.RewardModel:
     """The model to train, with the adapters that the settings ask for, new or from `--lora`.
 
-    Its parameters are in `--dtype`, or as stored in the checkpoint.
+    With `--reward-head` it is a reward model: that of the checkpoint, or the checkpoint's policy
+    with a new head. Its parameters are in `--dtype`, or as stored in the checkpoint.
     """
+    if settings.reward_head:
+        model = _load_any(settings.model, settings, mesh, remat=settings.remat)
+        if isinstance(model, models.RewardModel):
+            return model
+        return models.RewardModel(model, key=jax.random.key(settings.seed))
     policy = _load(settings.model, settings, mesh, remat=settings.remat)
     if settings.lora is not None:
         policy = models.load_lora(policy, settings.lora)
@@ -157,8 +165,14 @@ def parameters(policy: PyTree) -> int:
 def _load(
     path: str, settings: Settings, mesh: Mesh | None, *, remat: bool = False
 ) -> models.Transformer:
+    return language_model(_load_any(path, settings, mesh, remat=remat), path)
+
+
+def _load_any(
+    path: str, settings: Settings, mesh: Mesh | None, *, remat: bool = False
+) -> models.Transformer | models.RewardModel:
     placement = None if mesh is None else sharding.placement(mesh)
-    model = models.load(
+    return models.load(
         path,
         dtype=dtype_of(settings.dtype),
         sharding=placement,
@@ -166,7 +180,6 @@ def _load(
         remat=remat,
         fused=settings.fused,
     )
-    return language_model(model, path)
 
 
 def _with_wide_dtype(reference: PyTree, settings: Settings) -> PyTree:

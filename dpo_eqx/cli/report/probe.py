@@ -42,8 +42,9 @@ def make_probe(
 ) -> Probe:
     """A function of a state, its step and a path. It examines the state; process 0 writes the file.
 
-    It does nothing without `--report`. Pairs and prompts come from the held-out data, or from the
-    training data if none is held out. Several processes must all call it, and sample no answers.
+    It does nothing without `--report`, and for a reward model, which writes no text. Pairs and
+    prompts come from the held-out data, or from the training data if none is held out. Several
+    processes must all call it, and sample no answers.
 
     **Arguments:**
 
@@ -51,7 +52,7 @@ def make_probe(
     - `loss`: the loss; `options`: the options of `make_step` that `make_diagnose` also takes.
     - `mesh`: the mesh of the state.
     """
-    if not settings.report:
+    if not settings.report or settings.reward_head:
         return lambda state, step, path: None
     source = prepared[-1]
     rows = [source.rows[int(i)] for i in spread(len(source.rows), PAIRS)]
@@ -64,11 +65,30 @@ def make_probe(
         if examine is not None:
             record |= _pairs(examine, state, rows, settings, mesh)
         record |= _samples(state, rows[:PROMPTS], tokenizer, settings, options["compute_dtype"])
-        if hosts.is_first():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            replace_text(path, json.dumps(finite(record)) + "\n")
+        _write(record, path)
 
     return probe
+
+
+def make_sample_probe(
+    settings: Settings, prepared: Prepared, tokenizer: Any, compute_dtype: DTypeLike
+) -> Probe:
+    """`make_probe` for a run on prompts alone: answers to some of them, and no pairs."""
+    if not settings.report:
+        return lambda state, step, path: None
+    rows = [prepared.rows[int(i)] for i in spread(len(prepared.rows), PROMPTS)]
+
+    def probe(state: State, step: int, path: Path) -> None:
+        samples = _samples(state, rows, tokenizer, settings, compute_dtype)
+        _write({"step": step, "data": "training", **samples}, path)
+
+    return probe
+
+
+def _write(record: Mapping[str, Any], path: Path) -> None:
+    if hosts.is_first():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(path, json.dumps(finite(dict(record))) + "\n")
 
 
 def spread(count: int, at_most: int) -> np.ndarray:

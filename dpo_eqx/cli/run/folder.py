@@ -157,7 +157,7 @@ def _check_writable(path: Path) -> None:
 
 
 def _check_same(settings: Settings, config: Path) -> None:
-    changed = differences(settings, read_settings(config))
+    changed = differences(settings, read_settings(config, type(settings)))
     words = [f"`{n}` was {then}, is {now}" for n, (then, now) in changed.items() if n not in FREE]
     if words:
         raise ValueError(

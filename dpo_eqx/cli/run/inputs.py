@@ -52,7 +52,7 @@ def check_same(
     for name, digest_now in now.items():
         if before.get(name) in (None, digest_now):
             continue
-        message = _FILES if name in ("--data", "--eval-data") else _WEIGHTS
+        message = _FILES if name in ("--data", "--eval-data", "--reward") else _WEIGHTS
         message = _TOKENS if name.startswith(_OF_TOKENS) else message
         raise ValueError(message.format(flag=f"`{name.removeprefix(_OF_TOKENS)}`", folder=folder))
 

@@ -11,6 +11,9 @@ from ...sharding._mesh import parse_sizes
 from .settings import Settings
 from .sources import sources_of
 
+# The loss of reward models. It takes rewards, and every other loss takes log-probabilities.
+REWARD_LOSS = "bradley_terry"
+
 _POSITIVE = ("steps", "epochs", "batch_size", "microbatches", "buckets", "keep", "learning_rate")
 _POSITIVE_IF_GIVEN = ("beta", "max_length", "max_prompt_length", "max_completion_length")
 _NOT_NEGATIVE = (
@@ -104,10 +107,19 @@ def _contradictions(settings: Settings) -> Iterator[str]:
         ("eval_fraction", s.eval_fraction is not None, "eval_split", s.eval_split is not None),
         ("lora_reference", s.lora_reference is not None, "reference", s.reference is not None),
         ("lora_reference", s.lora_reference is not None, "reference_free", s.reference_free),
+        ("reward_head", s.reward_head, "reference_free", s.reference_free),
+        ("reward_head", s.reward_head, "lora_rank", lora),
+        ("reward_head", s.reward_head, "lora", s.lora is not None),
     ]
     for one, has_one, other, has_other in exclusive:
         if has_one and has_other:
             yield f"{flag(one)} and {flag(other)} contradict each other; leave out one of them."
+    if s.reward_head != (REWARD_LOSS in s.loss) or (s.reward_head and len(s.loss) > 1):
+        yield (
+            f"`--reward-head` must be given with `--loss {REWARD_LOSS}` alone, the loss of reward "
+            f"models; got `--loss {' '.join(s.loss)}` with{'' if s.reward_head else 'out'} "
+            "`--reward-head`."
+        )
     if s.eval_split is not None and s.eval_data is None:
         yield "`--eval-split` is for held-out data, and this run has none; give `--eval-data` too."
     for name in ("lora_alpha", "lora_target"):

@@ -6,17 +6,23 @@
 import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..._extras import require
 from .settings import Settings
 from .yaml_file import read_settings
 
-PROGRAM = "dpo-eqx train"
+Kind = TypeVar("Kind", bound=Settings)
 
 
-def parse(arguments: Sequence[str]) -> Settings:
-    """The settings that the arguments of `dpo-eqx train` ask for.
+def parse(
+    arguments: Sequence[str], of: type[Kind] = Settings, program: str = "dpo-eqx train"
+) -> Kind:
+    """The settings that the arguments of `dpo-eqx train` ask for, or of a command like it.
+
+    **Arguments:**
+
+    - `of`: the class of the settings; `program`: the name of the command.
 
     **Raises:**
 
@@ -24,10 +30,10 @@ def parse(arguments: Sequence[str]) -> Settings:
     status 2, after a message, if the flags are invalid, and with status 0 after `--help`.
     """
     tyro = require("tyro", extra="train")
-    config = _config_in(arguments)
+    config = _config_in(arguments, program)
     # The flags come last, since the later of two flags counts.
-    from_file = [] if config is None else flags_of(read_settings(config))
-    return tyro.cli(Settings, args=[*from_file, *_with_one_data(arguments)], prog=PROGRAM)
+    from_file = [] if config is None else flags_of(read_settings(config, of))
+    return tyro.cli(of, args=[*from_file, *_with_one_data(arguments)], prog=program)
 
 
 def _with_one_data(arguments: Sequence[str]) -> list[str]:
@@ -61,8 +67,8 @@ def _words(name: str, value: Any) -> list[str]:
     return [f"--{flag}={value[0] if isinstance(value, tuple) else value}"]
 
 
-def _config_in(arguments: Sequence[str]) -> Path | None:
+def _config_in(arguments: Sequence[str], program: str) -> Path | None:
     """The value of `--config`, before the other flags are parsed."""
-    parser = argparse.ArgumentParser(prog=PROGRAM, add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog=program, add_help=False, allow_abbrev=False)
     parser.add_argument("--config", type=Path)
     return parser.parse_known_args(list(arguments))[0].config

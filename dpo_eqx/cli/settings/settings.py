@@ -75,6 +75,9 @@ class Settings:
     """Strength of the pull towards the reference (default: the loss's default, mostly 0.1)."""
     label_smoothing: float | None = None
     """Assumed fraction of flipped labels (default: the loss's default)."""
+    reward_head: bool = False
+    """Train a reward model, with `--loss bradley_terry`: `--model` gets a head with one number in
+    place of its logits, or is a reward model already."""
     reference_free: bool = False
     """Train without a reference: its log-probabilities count as 0."""
     divergence: str | None = None

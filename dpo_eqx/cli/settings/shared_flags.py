@@ -118,6 +118,16 @@ def parse_flags(
     return tyro.cli(kind, args=list(arguments), prog=f"dpo-eqx {command}", config=config)
 
 
+# What the commands that draw from a policy call two flags, besides their names in all commands.
+OTHER_NAMES = {"--policy": "--model", "--prompts": "--data"}
+
+
+def in_shared_names(arguments: Sequence[str]) -> list[str]:
+    """The arguments with `--model` for `--policy`, and with `--data` for `--prompts`."""
+    parts = (word.partition("=") for word in arguments)
+    return [OTHER_NAMES.get(name, name) + equals + value for name, equals, value in parts]
+
+
 def check_writable(flag: str, path: Path | None) -> None:
     """Raises `OSError` if the file cannot be written, before the work rather than after it."""
     if path is None:

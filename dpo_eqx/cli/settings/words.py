@@ -23,6 +23,11 @@ _WORDS: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"below `vocab_size`, (\d+)", r"below \1, the size of the vocabulary of `--model`"),
     # A column of the data may have such a name, so the words behind it must tell an argument.
     (rf"`(columns|strict|tokenizer|score|split|subset)`{OF_ARGUMENT}", r"`--\1`"),
+    (r"`function` must", "`--reward` must"),
+    (
+        r"by `timeout`, or judge fewer answers at once by `batch_size`",
+        "by `--reward-timeout`, or judge fewer answers at once by `--batch-size`",
+    ),
     (rf"`as_chat`{OF_ARGUMENT}", "`--as-chat`"),
     (r"`max_(prompt_|completion_)?length`", _limit),
     (r"`path_or_iterable`", "`--data`"),

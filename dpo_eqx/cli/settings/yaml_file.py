@@ -13,13 +13,19 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from ..._extras import require
 from .settings import INVOCATION, Settings
 
-KINDS = {name: kind for name, kind in get_type_hints(Settings).items() if name != "config"}
 # PyYAML follows YAML 1.1, in which `1e-6` is text, since it has no decimal point.
 _FLOAT = re.compile(r"^[-+]?(\d[\d_]*)(\.[\d_]*)?[eE][-+]?\d+$")
 
 
-def read_settings(path: Path) -> dict[str, Any]:
-    """The settings in the file, by the names of their fields.
+def kinds_of(of: type[Settings]) -> dict[str, Any]:
+    """The type of each setting that a file may hold, by name."""
+    hints = get_type_hints(of)
+    names = [field.name for field in dataclasses.fields(of) if field.init]
+    return {name: hints[name] for name in names if name != "config"}
+
+
+def read_settings(path: Path, of: type[Settings] = Settings) -> dict[str, Any]:
+    """The settings in the file, by the names of their fields in the class `of`.
 
     **Raises:**
 
@@ -37,12 +43,13 @@ def read_settings(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}.") from None
     settings: dict[str, Any] = {}
+    kinds = kinds_of(of)
     for key, value, node in found:
         where = f"line {node.start_mark.line + 1} of {path}"
-        name = _known(key, where)
+        name = _known(key, where, kinds)
         if name in settings:
             raise ValueError(f"`{key}` in {where} is given twice; keep one of them.")
-        settings[name] = _checked(value, name, where)
+        settings[name] = _checked(value, kinds[name], name, where)
     return settings
 
 
@@ -50,8 +57,8 @@ def write_settings(settings: Settings, path: Path) -> None:
     """Writes a file that gives the same settings again, if it is used as `--config`."""
     yaml = require("yaml", extra="train")
     values = {
-        name.replace("_", "-"): _plain(value)
-        for name, value in vars(settings).items()
+        name.replace("_", "-"): _plain(getattr(settings, name))
+        for name in kinds_of(type(settings))
         if name not in INVOCATION
     }
     path.write_text(yaml.dump(values, Dumper=_dumper(yaml), sort_keys=False), encoding="utf-8")
@@ -90,19 +97,19 @@ def _pairs(yaml: types.ModuleType, root: Any, path: Path) -> list[tuple[Any, Any
     return root.value
 
 
-def _known(key: Any, where: str) -> str:
+def _known(key: Any, where: str, kinds: dict[str, Any]) -> str:
     """The name of the field for `key`."""
     name = str(key).replace("-", "_")
-    if name in KINDS:
+    if name in kinds:
         return name
-    near = difflib.get_close_matches(name, KINDS, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(name, kinds, n=1, cutoff=0.5)
     hint = f" Did you mean `{near[0].replace('_', '-')}`?" if near else ""
     raise ValueError(f"`{key}` in {where} is not a setting.{hint} `--help` lists them all.")
 
 
-def _checked(value: Any, name: str, where: str) -> Any:
+def _checked(value: Any, kind: Any, name: str, where: str) -> Any:
     try:
-        return _convert(value, KINDS[name])
+        return _convert(value, kind)
     except TypeError as error:
         raise ValueError(
             f"`{name.replace('_', '-')}` in {where} must be {error}; got {value!r} "
@@ -149,9 +156,11 @@ def _plain(value: Any) -> Any:
 
 def differences(settings: Settings, values: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """The settings that differ from a file's `values`, each with the file's and the new value."""
-    then = {f.name: f.default for f in dataclasses.fields(Settings)} | values
+    fields = [field for field in dataclasses.fields(settings) if field.init]
+    then = {field.name: field.default for field in fields} | values
+    now = {field.name: getattr(settings, field.name) for field in fields}
     return {
         name: (then[name], value)
-        for name, value in vars(settings).items()
+        for name, value in now.items()
         if name not in INVOCATION and value != then[name]
     }

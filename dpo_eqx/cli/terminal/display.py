@@ -17,6 +17,8 @@ COLUMNS = {
     "rewards/accuracies": "accuracy",
     "rewards/margins": "margin",
     "win_rate": "win rate",
+    "reward": "reward",
+    "kl": "KL",
 }
 # The number of plain lines in a run, not counting the first and the last.
 _LINES = 20

@@ -20,6 +20,17 @@ def decode(tokenizer: Any, ids: Sequence[int]) -> str:
     return _decode(tokenizer, [i for i in ids if i not in specials])
 
 
+def continuation(tokenizer: Any, before: Sequence[int], ids: Sequence[int]) -> str:
+    """The text of `ids` behind the text of `before`, with the space that some tokenizers drop.
+
+    The two texts together are the text of all ids, except where a character spans both.
+    """
+    last = [] if not hasattr(tokenizer, "decode") else list(before[-1:])
+    start, whole = decode(tokenizer, last), decode(tokenizer, [*last, *ids])
+    is_clean = whole.startswith(start) and not start.endswith(_BROKEN)
+    return whole.removeprefix(start) if is_clean else decode(tokenizer, ids)
+
+
 def for_screen(text: str) -> str:
     """`text` with escapes for characters that would move a terminal's cursor, except line ends."""
     return escaped(text, keep="\n")

@@ -48,8 +48,10 @@ def reward_keys(architecture: str, loaded: Mapping[str, Any]) -> dict[str, Any]:
     """
     names = ("id2label", "label2id") if is_reward_model(loaded) else ()
     own = {key: loaded[key] for key in names if key in loaded}
+    # All families but GPT-2, whose policy is a `GPT2LMHeadModel`, are named `*ForCausalLM`.
+    family = architecture.removesuffix("ForCausalLM").removesuffix("LMHeadModel")
     return {
-        "architectures": [architecture.replace("ForCausalLM", CLASSIFIER)],
+        "architectures": [family + CLASSIFIER],
         "id2label": {"0": "LABEL_0"},
         "label2id": {"LABEL_0": 0},
         **own,

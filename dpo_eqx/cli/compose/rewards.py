@@ -1,0 +1,211 @@
+"""From `--reward` to a judge of answers: a Python function, or a reward model with its tokenizer.
+
+Both judge texts, so that a reward model may have another tokenizer than the policy.
+"""
+
+import importlib
+import importlib.util
+import inspect
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from ... import data, models
+from ..._onpolicy.text_rewards import TextReward, judge_texts
+from ...data._tokens.rows import Row
+from ..settings.options import dtype_of
+from ..terminal.answers import padded
+from .data import learned_positions
+from .tokenizer import load_tokenizer
+
+_FUNCTION = re.compile(r"(.+):([A-Za-z_]\w*)")
+# The least width of a row. Each further one is twice as wide: few widths, few compilations.
+_FIRST_WIDTH = 64
+
+
+class Asked(NamedTuple):
+    """An answer to judge: its prompt (text or messages), and its text.
+
+    `columns` are the prompt's `tools` and `chat_template_kwargs`, if it has them.
+    """
+
+    prompt: Any
+    answer: str
+    columns: Mapping[str, Any]
+
+
+Judge = Callable[[Sequence[Asked]], Float[np.ndarray, " answers"]]
+
+
+def is_function(reward: str) -> bool:
+    """Whether `--reward` names a Python function, as `module:function`, rather than a model."""
+    return _FUNCTION.fullmatch(reward) is not None and not Path(reward).exists()
+
+
+def function_judge(function: TextReward, *, most: int, timeout: float | None) -> Judge:
+    """A judge that calls a Python function with at most `most` prompts and answers.
+
+    `timeout` is the longest time of a call, in seconds.
+    """
+
+    def judge(asked: Sequence[Asked]) -> Float[np.ndarray, " answers"]:
+        prompts, answers = [one.prompt for one in asked], [one.answer for one in asked]
+        return judge_texts(function, prompts, answers, batch_size=most, timeout=timeout)
+
+    return judge
+
+
+def load_function(reward: str) -> TextReward:
+    """The function that `module:function` or `file.py:function` names.
+
+    Modules are also found in the current folder.
+
+    **Raises:**
+
+    `ValueError` if the module cannot be imported, or has no such function.
+    """
+    match = _FUNCTION.fullmatch(reward)
+    assert match is not None, "`is_function` has seen it"
+    name, attribute = match.groups()
+    try:
+        module = _module(name)
+    except Exception as error:  # a module of the user can raise anything
+        raise ValueError(
+            f"`--reward {reward}` must name a function as `module:function` or `file.py:function`; "
+            f"importing {name} raised {type(error).__name__}: {error}. The module must be a file "
+            "in the current folder, or installed."
+        ) from error
+    function = getattr(module, attribute, None)
+    if not callable(function):
+        functions = [n for n, _ in inspect.getmembers(module, inspect.isfunction)]
+        raise ValueError(
+            f"`--reward {reward}` must name a function of {name}; it has no function "
+            f"`{attribute}`. It has {', '.join(f'`{n}`' for n in functions) or 'no function'}."
+        )
+    return function
+
+
+def file_of(function: TextReward) -> Path | None:
+    """The file of a function's module; `None` if it has none."""
+    module = sys.modules.get(getattr(function, "__module__", ""))
+    file = getattr(module, "__file__", None)
+    return None if file is None else Path(file)
+
+
+def _module(name: str) -> Any:
+    if name.endswith(".py"):
+        spec = importlib.util.spec_from_file_location(Path(name).stem, name)
+        assert spec is not None, "the name ends with .py"
+        assert spec.loader is not None, "the name ends with .py"
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        spec.loader.exec_module(module)
+        return module
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    return importlib.import_module(name)
+
+
+def model_judge(reward: str, *, chat_template: str, dtype: str | None, most: int) -> Judge:
+    """A judge that runs a reward model on texts, by its own tokenizer and chat template.
+
+    A text and its answer are tokenised as `train` tokenises them: an EOS ends a text.
+
+    **Arguments:**
+
+    - `reward`: the folder or hub name of the model.
+    - `chat_template`: the value of `--chat-template`.
+    - `dtype`: the dtype of its parameters; `None` for that of the checkpoint.
+    - `most`: the largest number of answers in a call.
+
+    **Raises:**
+
+    `ValueError` or `OSError` if the folder holds another model, or lacks a tokenizer. The judge
+    raises `ValueError` if an answer cannot be tokenised, is too long, or has a reward that is not
+    finite.
+    """
+    model = models.load(reward, dtype=dtype_of(dtype))
+    if not isinstance(model, models.RewardModel):
+        raise ValueError(
+            f"`--reward` must be a reward model (`*ForSequenceClassification` with one label), or "
+            f"a Python function as `module:function`; {reward} holds a language model. Train a "
+            "reward model with `dpo-eqx train --loss bradley_terry --reward-head`."
+        )
+    tokenizer = load_tokenizer(reward, None, chat_template)
+    positions = learned_positions(reward)
+    # The model is an argument: a constant of the program would be a copy of it.
+    run = eqx.filter_jit(lambda model, ids, lengths: jax.vmap(model)(ids, lengths))
+
+    def judge(asked: Sequence[Asked]) -> Float[np.ndarray, " answers"]:
+        rows = _rows(asked, tokenizer, model.body.config.vocab)
+        if positions is not None:
+            _check_lengths(rows, asked, positions)
+        filled = rows + [rows[0]] * (most - len(rows))
+        tokens = padded(filled, _width(max(map(len, rows)), positions))
+        rewards = run(model, tokens.ids, tokens.mask.sum(axis=1))
+        return judge_finite(np.asarray(rewards, np.float64)[: len(rows)], asked)
+
+    return judge
+
+
+def judge_finite(
+    rewards: Float[np.ndarray, " answers"], asked: Sequence[Asked]
+) -> Float[np.ndarray, " answers"]:
+    """`rewards`, or a `ValueError` if one of them is not finite."""
+
+    def known(prompts: list[Any], answers: list[str]) -> Float[np.ndarray, " answers"]:
+        return rewards
+
+    return function_judge(known, most=len(asked), timeout=None)(asked)
+
+
+def _rows(asked: Sequence[Asked], tokenizer: Any, vocab: int) -> list[list[int]]:
+    """The ids of each prompt with its answer, in their order."""
+    rows: list[list[int]] = [[] for _ in asked]
+    # A source of records holds texts or conversations, not both.
+    for is_turns in (False, True):
+        places = [i for i, one in enumerate(asked) if isinstance(one.prompt, list) is is_turns]
+        if places:
+            records = [_record(asked[i], is_turns=is_turns) for i in places]
+            for place, row in zip(places, _tokenized(records, tokenizer, vocab), strict=True):
+                rows[place] = [*row["prompt_ids"], *row["completion_ids"]]
+    return rows
+
+
+def _record(one: Asked, *, is_turns: bool) -> dict[str, Any]:
+    answer = [{"role": "assistant", "content": one.answer}] if is_turns else one.answer
+    return {"prompt": one.prompt, "completion": answer, "label": True, **one.columns}
+
+
+def _tokenized(records: list[dict[str, Any]], tokenizer: Any, vocab: int) -> list[Row]:
+    rows, report = data.tokenize(data.read(records), tokenizer, vocab_size=vocab)
+    if len(rows) < len(records):
+        raise ValueError(
+            f"`--reward` must be able to judge each answer; its tokenizer drops some: {report}\n"
+            "Give another `--chat-template`, or another reward model."
+        )
+    return list(rows)
+
+
+def _check_lengths(rows: list[list[int]], asked: Sequence[Asked], positions: int) -> None:
+    for row, one in zip(rows, asked, strict=True):
+        if len(row) > positions:
+            raise ValueError(
+                f"The reward model has learned positions for {positions} tokens, and the answer "
+                f"{one.answer[:80]!r} with its prompt has {len(row)}. Draw shorter answers."
+            )
+
+
+def _width(longest: int, positions: int | None) -> int:
+    width = _FIRST_WIDTH
+    while width < longest:
+        width *= 2
+    return width if positions is None else min(width, positions)

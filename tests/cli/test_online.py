@@ -1,0 +1,285 @@
+"""`online`: rounds against the library's functions by hand, and runs that go on bit for bit."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import yaml
+
+import dpo_eqx as dpx
+from dpo_eqx import data
+from dpo_eqx.cli import main
+from dpo_eqx.cli.run import late_metrics
+from dpo_eqx.cli.settings.online import Online, check_online
+from dpo_eqx.cli.settings.parse import flags_of
+from dpo_eqx.models import RewardModel, load, sample, save
+
+from .commands import one_message
+from .runs import lines_of, same_weights, weights_of
+
+PROMPTS = ["Why?", "What is 2 + 2?", "So", "X", "Oh"]
+JUDGES = """
+def letters(prompts, answers):
+    assert len(prompts) == len(answers)
+    return [sum(map(str.isalpha, a)) - len(p) for p, a in zip(prompts, answers)]
+def equal(prompts, answers):
+    return [1.0] * len(answers)
+def fails(prompts, answers):
+    raise KeyError("oh")
+"""
+STEPS = 4
+SETTINGS = {
+    "batch_size": 2,
+    "samples": 3,
+    "max_new_tokens": 4,
+    "steps": STEPS,
+    "save_every": 2,
+    "learning_rate": 1e-2,
+    "schedule": "constant",
+    "shuffle": False,
+    "seed": 3,
+    "report": False,
+}
+
+
+def online(folder, model, **settings):
+    """The exit status of a small run whose prompts and output are in `folder`."""
+    (folder / "p.txt").write_text("".join(f"{prompt}\n" for prompt in PROMPTS))
+    (folder / "judges.py").write_text(JUDGES)
+    named = {"policy": model, "prompts": folder / "p.txt", "output": folder / "run"}
+    named |= {"reward": f"{folder / 'judges.py'}:letters"}
+    flags = flags_of({**named, **SETTINGS, **settings})
+    return main(["online", *flags])
+
+
+@pytest.fixture(scope="module")
+def whole(models, tmp_path_factory):
+    """A run without interruption, whose reference follows the policy every two rounds."""
+    folder = tmp_path_factory.mktemp("whole")
+    with jax.numpy_dtype_promotion("standard"):
+        assert online(folder, models("llama"), sync_reference_every=2) == 0
+    return folder
+
+
+def letters(text):
+    return sum(map(str.isalpha, text))
+
+
+def test_the_first_rounds_by_hand(whole, models):
+    """Keys, answers, rewards, pairs, loss, KL: from the public functions, prompt by prompt."""
+    lines = lines_of(whole / "run")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    policy, tokenizer = load(models("llama")), data.load_tokenizer(models("llama"))
+    ids = [tokenizer.encode(prompt) for prompt in PROMPTS[:2]]
+    mask = np.arange(16) < np.array([[len(row)] for row in ids])
+    prompt = dpx.Tokens(np.array([np.pad(row, (0, 16 - len(row))) for row in ids]), mask)
+    key = jax.random.fold_in(jax.random.key(3), 1)
+    keys = jnp.stack([jax.random.fold_in(key, number) for number in (0, 1)])
+    samples = sample(
+        policy, prompt, samples=3, max_new_tokens=4, key=keys, eos=tokenizer.eos_token_id
+    )
+    texts = [
+        [tokenizer.decode(row[m].tolist()) for row, m in zip(*rows, strict=True)]
+        for rows in zip(np.asarray(samples.tokens.ids), samples.tokens.mask, strict=True)
+    ]
+    rewards = np.array(
+        [[letters(t) - len(p) for t in row] for p, row in zip(PROMPTS, texts, strict=False)]
+    )
+    assert abs(lines[0]["reward"] - rewards.mean()) < 1e-5
+    assert abs(lines[0]["reward_best"] - rewards.max(axis=1).mean()) < 1e-5
+    assert abs(lines[0]["length"] - np.asarray(samples.tokens.mask).sum(axis=-1).mean()) < 1e-6
+    assert abs(lines[0]["ties"] - np.mean([len(set(row)) == 1 for row in rewards.tolist()])) < 1e-6
+    assert abs(lines[0]["kl"]) < 1e-5
+    assert abs(lines[0]["loss"] - np.log(2)) < 1e-6
+    batch = dpx.pair_samples(prompt, samples, rewards.astype(np.float32))
+    scored = eqx.filter_jit(dpx.score_pairs)(policy, batch)
+    chosen = np.average(scored.chosen, weights=batch.weight)
+    assert abs(lines[0]["logps/chosen"] - chosen) < 1e-3
+    assert abs(lines[1]["kl"]) > 1e-4, "the policy has left its reference"
+
+
+@pytest.mark.slow
+def test_the_folder_is_that_of_train(models, tmp_path):
+    assert online(tmp_path, models("llama"), report=True) == 0
+    run = tmp_path / "run"
+    names = {"config.yaml", "run.json", "metrics.jsonl", "eval.jsonl", "checkpoints", "model"}
+    names |= {"report", "report.html", "report.png"}
+    assert {path.name for path in run.iterdir()} == names
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    assert (settings["samples"], settings["reward"].split(":")[1]) == (3, "letters")
+    assert "eval-data" not in settings, "no flag of `online`"
+    for name in ("before", "after"):
+        assert len(json.loads((run / "report" / f"{name}.json").read_text())["samples"]) == 4
+    page = (run / "report.html").read_text()
+    assert "Samples" in page
+    assert weights_of(run).keys() >= {"model.norm.weight"}
+
+
+def at_line(monkeypatch, step, action):
+    before = late_metrics._check_finite
+
+    def check(number, line):
+        before(number, line)
+        if number == step:
+            action()
+
+    monkeypatch.setattr(late_metrics, "_check_finite", check)
+
+
+def steady(output):
+    return [{**line, "tokens_per_second": 0} for line in lines_of(output)]
+
+
+@pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.slow), 3])
+def test_a_crash_and_resume_give_the_same_bits(step, whole, models, tmp_path, monkeypatch, capsys):
+    """Before the first checkpoint, and after it, with a reference that has moved."""
+
+    def crash():
+        raise KeyboardInterrupt
+
+    more = {"sync_reference_every": 2, "reward": f"{whole / 'judges.py'}:letters"}
+    with monkeypatch.context() as patch:
+        at_line(patch, step, crash)
+        assert online(tmp_path, models("llama"), **more) == 130
+    assert online(tmp_path, models("llama"), **more, resume=True) == 0
+    assert same_weights(tmp_path / "run", whole / "run")
+    assert steady(tmp_path / "run") == steady(whole / "run")
+    if step > 2:
+        assert "continued after step 2" in capsys.readouterr().out
+
+
+def test_another_reward_is_not_continued(whole, models, capsys):
+    judges = whole / "judges.py"
+    before = judges.read_text()
+    named = {"policy": models("llama"), "prompts": whole / "p.txt", "output": whole / "run"}
+    named |= {"reward": f"{judges}:letters", "resume": True, "sync_reference_every": 2}
+    flags = flags_of({**named, **SETTINGS})
+    judges.write_text(before + "# changed\n")
+    status = main(["online", *flags])
+    one_message(status, capsys.readouterr().err, "online", "`--reward` must have the same content")
+    judges.write_text(before)
+    status = main(["online", *flags, "--samples", "4"])
+    one_message(status, capsys.readouterr().err, "online", "`samples` was 3, is 4")
+
+
+@pytest.mark.slow
+def test_equal_rewards_train_nothing_and_are_told_of(models, tmp_path, capsys):
+    flags = {"reward": f"{tmp_path / 'judges.py'}:equal", "steps": 2}
+    assert online(tmp_path, models("llama"), **flags) == 0
+    assert capsys.readouterr().out.count("no pair to train on") == 2
+    assert [line["ties"] for line in lines_of(tmp_path / "run")] == [1.0, 1.0]
+    before, after = load(models("llama")), load(tmp_path / "run" / "model")
+    same = jax.tree.map(lambda one, other: bool((one == other).all()), before, after)
+    assert all(jax.tree.leaves(same))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", ["ipo", "hinge", "sppo_hard", "odpo", "simpo"])
+def test_losses_of_pairs(loss, models, tmp_path):
+    assert online(tmp_path, models("llama"), loss=loss, steps=2) == 0
+    line = lines_of(tmp_path / "run")[-1]
+    assert ("kl" in line) == (loss != "simpo"), "no reference, no distance from it"
+
+
+@pytest.mark.slow
+def test_the_offset_of_odpo_is_the_difference_of_the_rewards(models, tmp_path):
+    # At the first step the margin is 0, so that the loss is that of the offset alone. One prompt
+    # with two answers has one pair, and the mean and the best reward give its difference.
+    one = {"batch_size": 1, "samples": 2, "steps": 1, "output": tmp_path / "one"}
+    assert online(tmp_path, models("llama"), loss="odpo", **one) == 0
+    line = lines_of(tmp_path / "one")[0]
+    gap = 2 * (line["reward_best"] - line["reward"])
+    assert gap > 0
+    assert abs(line["loss"] - np.log1p(np.exp(gap))) < 1e-5
+
+
+@pytest.mark.slow
+def test_adapters_and_a_reward_model(models, tmp_path):
+    save(RewardModel(load(models("llama")), key=jax.random.key(0)), tmp_path / "rm")
+    more = {"lora_rank": 2, "reward": tmp_path / "rm", "how": "all", "microbatches": 2}
+    assert online(tmp_path, models("llama"), **more) == 0
+    line = lines_of(tmp_path / "run")
+    assert abs(line[0]["loss"] - np.log(2)) < 1e-6
+    assert abs(line[-1]["kl"]) > 0
+    assert (tmp_path / "run" / "adapter").is_dir()
+
+
+@pytest.mark.slow
+def test_a_reward_is_learned(models, tmp_path):
+    more = {"steps": 60, "batch_size": 5, "samples": 6, "learning_rate": 3e-3, "save_every": 0}
+    assert online(tmp_path, models("llama"), **more) == 0
+    rewards = [line["reward"] for line in lines_of(tmp_path / "run")]
+    assert np.mean(rewards[-10:]) > np.mean(rewards[:10]) + 3
+
+
+BAD = {
+    "unpaired": ({"loss": "kto"}, "needs single completions, and a round makes"),
+    "one answer": ({"samples": 1}, "`--samples` must be at least 2"),
+    "no reward": ({"reward": "nowhere.py:f"}, "importing nowhere.py raised FileNotFoundError"),
+    "temperature": ({"temperature": 0.0}, "`--temperature` must be positive; got 0.0"),
+    "no prompts": ({"prompts": "nowhere.txt"}, "there is no `nowhere.txt`"),
+    "beta": ({"beta": -1.0}, "`--beta` must be positive"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(case, models, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings, words = BAD[case]
+    status = online(tmp_path, models("llama"), **settings)
+    one_message(status, capsys.readouterr().err, "online", words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_flags_of_train_without_a_use_are_unknown(models, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        online(tmp_path, models("llama"), eval_data="e.jsonl")
+    assert "eval-data" in capsys.readouterr().err
+    settings = Online(model="m", data=("a", "b"), reward="r", output=tmp_path)
+    with pytest.raises(ValueError, match="`--data` must be one source of prompts; got 2"):
+        check_online(settings)
+
+
+@pytest.mark.slow
+def test_killed_and_resumed(models, tmp_path, compiled):
+    def start(output):
+        named = {"policy": models("llama"), "prompts": tmp_path / "p.txt", "output": output}
+        more = {"reward": f"{tmp_path / 'judges.py'}:letters", "resume": True, "steps": 20}
+        words = flags_of({**named, **SETTINGS, **more, "save_every": 3})
+        environment = {
+            **os.environ,
+            "JAX_COMPILATION_CACHE_DIR": str(compiled / "online"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PLATFORMS": "cpu",
+        }
+        return subprocess.Popen(
+            [sys.executable, "-m", "dpo_eqx.cli", "online", *words],
+            env=environment,
+            stdout=subprocess.DEVNULL,
+        )
+
+    (tmp_path / "p.txt").write_text("".join(f"{prompt}\n" for prompt in PROMPTS))
+    (tmp_path / "judges.py").write_text(JUDGES)
+    assert start(tmp_path / "whole").wait(300) == 0
+    killed, kills = tmp_path / "killed", 0
+    for wanted in (1, 8, 13):
+        process = start(killed)
+        metrics = killed / "metrics.jsonl"
+        while process.poll() is None and not (
+            metrics.exists() and metrics.read_text().count("\n") >= wanted
+        ):
+            time.sleep(0.001)
+        process.kill()
+        kills += process.wait() == -signal.SIGKILL
+    assert kills
+    assert start(killed).wait(300) == 0
+    assert same_weights(killed, tmp_path / "whole")
+    assert steady(killed) == steady(tmp_path / "whole")
