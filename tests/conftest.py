@@ -8,13 +8,15 @@ from pathlib import Path
 # Before JAX is imported anywhere. Without several devices chex would skip its pmap variants; and
 # most of the time goes to compiling programs that run for microseconds. Unoptimised, and by XLA's
 # older code for fusions, that takes a quarter of the time. JAX 0.12 has the newer code only.
-FLAGS = [
-    "--xla_force_host_platform_device_count=8",
-    "--xla_backend_optimization_level=0",
-    "--xla_llvm_disable_expensive_passes=true",
-    *(["--xla_cpu_use_fusion_emitters=false"] if version("jax") < "0.12" else []),
-]
-os.environ["XLA_FLAGS"] = " ".join([*FLAGS, os.environ.get("XLA_FLAGS", "")])
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        "--xla_force_host_platform_device_count=8",
+        "--xla_backend_optimization_level=0",
+        "--xla_llvm_disable_expensive_passes=true",
+        "--xla_cpu_use_fusion_emitters=false" if version("jax") < "0.12" else "",
+        os.environ.get("XLA_FLAGS", ""),
+    ]
+)
 
 import chex
 import jax
