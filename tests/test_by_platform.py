@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import dpo_eqx as dpx
-from dpo_eqx._head import tiles
+from dpo_eqx._head import tiling
 from dpo_eqx._jax.by_platform import by_platform
 
 TOKENS, WIDTH, VOCAB = 512, 2, 2**14
@@ -40,7 +40,7 @@ def test_one_traced_program_has_the_tiles_of_each_platform(function, platform):
 
 
 def test_a_program_exported_for_several_platforms_runs_on_this_one(monkeypatch):
-    monkeypatch.setitem(tiles.LOGITS_AT_ONCE, "cpu", TOKENS * 8)
+    monkeypatch.setitem(tiling.LOGITS_AT_ONCE, "cpu", TOKENS * 8)
     function = jax.jit(jax.value_and_grad(divergence, (0, 1)))
     rng = np.random.default_rng(0)
     operands = [jnp.asarray(rng.normal(size=size.shape), jnp.float32) for size in shapes()]

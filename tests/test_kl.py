@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec as P
 
 import dpo_eqx as dpx
-from dpo_eqx._head import tiles
+from dpo_eqx._head import tiling
 
 from .policies import Attention, Perceptron, Plain, add_bias, assert_close, random_batch
 
@@ -105,21 +105,21 @@ def test_every_chunk_size_gives_the_same_value_and_gradient(softcaps):
 
 def test_parts_of_the_vocabulary(monkeypatch):
     """Eleven tokens in parts of three: the last part overlaps the one before."""
-    monkeypatch.setitem(tiles.LOGITS_AT_ONCE, "cpu", 6)
+    monkeypatch.setitem(tiling.LOGITS_AT_ONCE, "cpu", 6)
     sides, slopes = example((3,), vocab=11)
 
     def of(function):
         return jax.value_and_grad(lambda *x: (slopes * function(*x)).sum(), range(6))(*sides)
 
     # No size of a chunk that another test has compiled with other parts.
-    assert tiles.tiling_for((3,), 2, 11)("cpu").parts == 4
+    assert tiling.tiling_for((3,), 2, 11)("cpu").parts == 4
     assert_close(of(partial(chunked, chunk_size=2)), of(plain), 1e-12)
 
 
 @pytest.mark.parametrize("at_once", [4, 2**21])
 def test_an_excluded_token_is_infinitely_far_however_improbable(monkeypatch, at_once):
     """The share of the excluded token underflows, in whatever order the parts come."""
-    monkeypatch.setitem(tiles.LOGITS_AT_ONCE, "cpu", at_once)
+    monkeypatch.setitem(tiling.LOGITS_AT_ONCE, "cpu", at_once)
     head = jnp.array([-1e4, 0.0, 1.0, 1e4])[:, None]
     bias = jnp.array([-jnp.inf, 0, 0, 0])
     for order in ([0, 1, 2, 3], [3, 2, 1, 0]):

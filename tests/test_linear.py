@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec as P
 
 import dpo_eqx as dpx
-from dpo_eqx._head import tiles
+from dpo_eqx._head import tiling
 from dpo_eqx._head.linear import linear_collisions
 
 from .policies import add_bias, assert_close
@@ -55,7 +55,7 @@ def objectives(targets, slopes, softcap, **options):
 @pytest.fixture
 def tiny_tiles(monkeypatch):
     """Parts of the vocabulary of two rows or so, where tokens come in chunks of two."""
-    monkeypatch.setitem(tiles.LOGITS_AT_ONCE, "cpu", 4)
+    monkeypatch.setitem(tiling.LOGITS_AT_ONCE, "cpu", 4)
 
 
 @pytest.mark.parametrize("chunk_size", [None, 1, 4, 7, 14, 1000])
@@ -177,19 +177,19 @@ def test_linearize_of_the_hidden_states_alone(tiny_tiles):
 @pytest.mark.parametrize("vocab", [7, 31, 32003, 50257, 32008, 151936])
 def test_parts_of_any_vocabulary_are_of_about_the_size_that_is_wanted(vocab):
     for most in (1, 100, 4096, 12000):
-        wanted = most * vocab / tiles.LOGITS_AT_ONCE["cpu"]
-        tiling = tiles.tiling_for((most,), most, vocab)("cpu")
-        assert tiling.chunks(jnp.zeros((most, 1))).shape == (1, most, 1)
-        assert tiling.parts <= max(1, 1.6 * wanted)
-        assert vocab / tiling.parts <= 1.6 * vocab / max(1, wanted)
+        wanted = most * vocab / tiling.LOGITS_AT_ONCE["cpu"]
+        chosen = tiling.tiling_for((most,), most, vocab)("cpu")
+        assert chosen.chunks(jnp.zeros((most, 1))).shape == (1, most, 1)
+        assert chosen.parts <= max(1, 1.6 * wanted)
+        assert vocab / chosen.parts <= 1.6 * vocab / max(1, wanted)
 
 
 @pytest.mark.parametrize("vocab", [7, 31, 8 * 13, 32003])
 def test_a_last_part_that_overlaps(monkeypatch, vocab):
-    monkeypatch.setitem(tiles.LOGITS_AT_ONCE, "cpu", 5 * vocab // 3)
+    monkeypatch.setitem(tiling.LOGITS_AT_ONCE, "cpu", 5 * vocab // 3)
     operands, targets, slopes = example((5,), vocab)
     targets = targets.at[0].set(vocab - 1)
-    assert tiles.tiling_for((5,), None, vocab)("cpu").parts == 3
+    assert tiling.tiling_for((5,), None, vocab)("cpu").parts == 3
     plain, chunked = objectives(targets, slopes, 2.0)
     want = jax.jit(jax.value_and_grad(plain, (0, 1, 2)))(*operands)
     assert_close(jax.jit(jax.value_and_grad(chunked, (0, 1, 2)))(*operands), want, 1e-12)

@@ -14,7 +14,7 @@ from jax.sharding import AxisType, PartitionSpec as P
 
 import dpo_eqx as dpx
 from dpo_eqx import models
-from dpo_eqx._head import tiles
+from dpo_eqx._head import tiling
 from dpo_eqx._jax.linear_map import share, sum_parts, with_transpose
 from dpo_eqx.models._decoder import attention, blockwise
 
@@ -121,7 +121,7 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_no_derivative_holds_all_logits_or_scores(monkeypatch, case):
-    monkeypatch.setitem(tiles.LOGITS_AT_ONCE, "cpu", 64)
+    monkeypatch.setitem(tiling.LOGITS_AT_ONCE, "cpu", 64)
     monkeypatch.setitem(blockwise.SCORES_AT_ONCE, "cpu", 64)
     function, shapes, most = CASES[case]
     operands = tuple(jnp.ones(shape) for shape in shapes)

@@ -20,7 +20,6 @@ from .._jax.linear_map import per_tile, share, sum_parts, with_transpose
 from .._jax.mapped_axes import vary_alike
 from .tiles import (
     Tile,
-    Tiling,
     Unembedding,
     check_chunk_size,
     check_head,
@@ -30,8 +29,8 @@ from .tiles import (
     put_back,
     raised,
     tile_at,
-    tiling_for,
 )
+from .tiling import Tiling, tiling_for
 
 Heads = tuple[Unembedding, Unembedding]
 Hiddens = tuple[Float[Array, "*batch width"], Float[Array, "*batch reference_width"]]

@@ -20,7 +20,6 @@ from .._jax.explicit_meshes import automatic
 from .._jax.linear_map import moving, per_tile, share, sum_parts, with_transpose
 from .._jax.mapped_axes import vary_alike
 from .tiles import (
-    Tiling,
     Unembedding,
     check_chunk_size,
     check_head,
@@ -30,8 +29,8 @@ from .tiles import (
     put_back,
     raised,
     tile_at,
-    tiling_for,
 )
+from .tiling import Tiling, tiling_for
 
 
 @automatic

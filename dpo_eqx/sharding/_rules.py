@@ -23,7 +23,7 @@ SMALL = 2**12
 _STACK = re.compile(r"(^|\.)layers\.(?!\d)")
 
 
-def either(*specs: P) -> Rule:
+def either(*specs: P) -> Callable[[Shape, Mesh], P]:
     """A rule: uses the first of several specifications whose axes all divide.
 
     ```python

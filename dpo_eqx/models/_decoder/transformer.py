@@ -11,7 +11,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Integer, PRNGKeyArray
+from jaxtyping import Array, Float, Int, Integer, PRNGKeyArray
 
 from ..._arrays.layout import Layout
 from ..._arrays.packed import PackedLayout
@@ -30,6 +30,7 @@ from .config import Config
 from .half_precision_scan import as_bits, from_bits
 from .layer import Layer
 from .links import Links, links_of, one_sequence
+from .row_limits import is_too_long, real_tokens
 
 
 class Transformer(eqx.Module):
@@ -121,9 +122,9 @@ class Transformer(eqx.Module):
           not say how many tokens are real;
         - `shares_prompts` is false for the row, and it has several completions.
         """
-        is_too_long = self._is_too_long(layout)
+        beyond = is_too_long(self, layout)
         hidden, _ = self.run_row(as_ids(ids), layout, key=key)
-        return hidden if is_too_long is None else jnp.where(is_too_long, jnp.nan, hidden)
+        return hidden if beyond is None else jnp.where(beyond, jnp.nan, hidden)
 
     def run_row(
         self,
@@ -134,7 +135,7 @@ class Transformer(eqx.Module):
         observe: Callable[[Layer, Array], Any] | None = None,
     ) -> tuple[Float[Array, "length width"], Any]:
         """Does what `run` does, for a row with this layout and without a cache."""
-        tokens = self._tokens_of(layout)
+        tokens = real_tokens(self, layout)
 
         def attend(query, key, value, sinks, masks, cache, rng):
             return attend_by_layout(
@@ -274,37 +275,6 @@ class Transformer(eqx.Module):
         """
         limit = self.config.length_limit
         return limit is None or longest <= limit
-
-    def _tokens_of(self, layout: Layout | PackedLayout) -> Int[Array, ""] | None:
-        """The real tokens of the sequence in a row; `None` if their number has no effect."""
-        if self.shares_prompts(layout.longest):
-            return None
-        if isinstance(layout, PackedLayout) or len(layout.completion_widths) > 1:
-            raise ValueError(
-                "The rotary embeddings of this policy depend on the number of tokens of a prompt "
-                f"with its completion if they are more than {self.config.length_limit}; got a row "
-                f"of up to {layout.longest}, in which several completions share a prompt. Run each "
-                "completion with its own prompt, as `score_pairs` does, or shorten them."
-            )
-        if not layout.completion_widths:
-            return layout.prompt_length
-        sizes = layout.completion_lengths
-        return layout.prompt_length + (layout.completion_widths if sizes is None else sizes)[0]
-
-    def _is_too_long(self, layout: Layout | PackedLayout) -> Bool[Array, ""] | None:
-        """Whether a row needs more positions than were learned; `None` if no row can.
-
-        The last token of a completion needs no position, since nothing is predicted from it.
-        """
-        if self.positions is None or layout.longest <= self.config.max_length:
-            return None
-        if isinstance(layout, Layout) and not layout.completion_widths:
-            return layout.prompt_length > self.config.max_length
-        if isinstance(layout, PackedLayout) or layout.completion_lengths is None:
-            self.check_length(layout.longest)  # exact in a packed row
-            return None
-        needed = layout.prompt_length + layout.completion_lengths.max() - 1
-        return jnp.maximum(needed, layout.prompt_length) > self.config.max_length
 
     def _embed(
         self, ids: Int[Array, " length"], positions: Int[Array, " length"]
