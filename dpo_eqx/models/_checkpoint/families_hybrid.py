@@ -34,7 +34,7 @@ def read_recurrent(types: Sequence[str], recurrent: str, values: Values) -> tupl
 
 def types_of(config: Config, recurrent: str) -> list[str]:
     """The type of each layer."""
-    return [recurrent if own else traits.FULL for own in config.recurrent]
+    return [recurrent if own == "recurrence" else traits.FULL for own in config.mixers]
 
 
 def read_lfm2(values: Values) -> dict[str, Any]:
@@ -75,7 +75,7 @@ def write_lfm2(config: Config) -> dict[str, Any]:
     return {
         "layer_types": types_of(config, CONVOLUTION),
         # For older programs, which do not know `layer_types`.
-        "full_attn_idxs": [i for i, own in enumerate(config.recurrent) if not own],
+        "full_attn_idxs": [i for i, own in enumerate(config.mixers) if own == "attention"],
         "conv_L_cache": recurrence.kernel,
         "conv_bias": recurrence.bias,
         "block_auto_adjust_ff_dim": False,

@@ -205,17 +205,19 @@ class Config:
         if self.experts:
             self._default("expert_width", self.feed_forward)
         self._default("windows", (None,) * self.layers)
-        self._default("recurrent", (False,) * self.layers)
         self._default("attention_scale", self.head_width**-0.5)
         if set(self.rotaries) == {self.rotary}:
             # One form for one meaning, whatever the number of layers.
             object.__setattr__(self, "rotaries", ())
         check_fit(self)
+        if not any(self.recurrent):
+            object.__setattr__(self, "recurrent", ())
 
     @property
     def mixers(self) -> tuple[str, ...]:
         """What mixes the tokens in each layer: `"attention"` or `"recurrence"`."""
-        return tuple("recurrence" if own else "attention" for own in self.recurrent)
+        recurrent = self.recurrent or (False,) * self.layers
+        return tuple("recurrence" if own else "attention" for own in recurrent)
 
     @property
     def layer_rotaries(self) -> tuple[Rotary | None, ...]:

@@ -24,12 +24,15 @@ def check_fit(config: Any) -> None:
         raise ValueError(
             f"`heads` must be a multiple of `key_heads`; got {config.heads} and {config.key_heads}."
         )
-    by_layer = ("windows", "recurrent", "layer_rotaries")
-    for name, entries in ((name, getattr(config, name)) for name in by_layer):
+    by_layer = {
+        "windows": config.windows,
+        "recurrent": config.mixers,
+        "rotaries": config.layer_rotaries,
+    }
+    for name, entries in by_layer.items():
         if len(entries) != config.layers:
             raise ValueError(
-                f"`{name.removeprefix('layer_')}` must have one entry per layer, "
-                f"{config.layers}; got {len(entries)}."
+                f"`{name}` must have one entry per layer, {config.layers}; got {len(entries)}."
             )
     if any(config.recurrent) and config.recurrence is None:
         raise ValueError("`recurrence` is required if a layer is recurrent; got None.")
