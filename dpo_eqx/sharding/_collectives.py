@@ -17,6 +17,8 @@ _OPERATION = re.compile(
 _SHAPE = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
 _CALLED = re.compile(r"(?:body|calls|to_apply|true_computation|false_computation)=%?([\w.-]+)")
 _TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
+_CONDITION = re.compile(r"condition=%?([\w.-]+)")
+_BOUND = re.compile(r"= s32\[\]\S* constant\((\d+)\)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,10 +85,11 @@ def _lines(text: str) -> Iterator[tuple[str, str]]:
 def _times(text: str) -> dict[str, int]:
     """How often each computation runs: once for each trip of the loops around it."""
     calls: dict[str, list[tuple[str, int]]] = {}
+    bounds = {name: int(bound[1]) for name, line in _lines(text) if (bound := _BOUND.search(line))}
     for name, line in _lines(text):
-        trips = _TRIPS.search(line) if " while(" in line else None
+        trips = _trips(line, bounds) if " while(" in line else 1
         for called in _CALLED.findall(line):
-            calls.setdefault(name, []).append((called, int(trips[1]) if trips else 1))
+            calls.setdefault(name, []).append((called, trips))
     times: dict[str, int] = {}
 
     def run(name: str, count: int) -> None:
@@ -96,6 +99,14 @@ def _times(text: str) -> dict[str, int]:
 
     run("ENTRY", 1)
     return times
+
+
+def _trips(line: str, bounds: dict[str, int]) -> int:
+    """How often a loop runs: as the line says, or by the number in its condition, as on TPUs."""
+    known, condition = _TRIPS.search(line), _CONDITION.search(line)
+    if known is not None:
+        return int(known[1])
+    return bounds.get(condition[1], 1) if condition is not None else 1
 
 
 def _group_size(line: str, kind: str) -> int:

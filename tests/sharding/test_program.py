@@ -127,8 +127,16 @@ def test_parsing_of_collectives():
 }
 %cond (p: f32[4]) -> pred[] {
 }
+%other (p: f32[4]) -> f32[4] {
+  %h = f32[4]{0} all-gather(%x), replica_groups=[4,2]<=[8], dimensions={0}
+}
+%other_cond.1_spmd (p: (s32[], f32[4])) -> pred[] {
+  %c = s32[]{:T(128)} constant(5)
+  ROOT %lt = pred[]{:T(512)} compare(%i, %c), direction=LT
+}
 ENTRY %main () -> f32[4] {
   %w = f32[4]{0} while(%i), condition=%cond, body=%body, x={"known_trip_count":{"n":"3"}}
+  %v = (s32[], f32[4]) while(%i), condition=%other_cond.1_spmd, body=%other, metadata={}
   %r = (bf16[6]{0}, /*index=1*/f32[]) all-reduce(%a, %b), replica_groups={{0,1},{2,3}}
   %s = f32[2]{0} reduce-scatter(%a), replica_groups=mesh['a'=2,'b'=4] {'b'}, to_apply=%add
   %t = f32[]{} all-reduce(%a), replica_groups=mesh['a'=2,'b'=4], device_ids=([8]T(0)) {'a','b'}
@@ -137,9 +145,10 @@ ENTRY %main () -> f32[4] {
 """
     assert collectives(text) == [
         Collective("all-gather", "f32", (8, 4), 4, 3),
+        Collective("all-gather", "f32", (4,), 2, 5),
         Collective("all-reduce", "bf16", (6,), 2, 1),
         Collective("all-reduce", "f32", (), 2, 1),
         Collective("reduce-scatter", "f32", (2,), 4, 1),
         Collective("all-reduce", "f32", (), 8, 1),
     ]
-    assert [each.ring_bytes for each in collectives(text)] == [288, 12, 4, 24, 7]
+    assert [each.ring_bytes for each in collectives(text)] == [288, 40, 12, 4, 24, 7]
