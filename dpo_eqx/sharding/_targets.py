@@ -32,7 +32,7 @@ class Chip:
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """Some devices of one kind. `name` is as given; `kernel` says whether cuDNN's kernel exists."""
+    """Some devices of one kind. `name` is as the user gave it, and `platform` as JAX names it."""
 
     name: str
     chip: Chip
@@ -60,12 +60,15 @@ CHIPS = {
 
 # What XLA's compiler asks of an NVIDIA GPU: its numbers, from XLA's own descriptions.
 _GPUS = {
-    "a100": {"core_count": 108, "l2_cache_size": 41943040, "clock_rate_ghz": 1.41, "major": 8},
-    "h100": {"core_count": 132, "l2_cache_size": 52428800, "clock_rate_ghz": 1.98, "major": 9},
-    "h200": {"core_count": 132, "l2_cache_size": 52428800, "clock_rate_ghz": 1.98, "major": 9},
-    "b200": {"core_count": 148, "l2_cache_size": 132644864, "clock_rate_ghz": 1.965, "major": 10},
-    "l4": {"core_count": 58, "l2_cache_size": 50331648, "clock_rate_ghz": 2.04, "major": 8},
+    "a100": {"core_count": 108, "l2_cache_size": 41943040, "clock_rate_ghz": 1.41},
+    "h100": {"core_count": 132, "l2_cache_size": 52428800, "clock_rate_ghz": 1.98},
+    "h200": {"core_count": 132, "l2_cache_size": 52428800, "clock_rate_ghz": 1.98},
+    "b200": {"core_count": 148, "l2_cache_size": 132644864, "clock_rate_ghz": 1.965},
+    "l4": {"core_count": 58, "l2_cache_size": 50331648, "clock_rate_ghz": 2.04},
 }
+_CAPABILITY = {"a100": (8, 0), "h100": (9, 0), "h200": (9, 0), "b200": (10, 0), "l4": (8, 9)}
+# Bytes of shared memory in a core, for chips that differ from Hopper and Blackwell.
+_SHARED_MEMORY = {"a100": 167936, "l4": 102400}
 _GPUS_OF_A_HOST = 8
 _TPU_AXES = {"v5e": 2, "v5p": 3, "v6e": 2}
 _TPUS_OF_A_HOST = 4
@@ -137,9 +140,7 @@ def _gpus(name: str, chip: str, count: int) -> Sequence[jax.Device]:
 def _description(chip: str) -> str:
     """The text of XLA's `GpuTargetConfigProto`."""
     facts = dict(_GPUS[chip])
-    major, minor = facts.pop("major"), 9 if chip == "l4" else 0
-    is_ampere_or_ada = major == 8
-    shared = {"a100": 167936, "l4": 102400}.get(chip, 233472)
+    (major, minor), shared = _CAPABILITY[chip], _SHARED_MEMORY.get(chip, 233472)
     facts |= {
         "threads_per_block_limit": 1024,
         "threads_per_warp": 32,
@@ -148,7 +149,7 @@ def _description(chip: str) -> str:
         # A block may use all of it but one KiB.
         "shared_memory_per_block_optin": shared - 1024,
         "threads_per_core_limit": 1536 if chip == "l4" else 2048,
-        "fpus_per_core": 64 if is_ampere_or_ada and chip == "a100" else 128,
+        "fpus_per_core": 64 if chip == "a100" else 128,
         "block_dim_limit_x": 2147483647,
         "block_dim_limit_y": 65535,
         "block_dim_limit_z": 65535,
@@ -192,7 +193,12 @@ def _tpu_shape(count: int, axes: int) -> tuple[int, ...]:
     """The topology of this number of chips, nearest to a cube: 8 chips are 2x4 or 2x2x2."""
     shape = [1] * axes
     while math.prod(shape) < count:
-        shape[shape.index(min(shape), 0)] *= 2
+        shape[shape.index(min(shape))] *= 2
+    if math.prod(shape) != count:
+        raise ValueError(
+            f"`target` must have a number of TPUs that is a power of 2, or a topology such as "
+            f"'v5e:2x3'; got {count}."
+        )
     return tuple(sorted(shape))
 
 

@@ -154,6 +154,7 @@ def test_a_plan_says_what_binds_and_what_is_too_little():
         ("h100:none", ValueError, "positive number"),
         ("h100:12", ValueError, "multiple of 8"),
         ("v5e:2x2x2", ValueError, "2 axes"),
+        ("v5e:6", ValueError, "power of 2"),
         ("cpu:9", ValueError, "jax_num_cpu_devices"),
         ("h100:8", ImportError, r"jax\[cuda13\]"),
         ("v5p:8", ImportError, r"jax\[tpu\]"),

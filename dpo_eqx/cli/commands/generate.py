@@ -16,7 +16,6 @@ from ..compose.tokenizer import NONE, load_tokenizer
 from ..compose.vocabulary import check_one_vocabulary
 from ..run.folder import replace_text
 from ..settings.check import flag
-from ..settings.options import split_pairs
 from ..settings.shared_flags import Loading, check_writable, parse_flags
 from ..terminal.answers import Answer, draw_answers
 from ..terminal.display import say
@@ -87,7 +86,11 @@ def generate(arguments: Sequence[str]) -> None:
     if flags.compare is not None:
         check_one_vocabulary(flags.model, flags.compare, "--compare")
     given = [Prompt(text, "`--prompt`") for text in flags.prompt]
-    given += [] if flags.data is None else read_prompts(flags.data, flags.limit, reading(flags))
+    given += (
+        []
+        if flags.data is None
+        else read_prompts(flags.data, flags.limit, Reading.of(flags, as_chat=flags.as_chat))
+    )
     tokenizer = load_tokenizer(flags.model, flags.tokenizer, flags.chat_template)
     prompts = [encode_prompt(tokenizer, prompt, chat=flags.chat) for prompt in given]
     sides = [(flags.model, flags.lora)]
@@ -100,18 +103,6 @@ def generate(arguments: Sequence[str]) -> None:
         values = [stored(tokenizer, prompt) for prompt in given]
         replace_text(flags.output, "".join(_lines(values, by_prompt)))
     _show([shown(tokenizer, prompt) for prompt in given], names, by_prompt)
-
-
-def reading(flags: Generate) -> Reading:
-    """How the records of `--data` are read."""
-    columns = split_pairs(flags.columns, "--columns")
-    return Reading(
-        flags.split,
-        flags.subset,
-        {ours: theirs or None for ours, theirs in columns.items()},
-        split_pairs(flags.where, "--where"),
-        as_chat=flags.as_chat,
-    )
 
 
 def _answers_of(

@@ -11,13 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ...data._fingerprint import digest, digest_files
-from ...models._checkpoint.folder import resolve
+from ...data._fingerprint import digest_files
 from ..compose.pairing import Account, How, preferences
 from ..compose.rewards import (
     Asked,
     Judge,
-    file_of,
     function_judge,
     is_function,
     load_function,
@@ -25,7 +23,7 @@ from ..compose.rewards import (
 )
 from ..run import growing
 from ..run.folder import replace_text
-from ..run.inputs import digest_weights
+from ..run.inputs import digest_reward
 from ..settings.check import check_positive
 from ..settings.settings import Dtype
 from ..settings.shared_flags import check_writable, parse_flags
@@ -169,17 +167,12 @@ def _read(path: Path) -> list[dict[str, Any]]:
 
 def _facts(flags: Label, function: Any) -> dict[str, Any]:
     """What decides the rewards, for the note beside them; how they are paired may change."""
-    file = None if function is None else file_of(function)
     names = ("reward", "chat_template", "dtype", "batch_size")
-    if function is None:
-        of_reward = digest_weights(resolve(flags.reward))
-    else:
-        of_reward = digest(flags.reward) if file is None else digest_files([file])
     return {
         "command": "label",
         **{f"--{name.replace('_', '-')}": getattr(flags, name) for name in names},
         "digest of --samples": digest_files([flags.samples]),
-        "digest of --reward": of_reward,
+        "digest of --reward": digest_reward(flags.reward, function),
     }
 
 

@@ -4,7 +4,6 @@ It is `train` with another source of pairs: the loop, the checkpoints and the fo
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import equinox as eqx
@@ -13,16 +12,14 @@ import jax
 from ... import data
 from ..._scoring.score import score_pairs
 from ..._training.step import make_step
-from ...data._fingerprint import digest, digest_files
+from ...data._fingerprint import digest
 from ...data._records.records import Form
-from ...models._checkpoint.folder import resolve
 from ..compose import draws
 from ..compose.data import Prepared, learned_positions, make_batches, vocab_size
 from ..compose.loss import Loss, compose_loss, is_unpaired, needs_reference, takes_offset
 from ..compose.optimizer import compose_optimizer, compose_schedule, learning_rates
 from ..compose.rewards import (
     Judge,
-    file_of,
     function_judge,
     is_function,
     load_function,
@@ -33,7 +30,7 @@ from ..report.probe import make_sample_probe
 from ..run import devices, rounds
 from ..run.checkpoints import Checkpoints
 from ..run.folder import Folder
-from ..run.inputs import digest_weights, digests_of
+from ..run.inputs import digest_reward, digests_of
 from ..run.loop import Run, make_advance
 from ..run.state import State
 from ..settings.check import check
@@ -129,15 +126,8 @@ def _needs_offset(settings: Online) -> bool:
 
 
 def _encode(settings: Online, tokenizer: Any) -> draws.Encoded:
-    columns = split_pairs(settings.columns, "--columns")
-    reading = Reading(
-        settings.split,
-        settings.subset,
-        {ours: theirs or None for ours, theirs in columns.items()},
-        split_pairs(settings.where, "--where"),
-    )
     encoded = draws.encode(
-        read_prompts(settings.prompts, None, reading),
+        read_prompts(settings.prompts, None, Reading.of(settings)),
         tokenizer,
         as_turns=settings.as_chat,
         max_prompt_length=settings.max_prompt_length,
@@ -176,8 +166,7 @@ def _reward(settings: Online) -> tuple[Judge, str]:
         judge = model_judge(
             settings.reward, chat_template=settings.reward_template, dtype=None, most=most
         )
-        return judge, digest_weights(resolve(settings.reward))
+        return judge, digest_reward(settings.reward, None)
     function = load_function(settings.reward)
-    file: Path | None = file_of(function)
-    of_reward = digest(settings.reward) if file is None else digest_files([file])
-    return function_judge(function, most=most, timeout=settings.reward_timeout), of_reward
+    judge = function_judge(function, most=most, timeout=settings.reward_timeout)
+    return judge, digest_reward(settings.reward, function)

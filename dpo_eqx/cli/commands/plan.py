@@ -21,15 +21,16 @@ from ... import losses, models, sharding
 from ..._arrays.batches import PreferenceBatch
 from ..._arrays.log_probs import PairLogProbs
 from ..._arrays.tokens import Tokens
-from ..._jax.dtypes import in_dtype, in_float32_at_least
+from ..._jax.dtypes import in_dtype
 from ..._training.step import make_step
 from ...models._checkpoint.config_json import read_config
 from ...models._checkpoint.folder import CONFIG, read_json, resolve
 from ...models._checkpoint.language_model import inner_config
 from ...protocols import Step
 from ...sharding._mesh import parse_sizes
+from ..compose.dtypes import keep_trained_wide
 from ..compose.optimizer import compose_optimizer
-from ..compose.policy import has_adapters, trainable_of
+from ..compose.policy import has_adapters, trainable_of, with_new_adapters
 from ..run.folder import replace_text
 from ..settings.check import check_positive
 from ..settings.options import dtype_of
@@ -114,7 +115,6 @@ class Problem:
     reference: PyTree
     reference_of: Callable[[Any], Any] | None
     trainable: PyTree
-    vocab: int
 
 
 def _pose(flags: PlanFlags) -> Problem:
@@ -129,10 +129,9 @@ def _pose(flags: PlanFlags) -> Problem:
     stored = jnp.dtype(values.get("dtype") or values.get("torch_dtype") or "bfloat16")
     settings = _as_training(flags)
     base = eqx.filter_eval_shape(_make_base, config, flags, stored)
-    policy = eqx.filter_eval_shape(_make_policy, base, flags)
+    policy = eqx.filter_eval_shape(with_new_adapters, base, settings)
     trainable = trainable_of(policy, settings)
-    if flags.dtype is None:
-        policy = eqx.filter_eval_shape(_with_trained_wide, policy, trainable)
+    policy = eqx.filter_eval_shape(keep_trained_wide, policy, trainable, settings)
     optimizer = compose_optimizer(settings, optax.constant_schedule(settings.learning_rate))
     with jax.numpy_dtype_promotion("standard"):
         opt_state = eqx.filter_eval_shape(
@@ -150,7 +149,7 @@ def _pose(flags: PlanFlags) -> Problem:
         reference_of=reference_of,
     )
     reference = base if is_live and not adapted else None
-    return Problem(step, policy, opt_state, reference, reference_of, trainable, config.vocab)
+    return Problem(step, policy, opt_state, reference, reference_of, trainable)
 
 
 def _plan(flags: PlanFlags, problem: Problem, pairs: int) -> sharding.Plan:
@@ -186,19 +185,6 @@ def _make_base(config: models.Config, flags: PlanFlags, stored: np.dtype) -> mod
         models.Transformer(config, key=jax.random.key(0)), dtype_of(flags.dtype) or stored
     )
     return base if flags.quantize is None else models.quantize(base, flags.quantize)
-
-
-def _make_policy(base: models.Transformer, flags: PlanFlags) -> models.Transformer:
-    if not flags.lora_rank:
-        return base
-    return models.add_lora(
-        base, rank=flags.lora_rank, target=flags.lora_target, key=jax.random.key(0)
-    )
-
-
-def _with_trained_wide(policy: PyTree, trainable: PyTree) -> PyTree:
-    params, frozen = eqx.partition(policy, trainable)
-    return eqx.combine(in_float32_at_least(params), frozen)
 
 
 def _batch(flags: PlanFlags, pairs: int) -> PreferenceBatch:

@@ -18,7 +18,6 @@ from ..compose.tokenizer import NONE, load_tokenizer
 from ..run import growing, parts
 from ..run.inputs import digest_weights
 from ..settings.check import check_positive, flag
-from ..settings.options import split_pairs
 from ..settings.shared_flags import Loading, check_writable, in_shared_names, parse_flags
 from ..terminal.answers import ends_of
 from ..terminal.display import display, say
@@ -101,7 +100,7 @@ def sample(arguments: Sequence[str]) -> None:
     vocab, positions = vocab_size(flags.model), learned_positions(flags.model)
     tokenizer = load_tokenizer(flags.model, flags.tokenizer, flags.chat_template)
     encoded = draws.encode(
-        read_prompts(flags.data, flags.limit, _reading(flags)),
+        read_prompts(flags.data, flags.limit, Reading.of(flags)),
         tokenizer,
         as_turns=flags.as_chat,
         max_prompt_length=flags.max_prompt_length,
@@ -197,16 +196,6 @@ def _account(path: Path) -> str:
     words = f"{len(lines)} prompts, {len(ended)} answers"
     cut = len(ended) - sum(ended)
     return f"{words}, {cut} of them cut off by `--max-new-tokens`" if cut else words
-
-
-def _reading(flags: Sample) -> Reading:
-    columns = split_pairs(flags.columns, "--columns")
-    return Reading(
-        flags.split,
-        flags.subset,
-        {ours: theirs or None for ours, theirs in columns.items()},
-        split_pairs(flags.where, "--where"),
-    )
 
 
 def _check(flags: Sample) -> None:

@@ -54,6 +54,11 @@ def load_policy(
         policy = models.load_lora(policy, settings.lora)
         # The reference needs the adapters as they are now, and training changes them.
         return models.pin_lora(policy) if settings.lora_reference == "adapter" else policy
+    return with_new_adapters(policy, settings)
+
+
+def with_new_adapters(policy: models.Transformer, settings: Settings) -> models.Transformer:
+    """The policy with adapters of `--lora-rank`, or unchanged if that is 0."""
     if not settings.lora_rank:
         return policy
     return models.add_lora(

@@ -7,10 +7,11 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ...data._fingerprint import digest
+from ...data._fingerprint import digest, digest_files
 from ...data._tokens.store import digest_ids
 from ...models._checkpoint.folder import resolve
 from ..compose.data import Prepared
+from ..compose.rewards import TextReward, file_of
 from ..settings.settings import Settings
 
 _WHOLE = 2**26  # files up to this size are read as a whole
@@ -65,6 +66,14 @@ def digest_weights(folder: Path) -> str:
     """
     files = sorted(folder.glob("*.safetensors"))
     return digest([(file.name, _digest_file(file)) for file in files])
+
+
+def digest_reward(reward: str, function: TextReward | None) -> str:
+    """A digest of `--reward`: of the file of a Python function, or of a model's weights."""
+    if function is None:
+        return digest_weights(resolve(reward))
+    file = file_of(function)
+    return digest(reward) if file is None else digest_files([file])
 
 
 def _digest_file(file: Path) -> str:

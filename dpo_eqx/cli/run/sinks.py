@@ -13,6 +13,7 @@ from typing import Any
 from ..._extras import require
 from ..settings.settings import Settings
 from ..settings.yaml_file import differences
+from . import growing
 from .folder import Folder, replace_text
 
 Numbers = Mapping[str, float]
@@ -49,12 +50,11 @@ def no_sinks() -> Iterator[tuple[Sink, Sink]]:
 def json_lines(path: Path, start: int) -> Iterator[Sink]:
     """A JSON Lines file; each line is handed to the system before the next one is made."""
     cut_after(path, start)
-    with path.open("a", encoding="utf-8") as file:
+    with growing.appending(path) as append:
 
         def write(step: int, numbers: Numbers) -> None:
             finite = {n: value if math.isfinite(value) else None for n, value in numbers.items()}
-            file.write(json.dumps({"step": step, **finite}) + "\n")
-            file.flush()
+            append({"step": step, **finite})
 
         yield write
 

@@ -27,6 +27,11 @@ def split_pairs(texts: Sequence[str], flag: str) -> dict[str, str]:
     return pairs
 
 
+def split_columns(texts: Sequence[str]) -> dict[str, str | None]:
+    """`--columns` by name, for `data.read`; a column without another name is to be ignored."""
+    return {ours: theirs or None for ours, theirs in split_pairs(texts, "--columns").items()}
+
+
 def as_number(text: str, flag: str) -> float:
     """`text` as a number, else a `ValueError` that names the flag."""
     try:

@@ -22,6 +22,7 @@ from ...data._tokens.encoder import Encoder
 from ...data._tokens.parts import join_parts
 from ...data._tokens.template import conversation_of, prompt_ids
 from ...data._tokens.tokenizers import encode_all, special_id, start_id_of
+from ..settings.options import split_columns, split_pairs
 from .texts import decode
 
 
@@ -58,6 +59,17 @@ class Reading:
     columns: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
     where: Mapping[str, str] = dataclasses.field(default_factory=dict)
     as_chat: bool = False
+
+    @staticmethod
+    def of(flags: Any, *, as_chat: bool = False) -> "Reading":
+        """How flags, or settings, say that the records of a source are read."""
+        return Reading(
+            flags.split,
+            flags.subset,
+            split_columns(flags.columns),
+            split_pairs(flags.where, "--where"),
+            as_chat=as_chat,
+        )
 
 
 ALL = Reading()
