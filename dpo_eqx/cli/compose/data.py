@@ -15,7 +15,7 @@ from ...data._fingerprint import digest
 from ...data._records.records import Form
 from ...data._tokens.rows import lengths_of
 from ...models._checkpoint.folder import ADAPTER_CONFIG, CONFIG, read_json, resolve
-from ..settings.options import split_pairs
+from ..settings.options import split_columns, split_pairs
 from ..settings.settings import Settings
 from ..settings.sources import sources_of
 from ..settings.words import OF_ARGUMENT
@@ -192,12 +192,12 @@ def _read(path: str, settings: Settings, *, held_out: bool) -> data.Records:
 
 def reading(settings: Settings) -> dict[str, Any]:
     """The arguments of `data.read` that decide how records become pairs."""
-    columns = split_pairs(settings.columns, "--columns")
+    columns = split_columns(settings.columns)
     if settings.offset_column is not None:
-        columns |= {"offset": settings.offset_column}
+        columns["offset"] = settings.offset_column or None
     options = split_pairs(settings.loss_options, "--loss-options")
     return {
-        "columns": {ours: theirs or None for ours, theirs in columns.items()},
+        "columns": columns,
         "where": split_pairs(settings.where, "--where"),
         "as_chat": settings.as_chat,
         "pairs": settings.pairs,
