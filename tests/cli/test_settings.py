@@ -1,10 +1,12 @@
 """Settings from flags and YAML: which wins, what is a number, what is refused and how."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
 
+from dpo_eqx.cli._main import main
 from dpo_eqx.cli.commands.evaluate import Evaluate
 from dpo_eqx.cli.compose.policy import load_policy
 from dpo_eqx.cli.settings.check import check
@@ -187,3 +189,46 @@ def test_each_command_can_do_without_the_fused_kernel():
     assert not load_policy(settings).config.fused
     flags = parse_flags(Evaluate, "evaluate", [*NEEDED, "--no-fused"])
     assert not flags.load(str(MODEL)).config.fused
+
+
+def boxes(capsys, command):
+    """The flags in each box of the help of a command, by the title of the box."""
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    text = capsys.readouterr().out
+    _, *titles = re.split(r"^\W+((?:\w+ )?options)\W*$", text, flags=re.MULTILINE)
+    pairs = zip(titles[::2], titles[1::2], strict=True)
+    return {title: re.findall(r"^\W* (--[\w-]+)", box, re.MULTILINE) for title, box in pairs}
+
+
+def test_help_shows_the_flags_in_groups(capsys):
+    found = boxes(capsys, "train")
+    assert list(found)[1:4] == ["model options", "data options", "run options"]
+    assert found["model options"][0] == "--model"
+    assert found["data options"][0] == "--data"
+    assert {"--lora-rank", "--quantize"} <= set(found["adapter options"])
+    flags = [flag for box in found.values() for flag in box]
+    assert sorted(flags) == sorted(
+        f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(Settings)
+    )
+
+
+def test_help_shows_what_a_command_changes_first_and_leaves_out_what_it_has_not(capsys):
+    found = boxes(capsys, "online")
+    assert found["options"][0] == "--model"
+    assert {"--reward", "--samples", "--batch-size"} <= set(found["options"])
+    flags = [flag for box in found.values() for flag in box]
+    assert len(flags) == len(set(flags))
+    assert "--eval-data" not in flags
+    assert "device options" not in found
+
+
+def test_help_names_what_a_flag_takes_and_its_default_once(capsys):
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "--steps N Largest number of optimiser steps (default: set by `--epochs`). --" in text
+    assert "--loss-weights NUMBER ... Weights" in text
+    assert "--quantize int8|nf4 Hold" in text
+    assert "--keep N Number of checkpoints to keep. (default: 2)" in text
+    assert "None" not in text

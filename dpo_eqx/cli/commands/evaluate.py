@@ -25,8 +25,8 @@ from ..compose.data import Prepared, learned_positions, make_batches, prepare, v
 from ..compose.vocabulary import check_one_vocabulary
 from ..run.folder import finite, replace_text
 from ..settings.check import check_positive
+from ..settings.groups.memory import Dtype
 from ..settings.options import dtype_of
-from ..settings.settings import Dtype
 from ..settings.shared_flags import Loading, Source, check_writable, parse_flags
 from ..settings.words import in_flags
 from ..terminal.display import display, say

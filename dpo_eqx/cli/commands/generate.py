@@ -16,6 +16,7 @@ from ..compose.tokenizer import NONE, load_tokenizer
 from ..compose.vocabulary import check_one_vocabulary
 from ..run.folder import replace_text
 from ..settings.check import flag
+from ..settings.groups.reading import RecordFlags, TextFlags
 from ..settings.shared_flags import Loading, check_writable, parse_flags
 from ..terminal.answers import Answer, draw_answers
 from ..terminal.display import say
@@ -24,7 +25,7 @@ from ..terminal.texts import counted, for_screen
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Generate(Loading):
+class Generate(Loading, TextFlags, RecordFlags):
     """Lets a model answer prompts, and with `--compare` a second model."""
 
     model: str
@@ -33,15 +34,6 @@ class Generate(Loading):
     """Prompts to answer, one or several."""
     data: str | None = None
     """A file of prompts: a `.txt` with one on each line, records with `prompt`, or preferences."""
-    split: str | None = None
-    """The split of `--data`, if it has several (default: train)."""
-    subset: str | None = None
-    """The subset of `--data`, if it has several; the `config_name` on the hub."""
-    columns: tuple[str, ...] = ()
-    """Names of columns in the data, as `prompt=question` for a column `question` that holds the
-    prompts."""
-    where: tuple[str, ...] = ()
-    """Values that columns must have, as `lang=en`; other records are left out."""
     compare: str | None = None
     """Another model with the same vocabulary, whose answers are shown next to the first model's."""
     limit: int | None = None
@@ -49,9 +41,6 @@ class Generate(Loading):
     chat: bool = True
     """Put texts through the chat template, if there is one; texts of preferences stay as in
     training."""
-    chat_template: str = "tokenizer"
-    """The chat template of conversations: a file with a Jinja template, `none`, or `tokenizer` for
-    the tokenizer's own."""
     as_chat: bool = False
     """Make a turn of the user from a text that is the prompt of preferences, too."""
     max_tokens: int = 128
@@ -66,8 +55,6 @@ class Generate(Loading):
     """Seed of the sampling, the same for both models."""
     batch_size: int = 8
     """Number of prompts answered at once."""
-    tokenizer: str | None = None
-    """A folder or hub name of the tokenizer (default: the model's); `bytes` is the built-in one."""
     output: Path | None = None
     """A JSON Lines file to write the prompts and answers to, in addition to showing them;
     conversations are written as messages."""

@@ -25,7 +25,7 @@ from ..run import growing
 from ..run.folder import replace_text
 from ..run.inputs import digest_reward
 from ..settings.check import check_positive
-from ..settings.settings import Dtype
+from ..settings.groups.memory import Dtype
 from ..settings.shared_flags import check_writable, parse_flags
 from ..terminal.display import display, say
 

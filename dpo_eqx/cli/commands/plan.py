@@ -33,8 +33,9 @@ from ..compose.optimizer import compose_optimizer
 from ..compose.policy import has_adapters, trainable_of, with_new_adapters
 from ..run.folder import replace_text
 from ..settings.check import check_positive
+from ..settings.groups.memory import Dtype
 from ..settings.options import dtype_of
-from ..settings.settings import Dtype, Settings
+from ..settings.settings import Settings
 from ..settings.shared_flags import check_writable, parse_flags
 from ..terminal.display import say
 

@@ -18,6 +18,7 @@ from ..compose.tokenizer import NONE, load_tokenizer
 from ..run import growing, parts
 from ..run.inputs import digest_weights
 from ..settings.check import check_positive, flag
+from ..settings.groups.reading import RecordFlags, TextFlags
 from ..settings.shared_flags import Loading, check_writable, in_shared_names, parse_flags
 from ..terminal.answers import ends_of
 from ..terminal.display import display, say
@@ -28,7 +29,7 @@ _FREE = ("output", "resume", "process_id")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Sample(Loading):
+class Sample(Loading, TextFlags, RecordFlags):
     """Draws several answers to each prompt, for `dpo-eqx label`."""
 
     model: str
@@ -39,22 +40,8 @@ class Sample(Loading):
     is the same flag."""
     output: Path
     """The JSON Lines file to write: for each prompt its answers and their log-probabilities."""
-    split: str | None = None
-    """The split of `--data`, if it has several (default: train)."""
-    subset: str | None = None
-    """The subset of `--data`, if it has several; the `config_name` on the hub."""
-    columns: tuple[str, ...] = ()
-    """Names of columns in the data, as `prompt=question` for a column `question` that holds the
-    prompts."""
-    where: tuple[str, ...] = ()
-    """Values that columns must have, as `lang=en`; other records are left out."""
     limit: int | None = None
     """Largest number of prompts to take from `--data` (default: all)."""
-    tokenizer: str | None = None
-    """A folder or hub name of the tokenizer (default: the model's); `bytes` is the built-in one."""
-    chat_template: str = "tokenizer"
-    """The chat template of conversations: a file with a Jinja template, `none`, or `tokenizer` for
-    the tokenizer's own."""
     as_chat: bool = False
     """Make a turn of the user from a prompt of text. Otherwise texts stay as they are, as in
     `train`."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..._extras import require
+from .help import grouped, ungrouped
 from .settings import Settings
 from .yaml_file import read_settings
 
@@ -33,7 +34,8 @@ def parse(
     config = _config_in(arguments, program)
     # The flags come last, since the later of two flags counts.
     from_file = [] if config is None else flags_of(read_settings(config, of))
-    return tyro.cli(of, args=[*from_file, *_with_one_data(arguments)], prog=program)
+    words = [*from_file, *_with_one_data(arguments)]
+    return of(**ungrouped(tyro.cli(grouped(of), args=words, prog=program)))
 
 
 def _with_one_data(arguments: Sequence[str]) -> list[str]:

@@ -1,0 +1,4 @@
+"""The flags of the commands by group, as `--help` shows them.
+
+`settings.py` puts together those of `train`.
+"""

@@ -1,0 +1,34 @@
+"""The dtypes of a run, and what trades time for memory."""
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MemoryFlags:
+    """Precision, memory and speed."""
+
+    dtype: Dtype | None = None
+    """Dtype of the parameters in training (default: float32 for trained parameters, as stored in
+    the checkpoint for frozen parameters). Adapters are always in float32."""
+    compute_dtype: Dtype | None = None
+    """Dtype of the forward pass (default: the checkpoint's dtype, or `--dtype` if it is
+    narrower)."""
+    save_dtype: Dtype | None = None
+    """Dtype of the finished model in `model/` (default: the checkpoint's dtype, or `--dtype` if it
+    is narrower)."""
+    remat: bool = False
+    """Recompute each layer in the backward pass, which saves memory."""
+    fused: bool = True
+    """Use cuDNN's attention kernel in half precision on a GPU that has it."""
+    precompute_reference: bool = False
+    """Compute the reference's log-probabilities once, before training, and cache them on disk."""
+    buckets: int = 4
+    """Number of widths that prompts are padded to, and completions likewise. Fewer widths compile
+    less and pad more."""
+    cache: Path | None = None
+    """A folder for tokens and reference log-probabilities (default: the user's cache folder, for
+    data that does not fit in memory)."""

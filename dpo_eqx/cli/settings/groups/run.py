@@ -1,0 +1,28 @@
+"""What a run writes, and where."""
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunFlags:
+    """What is written, and when."""
+
+    config: Path | None = None
+    """A YAML file of settings, with the names of the flags as keys. Flags override it. The
+    `config.yaml` of an earlier run is such a file."""
+    output: Path
+    """The folder of the run, for settings, metrics, checkpoints and the finished model."""
+    resume: bool = False
+    """Continue the run in `--output`, or start it if it has no complete checkpoint."""
+    eval_every: int = 0
+    """Number of steps between evaluations; 0 evaluates only at the start and the end."""
+    save_every: int = 500
+    """Number of steps between checkpoints; 0 writes one only at the end."""
+    keep: int = 2
+    """Number of checkpoints to keep."""
+    log: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Further places to log metrics to; `metrics.jsonl` is always written."""
+    report: bool = True
+    """Keep some pairs and answers from the start and the end, and write `report.html`."""
