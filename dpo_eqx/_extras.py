@@ -16,5 +16,5 @@ def require(module: str, *, extra: str) -> ModuleType:
             raise
         raise ImportError(
             f"`{error.name}` is needed here and is not installed. Install the extra that brings "
-            f'it: pip install "dpo-eqx[{extra}]".'
+            f'it, in a clone of dpo_eqx: pip install ".[{extra}]".'
         ) from error

@@ -3,6 +3,7 @@
 A command is a function of its arguments; this file lists all commands.
 """
 
+import importlib.metadata
 import io
 import os
 import sys
@@ -17,6 +18,7 @@ from .commands.plan import plan
 from .commands.report import report
 from .commands.sample import sample
 from .commands.train import train
+from .run.out_of_memory import explained
 from .settings.parse import parse
 from .settings.words import in_flags
 
@@ -45,6 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if name in ("-h", "--help"):
         print(usage())
         return 0
+    if "--version" in (name, *rest):
+        print(version())
+        return 0
     if name not in COMMANDS:
         print(f"dpo-eqx: There is no command {name!r}.\n{usage()}", file=sys.stderr)
         return 2
@@ -61,14 +66,22 @@ def _replace_what_cannot_be_shown() -> None:
 def usage() -> str:
     """The commands, one on each line."""
     lines = [f"  {name:<10} {words}" for name, (_, words) in COMMANDS.items()]
-    return "\n".join(["usage: dpo-eqx COMMAND ...", "", *lines, "", "dpo-eqx COMMAND --help"])
+    ends = ["", "dpo-eqx COMMAND --help", "dpo-eqx --version"]
+    return "\n".join(["usage: dpo-eqx COMMAND ...", "", *lines, *ends])
+
+
+def version() -> str:
+    """The versions of this package and of what it computes with, for reports of faults."""
+    packages = ("dpo-eqx", "jax", "jaxlib", "equinox", "optax")
+    return "\n".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
 
 
 def _run(name: str, arguments: Sequence[str]) -> int:
     command, _ = COMMANDS[name]
     try:
-        command(arguments)
-    except (ValueError, OSError, ImportError) as error:
+        with explained({}, "Give a smaller `--batch-size`, or shorter rows."):
+            command(arguments)
+    except (ValueError, OSError, ImportError, MemoryError) as error:
         # The library writes the messages of these errors for the user. If a message does not
         # suffice, the variable gives the traceback.
         if os.environ.get("DPO_EQX_TRACEBACK"):

@@ -55,7 +55,7 @@ def say_what_is_missing() -> None:
     features = {"bars and colours (rich)": HAS_RICH, "the picture (matplotlib)": HAS_MATPLOTLIB}
     missing = [name for name, is_installed in features.items() if not is_installed]
     if missing:
-        say(f'Left out: {", ".join(missing)}. For all of it: pip install "dpo-eqx[examples]"')
+        say(f'Left out: {", ".join(missing)}. For all of it: pip install ".[examples]"')
 
 
 def summary(metrics: Mapping[str, float]) -> str:

@@ -207,7 +207,7 @@ def test_an_extra_that_is_missing(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr("dpo_eqx._extras.importlib.import_module", missing)
     assert main(["train", "--help"]) == 2
-    assert 'pip install "dpo-eqx[train]"' in capsys.readouterr().err
+    assert 'pip install ".[train]"' in capsys.readouterr().err
 
 
 def test_a_terminal_with_few_characters_ends_no_command(monkeypatch):

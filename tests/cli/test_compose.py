@@ -48,6 +48,18 @@ def test_one_loss():
     same(got, want)
 
 
+@pytest.mark.parametrize("name", ["dpo", "robust_dpo", "exo", "nca", "sppo", "alpha_po"])
+def test_a_loss_by_the_name_of_its_function(name):
+    same(compose_loss(settings(loss=(name,))), getattr(losses, name)(POLICY, REFERENCE))
+
+
+def test_cdpo_is_dpo_with_flipped_labels():
+    loss = compose_loss(settings(loss=("cdpo",), label_smoothing=0.2))
+    same(loss, losses.dpo(POLICY, REFERENCE, label_smoothing=0.2))
+    with pytest.raises(ValueError, match=r"`--loss cdpo` .* give that as `--label-smoothing`"):
+        compose_loss(settings(loss=("cdpo",)))
+
+
 def test_ipo_is_that_of_the_field():
     same(compose_loss(settings(loss=("ipo",))), losses.BY_NAME["ipo"](POLICY, REFERENCE))
 

@@ -176,5 +176,5 @@ def test_a_short_run_on_a_file_without_the_extras(tmp_path):
     assert "12 lines read: 11 pairs, 0 blank, 1 faulty." in done.stdout
     assert "9 pairs are trained on, 2 held out." in done.stdout
     assert "Left out: bars and colours (rich), the picture (matplotlib)." in done.stdout
-    assert 'pip install "dpo-eqx[examples]"' in done.stdout
+    assert 'pip install ".[examples]"' in done.stdout
     assert not picture.exists()

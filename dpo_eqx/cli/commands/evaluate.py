@@ -23,6 +23,7 @@ from ..._jax.dtypes import in_dtype
 from ..._jax.inference_mode import in_inference
 from ..compose.data import Prepared, learned_positions, make_batches, prepare, vocab_size
 from ..compose.vocabulary import check_one_vocabulary
+from ..run.compilation_cache import use_compilation_cache
 from ..run.folder import finite, replace_text
 from ..settings.check import check_positive
 from ..settings.groups.memory import Dtype
@@ -62,6 +63,7 @@ def evaluate(arguments: Sequence[str]) -> None:
     `ValueError`, `OSError` or `ImportError` with a message for the user.
     """
     flags = parse_flags(Evaluate, "evaluate", arguments)
+    use_compilation_cache(flags.compilation_cache)
     _check(flags)
     vocab = vocab_size(flags.model)
     if flags.reference is not None:

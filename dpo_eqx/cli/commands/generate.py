@@ -14,6 +14,7 @@ from ..._extras import require
 from ..compose.data import vocab_size
 from ..compose.tokenizer import NONE, load_tokenizer
 from ..compose.vocabulary import check_one_vocabulary
+from ..run.compilation_cache import use_compilation_cache
 from ..run.folder import replace_text
 from ..settings.check import flag
 from ..settings.groups.reading import RecordFlags, TextFlags
@@ -68,6 +69,7 @@ def generate(arguments: Sequence[str]) -> None:
     `ValueError`, `OSError` or `ImportError` with a message for the user.
     """
     flags = parse_flags(Generate, "generate", arguments)
+    use_compilation_cache(flags.compilation_cache)
     _check(flags)
     vocab_size(flags.model)  # raises if there is no model
     if flags.compare is not None:

@@ -29,6 +29,7 @@ from ..compose.tokenizer import template_in_file, tokenizer_of
 from ..report.probe import make_sample_probe
 from ..run import devices, rounds
 from ..run.checkpoints import Checkpoints
+from ..run.compilation_cache import use_compilation_cache
 from ..run.folder import Folder
 from ..run.inputs import digest_reward, digests_of
 from ..run.loop import Run, make_advance
@@ -41,7 +42,7 @@ from ..settings.shared_flags import in_shared_names
 from ..terminal.answers import ends_of
 from ..terminal.display import say
 from ..terminal.prompts import Reading, read_prompts, stored
-from .train import carry_out, load_all, summary, total_steps
+from .train import carry_out, load_all, out_of_memory_explained, summary, total_steps
 
 
 def online(arguments: Sequence[str]) -> None:
@@ -52,6 +53,7 @@ def online(arguments: Sequence[str]) -> None:
     `ValueError`, `OSError` or `ImportError` with a message for the user.
     """
     settings = parse(in_shared_names(arguments), Online, "dpo-eqx online")
+    use_compilation_cache(settings.compilation_cache)
     folder = Folder(settings.output)
     check(settings)
     check_online(settings)
@@ -105,7 +107,7 @@ def online(arguments: Sequence[str]) -> None:
     )
     say(summary(run, state, reference.words, dtypes))
     probe = make_sample_probe(settings, prepared, tokenizer, dtypes.compute)
-    with batches:
+    with batches, out_of_memory_explained(settings, state):
         carry_out(run, state, folder, prepared, inputs, probe)
 
 

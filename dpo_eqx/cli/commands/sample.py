@@ -16,6 +16,7 @@ from ..compose import draws
 from ..compose.data import learned_positions, vocab_size
 from ..compose.tokenizer import NONE, load_tokenizer
 from ..run import growing, parts
+from ..run.compilation_cache import use_compilation_cache
 from ..run.inputs import digest_weights
 from ..settings.check import check_positive, flag
 from ..settings.groups.reading import RecordFlags, TextFlags
@@ -25,7 +26,7 @@ from ..terminal.display import display, say
 from ..terminal.prompts import Reading, read_prompts, stored
 
 # These decide where the lines go and who draws them, not what they hold.
-_FREE = ("output", "resume", "process_id")
+_FREE = ("output", "resume", "process_id", "compilation_cache")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,6 +84,7 @@ def sample(arguments: Sequence[str]) -> None:
     `ValueError`, `OSError` or `ImportError` with a message for the user.
     """
     flags = parse_flags(Sample, "sample", in_shared_names(arguments))
+    use_compilation_cache(flags.compilation_cache)
     _check(flags)
     vocab, positions = vocab_size(flags.model), learned_positions(flags.model)
     tokenizer = load_tokenizer(flags.model, flags.tokenizer, flags.chat_template)

@@ -6,6 +6,7 @@ It checks all of its input before it writes anything.
 import functools
 import operator
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import equinox as eqx
@@ -36,11 +37,13 @@ from ..compose.tokenizer import template_in_file
 from ..report.probe import Probe, make_probe
 from ..run import devices, hosts
 from ..run.checkpoints import Checkpoints
+from ..run.compilation_cache import use_compilation_cache
 from ..run.folder import Folder, facts_of
 from ..run.hosts import say
 from ..run.inputs import check_same, digests_of
 from ..run.late_metrics import SIDES, without_sides
 from ..run.loop import Run, loop, make_advance
+from ..run.out_of_memory import explained
 from ..run.sinks import Numbers, no_sinks, open_sinks
 from ..run.state import State, restored, to_save
 from ..run.updates import UpdateWatch
@@ -59,6 +62,7 @@ def train(settings: Settings) -> None:
     `ValueError`, `OSError` or `ImportError` with a message for the user.
     """
     check_hosts(settings)
+    use_compilation_cache(settings.compilation_cache)
     with hosts.connected(settings):
         _train(settings)
 
@@ -120,8 +124,25 @@ def _train(settings: Settings) -> None:
     say(summary(run, state, reference.words, dtypes))
     probe = make_probe(settings, prepared, loss, options, mesh)
     # A thread prepares the batches; leaving the context ends it, also after an error.
-    with batches:
+    with batches, out_of_memory_explained(settings, state):
         carry_out(run, state, folder, prepared[0], inputs, probe)
+
+
+def out_of_memory_explained(settings: Settings, state: State) -> AbstractContextManager[None]:
+    """A context in which a device that is out of memory is an error with the flags that help."""
+    parts = {"policy": state.policy, "optimiser": state.opt_state, "reference": state.reference}
+    is_whole = not policies.has_adapters(settings)
+    helps = {
+        "--microbatches": settings.microbatches < settings.batch_size,
+        "--remat": not settings.remat,
+        "--max-length": True,
+        "--precompute-reference": state.reference is not None,
+        "--lora-rank": is_whole,
+        "--quantize": not is_whole and settings.quantize is None,
+        "--mesh fsdp=N": jax.device_count() > 1,
+    }
+    names = [f"`{name}`" for name, is_help in helps.items() if is_help]
+    return explained(parts, f"These flags need less: {', '.join(names)}.")
 
 
 def _prepare(settings: Settings, folder: Folder) -> tuple[Loss, list[Prepared], Mesh | None]:

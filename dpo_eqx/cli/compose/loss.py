@@ -26,6 +26,19 @@ DIVERGENCES = {
 }
 
 
+# The functions of `losses` that have another name in `losses.BY_NAME`, and what papers call them.
+OTHER_NAMES = {
+    "dpo": losses.dpo,
+    "cdpo": losses.dpo,
+    "robust_dpo": losses.robust_dpo,
+    "exo": losses.exo,
+    "nca": losses.nca,
+    "sppo": losses.sppo,
+    "alpha_po": losses.alpha_po,
+    REWARD_LOSS: losses.bradley_terry,
+}
+
+
 def compose_loss(settings: Settings) -> Loss:
     """The loss that the settings ask for, with its hyper-parameters bound.
 
@@ -35,6 +48,11 @@ def compose_loss(settings: Settings) -> Loss:
     range, or if losses of pairs are combined with losses of single completions.
     """
     terms = [_named(name) for name in settings.loss]
+    if "cdpo" in settings.loss and settings.label_smoothing is None:
+        raise ValueError(
+            "`--loss cdpo` is `sigmoid` with an assumed fraction of flipped labels; give that as "
+            "`--label-smoothing`, such as 0.1."
+        )
     hyper_parameters = _hyper_parameters(settings)
     for name, (value, source) in hyper_parameters.items():
         if not any(_takes(term, name) for term in terms):
@@ -54,7 +72,7 @@ def compose_loss(settings: Settings) -> Loss:
 
 
 def _named(name: str) -> Loss:
-    return losses.bradley_terry if name == REWARD_LOSS else losses.BY_NAME[name]
+    return OTHER_NAMES[name] if name in OTHER_NAMES else losses.BY_NAME[name]
 
 
 def takes_offset(settings: Settings) -> bool:

@@ -1,6 +1,6 @@
 """Settings of the form `name=value`: names of columns, hyper-parameters, divergences.
 
-The modules that use them check the names. The flags themselves are the fields of `settings.py`.
+The modules that use them check the names. The flags themselves are the fields in `groups/`.
 """
 
 from collections.abc import Sequence

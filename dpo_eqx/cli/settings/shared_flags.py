@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar
 
 from ... import models
 from ..._extras import require
-from .groups.memory import Dtype
+from .groups.memory import CompilationFlags, Dtype
 from .groups.reading import Reading
 from .help import grouped, ungrouped
 from .options import dtype_of
@@ -37,7 +37,7 @@ class Source(Reading):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Loading:
+class Loading(CompilationFlags):
     """How models are loaded, and which adapters the model of `--model` gets."""
 
     lora: str | None = None

@@ -8,7 +8,8 @@ class LossFlags:
     """What is minimised."""
 
     loss: tuple[str, ...] = ("sigmoid",)
-    """One loss, or several that are added up: sigmoid, ipo, robust, hinge, simpo, kto, ..."""
+    """One loss, or several that are added up: sigmoid (also called dpo), ipo, robust, hinge, simpo,
+    kto, ..."""
     loss_weights: tuple[float, ...] = ()
     """Weights of the losses, one for each loss (default: 1)."""
     loss_options: tuple[str, ...] = ()

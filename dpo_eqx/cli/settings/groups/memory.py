@@ -8,7 +8,16 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MemoryFlags:
+class CompilationFlags:
+    """Compiled programs."""
+
+    compilation_cache: str = "auto"
+    """A folder for compiled programs, so that the next run need not compile them again: `auto` is
+    one in the user's cache folder, `none` keeps none."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MemoryFlags(CompilationFlags):
     """Precision, memory and speed."""
 
     dtype: Dtype | None = None

@@ -1,0 +1,85 @@
+"""What the command does with the machine: compiled programs on disk, a device without memory."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from dpo_eqx.cli import main
+from dpo_eqx.cli._main import COMMANDS
+from dpo_eqx.cli.run.compilation_cache import use_compilation_cache
+
+from .small import small
+
+
+@pytest.fixture
+def no_cache():
+    """A process in which nobody has chosen a folder for compiled programs."""
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    yield
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+@pytest.mark.usefixtures("no_cache")
+@pytest.mark.parametrize("folder", ["auto", "own"])
+def test_compiled_programs_have_a_folder_for_each_version_of_jax(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("DPO_EQX_CACHE", str(tmp_path / "user"))
+    where = tmp_path / "user" / "compiled" if folder == "auto" else tmp_path / "own"
+    use_compilation_cache(folder if folder == "auto" else str(where))
+    assert jax.config.jax_compilation_cache_dir == str(where / f"jax-{jax.__version__}")
+
+
+@pytest.mark.usefixtures("no_cache")
+def test_no_folder_for_compiled_programs():
+    use_compilation_cache("none")
+    assert jax.config.jax_compilation_cache_dir is None
+
+
+@pytest.mark.usefixtures("no_cache")
+def test_a_folder_that_the_user_gave_to_jax_stays(tmp_path):
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+    use_compilation_cache(str(tmp_path / "other"))
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path)
+
+
+@pytest.mark.usefixtures("no_cache")
+def test_a_run_uses_the_folder_of_its_flag(tmp_path, monkeypatch):
+    monkeypatch.setattr("dpo_eqx.cli.commands.train._train", lambda settings: None)
+    flags = ["--model=m", "--data=d", "--output=o", f"--compilation-cache={tmp_path}"]
+    assert main(["train", *flags]) == 0
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path / f"jax-{jax.__version__}")
+
+
+def test_a_device_without_memory_names_what_it_holds_and_what_helps(tmp_path, monkeypatch, capsys):
+    def greedy(*_, **__):
+        # More than any machine has, so that XLA raises its own error.
+        return lambda state, batch, number: jnp.zeros(1 << 50, jnp.int8).block_until_ready()
+
+    monkeypatch.setattr("dpo_eqx.cli.commands.train.make_advance", greedy)
+    assert small(tmp_path, remat=True) == 2
+    error = capsys.readouterr().err
+    assert "dpo-eqx train: The device is out of memory." in error
+    assert "It could not get 1125899.91 GB more." in error
+    assert "policy" in error
+    assert "optimiser" in error
+    assert "the largest array is" in error
+    assert "`--microbatches`" in error
+    assert "`--remat`" not in error
+
+
+def test_other_errors_of_the_device_stay(monkeypatch):
+    def broken(arguments):
+        raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+    monkeypatch.setitem(COMMANDS, "inspect", (broken, ""))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+        main(["inspect"])
+
+
+def test_versions(capsys):
+    assert main(["--version"]) == 0
+    first = capsys.readouterr().out
+    assert "dpo-eqx " in first
+    assert f"jax {jax.__version__}" in first
+    assert main(["train", "--version"]) == 0
+    assert capsys.readouterr().out == first
