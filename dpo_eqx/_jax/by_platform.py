@@ -55,8 +55,10 @@ def assumed_kernel() -> bool | None:
 
 
 @contextlib.contextmanager
-def assume_kernel(is_there: bool) -> Iterator[None]:
+def assume_kernel(is_there: bool | None) -> Iterator[None]:
     """Programs traced inside are for devices with cuDNN's attention kernel, or without it.
+
+    With `None` the devices of this process are asked, as outside.
 
     To trace the kernel, JAX asks the devices of this process for the version of cuDNN, and has no
     public way to answer for others.

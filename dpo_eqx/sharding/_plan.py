@@ -135,8 +135,9 @@ def plan(
     - `step`: from `make_step`, or any function of the same arguments.
     - `policy`, `opt_state`, `batch`, `reference`: the arguments of the step; the batch is the
         global one.
-    - `target`: the devices: `cpu`, `a100`, `h100`, `h200`, `b200`, `l4`, `v5e`, `v5p` or `v6e`, and
-        their number (`"h100:8"`) or, for TPUs, their topology (`"v5e:2x2"`).
+    - `target`: the devices: `here` (those of this process), `cpu`, `a100`, `h100`, `h200`, `b200`,
+        `l4`, `v5e`, `v5p` or `v6e`, and their number (`"h100:8"`) or, for TPUs, their topology
+        (`"v5e:2x2"`).
     - `mesh`: the sizes of its axes, as `make_mesh` takes them (default: all devices over `data`).
     - `rules`: as for `shard_policy`.
     - `score`, `trainable`, `reference_of`: those of the step, for `flops_needed`. The policy takes

@@ -38,11 +38,12 @@ class Target:
     chip: Chip
     platform: str
     devices: Sequence[jax.Device]
+    is_here: bool = False
 
     @property
-    def has_kernel(self) -> bool:
-        """Whether the devices have cuDNN's attention kernel."""
-        return self.platform == "cuda"
+    def has_kernel(self) -> bool | None:
+        """Whether the devices have cuDNN's attention kernel; `None` if they can be asked."""
+        return None if self.is_here else self.platform == "cuda"
 
 
 # From the vendors' data sheets. NVLink and PCIe are counted in one direction, and the links between
@@ -80,7 +81,7 @@ def find_target(name: str) -> Target:
     **Arguments:**
 
     - `name`: a chip, with a number of devices or, for TPUs, a topology: `"h100:8"`, `"v5e:2x2"`,
-        `"cpu:8"`. One device without a number.
+        `"cpu:8"`. `here` is the devices of this process. One device without a number.
 
     **Raises:**
 
@@ -90,10 +91,12 @@ def find_target(name: str) -> Target:
     chip, _, size = name.partition(":")
     if chip == "cpu":
         return _cpus(name, _count(name, size))
+    if chip == "here":
+        return _here(name, _count(name, size))
     if chip not in CHIPS:
         raise ValueError(
-            f"`target` must be one of cpu, {', '.join(CHIPS)}, with a number of devices or, for "
-            f"TPUs, a topology, such as 'h100:8' or 'v5e:2x2'; got {name!r}."
+            f"`target` must be one of here, cpu, {', '.join(CHIPS)}, with a number of devices or, "
+            f"for TPUs, a topology, such as 'h100:8' or 'v5e:2x2'; got {name!r}."
         )
     if chip in _GPUS:
         return Target(name, CHIPS[chip], "cuda", _gpus(name, chip, _count(name, size)))
@@ -118,6 +121,30 @@ def _cpus(name: str, count: int) -> Target:
         )
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // count
     return Target(name, Chip(memory, None, None, None), "cpu", devices[:count])
+
+
+def _here(name: str, count: int) -> Target:
+    """The first devices that JAX would use."""
+    devices = jax.devices()
+    if len(devices) < count:
+        raise ValueError(f"`target` needs {count} devices; there are {len(devices)} here.")
+    first = devices[0]
+    if first.platform == "cpu":
+        return dataclasses.replace(_cpus(name, count), devices=devices[:count], is_here=True)
+    chip = _of_kind(first.device_kind)
+    memory = (first.memory_stats() or {}).get("bytes_limit") or chip.memory
+    platform = "cuda" if first.platform == "gpu" else first.platform
+    chip = dataclasses.replace(chip, memory=memory)
+    return Target(name, chip, platform, devices[:count], is_here=True)
+
+
+def _of_kind(kind: str) -> Chip:
+    """The chip that JAX calls `kind`; a chip of unknown rates if it is none of `CHIPS`."""
+    names = {"v5 lite": "v5e", "v6 lite": "v6e", "v5": "v5p"}
+    words = kind.lower()
+    found = next((chip for name, chip in names.items() if name in words), None)
+    found = found or next((chip for chip in CHIPS if chip in words), None)
+    return CHIPS[found] if found else Chip(0, None, None, None)
 
 
 def _gpus(name: str, chip: str, count: int) -> Sequence[jax.Device]:

@@ -1,5 +1,7 @@
 """What the command does with the machine: compiled programs on disk, a device without memory."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -83,3 +85,18 @@ def test_versions(capsys):
     assert f"jax {jax.__version__}" in first
     assert main(["train", "--version"]) == 0
     assert capsys.readouterr().out == first
+
+
+def test_a_dry_run_says_what_a_step_needs_and_writes_nothing(tmp_path, capsys):
+    assert small(tmp_path, dry_run=True) == 0
+    told = capsys.readouterr().out
+    assert "10 rows" in told or "10 pairs" in told
+    assert "6 steps of 4" in told
+    held = re.search(r"arguments +([\d.]+) MB", told)
+    assert held is not None
+    assert "temporaries" in told
+    assert "peak" in told
+    assert not (tmp_path / "run").exists()
+    # Parameters, a reference, and two moments of Adam in float32, and little else.
+    parameters = int(re.search(r"([\d,]+) parameters", told)[1].replace(",", ""))
+    assert float(held[1]) * 1e6 == pytest.approx(4 * 4 * parameters, rel=0.02)

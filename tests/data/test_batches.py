@@ -283,6 +283,17 @@ def test_mismatched_completions_depend_on_the_seed_alone():
     assert drawn(data.batches(KINDS, batch_size=4, seed=4)) != first
 
 
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_the_widest_batch_of_an_epoch_without_moving(shuffle):
+    batches = data.batches(make_rows(60), batch_size=8, multiple_of=8, shuffle=shuffle)
+    first = next(batches)
+    state, widest = batches.get_state(), batches.widest()
+    assert batches.get_state() == state
+    areas = [b.prompt.ids.size + 2 * b.chosen.ids.size for b in (first, *batches)]
+    assert widest.prompt.ids.size + 2 * widest.chosen.ids.size == max(areas)
+    assert min(areas) < max(areas)
+
+
 def test_unpaired_batches():
     extra = {"weight": 2.0, "reference_completion": -1.0}
     rows = [row | extra for row in KINDS]

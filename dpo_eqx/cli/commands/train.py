@@ -38,6 +38,7 @@ from ..report.probe import Probe, make_probe
 from ..run import devices, hosts
 from ..run.checkpoints import Checkpoints
 from ..run.compilation_cache import use_compilation_cache
+from ..run.dry_run import needs
 from ..run.folder import Folder, facts_of
 from ..run.hosts import say
 from ..run.inputs import check_same, digests_of
@@ -122,6 +123,11 @@ def _train(settings: Settings) -> None:
         chat_template=template,
     )
     say(summary(run, state, reference.words, dtypes))
+    if settings.dry_run:
+        with batches, out_of_memory_explained(settings, state):
+            plan = needs(step, state, batches, mesh, trainable=trainable, options=options)
+        say(f"{plan}\ndry run: nothing was trained or written")
+        return
     probe = make_probe(settings, prepared, loss, options, mesh)
     # A thread prepares the batches; leaving the context ends it, also after an error.
     with batches, out_of_memory_explained(settings, state):

@@ -86,6 +86,7 @@ class Online(Settings):
     max_completion_length: int | None = _unused()
     strict: bool = _unused(False)
     precompute_reference: bool = _unused(False)
+    dry_run: bool = _unused(False)
     cache: Path | None = dataclasses.field(init=False, default=None)
     mesh: str | None = _unused()
     coordinator: str | None = _unused()

@@ -31,4 +31,4 @@ class Settings(
 
 
 # These belong to one invocation, not to the run, so `config.yaml` does not keep them.
-INVOCATION = ("config", "resume", "coordinator", "num_processes", "process_id")
+INVOCATION = ("config", "resume", "dry_run", "coordinator", "num_processes", "process_id")

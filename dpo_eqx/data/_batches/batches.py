@@ -92,10 +92,23 @@ class Batcher:
             widths = self._widths(real, others)
             steps[widths] = steps.get(widths, 0) + 1
             tokens += 0 if others is None else int(self._other_lengths(real, others).sum())
+        padded = sum(self._positions(widths) * count for widths, count in steps.items())
+        return Shapes(steps, tokens, padded * self.order.batch_size)
+
+    def widest(self) -> int:
+        """The first step of the first epoch whose rows have the most positions."""
+
+        def positions(step: int) -> int:
+            real = self.order.at(step)
+            return self._positions(self._widths(real, self._others(real)))
+
+        return max(range(self.order.steps), key=positions)
+
+    def _positions(self, widths: tuple[int, ...]) -> int:
+        """The positions of one row."""
         # A pair has two completions of one width.
         parts = 2 if self.lengths.shape[1] == 3 else 1
-        padded = sum((w[0] + parts * w[1] + sum(w[2:])) * n for w, n in steps.items())
-        return Shapes(steps, tokens, padded * self.order.batch_size)
+        return widths[0] + parts * widths[1] + sum(widths[2:])
 
 
 def _cut(row: Row, room: int) -> Row:
@@ -168,6 +181,10 @@ class Batches(Iterator[Any]):
     def shapes(self) -> Shapes:
         """The shapes of an epoch and the share of padding. This reads lengths only."""
         return self._batcher.shapes()
+
+    def widest(self) -> Any:
+        """The batch of the first epoch that takes the most memory. The position stays."""
+        return self._batcher(self._batcher.widest())
 
     def close(self) -> None:
         """Ends the thread that prefetches batches."""

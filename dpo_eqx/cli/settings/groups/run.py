@@ -16,6 +16,9 @@ class RunFlags:
     """The folder of the run, for settings, metrics, checkpoints and the finished model."""
     resume: bool = False
     """Continue the run in `--output`, or start it if it has no complete checkpoint."""
+    dry_run: bool = False
+    """Do everything up to the first step, say what a step needs of each device, and end. Nothing is
+    written to `--output`."""
     eval_every: int = 0
     """Number of steps between evaluations; 0 evaluates only at the start and the end."""
     save_every: int = 500
