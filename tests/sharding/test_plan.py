@@ -18,6 +18,7 @@ from dpo_eqx.cli._main import main
 from dpo_eqx.sharding._collectives import _lines, _times, collectives
 from dpo_eqx.sharding._flops import flops
 from dpo_eqx.sharding._plan import Plan, _needed
+from dpo_eqx.sharding._targets import CHIPS, _of_kind, find_target
 
 from .programs import CONFIG, compiled_step, peak, shapes_of_step
 
@@ -150,7 +151,7 @@ def test_a_plan_says_what_binds_and_what_is_too_little():
 @pytest.mark.parametrize(
     ("target", "error", "words"),
     [
-        ("h1000", ValueError, "one of cpu, a100"),
+        ("h1000", ValueError, "one of here, cpu, a100"),
         ("h100:none", ValueError, "positive number"),
         ("h100:12", ValueError, "multiple of 8"),
         ("v5e:2x2x2", ValueError, "2 axes"),
@@ -279,3 +280,27 @@ def test_the_step_of_a_reference_in_the_policy_is_counted():
     )
     none = _needed(dpx.score_pairs, (*arguments, None), eqx.is_inexact_array, None, "cpu")
     assert one == two == pytest.approx(4 / 3 * none, rel=1e-6)
+
+
+def test_the_devices_of_this_process_are_a_target():
+    found = find_target("here:2")
+    assert list(found.devices) == jax.devices()[:2]
+    assert found.platform == "cpu"
+    assert found.chip.memory > 0
+    # They can be asked for the kernel, so nothing is assumed.
+    assert found.has_kernel is None
+    assert find_target("cpu:2").has_kernel is False
+
+
+@pytest.mark.parametrize(
+    ("kind", "chip"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("TPU v5 lite", "v5e"),
+        ("TPU v5", "v5p"),
+        ("TPU v6 lite", "v6e"),
+    ],
+)
+def test_a_chip_by_the_name_that_jax_has_for_it(kind, chip):
+    assert _of_kind(kind) == CHIPS[chip]
+    assert _of_kind("something new").rate is None
