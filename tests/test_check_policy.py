@@ -6,10 +6,12 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import dpo_eqx as dpx
-from dpo_eqx import models
+from dpo_eqx import losses, models
+from dpo_eqx._policies.probes import SIMILAR, Probe, differ
 
 from .policies import VOCAB, Attention, Perceptron, Recurrent
 
@@ -259,3 +261,65 @@ def test_a_frozen_table_is_no_problem():
 def test_the_length_must_be_four():
     with pytest.raises(ValueError, match="`length` must be at least 4; got 3"):
         dpx.check_policy(GOOD, length=3)
+
+
+class WithNumPy(eqx.Module):
+    """Its parameters are NumPy's. The embedding is indexed, which NumPy cannot do with tracers."""
+
+    embedding: np.ndarray
+    head: np.ndarray
+    bias: jax.Array
+    shift: np.ndarray
+    scale: float = 1.0
+
+    def __init__(self):
+        rng = np.random.default_rng(0)
+        self.embedding = rng.normal(size=(VOCAB, 4))
+        self.head = rng.normal(size=(4, VOCAB))
+        self.bias = jnp.zeros((1, VOCAB))
+        self.shift = np.zeros(1, np.int32)
+
+    def __call__(self, ids):
+        return self.scale * self.embedding[(ids + self.shift) % VOCAB] @ self.head + self.bias
+
+
+def changed_by_a_step(policy, trainable):
+    """The paths of the leaves that one step of SGD changes."""
+    rng, mask = np.random.default_rng(0), np.ones((2, 3), bool)
+    batch = dpx.PreferenceBatch(
+        *(dpx.Tokens(rng.integers(0, VOCAB, mask.shape), mask) for _ in range(3))
+    )
+    optimizer = optax.sgd(1.0)
+    step = eqx.filter_jit(dpx.make_step(losses.dpo, optimizer, trainable=trainable))
+    opt_state = optimizer.init(eqx.filter(policy, trainable))
+    trained, _, _ = step(policy, opt_state, batch, dpx.snapshot(policy))
+    before, after = map(jax.tree_util.tree_leaves_with_path, (policy, trained))
+    pairs = zip(before, after, strict=True)
+    return {path[-1].name for (path, old), (_, new) in pairs if not np.array_equal(old, new)}
+
+
+@pytest.mark.parametrize("without", [None, "embedding"])
+def test_the_report_lists_what_a_step_trains(without):
+    """NumPy arrays, too, because `eqx.is_inexact_array` selects them."""
+    policy = WithNumPy()
+    trainable = dpx.trainable(policy, without=without)
+    report = dpx.check_policy(policy, VOCAB, length=4, trainable=trainable)
+    assert report.problems == ()
+    assert {array.path for array in report.trained} == changed_by_a_step(policy, trainable)
+    named = "head" if without else "embedding, head"
+    assert f"NumPy arrays are trained as JAX arrays are: {named}. If" in str(report)
+
+
+def test_a_report_passes_no_protocol_that_is_not_offered():
+    report = dpx.check_policy(WithNumPy(), VOCAB, length=4)
+    assert not {"the fast path", "start and extend"} & set(report.passed)
+    assert "It offers neither `FastPolicy` nor `RecurrentPolicy`" in str(report)
+
+
+def test_numpy_parameters_in_float64_compute_in_float32():
+    ids, logits = np.arange(4), np.ones((4, VOCAB))
+    with jax.enable_x64(False):
+        policy = eqx.tree_at(lambda policy: policy.bias, WithNumPy(), np.zeros((1, VOCAB)))
+        probe = Probe(policy, ids, VOCAB, KEY, False, eqx.is_inexact_array)
+        assert not differ(probe, logits, logits + 1e-6, SIMILAR)
+        assert differ(probe, logits, logits + 1e-2, SIMILAR)

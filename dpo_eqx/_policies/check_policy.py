@@ -30,6 +30,7 @@ from .probes import (
     check_values,
     check_vmap,
     check_vocabulary,
+    few,
     summary,
 )
 from .recurrence_probe import check_recurrence
@@ -51,6 +52,9 @@ CHECKS: dict[str, Callable[[Probe], Iterator[str]]] = {
     "finite gradients": check_gradients,
     "no table or state is trained": check_buffers,
 }
+
+# Checks of what a policy may offer; the others are for all policies.
+PROTOCOLS = {"the fast path": offers_fast_path, "start and extend": offers_recurrence}
 
 
 def check_policy(
@@ -91,23 +95,29 @@ def check_policy(
     if length < 4:
         raise ValueError(f"`length` must be at least 4; got {length}. Leave it out to use 16.")
     key = jax.random.key(0) if key is None else key
-    problems, notes, passed = [], _notes(policy), []
+    name, notes, trained = _name(policy), _notes(policy, trainable), _trained(policy, trainable)
+    problems, passed = [], []
     try:
         probe = _probe(policy, vocab, length, key, trainable)
     except Exception as error:  # the policy's own error, of any class
-        return PolicyReport(
-            _name(policy), (summary(error),), notes, (), _trained(policy, trainable)
-        )
-    for name, check in CHECKS.items():
+        return PolicyReport(name, (summary(error),), notes, (), trained)
+    for subject, check in _checks(policy).items():
         try:
             found = list(check(probe))
         except Exception as error:  # the policy's own error, of any class
-            found = [f"The check of {name} failed: {summary(error)}"]
+            found = [f"The check of {subject} failed: {summary(error)}"]
         problems += found
-        passed += [] if found else [name]
-    return PolicyReport(
-        _name(policy), tuple(problems), notes, tuple(passed), _trained(policy, trainable)
-    )
+        passed += [] if found else [subject]
+    return PolicyReport(name, tuple(problems), notes, tuple(passed), trained)
+
+
+def _checks(policy: PyTree) -> dict[str, Callable[[Probe], Iterator[str]]]:
+    """All checks but those of a protocol that the policy does not offer."""
+    return {
+        subject: check
+        for subject, check in CHECKS.items()
+        if subject not in PROTOCOLS or PROTOCOLS[subject](policy)
+    }
 
 
 def _probe(policy: PyTree, vocab: int | None, length: int, key: Any, trainable: PyTree) -> Probe:
@@ -133,20 +143,24 @@ def _name(policy: PyTree) -> str:
     return f"{name}({type(inner).__name__})" if name.endswith("Adapted") else name
 
 
-def _notes(policy: PyTree) -> tuple[str, ...]:
-    leaves = jax.tree_util.tree_leaves_with_path(policy)
-    hosts = [
-        leaf_name(path)
-        for path, leaf in leaves
-        if isinstance(leaf, np.ndarray) and np.issubdtype(leaf.dtype, np.inexact)
-    ]
+def _notes(policy: PyTree, trainable: PyTree) -> tuple[str, ...]:
+    params = jax.tree_util.tree_leaves_with_path(eqx.filter(policy, trainable))
+    hosts = [leaf_name(path) for path, leaf in params if isinstance(leaf, np.ndarray)]
     found = []
     if hosts:
-        found.append(f"NumPy arrays are not trained: {', '.join(hosts[:3])}.")
+        found.append(
+            f"NumPy arrays are trained as JAX arrays are: {few(hosts)}. If they are constants, "
+            "leave them out by `trainable=dpx.trainable(policy, without=...)`."
+        )
     if offers_fast_path(policy):
         found.append("It offers `FastPolicy`: prompts are read once, and no logits are built.")
     elif offers_recurrence(policy):
         found.append("It offers `RecurrentPolicy`: prompts are read once for all completions.")
+    else:
+        found.append(
+            "It offers neither `FastPolicy` nor `RecurrentPolicy`: prompts are read again for each "
+            "completion."
+        )
     if callable(policy) and not _takes_key(policy):
         found.append("It takes no `key`: give none to the step.")
     return tuple(found)
@@ -155,6 +169,7 @@ def _notes(policy: PyTree) -> tuple[str, ...]:
 def _trained(policy: PyTree, trainable: PyTree) -> tuple[TrainedArray, ...]:
     params = eqx.filter(policy, trainable)
     return tuple(
-        TrainedArray(leaf_name(path), leaf.shape, str(leaf.dtype))
+        # A NumPy array in float64 becomes float32 in a step, unless x64 is on.
+        TrainedArray(leaf_name(path), leaf.shape, str(jax.dtypes.canonicalize_dtype(leaf.dtype)))
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
     )

@@ -12,14 +12,13 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 from .._arrays.batches import PreferenceBatch
 from .._arrays.tokens import Tokens
 from .._jax.dtypes import at_least_float32
 from .._jax.inference_mode import in_inference
 from .._scoring.policy_checks import call_policy
-from .._scoring.predict import offers_fast_path
 from .._scoring.score import score_pairs
 from .adapt import adapt
 
@@ -77,8 +76,10 @@ def as_numpy(logits: Any) -> np.ndarray:
 def differ(probe: Probe, a: np.ndarray, b: np.ndarray, spacings: int) -> bool:
     """Whether two arrays of logits differ by more than rounding."""
     floats = [x for x in jax.tree.leaves(probe.policy) if eqx.is_inexact_array(x)]
+    # NumPy's float64 is float32 in a program, unless x64 is on.
+    dtypes = {jax.dtypes.canonicalize_dtype(x.dtype) for x in floats}
     # The coarsest dtype of the parameters bounds how exactly the policy computes.
-    spacing = max((float(jnp.finfo(x.dtype).eps) for x in floats), default=float(2**-23))
+    spacing = max((float(jnp.finfo(dtype).eps) for dtype in dtypes), default=float(2**-23))
     finite = np.isfinite(a) & np.isfinite(b)
     if (np.isfinite(a) != np.isfinite(b)).any():
         return True
@@ -146,7 +147,8 @@ def check_causality(probe: Probe) -> Iterator[str]:
             yield (
                 f"The policy is not causal: other tokens from position {start} on changed logits "
                 "before it. Mask attention to the right, shift by slicing and not by `jnp.roll`, "
-                "and take no statistics over the whole row."
+                "and take no statistics over the whole row. If it is a masked model, score it by "
+                "`dpx.pseudo_score`."
             )
             return
 
@@ -213,7 +215,7 @@ def check_vmap(probe: Probe) -> Iterator[str]:
     rows = jnp.stack([jnp.asarray(probe.ids), jnp.asarray(probe.changed(0))])
     policy = in_inference(probe.policy)
     try:
-        together = as_numpy(eqx.filter_jit(jax.vmap(lambda ids: policy(ids)))(rows))
+        together = as_numpy(_run_rows(policy, rows))
     except Exception as error:  # the policy's own error, of any class
         yield (
             f"The policy cannot be mapped by `jax.jit(jax.vmap(policy))`: {summary(error)} Score "
@@ -228,10 +230,14 @@ def check_vmap(probe: Probe) -> Iterator[str]:
         )
 
 
+@eqx.filter_jit
+def _run_rows(policy: Any, rows: Array) -> Array:
+    # The policy is an argument, so that its NumPy arrays are traced, as they are in a step.
+    return jax.vmap(lambda ids: policy(ids))(rows)
+
+
 def check_fast_path(probe: Probe) -> Iterator[str]:
     """A `FastPolicy` agrees with its plain call."""
-    if not offers_fast_path(probe.policy):
-        return
     fast = in_inference(probe.policy)
     plain = adapt(fast, _call_plainly)
     got, want = (_scores(model, probe) for model in (fast, plain))
@@ -259,6 +265,11 @@ def batch_of(probe: Probe) -> PreferenceBatch:
 def _scores(policy: PyTree, probe: Probe) -> np.ndarray:
     log_probs = eqx.filter_jit(score_pairs)(policy, batch_of(probe))
     return np.concatenate([log_probs.chosen, log_probs.rejected])
+
+
+def few(paths: list[str]) -> str:
+    """The first three paths, and whether there are more."""
+    return ", ".join(paths[:3]) + (f", and {len(paths) - 3} more" if len(paths) > 3 else "")
 
 
 def summary(error: Exception) -> str:

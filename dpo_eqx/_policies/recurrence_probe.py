@@ -12,14 +12,12 @@ from jaxtyping import Array, Float, Int
 
 from .._jax.inference_mode import in_inference
 from .._scoring.policy_checks import call_extend, call_start
-from .._scoring.predict import offers_recurrence, unembedding_of
+from .._scoring.predict import unembedding_of
 from .probes import SIMILAR, Probe, as_numpy, differ
 
 
 def check_recurrence(probe: Probe) -> Iterator[str]:
     """A `RecurrentPolicy` agrees with its plain call, read in three parts."""
-    if not offers_recurrence(probe.policy):
-        return
     first, size = probe.ids.size // 2, probe.ids.size
     # The prompt is padded with other tokens than those that follow it.
     prompt, length = jnp.asarray(probe.changed(first)), jnp.asarray(first, jnp.int32)

@@ -62,4 +62,4 @@ class PolicyReport:
         width = max((len(array.path) for array in largest), default=0)
         lines += [f"    {a.path:{width}}  {a.shape!s} {a.dtype}" for a in largest]
         rest = len(self.trained) - len(largest)
-        return "\n".join([*lines, *([f"    and {rest} smaller arrays"] if rest else [])])
+        return "\n".join([*lines, *([f"    and {rest} more arrays"] if rest else [])])

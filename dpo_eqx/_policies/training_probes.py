@@ -11,11 +11,13 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 
+from .._arrays.batches import PreferenceBatch
 from .._jax.paths import leaf_name
 from .._scoring.score import score_pairs
 from .._training.passes import holds
-from .probes import Probe, batch_of, key_in_training
+from .probes import Probe, batch_of, few, key_in_training
 
 _TABLES = {"rotary", "rope", "freq", "freqs", "sin", "cos", "sine", "cosine", "alibi"}
 _BUFFERS = {"mask", "buffer", "buffers"}
@@ -24,22 +26,24 @@ _BUFFERS = {"mask", "buffer", "buffers"}
 def check_gradients(probe: Probe) -> Iterator[str]:
     """The gradient of the log-probabilities is finite."""
     params, rest = eqx.partition(probe.policy, probe.trainable)
-
-    def total(params):
-        log_probs = score_pairs(
-            eqx.combine(params, rest), batch_of(probe), key=key_in_training(probe)
-        )
-        return log_probs.chosen.sum() - log_probs.rejected.sum()
-
-    gradients = eqx.filter_jit(jax.grad(total))(params)
+    gradients = _gradients(params, rest, batch_of(probe), key_in_training(probe))
     found = jax.tree_util.tree_leaves_with_path(gradients)
     wrong = [leaf_name(path) for path, leaf in found if not jnp.isfinite(leaf).all()]
     if wrong:
         yield (
-            f"The gradient is NaN or infinite at {', '.join(wrong[:3])}"
-            f"{', ...' if len(wrong) > 3 else ''}. Guard square roots, divisions and logarithms by "
-            "`jnp.where` on their input, too."
+            f"The gradient is NaN or infinite at {few(wrong)}. Guard square roots, divisions and "
+            "logarithms by `jnp.where` on their input, too."
         )
+
+
+@eqx.filter_jit
+def _gradients(params: PyTree, rest: PyTree, batch: PreferenceBatch, key: Any) -> PyTree:
+    # What is not trained is an argument, so that its NumPy arrays are traced, as in a step.
+    def total(params):
+        log_probs = score_pairs(eqx.combine(params, rest), batch, key=key)
+        return log_probs.chosen.sum() - log_probs.rejected.sum()
+
+    return jax.grad(total)(params)
 
 
 def check_buffers(probe: Probe) -> Iterator[str]:
@@ -47,13 +51,15 @@ def check_buffers(probe: Probe) -> Iterator[str]:
     params = eqx.filter(probe.policy, probe.trainable)
     found = jax.tree_util.tree_leaves_with_path(params)
     if not found:
-        yield "No array would be trained. Parameters are JAX arrays in fields that are not static."
+        yield (
+            "No array would be trained. Parameters are floating-point arrays, in fields that are "
+            "not static."
+        )
     tables = [leaf_name(path) for path, leaf in found if _is_table(leaf_name(path), leaf)]
     if tables:
         yield (
-            f"Arrays would be trained that look like tables or masks: {', '.join(tables[:3])}"
-            f"{', ...' if len(tables) > 3 else ''}. Leave them out by "
-            f"`trainable=dpx.trainable(policy, without={_pattern(tables[0])!r})`."
+            f"Arrays would be trained that look like tables or masks: {few(tables)}. Leave them "
+            f"out by `trainable=dpx.trainable(policy, without={_pattern(tables[0])!r})`."
         )
     if holds(params, (eqx.nn.State, eqx.nn.StateIndex)):
         yield (

@@ -271,7 +271,7 @@ def where_arrays_are(policy: PyTree) -> str:
             "`eqx.Module` with the arrays, or the model that it calls, as fields; or use "
             "`jax.tree_util.Partial` instead of `functools.partial`."
         )
-    return "Check that the parameters are floating-point JAX arrays, in fields that are not static."
+    return "Check that the parameters are floating-point arrays, in fields that are not static."
 
 
 def _is_floating(returned: Any) -> bool:
