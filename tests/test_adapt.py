@@ -1,6 +1,7 @@
 """Adapted models: they are policies, and by leaves and paths they are the models."""
 
 import io
+import re
 
 import equinox as eqx
 import jax
@@ -196,6 +197,31 @@ def test_a_state_is_held_frozen():
     assert not np.array_equal(trained.model.norm.weight, model.norm.weight)
     for x, y in zip(jax.tree.leaves(state), before, strict=True):
         np.testing.assert_array_equal(x, y)
+
+
+class Counter(eqx.nn.StatefulLayer):
+    """Counts its calls in the state."""
+
+    count: eqx.nn.StateIndex
+
+    def __init__(self):
+        self.count = eqx.nn.StateIndex(jnp.asarray(0))
+
+    def __call__(self, x, state, *, key=None):
+        return x, state.set(self.count, state.get(self.count) + 1)
+
+
+def test_a_state_that_each_call_updates_is_copied():
+    """Equinox refuses a state that a call has updated before, and `Sequential` hides its need."""
+    model, state = eqx.nn.make_with_state(
+        lambda: eqx.nn.Sequential([Counter(), eqx.nn.Lambda(Perceptron(jax.random.key(0)))])
+    )()
+    with pytest.raises(ValueError, match=r"must take the ids .*dpx\.adapt") as caught:
+        dpx.score_pairs(model, BATCH)
+    line = re.search(r"policy = (dpx\.adapt\(model, .*?\[0\]\))`", str(caught.value))
+    policy = eval(line[1], {"dpx": dpx, "jax": jax, "jnp": jnp, "model": model, "state": state})
+    first, second = (dpx.score_pairs(policy, BATCH).chosen for _ in range(2))
+    np.testing.assert_array_equal(first, second)
 
 
 def test_a_state_within_the_policy_is_refused():

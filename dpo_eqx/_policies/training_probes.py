@@ -64,7 +64,8 @@ def check_buffers(probe: Probe) -> Iterator[str]:
     if holds(params, (eqx.nn.State, eqx.nn.StateIndex)):
         yield (
             "The state of a layer (`eqx.nn.State`) would be trained. Hold it frozen, outside of "
-            "the model: `dpx.adapt(model, lambda model, ids, key: model(ids, state)[0])`."
+            "the model: `dpx.adapt(model, lambda model, ids, key: model(ids, jax.tree.map("
+            "jnp.copy, state))[0])`."
         )
 
 

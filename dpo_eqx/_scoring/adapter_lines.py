@@ -4,8 +4,6 @@ It runs only after a policy has failed, and on shapes alone. Nothing here raises
 """
 
 import dataclasses
-import inspect
-import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -15,18 +13,8 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from .._jax.keys import Keys
+from .signatures import SOME_KEY, call_with_unknowns, calls, unknown_arguments
 
-_IDS = {"ids", "input_ids", "token_ids", "tokens", "token", "inputs", "input", "x", "xs"}
-_KEYS = {"key", "rng", "prng_key", "rng_key", "dropout_key"}
-_OFF = {"deterministic", "inference", "inference_mode"}
-_ON = {"train", "training", "is_training", "enable_dropout"}
-_POSITIONS = {"positions", "position_ids", "pos"}
-_CACHES = {"cache", "kv_cache", "past_key_values", "past"}
-# The causal mask comes first: a model that masks nothing else must get it. A model that wants a
-# mask of padding fails on its shape, and gets the next one.
-_CAUSAL, _PADDING = "jnp.tril(jnp.ones((ids.size, ids.size), bool))", "jnp.ones(ids.shape, bool)"
-_MASKS = (_CAUSAL, _PADDING, f"{_CAUSAL}[None]", f"{_PADDING}[None]")
-_SOME_KEY = "jax.random.key(0) if key is None else key"
 _KEY_ADVICE = (
     "Evaluation and the reference then use this fixed key. If the model only needs a key in "
     "training, pass `key=` to the step, and set its `inference` flag elsewhere."
@@ -50,10 +38,10 @@ def adapter_line(policy: PyTree, ids: Array, key: Keys | None) -> Line | None:
     A line is run on shapes, with a key and without one, before it is returned. A line with names
     that only the user knows cannot be run.
     """
-    unknown = _unknown_arguments(policy)
+    unknown = unknown_arguments(policy)
     if unknown:
         return _line_with_unknowns(policy, unknown)
-    for call in _calls(policy, ("ids", "ids[None]")):
+    for call in calls(policy, ("ids", "ids[None]")):
         if line := _tried(policy, call, ids, key):
             return line
     return _line_of_last_position(policy, ids, key) or _line_of_fixed_length(policy, ids, key)
@@ -94,7 +82,7 @@ def _tried(policy: PyTree, call: str, ids: Array, key: Keys | None) -> Line | No
     others = [pick for pick in both if pick != best]
     if others:
         return Line(call + best, f"`{call}{others[0]}` has the shape of logits, too.")
-    return Line(call + best, _KEY_ADVICE if _SOME_KEY in call else "")
+    return Line(call + best, _KEY_ADVICE if SOME_KEY in call else "")
 
 
 def _picked(policy: PyTree, call: str, ids: Array, key: Any) -> list[str] | None:
@@ -158,94 +146,14 @@ def _parts(value: Any) -> Iterable[tuple[str, Any]]:
     return [(f".{name}", part) for name, part in getattr(value, "__dict__", {}).items()]
 
 
-def _parameters(policy: PyTree) -> list[inspect.Parameter]:
-    try:
-        return list(inspect.signature(policy).parameters.values())
-    except (TypeError, ValueError):  # a callable of C code has no signature
-        return []
-
-
-def _ids_parameter(parameters: list[inspect.Parameter]) -> str | None:
-    """The name of the parameter that takes the ids."""
-    names = [p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
-    known = (name for name in names if name in _IDS)
-    other = (name for name in names if not _values_of(name))
-    return next(known, next(other, None))
-
-
-def _values_of(name: str) -> tuple[str, ...]:
-    """The expressions that may be the argument called `name`; none if only the user knows it."""
-    if name in _KEYS:
-        return "key", _SOME_KEY
-    if name in _OFF:
-        return ("key is None",)
-    if name in _ON:
-        return ("key is not None",)
-    if name in _POSITIONS:
-        return "jnp.arange(ids.size)", "jnp.arange(ids.size)[None]"
-    if name in _CACHES:
-        return ("None",)
-    return _MASKS if "mask" in name else ()
-
-
-def _calls(policy: PyTree, ways_of_ids: tuple[str, ...]) -> Iterator[str]:
-    """Calls of `model`, with all its arguments by their names, the likeliest first."""
-    parameters = _parameters(policy)
-    takes = [p for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
-    ids_name = _ids_parameter(takes)
-    if ids_name is None:
-        yield from (f"model({ids})" for ids in ways_of_ids)
-        return
-    takes = [p for p in takes if p.name == ids_name or _is_needed(p)]
-    values = [ways_of_ids if p.name == ids_name else _values_of(p.name) for p in takes]
-    for chosen in itertools.product(*values):
-        named = dict(zip([p.name for p in takes], chosen, strict=True))
-        yield f"model({', '.join(_arguments(takes, named, ids_name))})"
-
-
-def _is_needed(parameter: inspect.Parameter) -> bool:
-    """Whether to pass it: it is required, or it switches dropout."""
-    switches = parameter.name in _KEYS | _OFF | _ON
-    return switches or parameter.default is parameter.empty
-
-
-def _arguments(
-    takes: list[inspect.Parameter], named: dict[str, str], ids_name: str
-) -> Iterator[str]:
-    """By position up to the ids, and by name after them."""
-    seen_ids = False
-    for p in takes:
-        by_name = p.kind is p.KEYWORD_ONLY or (seen_ids and p.kind is not p.POSITIONAL_ONLY)
-        yield f"{p.name}={named[p.name]}" if by_name else named[p.name]
-        seen_ids = seen_ids or p.name == ids_name
-
-
-def _unknown_arguments(policy: PyTree) -> list[str]:
-    """The names of required parameters whose values only the user knows."""
-    parameters = _parameters(policy)
-    ids_name = _ids_parameter(parameters)
-    return [
-        p.name
-        for p in parameters
-        if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
-        and p.default is p.empty
-        and p.name != ids_name
-        and not _values_of(p.name)
-    ]
-
-
 def _line_with_unknowns(policy: PyTree, unknown: list[str]) -> Line:
-    takes = [p for p in _parameters(policy) if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
-    ids_name = _ids_parameter(takes) or "ids"
-    takes = [p for p in takes if p.name == ids_name or _is_needed(p)]
-    named = {p.name: next(iter(_values_of(p.name)), p.name) for p in takes} | {ids_name: "ids"}
-    call = f"model({', '.join(_arguments(takes, named, ids_name))})"
+    call = call_with_unknowns(policy, unknown)
     if any("state" in name for name in unknown):
         return Line(
             f"{call}[0]",
-            "The state is then frozen: it is read from outside the policy, and neither trained "
-            "nor updated. Switch layers such as BatchNorm to their running statistics by "
-            "`model = eqx.nn.inference_mode(model)` first.",
+            "The state is then frozen: each call reads a copy of it from outside the policy, and "
+            "it is neither trained nor updated. Switch layers such as BatchNorm to their running "
+            "statistics by `model = eqx.nn.inference_mode(model)` first.",
         )
     names = " and ".join(f"`{name}`" for name in unknown)
     return Line(call, f"Define {names} outside, or write the value in its place.")
@@ -253,7 +161,7 @@ def _line_with_unknowns(policy: PyTree, unknown: list[str]) -> Line:
 
 def _line_of_last_position(policy: PyTree, ids: Array, key: Keys | None) -> Line | None:
     """The line for a policy that returns the logits of the last position only."""
-    for call in _calls(policy, ("ids[: i + 1]",)):
+    for call in calls(policy, ("ids[: i + 1]",)):
         stacked = f"jnp.stack([{call} for i in range(ids.size)])"
         if line := _tried(policy, stacked, ids, key):
             advice = (
@@ -269,7 +177,7 @@ def _line_of_fixed_length(policy: PyTree, ids: Array, key: Keys | None) -> Line 
     longer = sorted({size for size in _sizes(policy) if size > ids.size})
     for size in longer:
         padded = f"jnp.pad(ids, (0, {size} - ids.size))"
-        for call in _calls(policy, (padded, f"{padded}[None]")):
+        for call in calls(policy, (padded, f"{padded}[None]")):
             if line := _tried(policy, call, ids, key):
                 return line._replace(advice=f"The model runs on rows of {size} tokens only.")
     return None
@@ -278,7 +186,7 @@ def _line_of_fixed_length(policy: PyTree, ids: Array, key: Keys | None) -> Line 
 def longest_length(policy: PyTree, ids: Array) -> int | None:
     """The largest number of tokens, fewer than those of `ids`, on which the policy runs."""
     for size in sorted({size for size in _sizes(policy) if size < ids.size}, reverse=True):
-        for call in _calls(policy, (f"ids[:{size}]", f"ids[None, :{size}]")):
+        for call in calls(policy, (f"ids[:{size}]", f"ids[None, :{size}]")):
             if _picked(policy, call, ids, None) is not None:
                 return size
     return None

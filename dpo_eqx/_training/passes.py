@@ -168,7 +168,7 @@ def _check_no_state(params: PyTree) -> None:
         raise ValueError(
             "`trainable` must not select an `eqx.nn.State`, which no gradient should change; got a "
             "policy that holds one. Hold it frozen, outside of the policy: `policy = dpx.adapt("
-            "model, lambda model, ids, key: model(ids, state)[0])`."
+            "model, lambda model, ids, key: model(ids, jax.tree.map(jnp.copy, state))[0])`."
         )
 
 
