@@ -5,14 +5,15 @@ The core of the library never imports this package; a policy may be any other ca
 
 from .._arrays.samples import Samples as Samples
 from ._adapters.lora import (
-    LoRA as LoRA,
     add_lora as add_lora,
+    keyed_lora as keyed_lora,
     lora_filter as lora_filter,
     merge_lora as merge_lora,
     pin_lora as pin_lora,
     pinned_lora as pinned_lora,
     without_lora as without_lora,
 )
+from ._adapters.lora_layer import LoRA as LoRA
 from ._adapters.quantize import (
     Quantized as Quantized,
     dequantize as dequantize,

@@ -72,6 +72,18 @@ def test_a_round_trip(name, tmp_path):
         models.load_lora(policy, tmp_path)
 
 
+@pytest.mark.parametrize("rank_stabilised", [False, True])
+def test_the_form_of_the_scale_is_kept(rank_stabilised, tmp_path):
+    base = base_of("qwen2")
+    policy = models.add_lora(
+        base, rank=3, alpha=5, rank_stabilised=rank_stabilised, key=jax.random.key(0)
+    )
+    models.save_lora(policy, tmp_path)
+    config = json.loads((tmp_path / ADAPTER_CONFIG).read_text())
+    assert (config["use_rslora"], config["lora_alpha"]) == (rank_stabilised, 5)
+    assert same(models.load_lora(base, tmp_path), policy)
+
+
 def gpt2_with(target):
     base = base_of("gpt2")
     return base, shaken(models.add_lora(base, rank=2, target=target, key=jax.random.key(0)))

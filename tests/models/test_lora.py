@@ -63,6 +63,13 @@ def test_target_is_searched_in_the_path(base):
     assert sum(jax.tree.leaves(models.lora_filter(policy))) == 4
 
 
+def test_rank_stabilised(base):
+    given = {"rank": 4, "alpha": 6, "target": "query", "key": jax.random.key(0)}
+    assert models.add_lora(base, **given).layers.attention.query.scale == 1.5
+    policy = models.add_lora(base, rank_stabilised=True, **given)
+    assert policy.layers.attention.query.scale == 3.0
+
+
 def test_view_without_adapters_is_the_base_itself(base, adapted):
     view = models.without_lora(adapted)
     assert jax.tree.structure(view) == jax.tree.structure(base)

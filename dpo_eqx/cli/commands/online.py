@@ -14,7 +14,7 @@ from ..._scoring.score import score_pairs
 from ..._training.step import make_step
 from ...data._fingerprint import digest
 from ...data._records.records import Form
-from ..compose import draws
+from ..compose import draws, policy as policies
 from ..compose.data import Prepared, learned_positions, make_batches, vocab_size
 from ..compose.loss import Loss, compose_loss, is_unpaired, needs_reference, takes_offset
 from ..compose.optimizer import compose_optimizer, compose_schedule, learning_rates
@@ -85,7 +85,7 @@ def online(arguments: Sequence[str]) -> None:
     )
     ends = ends_of(policy, tokenizer)
     one_round = rounds.make_round(
-        make_advance(step, dropout=settings.dropout),
+        make_advance(step, dropout=policies.draws_numbers(settings)),
         rounds.make_draw(settings, ends=ends, needs_reference=needs_reference(loss), **options),
         rounds.make_pair(settings, offset=_needs_offset(settings)),
         rounds.Judging(encoded, tokenizer, ends, judge),

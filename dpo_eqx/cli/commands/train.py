@@ -113,7 +113,7 @@ def _train(settings: Settings) -> None:
     run = Run(
         settings=settings,
         steps=steps,
-        advance=make_advance(step, dropout=settings.dropout, mesh=mesh),
+        advance=make_advance(step, dropout=policies.draws_numbers(settings), mesh=mesh),
         evaluate=held_out and functools.partial(evaluate_all, evaluate, held_out, settings, mesh),
         batches=batches,
         checkpoints=Checkpoints(folder.checkpoints, settings.keep),

@@ -51,7 +51,7 @@ def load_policy(
         return models.RewardModel(model, key=jax.random.key(settings.seed))
     policy = _load(settings.model, settings, mesh, remat=settings.remat)
     if settings.lora is not None:
-        policy = models.load_lora(policy, settings.lora)
+        policy = models.load_lora(policy, settings.lora, dropout=settings.lora_dropout)
         # The reference needs the adapters as they are now, and training changes them.
         return models.pin_lora(policy) if settings.lora_reference == "adapter" else policy
     return with_new_adapters(policy, settings)
@@ -66,6 +66,8 @@ def with_new_adapters(policy: models.Transformer, settings: Settings) -> models.
         rank=settings.lora_rank,
         alpha=settings.lora_alpha,
         target=settings.lora_target,
+        rank_stabilised=settings.lora_rslora,
+        dropout=settings.lora_dropout,
         key=jax.random.key(settings.seed),
     )
 
@@ -78,6 +80,11 @@ def trainable_of(policy: PyTree, settings: Settings) -> PyTree:
 def has_adapters(settings: Settings) -> bool:
     """Whether adapters are trained, rather than the model."""
     return settings.lora_rank > 0 or settings.lora is not None
+
+
+def draws_numbers(settings: Settings) -> bool:
+    """Whether steps need a random key, for the dropout of the model or of adapters."""
+    return settings.dropout or settings.lora_dropout > 0
 
 
 def choose_reference(
@@ -182,6 +189,7 @@ def _load_any(
         dtype=dtype_of(settings.dtype),
         sharding=placement,
         quantize=settings.quantize,
+        dropout=settings.dropout,
         remat=remat,
         fused=settings.fused,
     )

@@ -71,6 +71,8 @@ def _check_ranges(settings: Settings) -> None:
             f"{flag('sync_reference_alpha')} must be in [0, 1]; got "
             f"{settings.sync_reference_alpha}."
         )
+    if not 0 <= settings.lora_dropout < 1:
+        raise ValueError(f"`--lora-dropout` must be in [0, 1); got {settings.lora_dropout}.")
     if settings.eval_fraction is not None and not 0 < settings.eval_fraction < 1:
         raise ValueError(
             f"`--eval-fraction` must be above 0 and below 1; got {settings.eval_fraction}."
@@ -102,6 +104,7 @@ def _contradictions(settings: Settings) -> Iterator[str]:
         ("lora", s.lora is not None, "sync_reference_every", moves),
         ("lora", s.lora is not None, "lora_rank", lora),
         ("lora", s.lora is not None, "lora_alpha", s.lora_alpha is not None),
+        ("lora", s.lora is not None, "lora_rslora", s.lora_rslora),
         ("lora", s.lora is not None, "lora_target", s.lora_target is not None),
         ("eval_fraction", s.eval_fraction is not None, "eval_data", s.eval_data is not None),
         ("eval_fraction", s.eval_fraction is not None, "eval_split", s.eval_split is not None),
@@ -122,9 +125,14 @@ def _contradictions(settings: Settings) -> Iterator[str]:
         )
     if s.eval_split is not None and s.eval_data is None:
         yield "`--eval-split` is for held-out data, and this run has none; give `--eval-data` too."
-    for name in ("lora_alpha", "lora_target"):
-        if getattr(s, name) is not None and not lora:
+    for name in ("lora_alpha", "lora_target", "lora_rslora"):
+        if getattr(s, name) not in (None, False) and not lora:
             yield f"{flag(name)} is for adapters, and this run has none; give `--lora-rank` too."
+    if s.lora_dropout and not lora and s.lora is None:
+        yield (
+            "`--lora-dropout` is for adapters, and this run has none; give `--lora-rank` or "
+            "`--lora` too."
+        )
     if s.lora_reference is not None and s.lora is None:
         yield "`--lora-reference` only applies if a run continues from adapters; give `--lora` too."
     if s.quantize is not None and not lora and s.lora is None:

@@ -41,8 +41,7 @@ def linear_paths(policy: PyTree, target: str | None, is_linear: Callable[[Any], 
     nodes = jax.tree_util.tree_leaves_with_path(policy, is_leaf=is_linear)
     layers = {leaf_name(path): node for path, node in nodes if is_linear(node)}
     if target is None:
-        unembedding = _unembedding(policy)
-        chosen = {name for name, node in layers.items() if node is not unembedding}
+        chosen = layers.keys() - {unembedding_of(policy)}
     else:
         chosen = {name for name in layers if re.search(target, _weight_of(name))}
     if not chosen:
@@ -70,13 +69,14 @@ def replace_at(
     return jax.tree_util.tree_map_with_path(replace, policy, is_leaf=is_linear)
 
 
-def _unembedding(policy: PyTree) -> Any:
-    """The layer that holds the policy's unembedding, or `None`."""
+def unembedding_of(policy: PyTree) -> str | None:
+    """The path of the layer that holds the policy's unembedding, or `None`."""
     weight = getattr(policy, "unembedding", None)
+    nodes = jax.tree_util.tree_leaves_with_path(policy, is_leaf=is_plain_linear)
     return next(
         (
-            node
-            for node in jax.tree.leaves(policy, is_leaf=is_plain_linear)
+            leaf_name(path)
+            for path, node in nodes
             if is_plain_linear(node) and node.weight is weight
         ),
         None,

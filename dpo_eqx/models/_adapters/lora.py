@@ -1,8 +1,10 @@
 """Low-rank adapters for the linear layers of any Equinox module, by tree surgery.
 
 `lora_filter` selects the adapters for training; the training step does not depend on them.
+`lora_layer.py` has a layer with an adapter.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -10,56 +12,16 @@ from typing import Any, TypeVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from ..._jax.dtypes import at_least_float32
 from ..._jax.paths import leaf_name
-from ..._jax.rounding import rounded
-from .linear_layers import is_plain_linear, linear_paths, replace_at
+from .._decoder.random_parts import with_keys
+from .linear_layers import is_plain_linear, linear_paths, replace_at, unembedding_of
+from .lora_layer import LoRA
 from .quantize import Quantized, dequantize, is_quantized
 
 Policy = TypeVar("Policy")
-
-
-class LoRA(eqx.Module):
-    r"""A linear layer with a low-rank term added to its weight: $W + s\,B A$.
-
-    It is called like the layer. Layers that are stacked along leading axes have adapters stacked
-    in the same way.
-
-    **Arguments:**
-
-    - `base`: the linear layer, which `lora_filter` freezes.
-    - `down`: $A$. Shape `(*layers, rank, in)`.
-    - `up`: $B$. Shape `(*layers, out, rank)`.
-    - `scale`: $s$, which is `alpha / rank`.
-    - `pinned`: the copy of $A$ and $B$ that `pin_lora` stored, or `None`; `lora_filter` freezes it.
-    """
-
-    base: Any
-    down: Float[Array, "*layers rank in"]
-    up: Float[Array, "*layers out rank"]
-    scale: float = eqx.field(static=True)
-    pinned: tuple[Array, Array] | None = None
-
-    def __call__(
-        self, x: Float[Array, "*batch in"], *, key: PRNGKeyArray | None = None
-    ) -> Float[Array, "*batch out"]:
-        low = rounded(x @ self.down.astype(x.dtype).T)
-        return self.base(x) + self.scale * rounded(low @ self.up.astype(x.dtype).T)
-
-    @property
-    def weight(self) -> Float[Array, "*layers out in"]:
-        r"""The weight of layer and adapter together, $W + s\,B A$, in the layer's dtype."""
-        dtype = self.base.weight.dtype
-        wide = at_least_float32(dtype)
-        term = self.up.astype(wide) @ self.down.astype(wide)
-        return (self.base.weight.astype(wide) + self.scale * term).astype(dtype)
-
-    @property
-    def bias(self) -> Array | None:
-        """The bias of the layer."""
-        return self.base.bias
 
 
 def add_lora(
@@ -68,6 +30,8 @@ def add_lora(
     rank: int,
     alpha: float | int | None = None,
     target: str | None = None,
+    rank_stabilised: bool = False,
+    dropout: float = 0.0,
     key: PRNGKeyArray,
 ) -> Policy:
     r"""Adds low-rank adapters to linear layers of any Equinox module.
@@ -88,30 +52,52 @@ def add_lora(
     - `policy`: a pytree with linear layers, this library's or `eqx.nn.Linear`, stacked along
         leading axes or not, quantised or not.
     - `rank`: the rank of the adapters.
-    - `alpha`: the term is scaled by `alpha / rank` (default: `2 * rank`). For rank-stabilised
-        adapters give `alpha * rank ** 0.5`.
+    - `alpha`: the term is scaled by `alpha / rank` (default: `2 * rank`).
     - `target`: a regular expression, searched in the path of each layer's weight as
         `jax.tree_util.keystr(path, simple=True, separator=".")` writes it, such as
         `"layers.attention.query.weight"` (default: every linear layer but the unembedding).
+    - `rank_stabilised`: whether the term is scaled by `alpha / sqrt(rank)` instead, which is
+        `use_rslora` in PEFT. Adapters of high rank then learn no slower than those of low rank.
+    - `dropout`: the probability of dropout of the adapters' inputs. It applies only in training,
+        that is with a key. A `Transformer` gives each adapter a key if it is called with one;
+        another module does so with `keyed_lora`.
     - `key`: the random key of the initial $A$.
 
     **Raises:**
 
-    `ValueError` if `target` matches no linear layer (the error lists the candidates), if `rank` or
-    `alpha` is not positive, or if `policy` already has adapters.
+    `ValueError` if
+
+    - `target` matches no linear layer (the error lists the candidates);
+    - `rank` or `alpha` is not positive, or `dropout` is not in `[0, 1)`;
+    - `dropout` is positive and `target` matches the unembedding, which is used as a matrix;
+    - `policy` already has adapters.
 
     ??? cite
 
         Hu et al., *LoRA: Low-Rank Adaptation of Large Language Models*, 2021 (arXiv 2106.09685).
+        Rank-stabilised: Kalajdzievski, *A Rank Stabilization Scaling Factor for Fine-Tuning with
+        LoRA*, 2023, theorem 3.2 (arXiv 2312.03732).
     """
     _check_positive(rank=rank, alpha=alpha)
+    check_dropout(dropout)
     check_no_adapters(policy)
     paths = linear_paths(policy, target, is_linear)
-    scale = (2 * rank if alpha is None else alpha) / rank
+    if dropout:
+        _check_without_unembedding(policy, paths)
+    alpha = 2 * rank if alpha is None else alpha
     keys = iter(jax.random.split(key, len(paths)))
-    return replace_at(
-        policy, paths, is_linear, lambda _, layer: _adapter(layer, rank, scale, next(keys))
-    )
+
+    def adapted(_: str, layer: Any) -> LoRA:
+        down, up = _start(layer, rank, next(keys))
+        scale = lora_scale(alpha, rank, rank_stabilised=rank_stabilised)
+        return LoRA(layer, down, up, scale, dropout, rank_stabilised=rank_stabilised)
+
+    return replace_at(policy, paths, is_linear, adapted)
+
+
+def lora_scale(alpha: float | int, rank: int, *, rank_stabilised: bool) -> float:
+    """The factor of an adapter's term."""
+    return alpha / (math.sqrt(rank) if rank_stabilised else rank)
 
 
 def lora_filter(policy: PyTree) -> PyTree:
@@ -142,6 +128,24 @@ def without_lora(policy: Policy) -> Policy:
     return _replace(policy, lambda lora: lora.base)
 
 
+def keyed_lora(policy: Policy, key: PRNGKeyArray | None) -> Policy:
+    """The policy whose adapters apply their dropout, each with a key of its own.
+
+    A `Transformer` does this by itself if it is called with a key. Any other policy does it at the
+    start of its call, before it runs its layers:
+
+    ```python
+    policy = dpx.adapt(model, lambda model, ids, key: models.keyed_lora(model, key)(ids))
+    ```
+
+    **Arguments:**
+
+    - `policy`: a policy with adapters or without. In stacks of layers, each layer gets its own key.
+    - `key`: the random key; with `None`, as in evaluation, the policy is unchanged.
+    """
+    return with_keys(policy, key)
+
+
 def pin_lora(policy: Policy) -> Policy:
     """Stores a copy of the current adapters in the policy, for `pinned_lora`.
 
@@ -161,7 +165,7 @@ def pin_lora(policy: Policy) -> Policy:
     def pin(lora: LoRA) -> LoRA:
         # Copies, since a buffer that is shared cannot be donated.
         pinned = jnp.array(lora.down, copy=True), jnp.array(lora.up, copy=True)
-        return LoRA(lora.base, lora.down, lora.up, lora.scale, pinned)
+        return dataclasses.replace(lora, pinned=pinned)
 
     return _replace(policy, pin)
 
@@ -182,7 +186,8 @@ def pinned_lora(policy: Policy) -> Policy:
     def as_pinned(lora: LoRA) -> LoRA:
         if lora.pinned is None:
             raise ValueError("`policy` has adapters that are not pinned; pin them with `pin_lora`.")
-        return LoRA(lora.base, *lora.pinned, lora.scale)
+        down, up = lora.pinned
+        return dataclasses.replace(lora, down=down, up=up, pinned=None)
 
     return _replace(policy, as_pinned)
 
@@ -247,13 +252,30 @@ def _replace(policy: Policy, function: Callable[[LoRA], Any]) -> Policy:
     )
 
 
-def _adapter(layer: Any, rank: int, scale: float, key: PRNGKeyArray) -> LoRA:
+def _start(layer: Any, rank: int, key: PRNGKeyArray) -> tuple[Array, Array]:
+    """The $A$ and $B$ of a new adapter."""
     weight = weight_shape(layer)
     *lead, out, width = weight.shape
     dtype = at_least_float32(weight.dtype)
     bound = 1 / math.sqrt(width)
     down = jax.random.uniform(key, (*lead, rank, width), dtype, -bound, bound)
-    return LoRA(layer, down, jnp.zeros((*lead, out, rank), dtype), scale)
+    return down, jnp.zeros((*lead, out, rank), dtype)
+
+
+def check_dropout(dropout: float) -> None:
+    """Raises if `dropout` is not a probability below 1."""
+    if not 0 <= dropout < 1:
+        raise ValueError(f"`dropout` must be in [0, 1); got {dropout}.")
+
+
+def _check_without_unembedding(policy: PyTree, paths: set[str]) -> None:
+    unembedding = unembedding_of(policy)
+    if unembedding in paths:
+        raise ValueError(
+            "`dropout` must be 0 if `target` matches the unembedding, which is used as a matrix "
+            f"and not called with an input to drop from; got `target` with {unembedding!r}. Leave "
+            "it out of `target`, or add the adapters without `dropout`."
+        )
 
 
 def _check_positive(**values: float | int | None) -> None:

@@ -38,6 +38,7 @@ def load(
     dtype: Any = None,
     sharding: Sharding | Callable[[str, jax.ShapeDtypeStruct], Sharding] | None = None,
     quantize: str | None = None,
+    dropout: bool = True,
     remat: bool = False,
     fused: bool = True,
 ) -> Any:
@@ -68,6 +69,8 @@ def load(
         `".stored.scales"`, and each device reads the whole tensor of one layer at a time.
     - `quantize`: `"int8"` or `"nf4"` quantises every linear layer but the unembedding, as
         `models.quantize` does.
+    - `dropout`: whether the dropout of `config.json` applies if the policy is called with a key. If
+        not, a key only serves the dropout of adapters.
     - `remat`: whether each layer is recomputed in the backward pass rather than stored.
     - `fused`: whether half-precision attention uses cuDNN's kernel on a GPU that has it.
 
@@ -95,7 +98,7 @@ def load(
     whole = read_origin(folder)
     origin = inner_origin(whole)
     config = _read_config(origin.config, folder)
-    config = dataclasses.replace(config, remat=remat, fused=fused)
+    config = dataclasses.replace(config, dropout=dropout, remat=remat, fused=fused)
     check_tokenizer(origin, config.vocab)
     weights = Weights(folder)
     if is_outer(whole.config):

@@ -162,7 +162,7 @@ def attend(
     softmax, without a value.
     """
     scale, softcap = config.attention_scale, config.attention_softcap
-    rng = rng if config.attention_dropout > 0 else None
+    rng = rng if config.dropout_rate("attention") > 0 else None
     # The kernel has no sinks, nor the normaliser that they need.
     if rng is None and sinks is None and config.fused and fits(query, key, softcap):
         return fused(scale, query, key, value, mask)
@@ -242,7 +242,7 @@ def _dropped(
     """Attention with dropout of its weights."""
     scale, softcap = config.attention_scale, config.attention_softcap
     scores, factor = scores_of(scale, softcap, query, key, mask)
-    weights = dropout(_weights(factor * scores, sinks), config.attention_dropout, rng)
+    weights = dropout(_weights(factor * scores, sinks), config.dropout_rate("attention"), rng)
     return jnp.einsum("bkgts,bskh->btkgh", weights.astype(value.dtype), value)
 
 

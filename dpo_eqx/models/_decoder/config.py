@@ -132,6 +132,7 @@ class Config:
         `(up + 1) * gate * sigmoid(swiglu_alpha * gate)`.
     - `embedding_dropout`, `attention_dropout`, `residual_dropout`: dropout probabilities. Dropout
         applies only if the policy is called with a key.
+    - `dropout`: whether it then applies. If not, a key only serves the dropout of adapters.
     - `remat`: whether each layer is recomputed in the backward pass rather than stored.
     - `fused`: whether half-precision attention uses cuDNN's kernel on a GPU that has it.
 
@@ -193,6 +194,7 @@ class Config:
     embedding_dropout: float = 0.0
     attention_dropout: float = 0.0
     residual_dropout: float = 0.0
+    dropout: bool = True
     remat: bool = False
     fused: bool = True
 
@@ -229,6 +231,10 @@ class Config:
         """The tokens up to which the length of a sequence has no effect; `None` if it never has."""
         limits = [rotary.limit for rotary in self.layer_rotaries if rotary is not None]
         return min((limit for limit in limits if limit is not None), default=None)
+
+    def dropout_rate(self, place: Literal["embedding", "attention", "residual"]) -> float:
+        """The probability of dropout in this place, if the policy is called with a key."""
+        return getattr(self, f"{place}_dropout") if self.dropout else 0.0
 
     def _default(self, name: str, value: object) -> None:
         # A frozen dataclass can only be set this way.

@@ -207,7 +207,7 @@ class Layer(eqx.Module):
         observe: Callable[["Layer", Array], Any] | None = None,
     ) -> tuple[Float[Array, "length width"], Any]:
         keys = (None, None) if key is None else jax.random.split(key)
-        rate = config.residual_dropout
+        rate = config.dropout_rate("residual")
         before = x
         normed = x if self.attention_norm is None else self.attention_norm(x)
         mixed, cache = mix(normed)

@@ -30,6 +30,7 @@ from .config import Config
 from .half_precision_scan import as_bits, from_bits
 from .layer import Layer
 from .links import Links, links_of, one_sequence
+from .random_parts import with_keys
 from .row_limits import is_too_long, real_tokens
 
 
@@ -193,7 +194,7 @@ class Transformer(eqx.Module):
         config = self.config
         first, key = (None, None) if key is None else jax.random.split(key)
         keys = None if key is None else jax.random.split(key, config.layers)
-        x = dropout(self._embed(ids, positions), config.embedding_dropout, first)
+        x = dropout(self._embed(ids, positions), config.dropout_rate("embedding"), first)
         x = self.norm(x) if config.embedding_norm else x
         tables_in, which_tables = choose_tables(config, positions, tokens, x.dtype)
         masks_in, which_masks = choose_masks(masks_of, config.windows)
@@ -211,6 +212,8 @@ class Transformer(eqx.Module):
 
             arrays = arrays if bits is None else from_bits(arrays, bits, x)
             layer = eqx.combine(arrays, static)
+            # A key of its own, so that the other draws are the same with adapters and without.
+            layer = with_keys(layer, None if key is None else jax.random.fold_in(key, 2))
             tables = tables_in(which_tables)
 
             def mix(x):

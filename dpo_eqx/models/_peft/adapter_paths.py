@@ -13,12 +13,15 @@ from jaxtyping import Array, PyTree
 
 from ..._jax.paths import leaf_name
 from .._adapters.linear_layers import Policy, replace_at
-from .._adapters.lora import LoRA, adapters, is_linear, weight_shape
+from .._adapters.lora import adapters, is_linear, weight_shape
+from .._adapters.lora_layer import LoRA
 from .._checkpoint.checks import shorten
-from .._checkpoint.config_values import OBJECT, POSITIVE, SIZE, check_kinds
+from .._checkpoint.config_values import FLAG, OBJECT, POSITIVE, RATE, SIZE, check_kinds
 from .._checkpoint.folder import ADAPTER_CONFIG, DTYPES, Weights
 
 _FORMAT, _VERSION = "dpo_eqx", 1
+_KINDS = {"rank": SIZE, "scale": POSITIVE, "dropout": RATE, "rank_stabilised": FLAG}
+_DEFAULTS = {"dropout": 0.0, "rank_stabilised": False}
 
 
 def is_by_path(values: Mapping[str, Any]) -> bool:
@@ -38,14 +41,14 @@ def write_by_path(
         "format": _FORMAT,
         "version": _VERSION,
         "base_model_name_or_path": base,
-        "adapters": {
-            path: {"rank": lora.down.shape[-2], "scale": lora.scale} for path, lora in found.items()
-        },
+        "adapters": {path: _setting(lora) for path, lora in found.items()},
     }
     return tensors, config
 
 
-def read_by_path(policy: Policy, values: Mapping[str, Any], weights: Weights) -> Policy:
+def read_by_path(
+    policy: Policy, values: Mapping[str, Any], weights: Weights, dropout: float | None = None
+) -> Policy:
     """The policy with the adapters of a folder, added or replacing those that it has.
 
     **Arguments:**
@@ -53,6 +56,7 @@ def read_by_path(policy: Policy, values: Mapping[str, Any], weights: Weights) ->
     - `policy`: the policy, without adapters or with the same adapters.
     - `values`: the contents of the folder's `adapter_config.json`.
     - `weights`: the folder's tensors.
+    - `dropout`: the dropout of the adapters (default: the folder's).
 
     **Raises:**
 
@@ -66,13 +70,30 @@ def read_by_path(policy: Policy, values: Mapping[str, Any], weights: Weights) ->
     def place(path: str, node: Any) -> LoRA:
         base, pinned = (node.base, node.pinned) if _is_lora(node) else (node, None)
         down, up = (_array(weights.read(_name(path, part))) for part in ("down", "up"))
-        return LoRA(base, down, up, settings[path]["scale"], pinned)
+        own = settings[path]
+        return LoRA(
+            base,
+            down,
+            up,
+            own["scale"],
+            own["dropout"] if dropout is None else dropout,
+            pinned,
+            own["rank_stabilised"],
+        )
 
     return replace_at(policy, set(settings), is_node, place)
 
 
-def _settings(values: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """The rank and scale of each adapter, by the path of its layer."""
+def _setting(lora: LoRA) -> dict[str, Any]:
+    """What the folder says about one adapter, as far as it is not the default."""
+    given = {name: getattr(lora, name) for name in _DEFAULTS}
+    return {"rank": lora.down.shape[-2], "scale": lora.scale} | {
+        name: value for name, value in given.items() if value != _DEFAULTS[name]
+    }
+
+
+def _settings(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The rank, scale and other settings of each adapter, by the path of its layer."""
     if values.get("version") != _VERSION:
         raise ValueError(
             f"`version` in {ADAPTER_CONFIG} must be {_VERSION}; got {values.get('version')!r}. "
@@ -80,12 +101,12 @@ def _settings(values: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
         )
     entries = values.get("adapters")
     check_kinds({"adapters": entries}, {"adapters": OBJECT}, ADAPTER_CONFIG)
-    settings = dict(entries or {})
-    check_kinds(settings, dict.fromkeys(settings, OBJECT), f"`adapters` of {ADAPTER_CONFIG}")
+    entries = dict(entries or {})
+    check_kinds(entries, dict.fromkeys(entries, OBJECT), f"`adapters` of {ADAPTER_CONFIG}")
+    settings = {path: {**_DEFAULTS, **entry} for path, entry in entries.items()}
     for path, setting in settings.items():
-        wanted = {"rank": SIZE, "scale": POSITIVE}
         where = f"`adapters` of {ADAPTER_CONFIG}, at {path!r},"
-        check_kinds({key: setting.get(key) for key in wanted}, wanted, where)
+        check_kinds({key: setting.get(key) for key in _KINDS}, _KINDS, where)
     return settings
 
 

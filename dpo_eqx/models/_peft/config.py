@@ -4,10 +4,13 @@
 """
 
 import dataclasses
-import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
+
+from .._adapters.lora import lora_scale
+from .._checkpoint.config_values import RATE, check_kinds
+from .._checkpoint.folder import ADAPTER_CONFIG
 
 # Keys about how an adapter was trained or is run. None changes what it computes.
 _WITHOUT_EFFECT = frozenset(
@@ -20,7 +23,6 @@ _WITHOUT_EFFECT = frozenset(
         "fan_in_fan_out",
         "inference_mode",
         "loftq_config",
-        "lora_dropout",
         "lora_ga_config",
         "megatron_core",
         "peft_version",
@@ -39,6 +41,7 @@ _READ = frozenset(
         "layers_pattern",
         "layers_to_transform",
         "lora_alpha",
+        "lora_dropout",
         "peft_type",
         "r",
         "rank_pattern",
@@ -57,7 +60,8 @@ class PeftConfig:
     **Arguments:**
 
     - `rank`, `alpha`: the defaults of modules that no pattern matches.
-    - `stabilised`: whether the scale is `alpha / sqrt(rank)` rather than `alpha / rank`.
+    - `rank_stabilised`: whether the scale is `alpha / sqrt(rank)` rather than `alpha / rank`.
+    - `dropout`: the probability of dropout of the adapters' inputs in training.
     - `targets`: the ends of names of modules, or a regular expression for whole names.
     - `excluded`: modules without an adapter, in the same form.
     - `layers`: the numbers of the layers with adapters; `None` for all.
@@ -68,7 +72,8 @@ class PeftConfig:
     rank: int
     alpha: float | int
     targets: tuple[str, ...] | str
-    stabilised: bool = False
+    rank_stabilised: bool = False
+    dropout: float = 0.0
     excluded: tuple[str, ...] | str = ()
     layers: tuple[int, ...] | None = None
     layer_names: tuple[str, ...] = ()
@@ -93,7 +98,7 @@ class PeftConfig:
         """The factor of the adapter's term."""
         rank = self.rank_of(module)
         alpha = _by_pattern(self.alphas, module, self.alpha)
-        return alpha / (math.sqrt(rank) if self.stabilised else rank)
+        return lora_scale(alpha, rank, rank_stabilised=self.rank_stabilised)
 
     def _layer(self, module: str) -> int | None:
         patterns = [rf"(?:^|.*?\.){name}\.(\d+)\." for name in self.layer_names]
@@ -118,6 +123,8 @@ def read_peft(values: Mapping[str, Any]) -> PeftConfig:
     _check_numbers(
         "lora_alpha", [alpha, *(values.get("alpha_pattern") or {}).values()], int | float
     )
+    dropout = values.get("lora_dropout") or 0.0
+    check_kinds({"lora_dropout": dropout}, {"lora_dropout": RATE}, ADAPTER_CONFIG)
     targets = values.get("target_modules")
     if not targets:
         raise ValueError(
@@ -129,7 +136,8 @@ def read_peft(values: Mapping[str, Any]) -> PeftConfig:
         rank=rank,
         alpha=alpha,
         targets=_names(targets),
-        stabilised=bool(values.get("use_rslora")),
+        rank_stabilised=bool(values.get("use_rslora")),
+        dropout=dropout,
         excluded=_names(values.get("exclude_modules") or ()),
         layers=(layers,) if isinstance(layers, int) else tuple(layers or ()) or None,
         layer_names=_listed(values.get("layers_pattern") or ()),
@@ -139,11 +147,20 @@ def read_peft(values: Mapping[str, Any]) -> PeftConfig:
 
 
 def write_peft(
-    ranks: Mapping[str, int], scales: Mapping[str, float], *, transposed: bool, base: str | None
+    ranks: Mapping[str, int],
+    scales: Mapping[str, float],
+    *,
+    rank_stabilised: bool,
+    dropout: float,
+    transposed: bool,
+    base: str | None,
 ) -> dict[str, Any]:
     """The contents of an `adapter_config.json` for adapters by modules' names or ends of names."""
     names = sorted(ranks)
-    alphas = {name: _plain(scales[name] * ranks[name]) for name in names}
+    alphas = {
+        name: _plain(scales[name] / lora_scale(1, ranks[name], rank_stabilised=rank_stabilised))
+        for name in names
+    }
     rank, alpha = ranks[names[0]], alphas[names[0]]
     return {
         "peft_type": "LORA",
@@ -155,12 +172,12 @@ def write_peft(
         "rank_pattern": {n: ranks[n] for n in names if ranks[n] != rank},
         "alpha_pattern": {n: alphas[n] for n in names if alphas[n] != alpha},
         "target_modules": names,
-        "lora_dropout": 0.0,
+        "lora_dropout": dropout,
         "bias": "none",
         "fan_in_fan_out": transposed,
         "init_lora_weights": True,
         "modules_to_save": None,
-        "use_rslora": False,
+        "use_rslora": rank_stabilised,
         "use_dora": False,
     }
 

@@ -5,6 +5,7 @@
 checkpoint's, and `checks.py` rejects what does not fit.
 """
 
+import dataclasses
 import json
 import os
 import tempfile
@@ -18,8 +19,9 @@ from jaxtyping import PyTree
 
 from ..._extras import require
 from ..._jax.dtypes import at_least_float32
-from .._adapters.linear_layers import Policy, replace_at
-from .._adapters.lora import LoRA, adapters, check_no_adapters, is_linear, weight_shape
+from .._adapters.linear_layers import Policy, replace_at, unembedding_of
+from .._adapters.lora import adapters, check_dropout, check_no_adapters, is_linear, weight_shape
+from .._adapters.lora_layer import LoRA
 from .._checkpoint.families import FAMILIES
 from .._checkpoint.folder import ADAPTER, ADAPTER_CONFIG, Weights, read_json, resolve
 from .._decoder.transformer import Transformer
@@ -29,17 +31,19 @@ from .checks import check_sites, check_tensors, tensor_name
 from .config import PeftConfig, read_peft, write_peft
 
 
-def load_lora(policy: Policy, path: str | os.PathLike[str]) -> Policy:
+def load_lora(
+    policy: Policy, path: str | os.PathLike[str], *, dropout: float | None = None
+) -> Policy:
     """Adds the adapters of a folder, which PEFT or `save_lora` wrote, to the layers of a policy.
 
     ```python
     policy = models.load_lora(models.load("Qwen/Qwen3-0.6B", quantize="nf4"), "run/adapter")
     ```
 
-    They compute the same as in PEFT, except that `lora_dropout` is not applied. If only some layers
-    of a stack have an adapter, the others get one with $A$ and $B$ zero, which no gradient
-    changes. GPT-2's queries, keys and values are one layer in its checkpoints; each gets its own
-    adapter.
+    They compute the same as in PEFT, except that an adapter of the unembedding has no dropout. If
+    only some layers of a stack have an adapter, the others get one with $A$ and $B$ zero, which no
+    gradient changes. GPT-2's queries, keys and values are one layer in its checkpoints; each gets
+    its own adapter.
 
     Adapters of any other Equinox module, which `save_lora` wrote, are found by the paths of its
     layers and loaded bit for bit. Such a module may already have the same adapters, which are
@@ -51,6 +55,7 @@ def load_lora(policy: Policy, path: str | os.PathLike[str]) -> Policy:
         an adapter of PEFT it must be a `Transformer`.
     - `path`: a folder with `adapter_config.json` and `adapter_model.safetensors`; or a name on
         the Hugging Face hub.
+    - `dropout`: as in `add_lora` (default: the `lora_dropout` of the folder).
 
     **Returns:**
 
@@ -63,21 +68,26 @@ def load_lora(policy: Policy, path: str | os.PathLike[str]) -> Policy:
     - the adapter is not LoRA, or has settings that are not supported;
     - its layers or shapes differ from the policy's, or its rank from its configuration;
     - it is stored as a pickle;
+    - `dropout` is not in `[0, 1)`;
     - the policy already has adapters.
 
     `FileNotFoundError` if there is no adapter.
     """
+    if dropout is not None:
+        check_dropout(dropout)
     folder = resolve(path, (ADAPTER, ADAPTER_CONFIG))
     values = read_json(folder / ADAPTER_CONFIG)
     if is_by_path(values):
-        return read_by_path(policy, values, Weights(folder, ADAPTER))
+        return read_by_path(policy, values, Weights(folder, ADAPTER), dropout)
     if not isinstance(policy, Transformer):
         raise ValueError(
             "`policy` must be a `models.Transformer` for an adapter of PEFT, which names layers of "
             f"its checkpoints; got {type(policy).__name__}. For another Equinox module give a "
             "folder that `models.save_lora` wrote."
         )
-    return _load_peft(policy, folder, read_peft(values))
+    config = read_peft(values)
+    config = config if dropout is None else dataclasses.replace(config, dropout=dropout)
+    return _load_peft(policy, folder, config)
 
 
 def _load_peft(policy: Transformer, folder: Path, config: PeftConfig) -> Transformer:
@@ -90,9 +100,16 @@ def _load_peft(policy: Transformer, folder: Path, config: PeftConfig) -> Transfo
     pairs: dict[str, Pair] = {}
     for site in sites:
         pairs |= split(site, _read(weights, config, site))
-    return replace_at(
-        policy, set(pairs), is_linear, lambda path, layer: _lora(layer, path, pairs[path])
-    )
+    unembedding = unembedding_of(policy)
+
+    def adapted(path: str, layer: Any) -> LoRA:
+        # The unembedding is used as a matrix, so it has no input to drop from.
+        dropout = 0.0 if path == unembedding else config.dropout
+        return dataclasses.replace(
+            _lora(layer, path, pairs[path]), dropout=dropout, rank_stabilised=config.rank_stabilised
+        )
+
+    return replace_at(policy, set(pairs), is_linear, adapted)
 
 
 def save_lora(policy: PyTree, path: str | os.PathLike[str], *, base: str | None = None) -> None:
@@ -153,7 +170,17 @@ def _in_peft(
                 name = short_names(policy)[site.module] if all_layers else name
                 ranks[name], scales[name] = pair.down.shape[1], pair.scale
     transposed = any(site.transposed for site in sites)
-    return tensors, write_peft(ranks, scales, transposed=transposed, base=base)
+    config = write_peft(
+        ranks,
+        scales,
+        # PEFT has one form of scales, and one dropout, for all adapters. The scales are exact in
+        # either form. An adapter of the unembedding has no dropout beside others with dropout.
+        rank_stabilised=all(lora.rank_stabilised for lora in found.values()),
+        dropout=max(lora.dropout for lora in found.values()),
+        transposed=transposed,
+        base=base,
+    )
+    return tensors, config
 
 
 def _read(weights: Weights, config: PeftConfig, site: Site) -> Pair:

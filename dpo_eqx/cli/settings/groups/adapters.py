@@ -12,6 +12,11 @@ class AdapterFlags:
     """Train low-rank adapters of this rank in place of the model; 0 trains the model."""
     lora_alpha: float | None = None
     """The adapters are scaled by alpha / rank (default: twice the rank)."""
+    lora_rslora: bool = False
+    """Scale new adapters by alpha / sqrt(rank) instead (rank-stabilised)."""
+    lora_dropout: float = 0.0
+    """Probability of dropout of the adapters' inputs in training. It needs no `--dropout`, which is
+    for the model's own."""
     lora_target: str | None = None
     """A regular expression for the layers that get adapters, such as `attention` (default: all
     linear layers but the unembedding)."""
