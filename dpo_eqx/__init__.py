@@ -49,6 +49,7 @@ from ._scoring.score import (
 from ._training.evaluate import make_eval as make_eval
 from ._training.master_weights import master_weights as master_weights
 from ._training.metrics import default_metrics as default_metrics
+from ._training.norms import group_norms as group_norms, parameter_group as parameter_group
 from ._training.reference import (
     precompute_reference as precompute_reference,
     snapshot as snapshot,

@@ -22,6 +22,7 @@ from .._scoring.score import score_pairs
 from ..protocols import Gradient, Loss, MetricsFunction, Score, Step
 from .extra_args import extra_args
 from .metrics import default_metrics
+from .norms import GroupOf, group_norms
 from .passes import Setup, averaged_metrics, check_setup, gradient, pose
 
 
@@ -130,6 +131,7 @@ def make_step(
     reference_of: Callable[[Any], Any] | None = None,
     metrics: MetricsFunction = default_metrics,
     update_fraction: bool = False,
+    group_of: GroupOf | None = None,
 ) -> Step:
     """One training step: `make_grad`, and the optimiser's update of the trainable arrays.
 
@@ -157,6 +159,9 @@ def make_step(
     - `update_fraction`: adds a metric of that name, the fraction of the trained numbers that this
         step changed, as stored in the parameters' own dtype. A fraction near 0 means that updates
         are rounded away.
+    - `group_of`: adds the metrics `grad_norm/GROUP` and `update_norm/GROUP`, the norms of the
+        gradients and of the optimiser's updates in each group of parameters. It is a function from
+        the name of a parameter to its group, such as `dpx.parameter_group`; see `group_norms`.
     - All other arguments are as in `make_grad`.
 
     **Returns:**
@@ -195,9 +200,19 @@ def make_step(
         new_params, new_state = in_dtypes_of((new_params, new_state), (params, opt_state))
         if update_fraction:
             means = {**means, "update_fraction": _changed_fraction(new_params, params)}
+        if group_of is not None:
+            means = {**means, **_norms(gradients, updates, group_of)}
         return eqx.combine(new_params, problem.frozen), new_state, means
 
     return beside_sweeps(step)
+
+
+def _norms(gradients: PyTree, updates: PyTree, group_of: GroupOf) -> dict[str, Float[Array, ""]]:
+    return {
+        f"{kind}/{group}": norm
+        for kind, tree in (("grad_norm", gradients), ("update_norm", updates))
+        for group, norm in group_norms(tree, group_of=group_of).items()
+    }
 
 
 def _changed_fraction(new: PyTree, old: PyTree) -> Float[Array, ""]:

@@ -17,8 +17,6 @@ from ..compose.rewards import (
     Asked,
     Judge,
     function_judge,
-    is_function,
-    load_function,
     model_judge,
 )
 from ..run import growing
@@ -74,7 +72,7 @@ def label(arguments: Sequence[str]) -> None:
     flags = parse_flags(Label, "label", arguments)
     _check(flags)
     lines = _read(flags.samples)
-    function = load_function(flags.reward) if is_function(flags.reward) else None
+    function = load_function(flags.reward, "--reward") if is_function(flags.reward) else None
     rewards_file = growing.beside(flags.output, "rewards.jsonl")
     growing.begin(
         flags.output,

@@ -11,18 +11,18 @@ import jax
 
 from ... import data
 from ..._scoring.score import score_pairs
+from ..._training.norms import parameter_group
 from ..._training.step import make_step
 from ...data._fingerprint import digest
 from ...data._records.records import Form
 from ..compose import draws, policy as policies
 from ..compose.data import Prepared, learned_positions, make_batches, vocab_size
+from ..compose.functions import load_function
 from ..compose.loss import Loss, compose_loss, is_unpaired, needs_reference, takes_offset
 from ..compose.optimizer import compose_optimizer, compose_schedule, learning_rates
 from ..compose.rewards import (
     Judge,
     function_judge,
-    is_function,
-    load_function,
     model_judge,
 )
 from ..compose.tokenizer import template_in_file, tokenizer_of
@@ -36,7 +36,7 @@ from ..run.loop import Run, make_advance
 from ..run.state import State
 from ..settings.check import check
 from ..settings.online import Online, check_online
-from ..settings.options import split_pairs
+from ..settings.options import is_function, split_pairs
 from ..settings.parse import parse
 from ..settings.shared_flags import in_shared_names
 from ..terminal.answers import ends_of
@@ -81,6 +81,7 @@ def online(arguments: Sequence[str]) -> None:
         trainable=trainable,
         microbatches=settings.microbatches,
         update_fraction=True,
+        group_of=parameter_group if settings.log_norms else None,
         **options,
     )
     ends = ends_of(policy, tokenizer)
@@ -169,6 +170,6 @@ def _reward(settings: Online) -> tuple[Judge, str]:
             settings.reward, chat_template=settings.reward_template, dtype=None, most=most
         )
         return judge, digest_reward(settings.reward, None)
-    function = load_function(settings.reward)
+    function = load_function(settings.reward, "--reward")
     judge = function_judge(function, most=most, timeout=settings.reward_timeout)
     return judge, digest_reward(settings.reward, function)

@@ -32,7 +32,7 @@ from ..compose.dtypes import keep_trained_wide
 from ..compose.optimizer import compose_optimizer
 from ..compose.policy import has_adapters, trainable_of, with_new_adapters
 from ..run.folder import replace_text
-from ..settings.check import check_positive
+from ..settings.check import check_optimizer, check_positive
 from ..settings.groups.memory import Dtype
 from ..settings.options import dtype_of
 from ..settings.settings import Settings
@@ -68,8 +68,9 @@ class PlanFlags:
     unembedding)."""
     quantize: Literal["int8", "nf4"] | None = None
     """Hold the linear layers of the frozen model in 8 or 4 bits."""
-    optimizer: Literal["adamw", "sgd", "adafactor", "lion"] = "adamw"
-    """The Optax optimiser; sgd has no momentum."""
+    optimizer: str = "adamw"
+    """Name of the optimiser, or your own as `module:function` or `file.py:function`, as in
+    `train`."""
     dtype: Dtype | None = None
     """Dtype of the parameters (default: float32 for trained parameters, that of `config.json` for
     frozen parameters)."""
@@ -227,6 +228,7 @@ def _check(flags: PlanFlags) -> None:
     for name in ("batch_size", "microbatches", "max_length", "max_prompt_length"):
         check_positive(name, getattr(flags, name))
     check_writable("--json", flags.json)
+    check_optimizer(flags.optimizer)
     if flags.mesh is not None:
         parse_sizes(flags.mesh)
     if flags.max_prompt_length is not None and flags.max_prompt_length >= flags.max_length:

@@ -17,6 +17,7 @@ from jaxtyping import PyTree
 from ... import models, sharding
 from ..._scoring.score import score_pairs, score_unpaired
 from ..._training.evaluate import make_eval
+from ..._training.norms import parameter_group
 from ..._training.step import make_step
 from ...protocols import Score
 from ..compose import policy as policies
@@ -46,7 +47,7 @@ from ..run.late_metrics import SIDES, without_sides
 from ..run.loop import Run, loop, make_advance
 from ..run.out_of_memory import explained
 from ..run.sinks import Numbers, no_sinks, open_sinks
-from ..run.state import State, restored, to_save
+from ..run.state import State, evaluated, restored, to_save
 from ..run.updates import UpdateWatch
 from ..settings.check import check, check_hosts
 from ..settings.settings import Settings
@@ -102,6 +103,7 @@ def _train(settings: Settings) -> None:
         trainable=trainable,
         microbatches=settings.microbatches,
         update_fraction=True,
+        group_of=parameter_group if settings.log_norms else None,
         **options,
     )
     evaluate = eqx.filter_jit(make_eval(loss, **options))
@@ -177,6 +179,7 @@ def evaluate_all(
     evaluate: Any, held_out: Prepared, settings: Settings, mesh: Mesh | None, state: State
 ) -> dict[str, float]:
     """The metrics on the held-out data, as exact means over all of its rows."""
+    state = evaluated(state)
     with make_batches(held_out, settings, training=False, share=devices.share(mesh)) as batches:
         placed = (devices.put_batch(batch, mesh) for batch in batches)
         parts = (evaluate(state.policy, batch, state.reference) for batch in placed)
@@ -258,7 +261,7 @@ def carry_out(
         # Signals are still caught: the first one from here on does not interrupt the writing.
         _write_model(run, state, folder)
         say(f"done: {folder.model}")
-        probe(state, step, folder.after)
+        probe(evaluated(state), step, folder.after)
         if settings.report and is_writer:
             try_report(folder)
 
@@ -274,7 +277,7 @@ def _restore(run: Run, state: State, step: int) -> State:
 
 def _write_model(run: Run, state: State, folder: Folder) -> None:
     """Writes the model, and the adapters if they were trained."""
-    settings = run.settings
+    settings, state = run.settings, evaluated(state)
     # Every process must gather, since that is an all-gather of shards; the first one writes.
     if policies.has_adapters(settings):
         adapters = sharding.gather(eqx.filter(state.policy, run.trainable))

@@ -3,14 +3,7 @@
 Both judge texts, so that a reward model may have another tokenizer than the policy.
 """
 
-import importlib
-import importlib.util
-import inspect
-import os
-import re
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -26,7 +19,6 @@ from ..terminal.answers import padded
 from .data import learned_positions
 from .tokenizer import load_tokenizer
 
-_FUNCTION = re.compile(r"(.+):([A-Za-z_]\w*)")
 # The least width of a row. Each further one is twice as wide: few widths, few compilations.
 _FIRST_WIDTH = 64
 
@@ -45,11 +37,6 @@ class Asked(NamedTuple):
 Judge = Callable[[Sequence[Asked]], Float[np.ndarray, " answers"]]
 
 
-def is_function(reward: str) -> bool:
-    """Whether `--reward` names a Python function, as `module:function`, rather than a model."""
-    return _FUNCTION.fullmatch(reward) is not None and not Path(reward).exists()
-
-
 def function_judge(function: TextReward, *, most: int, timeout: float | None) -> Judge:
     """A judge that calls a Python function with at most `most` prompts and answers.
 
@@ -61,57 +48,6 @@ def function_judge(function: TextReward, *, most: int, timeout: float | None) ->
         return judge_texts(function, prompts, answers, batch_size=most, timeout=timeout)
 
     return judge
-
-
-def load_function(reward: str) -> TextReward:
-    """The function that `module:function` or `file.py:function` names.
-
-    Modules are also found in the current folder.
-
-    **Raises:**
-
-    `ValueError` if the module cannot be imported, or has no such function.
-    """
-    match = _FUNCTION.fullmatch(reward)
-    assert match is not None, "`is_function` has seen it"
-    name, attribute = match.groups()
-    try:
-        module = _module(name)
-    except Exception as error:  # a module of the user can raise anything
-        raise ValueError(
-            f"`--reward {reward}` must name a function as `module:function` or `file.py:function`; "
-            f"importing {name} raised {type(error).__name__}: {error}. The module must be a file "
-            "in the current folder, or installed."
-        ) from error
-    function = getattr(module, attribute, None)
-    if not callable(function):
-        functions = [n for n, _ in inspect.getmembers(module, inspect.isfunction)]
-        raise ValueError(
-            f"`--reward {reward}` must name a function of {name}; it has no function "
-            f"`{attribute}`. It has {', '.join(f'`{n}`' for n in functions) or 'no function'}."
-        )
-    return function
-
-
-def file_of(function: TextReward) -> Path | None:
-    """The file of a function's module; `None` if it has none."""
-    module = sys.modules.get(getattr(function, "__module__", ""))
-    file = getattr(module, "__file__", None)
-    return None if file is None else Path(file)
-
-
-def _module(name: str) -> Any:
-    if name.endswith(".py"):
-        spec = importlib.util.spec_from_file_location(Path(name).stem, name)
-        assert spec is not None, "the name ends with .py"
-        assert spec.loader is not None, "the name ends with .py"
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module
-        spec.loader.exec_module(module)
-        return module
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    return importlib.import_module(name)
 
 
 def model_judge(reward: str, *, chat_template: str, dtype: str | None, most: int) -> Judge:

@@ -24,7 +24,7 @@ from ..settings.yaml_file import differences, read_settings, write_settings
 # A continued run may change these: they set its length and what it writes, not what it learns.
 FREE = (
     *("output", "steps", "epochs", "eval_every", "save_every", "keep", "log", "cache", "mesh"),
-    *("save_dtype", "report", "compilation_cache"),
+    *("save_dtype", "report", "compilation_cache", "log_norms"),
 )
 PACKAGES = ("dpo-eqx", "jax", "jaxlib", "equinox", "optax", "orbax-checkpoint", "grain", "numpy")
 

@@ -4,19 +4,23 @@
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ...data._fingerprint import digest, digest_files
 from ...data._tokens.store import digest_ids
 from ...models._checkpoint.folder import resolve
 from ..compose.data import Prepared
-from ..compose.rewards import TextReward, file_of
+from ..compose.functions import file_of, load_function
+from ..settings.options import is_function
 from ..settings.settings import Settings
 
 _WHOLE = 2**26  # files up to this size are read as a whole
 _SAMPLES, _SAMPLE = 256, 2**16
 _OF_TOKENS = "tokens of "
+# What is read from files of text, and not from those of weights.
+_READ = ("--data", "--eval-data", "--reward", "--optimizer")
 
 _FILES = (
     "{flag} must have the same content as when the run in {folder} started; it has changed. Give "
@@ -43,6 +47,9 @@ def digests_of(settings: Settings, prepared: Sequence[Prepared]) -> dict[str, st
         path = getattr(settings, flag)
         if path is not None:
             digests[f"--{flag}"] = digest_weights(resolve(path))
+    if is_function(settings.optimizer):
+        function = load_function(settings.optimizer, "--optimizer")
+        digests["--optimizer"] = _digest_function(settings.optimizer, function)
     return digests
 
 
@@ -53,7 +60,7 @@ def check_same(
     for name, digest_now in now.items():
         if before.get(name) in (None, digest_now):
             continue
-        message = _FILES if name in ("--data", "--eval-data", "--reward") else _WEIGHTS
+        message = _FILES if name in _READ else _WEIGHTS
         message = _TOKENS if name.startswith(_OF_TOKENS) else message
         raise ValueError(message.format(flag=f"`{name.removeprefix(_OF_TOKENS)}`", folder=folder))
 
@@ -68,12 +75,17 @@ def digest_weights(folder: Path) -> str:
     return digest([(file.name, _digest_file(file)) for file in files])
 
 
-def digest_reward(reward: str, function: TextReward | None) -> str:
+def digest_reward(reward: str, function: Callable[..., Any] | None) -> str:
     """A digest of `--reward`: of the file of a Python function, or of a model's weights."""
     if function is None:
         return digest_weights(resolve(reward))
+    return _digest_function(reward, function)
+
+
+def _digest_function(named: str, function: Callable[..., Any]) -> str:
+    """A digest of the file of a Python function; of its name if it has no file."""
     file = file_of(function)
-    return digest(reward) if file is None else digest_files([file])
+    return digest(named) if file is None else digest_files([file])
 
 
 def _digest_file(file: Path) -> str:

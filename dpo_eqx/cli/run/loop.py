@@ -23,7 +23,7 @@ from .devices import put_batch
 from .late_metrics import TOKENS, Lines, sides_of, tokens_of
 from .signals import Stop
 from .sinks import Sink
-from .state import State, to_save
+from .state import State, evaluated, to_save
 
 Advance = Callable[[State, Any, int], tuple[State, dict[str, Any]]]
 
@@ -141,7 +141,7 @@ def save(run: Run, state: State, step: int) -> None:
 @eqx.filter_jit
 def synchronised(state: State, alpha: float) -> State:
     """The state with its reference moved towards the policy."""
-    moved = sync_reference(state.reference, state.policy, alpha)
+    moved = sync_reference(state.reference, evaluated(state).policy, alpha)
     return eqx.tree_at(lambda s: s.reference, state, moved)
 
 

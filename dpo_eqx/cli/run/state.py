@@ -5,7 +5,11 @@
 
 import equinox as eqx
 import jax
+import optax.contrib
+import optax.tree_utils
 from jaxtyping import PRNGKeyArray, PyTree
+
+from ..._jax.dtypes import in_dtypes_of, in_float32_at_least
 
 
 class State(eqx.Module):
@@ -23,6 +27,28 @@ class State(eqx.Module):
     opt_state: PyTree
     reference: PyTree
     key: PRNGKeyArray
+
+
+def evaluated(state: State) -> State:
+    """The state with the policy that is evaluated, saved and shown.
+
+    It is the policy itself, except for a schedule-free optimiser: that takes its gradients at other
+    parameters than those that it has averaged, and these are the better ones.
+    """
+    schedule_free = optax.tree_utils.tree_get(state.opt_state, "ScheduleFreeState")
+    if schedule_free is None:
+        return state
+    return eqx.tree_at(lambda s: s.policy, state, _averaged(state.policy, schedule_free))
+
+
+@eqx.filter_jit
+def _averaged(policy: PyTree, schedule_free: optax.contrib.ScheduleFreeState) -> PyTree:
+    z = schedule_free.z
+    is_trained = jax.tree.map(lambda x: x is not None, z, is_leaf=lambda x: x is None)
+    params, frozen = eqx.partition(policy, is_trained)
+    wide_params, wide_state = in_float32_at_least((params, schedule_free))
+    averaged = optax.contrib.schedule_free_eval_params(wide_state, wide_params)
+    return eqx.combine(in_dtypes_of(averaged, params), frozen)
 
 
 def to_save(state: State, trainable: PyTree, *, moving_reference: bool) -> dict[str, PyTree]:

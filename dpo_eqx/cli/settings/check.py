@@ -3,11 +3,14 @@
 The code that reads the data or the model checks the settings that depend on it.
 """
 
+import difflib
 import math
 import re
 from collections.abc import Iterator
 
 from ...sharding._mesh import parse_sizes
+from .groups.optimizer import OPTIMIZERS, OptimizerFlags, schedule_of
+from .options import is_function
 from .settings import Settings
 from .sources import sources_of
 
@@ -15,9 +18,16 @@ from .sources import sources_of
 REWARD_LOSS = "bradley_terry"
 
 _POSITIVE = ("steps", "epochs", "batch_size", "microbatches", "buckets", "keep", "learning_rate")
-_POSITIVE_IF_GIVEN = ("beta", "max_length", "max_prompt_length", "max_completion_length")
+_POSITIVE_IF_GIVEN = (
+    "beta",
+    "decay_steps",
+    "max_length",
+    "max_prompt_length",
+    "max_completion_length",
+)
 _NOT_NEGATIVE = (
     "warmup_steps",
+    "min_learning_rate",
     "weight_decay",
     "max_grad_norm",
     "seed",
@@ -36,7 +46,21 @@ def check(settings: Settings) -> None:
         parse_sizes(settings.mesh)
     if settings.lora_target is not None:
         _check_pattern(settings.lora_target)
+    check_optimizer(settings.optimizer)
     _raise_first(_contradictions(settings))
+    _raise_first(_of_optimizer(settings))
+
+
+def check_optimizer(name: str) -> None:
+    """Raises `ValueError` if `--optimizer` is neither a known name nor a Python function."""
+    if name in OPTIMIZERS or is_function(name):
+        return
+    near = difflib.get_close_matches(name, OPTIMIZERS, n=1, cutoff=0.5)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    raise ValueError(
+        f"`--optimizer` must be one of {', '.join(OPTIMIZERS)}, or a Python function as "
+        f"`module:function`; got {name!r}.{hint}"
+    )
 
 
 def check_hosts(settings: Settings) -> None:
@@ -73,6 +97,8 @@ def _check_ranges(settings: Settings) -> None:
         )
     if not 0 <= settings.lora_dropout < 1:
         raise ValueError(f"`--lora-dropout` must be in [0, 1); got {settings.lora_dropout}.")
+    if settings.warmup_ratio is not None and not 0 <= settings.warmup_ratio <= 1:
+        raise ValueError(f"`--warmup-ratio` must be in [0, 1]; got {settings.warmup_ratio}.")
     if settings.eval_fraction is not None and not 0 < settings.eval_fraction < 1:
         raise ValueError(
             f"`--eval-fraction` must be above 0 and below 1; got {settings.eval_fraction}."
@@ -156,6 +182,37 @@ def _contradictions(settings: Settings) -> Iterator[str]:
         yield (
             "`--microbatches` must divide `--batch-size`, the number of pairs in all microbatches; "
             f"got {s.microbatches} and {s.batch_size}."
+        )
+
+
+def _of_optimizer(s: OptimizerFlags) -> Iterator[str]:
+    """An error message for each contradiction in the optimiser and its learning rate."""
+    schedule = schedule_of(s)
+    if s.warmup_ratio is not None and s.warmup_steps:
+        yield (
+            "`--warmup-ratio` and `--warmup-steps` contradict each other; leave out one of them."
+        )
+    if s.optimizer == "schedule_free_adamw" and schedule != "constant":
+        yield (
+            "`--optimizer schedule_free_adamw` averages parameters in place of a decay, so that "
+            f"`--schedule` must be constant; got {schedule}. Leave out `--schedule`."
+        )
+    if s.min_learning_rate > s.learning_rate:
+        yield (
+            f"`--min-learning-rate` must be at most `--learning-rate`, {s.learning_rate}; got "
+            f"{s.min_learning_rate}."
+        )
+    if s.min_learning_rate and schedule == "constant":
+        yield (
+            "`--min-learning-rate` is where a schedule ends, and `--schedule constant` does not "
+            "fall; leave it out, or give another `--schedule`."
+        )
+    if s.decay_steps is not None and schedule != "wsd":
+        yield f"`--decay-steps` is for `--schedule wsd`; got `--schedule {schedule}`."
+    if s.weight_decay and is_function(s.optimizer):
+        yield (
+            f"`--weight-decay` has no effect on your own `--optimizer {s.optimizer}`; leave it "
+            "out, and let your function add the decay."
         )
 
 

@@ -1,12 +1,17 @@
-"""Settings of the form `name=value`: names of columns, hyper-parameters, divergences.
+"""Settings of the form `name=value`, such as hyper-parameters, and of the form `module:function`.
 
 The modules that use them check the names. The flags themselves are the fields in `groups/`.
 """
 
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+
+# A module or a file, and the name of a function in it.
+FUNCTION = re.compile(r"(.+):([A-Za-z_]\w*)")
 
 
 def split_pairs(texts: Sequence[str], flag: str) -> dict[str, str]:
@@ -38,6 +43,11 @@ def as_number(text: str, flag: str) -> float:
         return float(text)
     except ValueError:
         raise ValueError(f"`{flag}` must be a number; got {text!r}.") from None
+
+
+def is_function(text: str) -> bool:
+    """Whether a flag names a Python function, as `module:function`, and not a folder."""
+    return FUNCTION.fullmatch(text) is not None and not Path(text).exists()
 
 
 def dtype_of(name: str | None) -> Any:

@@ -27,5 +27,7 @@ class RunFlags:
     """Number of checkpoints to keep."""
     log: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Further places to log metrics to; `metrics.jsonl` is always written."""
+    log_norms: bool = False
+    """Log the norms of gradients and updates of each part of the model, such as `attention`."""
     report: bool = True
     """Keep some pairs and answers from the start and the end, and write `report.html`."""
