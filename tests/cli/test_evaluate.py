@@ -174,9 +174,44 @@ def test_lines_of_pairs_have_the_numbers_of_their_records(there, tmp_path, capsy
     assert written(tmp_path / "out")["dropped"] == dropped
 
 
+def test_without_a_reference_what_needs_none(there, by_hand, tmp_path, capsys):
+    files = tmp_path / "out.json", tmp_path / "pairs.jsonl"
+    flags = ("--per-pair", files[1], "--batch-size", 4)
+    status, out, err = evaluate(capsys, there, files[0], *flags, reference=None)
+    assert (status, err) == (0, "")
+    assert "preference accuracy" in out
+    assert "win rate" not in out
+    records = [json.loads(line) for line in (there / "data.jsonl").read_text().splitlines()]
+    tokens = np.array([[len(r[f"{side}_ids"]) for side in ("chosen", "rejected")] for r in records])
+    policy = by_hand[..., 0]
+    want = {
+        "preference_accuracy": np.mean(policy[:, 0] > policy[:, 1]),
+        "preference_accuracy_per_token": np.mean(np.diff(policy / tokens)[:, 0] < 0),
+        "chosen_logp": policy[:, 0].mean(),
+        "rejected_logp": policy[:, 1].mean(),
+    }
+    assert quantities(files[0]) == pytest.approx(want, rel=1e-5)
+    assert written(files[0])["pairs"] == PAIRS
+    assert "reference" not in written(files[0])
+    rows = [json.loads(line) for line in files[1].read_text().splitlines()]
+    assert [row["chosen_logp"] for row in rows] == pytest.approx(policy[:, 0].tolist(), rel=1e-5)
+    assert [row["rejected_tokens"] for row in rows] == tokens[:, 1].tolist()
+
+
+def test_several_devices_measure_the_same(there, tmp_path, capsys):
+    one, eight = tmp_path / "one.json", tmp_path / "eight.json"
+    assert evaluate(capsys, there, one)[0] == 0
+    assert evaluate(capsys, there, eight, "--mesh", "data=2,fsdp=2,tensor=2")[0] == 0
+    assert quantities(eight) == pytest.approx(quantities(one), rel=1e-5, abs=1e-6)
+    status, _, err = evaluate(capsys, there, eight, "--mesh", "data=8", "--batch-size", "4")
+    one_message(status, err, "evaluate", "`--batch-size` must be a multiple of data * fsdp = 8")
+    status, _, err = evaluate(capsys, there, eight, "--mesh", "data=3")
+    one_message(status, err, "evaluate", "`--mesh` must have as many places as there are devices")
+
+
 def test_nothing_to_compare_with(there, tmp_path, capsys):
-    status, _, err = evaluate(capsys, there, tmp_path / "o", reference=None)
-    one_message(status, err, "evaluate", "`--reference` must be the model to compare with")
+    status, _, err = evaluate(capsys, there, tmp_path / "o", "--beta", "1", reference=None)
+    one_message(status, err, "evaluate", "`--beta` scales rewards against a reference")
     status, _, err = evaluate(capsys, there, tmp_path / "o", model=there / "adapter")
     one_message(status, err, "evaluate", "holds adapters and no model. Give the model")
 

@@ -60,6 +60,18 @@ def test_two_models_side_by_side(models, tmp_path, capsys, monkeypatch):
     assert str(other) in title, "in columns of one line"
 
 
+def test_several_devices_give_the_same_answers(models, tmp_path, capsys):
+    one, eight = tmp_path / "one.jsonl", tmp_path / "eight.jsonl"
+    flags = ("--prompt", "Why?", "What is 2 + 2?", "--temperature", "0", "--output")
+    assert generate(capsys, models("llama"), *flags, one)[0] == 0
+    assert generate(capsys, models("llama"), *flags, eight, "--mesh", "data=4,tensor=2")[0] == 0
+    assert eight.read_text() == one.read_text()
+    status, _, err = generate(
+        capsys, models("llama"), *flags, one, "--mesh", "data=8", "--batch-size", "3"
+    )
+    one_message(status, err, "generate", "`--batch-size` must be a multiple of data * fsdp = 8")
+
+
 def test_adapters_answer_as_the_merged_model(models, tmp_path, capsys):
     folder = adapted(models("llama"), tmp_path, scale=0.3)
     flags = ("--lora", folder / "adapter", "--prompt", "Why?", "--temperature", "0")

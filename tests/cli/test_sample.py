@@ -73,6 +73,14 @@ def whole(drawn, tmp_path):
     return tmp_path / "whole.jsonl"
 
 
+def test_several_devices_draw_the_same(whole, model, prompts, tmp_path, capsys):
+    output = tmp_path / "mesh.jsonl"
+    assert draw(capsys, model, prompts, output, "--mesh", "data=2,fsdp=1,tensor=4")[0] == 0
+    for one, other in zip(lines(whole), lines(output), strict=True):
+        assert other["answers"] == one["answers"]
+        assert other["log_probs"] == pytest.approx(one["log_probs"], rel=1e-5)
+
+
 def test_each_prompt_is_drawn_as_if_alone(whole, model):
     tokenizer, policy = data.load_tokenizer(model), load(model)
     found = lines(whole)

@@ -1,33 +1,29 @@
 """`dpo-eqx evaluate`: how a policy ranks preferences, and how far it is from its reference.
 
-The library's `_diagnosis/` defines what is computed.
+`compose/measures.py` computes it.
 """
 
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import equinox as eqx
 import numpy as np
-from jaxtyping import PyTree
+from jax.sharding import Mesh
 
-from ... import losses, models
-from ..._arrays.batches import PreferenceBatch
-from ..._diagnosis.compare import compare
-from ..._diagnosis.diagnose import diagnose
-from ..._diagnosis.preferences import Preferences, count_preferences
-from ..._jax.dtypes import in_dtype
-from ..._jax.inference_mode import in_inference
+from ... import models
+from ..._arrays.metrics import Metrics
+from ..._diagnosis.preferences import Preferences
 from ..compose.data import Prepared, learned_positions, make_batches, prepare, vocab_size
+from ..compose.measures import make_lone_measure, make_measure
 from ..compose.vocabulary import check_one_vocabulary
+from ..run import devices
 from ..run.compilation_cache import use_compilation_cache
 from ..run.folder import finite, replace_text
 from ..settings.check import check_positive
 from ..settings.groups.memory import Dtype
-from ..settings.options import dtype_of
 from ..settings.shared_flags import Loading, Source, check_writable, parse_flags
 from ..settings.words import in_flags
 from ..terminal.display import display, say
@@ -40,8 +36,8 @@ class Evaluate(Loading, Source):
     """Measures how a policy ranks preferences, against a reference, and writes it as JSON."""
 
     reference: str | None = None
-    """The reference model, usually the one that training started from. It is required without
-    `--lora` (default with `--lora`: the model without the adapters)."""
+    """The reference model, usually the one that training started from (default with `--lora`: the
+    model without the adapters). Without a reference, only what needs none is measured."""
     output: Path
     """The JSON file to write."""
     per_pair: Path | None = None
@@ -79,79 +75,58 @@ def evaluate(arguments: Sequence[str]) -> None:
             "columns for chosen and rejected completions."
         )
     say(in_flags(str(prepared.report)))
-    policy = flags.load(flags.model, lora=flags.lora)
+    policy, mesh = flags.load(flags.model, lora=flags.lora), flags.devices()
     reference = _reference(flags, policy)
-    measure = make_measure(flags.beta, flags.compute_dtype)
+    if reference is None:
+        measure = functools.partial(make_lone_measure(flags.compute_dtype), policy)
+    else:
+        measure = make_measure(flags.beta, flags.compute_dtype)
+        measure = functools.partial(measure, policy, reference)
     with make_batches(prepared, settings, training=False) as batches:
-        measure_one = functools.partial(measure, policy, reference)
-        counted, rows = _over_batches(measure_one, batches, prepared)
-    result = summary(counted)
+        counted, rows = _over_batches(measure, batches, prepared, mesh)
+    result = summary(counted, int((rows["weight"] > 0).sum()))
     say(in_words(result))
     about = {name: getattr(flags, name) for name in ("model", "lora", "quantize", "data")}
-    about["reference"] = flags.reference or f"{flags.model} without adapters"
-    about |= {"beta": flags.beta or _default_beta(prepared), "dropped": prepared.report.dropped}
+    about["dropped"] = prepared.report.dropped
+    if reference is not None:
+        about["reference"] = flags.reference or f"{flags.model} without adapters"
+        about["beta"] = flags.beta or _default_beta(prepared)
     replace_text(flags.output, json.dumps(finite(result | about), indent=1) + "\n")
     if flags.per_pair is not None:
         lines = (json.dumps(finite(row)) + "\n" for row in as_records(rows))
         replace_text(flags.per_pair, "".join(lines))
 
 
-def make_measure(
-    beta: float | None, compute_dtype: str | None
-) -> Callable[[PyTree, PyTree, PreferenceBatch], tuple[Preferences, dict[str, Any]]]:
-    """A jitted function of policy, reference and batch.
-
-    It returns the sums over the batch, and the numbers of each pair by name.
-    """
-    loss = losses.dpo if beta is None else functools.partial(losses.dpo, beta=beta)
-    dtype = dtype_of(compute_dtype)
-
-    @eqx.filter_jit
-    def measure(policy: PyTree, reference: PyTree, batch: PreferenceBatch):
-        policy, reference = (in_dtype(in_inference(model), dtype) for model in (policy, reference))
-        sides = compare(policy, reference, batch)
-        pairs = diagnose(loss, sides.policy, sides.reference, per_pair=batch.per_pair)
-        kl = sides.chosen_kl, sides.rejected_kl
-        numbers = {
-            "margin": pairs.margin,
-            "gradient_weight": pairs.chosen_gradient_weight,
-            "weight": sides.policy.weight,
-        }
-        for i, side in enumerate(("chosen", "rejected")):
-            numbers |= {
-                f"{side}_logp": getattr(sides.policy, side),
-                f"{side}_reference_logp": getattr(sides.reference, side),
-                f"{side}_log_ratio": getattr(pairs, f"{side}_log_ratio"),
-                f"{side}_kl": kl[i],
-                f"{side}_tokens": getattr(sides.policy, f"{side}_length"),
-            }
-        return count_preferences(sides.policy, pairs.margin, kl), numbers
-
-    return measure
+def _reference(flags: Evaluate, policy: models.Transformer) -> models.Transformer | None:
+    if flags.reference is not None:
+        return flags.load(flags.reference)
+    return None if flags.lora is None else models.without_lora(policy)
 
 
-def _reference(flags: Evaluate, policy: models.Transformer) -> models.Transformer:
-    return models.without_lora(policy) if flags.reference is None else flags.load(flags.reference)
-
-
-def _over_batches(measure: Any, batches: Any, prepared: Prepared) -> tuple[Preferences, Rows]:
+def _over_batches(
+    measure: Any, batches: Any, prepared: Prepared, mesh: Mesh | None
+) -> tuple[Any, Rows]:
     """The sums over all batches, and the numbers of each pair in the order of the rows."""
     counted, parts, pairs_left = None, [], len(prepared.rows)
     with display(0, len(batches), what="batch") as show:
         for number, batch in enumerate(batches, 1):
-            batch_sums, numbers = measure(batch)
+            batch_sums, numbers = measure(devices.put_batch(batch, mesh))
             counted = batch_sums if counted is None else counted + batch_sums
             # The last batch is filled up with pairs of weight 0, which have no row of their own.
             parts.append({name: np.asarray(x)[:pairs_left] for name, x in numbers.items()})
             pairs_left -= batch.pairs
-            show(number, {"win_rate": float(counted.mean()["win_rate"])})
+            first, value = next(iter(counted.mean().items()))
+            show(number, {first: float(value)})
     rows = {"record": prepared.report.numbers_of_rows()}
     rows |= {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    return cast(Preferences, counted), rows
+    return counted, rows
 
 
-def summary(counted: Preferences) -> dict[str, Any]:
+def summary(counted: Preferences | Metrics, pairs: int) -> dict[str, Any]:
     """The quantities by name, as plain numbers; calibration is a list with one entry for a bin."""
+    means = {name: float(value) for name, value in counted.mean().items()}
+    if isinstance(counted, Metrics):
+        return {"pairs": pairs, **means}
     bins = counted.calibration
     predicted, frequency = bins.mean()
     edges = np.linspace(0.5, 1, bins.count.size + 1).tolist()
@@ -165,21 +140,26 @@ def summary(counted: Preferences) -> dict[str, Any]:
         }
         for i in range(bins.count.size)
     ]
-    means = {name: float(value) for name, value in counted.mean().items()}
-    return {"pairs": int(counted.pairs), **means, "calibration": rows}
+    return {"pairs": pairs, **means, "calibration": rows}
 
 
 def in_words(result: dict[str, Any]) -> str:
     """The quantities as a few lines of text."""
     names = {
         "preference_accuracy": "preference accuracy (chosen is likelier)",
+        "preference_accuracy_per_token": "the same by the mean over tokens",
+        "chosen_logp": "log-probability of chosen answers (nats)",
+        "rejected_logp": "log-probability of rejected answers",
         "win_rate": "win rate (implicit reward)",
         "reward_margin_mean": "reward margin, mean (nats)",
         "reward_margin_std": "reward margin, standard deviation",
         "kl": "KL to the reference (nats per completion)",
     }
-    lines = [f"{words:<40} {result[name]:8.4f}" for name, words in names.items()]
-    lines += [f"{'pairs':<40} {result['pairs']:8}", "", "predicted  frequency  pairs"]
+    lines = [f"{words:<40} {result[n]:8.4f}" for n, words in names.items() if n in result]
+    lines += [f"{'pairs':<40} {result['pairs']:8}"]
+    if "calibration" not in result:
+        return "\n".join(lines)
+    lines += ["", "predicted  frequency  pairs"]
     bins = [row for row in result["calibration"] if row["predicted"] is not None]
     lines += [f"{r['predicted']:9.3f}  {r['frequency']:9.3f}  {r['count']:5}" for r in bins]
     return "\n".join(lines)
@@ -199,11 +179,11 @@ def _default_beta(prepared: Prepared) -> float | str:
 def _check(flags: Evaluate) -> None:
     for name in ("beta", "batch_size"):
         check_positive(name, getattr(flags, name))
-    if flags.reference is None and flags.lora is None:
+    if flags.reference is None and flags.lora is None and flags.beta is not None:
         raise ValueError(
-            "`--reference` must be the model to compare with; got none. Give the model that "
-            "training started from. Only with `--lora` there is a default: the model without the "
-            "adapters."
+            "`--beta` scales rewards against a reference, and there is none; give the model that "
+            "training started from as `--reference`, or leave out `--beta`."
         )
+    devices.check_rows(flags.batch_size, flags.devices())
     check_writable("--output", flags.output)
     check_writable("--per-pair", flags.per_pair)

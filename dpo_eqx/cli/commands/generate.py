@@ -14,6 +14,7 @@ from ..._extras import require
 from ..compose.data import vocab_size
 from ..compose.tokenizer import NONE, load_tokenizer
 from ..compose.vocabulary import check_one_vocabulary
+from ..run import devices
 from ..run.compilation_cache import use_compilation_cache
 from ..run.folder import replace_text
 from ..settings.check import flag
@@ -104,6 +105,7 @@ def _answers_of(
         tokenizer,
         batch_size=flags.batch_size,
         seed=flags.seed,
+        mesh=flags.devices(),
         max_new_tokens=flags.max_tokens,
         temperature=flags.temperature,
         top_k=flags.top_k,
@@ -154,4 +156,5 @@ def _check(flags: Generate) -> None:
         value = getattr(flags, name)
         if value is not None and value < 1:
             raise ValueError(f"{flag(name)} must be positive; got {value}.")
+    devices.check_rows(flags.batch_size, flags.devices())
     check_writable("--output", flags.output)

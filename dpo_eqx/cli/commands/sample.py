@@ -15,7 +15,7 @@ from ...models._checkpoint.folder import resolve
 from ..compose import draws
 from ..compose.data import learned_positions, vocab_size
 from ..compose.tokenizer import NONE, load_tokenizer
-from ..run import growing, parts
+from ..run import devices, growing, parts
 from ..run.compilation_cache import use_compilation_cache
 from ..run.inputs import digest_weights
 from ..settings.check import check_positive, flag
@@ -125,6 +125,7 @@ def _write(flags: Sample, encoded: draws.Encoded, tokenizer: Any, share: range, 
         tokenizer,
         batch_size=flags.batch_size,
         seed=flags.seed,
+        mesh=flags.devices(),
         samples=flags.samples,
         max_new_tokens=flags.max_new_tokens,
         temperature=flags.temperature,
@@ -191,6 +192,7 @@ def _check(flags: Sample) -> None:
     names = ("samples", "max_new_tokens", "batch_size", "buckets", "limit", "max_prompt_length")
     for name in (*names, "top_k", "num_processes"):
         check_positive(name, getattr(flags, name))
+    devices.check_rows(flags.batch_size, flags.devices())
     for name in ("temperature", "seed"):
         if not 0 <= getattr(flags, name) < float("inf"):
             raise ValueError(f"{flag(name)} must not be negative; got {getattr(flags, name)}.")

@@ -9,8 +9,9 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
-from ... import models
+from ... import models, sharding
 from ..._arrays.samples import Samples
 from ..._arrays.tokens import Tokens
 from ...data._batches.buckets import choose_buckets
@@ -123,7 +124,13 @@ def batches_of(lengths: Sequence[int], share: range, batch_size: int, buckets: i
 
 
 def make_draw(
-    policy: models.Transformer, tokenizer: Any, *, batch_size: int, seed: int, **options: Any
+    policy: models.Transformer,
+    tokenizer: Any,
+    *,
+    batch_size: int,
+    seed: int,
+    mesh: Mesh | None = None,
+    **options: Any,
 ) -> Callable[[Encoded, Batch], Samples]:
     """A function that draws the answers to the prompts of a batch.
 
@@ -133,6 +140,7 @@ def make_draw(
     **Arguments:**
 
     - `batch_size`: a smaller batch is filled up to it, so that each width is one compilation.
+    - `mesh`: the devices that the policy and the prompts are split over, if there are several.
     - `options`: further arguments of `models.sample`.
     """
     ends = ends_of(policy, tokenizer)
@@ -142,6 +150,8 @@ def make_draw(
         numbers = list(batch.numbers) + [batch.numbers[0]] * (batch_size - len(batch.numbers))
         rows = padded([encoded.ids[i] for i in numbers], batch.width)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, np.array(numbers, np.uint32))
+        if mesh is not None:
+            rows, keys = sharding.shard_batch((rows, keys), mesh)
         samples = models.sample(policy, rows, key=keys, eos=ends, **options)
         return jax.tree.map(lambda x: np.asarray(x)[: len(batch.numbers)], samples)
 

@@ -39,6 +39,16 @@ def mesh_of(settings: Settings) -> Mesh | None:
     return mesh
 
 
+def check_rows(batch_size: int, mesh: Mesh | None) -> None:
+    """Raises `ValueError` if `--batch-size` cannot be split equally over the mesh."""
+    count = 1 if mesh is None else size_of(mesh, ROWS)
+    if batch_size % count:
+        raise ValueError(
+            f"`--batch-size` must be a multiple of data * fsdp = {count}, so that each device gets "
+            f"the same number of rows; got {batch_size}. Change the batch size or the mesh."
+        )
+
+
 def share(mesh: Mesh | None) -> tuple[int, int]:
     """The number of the part of each batch that this process makes, and the number of parts."""
     return (0, 1) if mesh is None else sharding.batch_share(mesh)

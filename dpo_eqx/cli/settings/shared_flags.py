@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from ... import models
+from jax.sharding import Mesh
+
+from ... import models, sharding
 from ..._extras import require
 from .groups.memory import CompilationFlags, Dtype
 from .groups.reading import Reading
@@ -48,14 +50,26 @@ class Loading(CompilationFlags):
     """Parameter dtype (default: as stored in the checkpoint)."""
     fused: bool = True
     """Use cuDNN's attention kernel in half precision on a GPU that has it."""
+    mesh: str | None = None
+    """The mesh of devices, `data=4,fsdp=2,tensor=1`. Rows are split over data and fsdp, parameters
+    over fsdp and tensor (default: one device)."""
 
     def load(self, path: str, *, lora: str | None = None) -> models.Transformer:
         """The model in the folder `path`, with the adapters in the folder `lora`, if given."""
-        dtype = dtype_of(self.dtype)
-        policy = language_model(
-            models.load(path, dtype=dtype, quantize=self.quantize, fused=self.fused), path
+        mesh = self.devices()
+        model = models.load(
+            path,
+            dtype=dtype_of(self.dtype),
+            quantize=self.quantize,
+            fused=self.fused,
+            sharding=None if mesh is None else sharding.placement(mesh),
         )
+        policy = language_model(model, path)
         return policy if lora is None else models.load_lora(policy, lora)
+
+    def devices(self) -> Mesh | None:
+        """The mesh that `--mesh` asks for, if it is given."""
+        return None if self.mesh is None else sharding.make_mesh(self.mesh)
 
 
 def language_model(model: models.Transformer | models.RewardModel, path: str) -> models.Transformer:

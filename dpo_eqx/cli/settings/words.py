@@ -22,7 +22,7 @@ _WORDS: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"Give `eos_token_id=`, or another tokenizer", "Give another tokenizer"),
     (r"below `vocab_size`, (\d+)", r"below \1, the size of the vocabulary of `--model`"),
     # A column of the data may have such a name, so the words behind it must tell an argument.
-    (rf"`(columns|strict|tokenizer|score|split|subset)`{OF_ARGUMENT}", r"`--\1`"),
+    (rf"`(columns|strict|tokenizer|score|split|subset|mesh)`{OF_ARGUMENT}", r"`--\1`"),
     (r"`function` must", "`--reward` must"),
     (
         r"by `timeout`, or judge fewer answers at once by `batch_size`",

@@ -10,10 +10,13 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
-from ... import models
+from ... import models, sharding
 from ..._arrays.tokens import Tokens
+from ..._jax.partitioning import ROWS
 from ...data._tokens.tokenizers import special_id
+from ...sharding._mesh import size_of
 from .texts import decode
 
 _MULTIPLE = 16  # the width of prompts is a multiple of it: few widths, few compilations
@@ -35,6 +38,7 @@ def draw_answers(
     *,
     batch_size: int,
     seed: int,
+    mesh: Mesh | None = None,
     **options: Any,
 ) -> list[Answer]:
     """An answer to each prompt, `batch_size` at a time.
@@ -43,15 +47,19 @@ def draw_answers(
 
     - `prompts`: token ids.
     - `tokenizer`: decodes the answers; its EOS and the model's EOS tokens end an answer.
+    - `mesh`: the devices that the policy and the prompts are split over, if there are several.
     - `options`: further arguments of `models.generate`.
     """
     ends = ends_of(policy, tokenizer)
     width = -(-max(map(len, prompts)) // _MULTIPLE) * _MULTIPLE
+    rows = 1 if mesh is None else size_of(mesh, ROWS)
+    # Filled up to one shape, so that a single compilation is enough.
+    size = -(-min(batch_size, len(prompts)) // rows) * rows
     answers = []
     for start in range(0, len(prompts), batch_size):
         part = list(prompts[start : start + batch_size])
-        # Filled up to one shape, so that a single compilation is enough.
-        batch = padded(part + [part[0]] * (min(batch_size, len(prompts)) - len(part)), width)
+        batch = padded(part + [part[0]] * (size - len(part)), width)
+        batch = batch if mesh is None else sharding.shard_batch(batch, mesh)
         key = jax.random.fold_in(jax.random.key(seed), start)
         drawn = models.generate(policy, batch, key=key, eos=ends, **options)
         rows = zip(np.asarray(drawn.ids), np.asarray(drawn.mask), part, strict=False)
