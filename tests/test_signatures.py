@@ -92,6 +92,11 @@ class BatchAxisOfTuples(Wraps):
         return (jax.vmap(self.inner)(input_ids),)
 
 
+class LastUnlessTraining(Wraps):
+    def __call__(self, ids, train_mode=False, key=None):
+        return self.inner(ids) if train_mode else self.inner(ids)[-1:]
+
+
 class TakesState(Wraps):
     def __call__(self, ids, state):
         return self.inner(ids) + state.get, state
@@ -184,6 +189,13 @@ def test_the_message_says_whether_the_reference_was_run(kind):
 def test_the_reference_of_a_comparison():
     with pytest.raises(ValueError, match=r"`reference\(ids\)` must"):
         dpx.compare(PLAIN, Tuple(), BATCH)
+
+
+def test_a_model_that_returns_all_positions_in_training_only():
+    with pytest.raises(ValueError, match="must return logits of shape") as caught:
+        score(LastUnlessTraining())
+    line = "dpx.adapt(model, lambda model, ids, key: model(ids, train_mode=True, key=key))"
+    assert line_of(str(caught.value)) == line
 
 
 def test_a_state_is_frozen_by_the_line():

@@ -14,7 +14,7 @@ from jaxtyping import PyTree
 _IDS = {"ids", "input_ids", "token_ids", "tokens", "token", "inputs", "input", "x", "xs"}
 _KEYS = {"key", "rng", "prng_key", "rng_key", "dropout_key"}
 _OFF = {"deterministic", "inference", "inference_mode"}
-_ON = {"train", "training", "is_training", "enable_dropout"}
+_ON = {"train", "training", "is_training", "train_mode", "enable_dropout"}
 _POSITIONS = {"positions", "position_ids", "pos"}
 _CACHES = {"cache", "kv_cache", "past_key_values", "past"}
 # The causal mask comes first: a model that masks nothing else must get it. A model that wants a
@@ -86,7 +86,8 @@ def _values_of(name: str) -> tuple[str, ...]:
     if name in _OFF:
         return ("key is None",)
     if name in _ON:
-        return ("key is not None",)
+        # Some models return the last position only, unless they train.
+        return "key is not None", "True"
     if name in _POSITIONS:
         return "jnp.arange(ids.size)", "jnp.arange(ids.size)[None]"
     if name in _CACHES:
