@@ -3,6 +3,7 @@
 The packages are not needed by the other tests: `tests/clients/run` installs them.
 """
 
+import functools
 import time
 from typing import Any, NamedTuple
 
@@ -101,6 +102,85 @@ def e1jax():
     return Client(dpx.adapt(model, call), 32, dpx.pseudo_score(mask_id=5))
 
 
+def eqx_zoo(**mixture):
+    """A causal language model that returns a cache beside the logits."""
+    import eqx_zoo
+    from eqx_zoo.models.causal_lm import Config
+
+    config = Config(
+        "Qwen3ForCausalLM", vocab_size=32, hidden_size=16, intermediate_size=16,
+        num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=8,
+        rms_norm_eps=1e-6, rope_theta=1e4, tie_word_embeddings=True, attention_bias=False,
+        qk_norm=True, rope_scaling=None, **mixture,
+    )  # fmt: skip
+    model = eqx_zoo.CausalLM(config, key=KEY)
+    return Client(dpx.adapt(model, lambda model, ids, key: model(ids)[0]), 32)
+
+
+def eqx_zoo_mixture():
+    """A mixture of experts, whose grouped product cannot be mapped by `vmap`."""
+    client = eqx_zoo(
+        num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, moe_layers=(0, 1)
+    )
+    return client._replace(score=functools.partial(dpx.score_pairs, how="map"))
+
+
+def lalamo():
+    """A Llama that takes a batch, positions and keys, and computes in bfloat16 inside."""
+    from lalamo.initializer import RandomInitializer
+    from lalamo.model_import.model_configs.huggingface.llama import HFLlamaConfig
+    from lalamo.modules import DecoderForwardPassConfig, Keychain
+    from lalamo.utils.sharding import ShardingConfig
+
+    config = HFLlamaConfig(
+        "float32", ["LlamaForCausalLM"], vocab_size=32, hidden_size=16, intermediate_size=16,
+        num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, rms_norm_eps=1e-6,
+        rope_theta=1e4, rope_scaling=None, max_position_embeddings=16, tie_word_embeddings=True,
+        attention_bias=False, mlp_bias=False, attention_dropout=0.0, hidden_act="silu",
+        initializer_range=0.02, bos_token_id=1, eos_token_id=2, model_type="llama",
+        pretraining_tp=1, transformers_version="", use_cache=False,
+    )  # fmt: skip
+    one_device = ShardingConfig.replicated()
+    initializer = RandomInitializer(jnp.float32, one_device, key=KEY)
+    model = config.to_decoder_config({}).init(initializer)
+    keychain = Keychain.init(0, sharding_config=one_device)
+    settings = DecoderForwardPassConfig.for_training()
+
+    # The checkpoint makes the policy and the reference round alike, in bfloat16.
+    @eqx.filter_checkpoint
+    def call(model, ids, key):
+        positions = jnp.arange(ids.size)[None]
+        output = model(ids[None], positions, forward_pass_config=settings, keychain=keychain)
+        return output.logits[0]
+
+    return Client(dpx.adapt(model, call), 32)
+
+
+def discretax():
+    """A stack of linear recurrent units with BatchNorm, which takes vectors, a state and a key."""
+    from discretax.encoder import EmbeddingEncoder
+    from discretax.models import LRU
+
+    layers = [functools.partial(EmbeddingEncoder, out_features=16, num_classes=32)]
+    layers += [functools.partial(LRU, hidden_dim=16, num_blocks=2, state_dim=8)]
+    make = eqx.nn.make_with_state(lambda: eqx.nn.Sequential([layer(KEY) for layer in layers]))
+    body, state = make()
+    # One batch fills the running statistics, which are those of a trained model.
+    ids = jax.random.randint(KEY, (8, 16), 0, 32)
+    _, state = jax.vmap(
+        lambda ids, state: body(ids, state, key=KEY),
+        in_axes=(0, None), out_axes=(0, None), axis_name="batch",
+    )(ids, state)  # fmt: skip
+    both = eqx.nn.inference_mode(body), eqx.nn.Linear(16, 32, key=KEY)
+
+    def call(both, ids, key):
+        body, head = both
+        hidden, _ = body(ids, jax.tree.map(jnp.copy, state), key=KEY)
+        return jax.vmap(head)(hidden)
+
+    return Client(dpx.adapt(both, call), 32)
+
+
 # The package of each model; it is imported in the test.
 CLIENTS = {
     megalodon: "megalodon_jax",
@@ -109,12 +189,16 @@ CLIENTS = {
     memax: "memax",
     esm2quinox: "esm2quinox",
     e1jax: "e1jax",
+    eqx_zoo: "eqx_zoo",
+    eqx_zoo_mixture: "eqx_zoo",
+    lalamo: "lalamo",
+    discretax: "discretax",
 }
 
 
 @pytest.fixture(autouse=True)
 def _as_users_run():
-    """In float32 with JAX's usual promotion. One of the packages switches `jax_debug_nans` on."""
+    """In float32 with JAX's usual promotion. Some of the packages change JAX's settings."""
     before = jax.config.jax_debug_nans
     with (
         jax.enable_x64(False),
