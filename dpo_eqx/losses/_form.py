@@ -91,3 +91,15 @@ def averages(
         wide(policy.chosen) / jnp.maximum(chosen, 1),
         wide(policy.rejected) / jnp.maximum(rejected, 1),
     )
+
+
+def average_of(policy: UnpairedLogProbs, *, needed_by: str) -> Float[Array, " pairs"]:
+    """The log-probability of single completions per scored token, as `averages`."""
+    if policy.length is None:
+        raise ValueError(
+            f"`{needed_by}` needs `policy.length`, the number of scored tokens, and got none. "
+            "`score_unpaired` fills it in; to make log-probabilities by hand, pass "
+            "`UnpairedLogProbs(..., length=...)`."
+        )
+    total = wide(policy.completion)
+    return total / jnp.maximum(jnp.asarray(policy.length).astype(total.dtype), 1)

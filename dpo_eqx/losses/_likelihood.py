@@ -3,22 +3,38 @@
 They need no reference, and ignore a given one.
 """
 
+from typing import overload
+
 import jax.numpy as jnp
 from jax.nn import log_sigmoid
 
-from .._arrays.log_probs import PairLogProbs
-from .._arrays.loss_values import PairLoss
+from .._arrays.log_probs import PairLogProbs, UnpairedLogProbs
+from .._arrays.loss_values import PairLoss, UnpairedLoss
 from ._checks import check_nonnegative, check_positive
 from ._divergences import alpha_divergence
-from ._form import Scalar, averages
+from ._form import Scalar, average_of, averages
 from ._numerics import log_1_minus_exp, times, wide
 
 
-def sft(policy: PairLogProbs, reference: PairLogProbs | None) -> PairLoss:
+@overload
+def sft(policy: PairLogProbs, reference: PairLogProbs | None) -> PairLoss: ...
+
+
+@overload
+def sft(policy: UnpairedLogProbs, reference: UnpairedLogProbs | None) -> UnpairedLoss: ...
+
+
+def sft(
+    policy: PairLogProbs | UnpairedLogProbs, reference: PairLogProbs | UnpairedLogProbs | None
+) -> PairLoss | UnpairedLoss:
     r"""Supervised fine-tuning on the chosen completion: $\mathcal{L} = -\log\pi(y_w) / n_w$.
 
+    On single completions, the desirable ones are chosen; an undesirable one has the loss 0.
+
     Averages over the tokens of each completion. Differs from TRL 1.16, which averages over the
-    tokens of the microbatch, so that its loss depends on how the batch is split.
+    tokens of the microbatch, so that its loss depends on how the batch is split. If the weight of
+    each completion is its number of tokens, as `data.batches(average="tokens")` makes it, the
+    weighted mean is the mean over the tokens of the global batch.
 
     **Arguments:**
 
@@ -33,6 +49,9 @@ def sft(policy: PairLogProbs, reference: PairLogProbs | None) -> PairLoss:
 
     `ValueError` at trace time if the lengths are missing.
     """
+    if isinstance(policy, UnpairedLogProbs):
+        average = average_of(policy, needed_by="sft")
+        return UnpairedLoss(jnp.where(policy.label, -average, 0), wide(policy.completion))
     chosen, _ = averages(policy, needed_by="sft")
     return PairLoss(-chosen, wide(policy.chosen), wide(policy.rejected))
 

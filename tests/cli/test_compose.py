@@ -10,7 +10,7 @@ import pytest
 from dpo_eqx import losses
 from dpo_eqx._arrays.log_probs import PairLogProbs
 from dpo_eqx.cli.commands.train import total_steps
-from dpo_eqx.cli.compose.loss import compose_loss, is_unpaired, needs_reference
+from dpo_eqx.cli.compose.loss import compose_loss, needs_reference, takes_rows
 from dpo_eqx.cli.compose.optimizer import (
     compose_optimizer,
     compose_schedule,
@@ -93,7 +93,9 @@ def test_without_reference():
 def test_every_name_composes(name):
     more = ("offset=1",) if name == "odpo" else ()
     loss = compose_loss(settings(loss=(name,), loss_options=more))
-    assert is_unpaired(loss) == (name in ("kto", "bco", "apo_zero_unpaired"))
+    single = name in ("kto", "bco", "apo_zero_unpaired")
+    assert takes_rows(loss, unpaired=True) == (single or name == "sft")
+    assert takes_rows(loss, unpaired=False) != single
     assert needs_reference(loss) == (name not in ("simpo", "cpo", "orpo", "alphapo", "sft"))
 
 

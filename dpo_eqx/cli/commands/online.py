@@ -18,7 +18,7 @@ from ...data._records.records import Form
 from ..compose import draws, policy as policies
 from ..compose.data import Prepared, learned_positions, make_batches, vocab_size
 from ..compose.functions import load_function
-from ..compose.loss import Loss, compose_loss, is_unpaired, needs_reference, takes_offset
+from ..compose.loss import Loss, compose_loss, needs_reference, takes_offset, takes_rows
 from ..compose.optimizer import compose_optimizer, compose_schedule, learning_rates
 from ..compose.rewards import (
     Judge,
@@ -114,7 +114,7 @@ def online(arguments: Sequence[str]) -> None:
 
 def _loss(settings: Online) -> Loss:
     loss = compose_loss(settings)
-    if is_unpaired(loss):
+    if not takes_rows(loss, unpaired=False):
         raise ValueError(
             f"`--loss {' '.join(settings.loss)}` needs single completions, and a round makes "
             "pairs. Give a loss of pairs, such as sigmoid, ipo, hinge or sppo_hard."

@@ -31,7 +31,7 @@ from ..compose.dtypes import (
     keep_trained_wide,
     narrow_warning,
 )
-from ..compose.loss import Loss, compose_loss, is_unpaired, needs_reference
+from ..compose.loss import Loss, compose_loss, needs_reference
 from ..compose.optimizer import compose_optimizer, compose_schedule, learning_rates
 from ..compose.preferences import prepare_all
 from ..compose.tokenizer import template_in_file
@@ -93,7 +93,7 @@ def _train(settings: Settings) -> None:
     optimizer = compose_optimizer(settings, schedule)
     # Evaluations and the report must compute what the step computes, so all of them share these.
     options = {
-        "score": _score(settings, loss),
+        "score": _score(settings, prepared[0]),
         "compute_dtype": dtypes.compute,
         "reference_of": reference.view,
     }
@@ -161,10 +161,10 @@ def _prepare(settings: Settings, folder: Folder) -> tuple[Loss, list[Prepared], 
     return loss, prepare_all(settings, loss), devices.mesh_of(settings)
 
 
-def _score(settings: Settings, loss: Loss) -> Score:
+def _score(settings: Settings, prepared: Prepared) -> Score:
     if settings.reward_head:
         return models.score_rewards
-    return score_unpaired if is_unpaired(loss) else score_pairs
+    return score_unpaired if prepared.form.unpaired else score_pairs
 
 
 def total_steps(settings: Settings, steps_per_epoch: int) -> int:

@@ -6,7 +6,7 @@
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -80,9 +80,14 @@ def takes_offset(settings: Settings) -> bool:
     return any("offset" in keywords(_named(name)) for name in settings.loss)
 
 
-def is_unpaired(loss: Loss) -> bool:
-    """Whether `loss` is a loss of single completions with a label."""
-    return all(_is_unpaired(part) for part in _functions(loss))
+def takes_rows(loss: Loss, *, unpaired: bool) -> bool:
+    """Whether `loss` can learn from single completions, or from pairs; `sft` takes both."""
+    return unpaired in _kinds(loss)
+
+
+def needs_labels(loss: Loss) -> bool:
+    """Whether a part of `loss` compares desirable completions with undesirable ones."""
+    return any(_kinds_of(part) == {True} for part in _functions(loss))
 
 
 def needs_reference(loss: Loss) -> bool:
@@ -163,15 +168,20 @@ def _functions(loss: Loss) -> list[Loss]:
     return [part for part, _ in parts(loss) if not marks_of(part).inner]
 
 
-def _is_unpaired(function: Loss) -> bool:
-    first = next(iter(inspect.signature(function).parameters.values()))
-    return first.annotation is UnpairedLogProbs
+def _kinds(loss: Loss) -> set[bool]:
+    """The kinds of rows that all parts of `loss` take: true for single completions."""
+    return set.intersection(*(_kinds_of(part) for part in _functions(loss)))
+
+
+def _kinds_of(function: Loss) -> set[bool]:
+    annotation = next(iter(inspect.signature(function).parameters.values())).annotation
+    return {kind is UnpairedLogProbs for kind in get_args(annotation) or (annotation,)}
 
 
 def _try(loss: Loss, *, with_reference: bool) -> None:
     """Traces `loss` on two pairs, so that its errors are raised before any file is read."""
-    kinds = {_is_unpaired(part) for part in _functions(loss)}
-    if len(kinds) == 2:
+    kinds = _kinds(loss)
+    if not kinds:
         raise ValueError(
             "`--loss` must be losses of pairs only, or of single completions only; got both. Leave "
             "out the losses of one kind."

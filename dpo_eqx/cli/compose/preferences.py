@@ -7,12 +7,20 @@ import dataclasses
 from collections.abc import Sequence
 
 from ...data._batches.mismatch import check_mismatchable
+from ...data._records.records import Form
 from ...data._records.values import ticked
 from ...data._tokens.rows import PER_PAIR, Row, completions_of, lengths_of, start_of
 from ..settings.settings import Settings
 from ..settings.sources import sources_of
 from .data import Prepared, learned_positions, mixed, prepare, vocab_size
-from .loss import Loss, is_unpaired, needs_mismatched, needs_reference, takes_of_pairs
+from .loss import (
+    Loss,
+    needs_labels,
+    needs_mismatched,
+    needs_reference,
+    takes_of_pairs,
+    takes_rows,
+)
 
 
 def prepare_all(settings: Settings, loss: Loss) -> list[Prepared]:
@@ -53,11 +61,18 @@ def prepare_all(settings: Settings, loss: Loss) -> list[Prepared]:
 
 def _check_fits_loss(source: Prepared, path: str, settings: Settings, loss: Loss) -> None:
     form, name = source.form, f"`--loss {' '.join(settings.loss)}`"
-    if form.unpaired != is_unpaired(loss):
-        kind = "single completions" if is_unpaired(loss) else "pairs"
+    if not takes_rows(loss, unpaired=form.unpaired):
+        kind = "pairs" if form.unpaired else "single completions"
         raise ValueError(
             f"{name} needs {kind}, and {path} holds {form}. Give kto, bco or apo_zero_unpaired for "
-            "single completions, any other loss for pairs."
+            "completions with a label, sft for completions without one, any other loss for pairs."
+        )
+    if form.unpaired:
+        _check_labels(form, path, name, needed=needs_labels(loss))
+    elif settings.average is not None:
+        raise ValueError(
+            f"`--average` is for single completions, and {path} holds {form}. Leave it out: on "
+            "pairs, `--loss sft` averages over the tokens of each chosen completion."
         )
     for column in _per_pair(source):
         if not takes_of_pairs(loss, column):
@@ -73,6 +88,21 @@ def _check_fits_loss(source: Prepared, path: str, settings: Settings, loss: Loss
             f"{path} must have {ticked(needed)} if it has log-probabilities of the reference; it "
             f"has {ticked(given)} alone. Add the other column, or leave out what is there with "
             f"`--columns {'= '.join(given)}=`."
+        )
+
+
+def _check_labels(form: Form, path: str, name: str, *, needed: bool) -> None:
+    """Raises `ValueError` if labels are missing, or if nothing would be done with them."""
+    if needed and not form.labelled:
+        raise ValueError(
+            f"{name} needs a column `label`, which says whether a completion is desirable, and "
+            f"{path} holds {form}. Add the column, or take `--loss sft` to learn from all of them."
+        )
+    if form.labelled and not needed:
+        raise ValueError(
+            f"{name} learns to write every completion, and {path} has a column `label`. Choose the "
+            "desirable ones with `--where label=true --columns label=`, or take all of them with "
+            "`--columns label=`."
         )
 
 

@@ -20,7 +20,7 @@ from ..._diagnosis.diagnose import make_diagnose
 from ..._jax.dtypes import in_dtype
 from ..._jax.inference_mode import in_inference
 from ..compose.data import Prepared
-from ..compose.loss import Loss, is_unpaired
+from ..compose.loss import Loss
 from ..compose.tokenizer import tokenizer_of
 from ..run import devices, hosts
 from ..run.folder import finite, replace_text
@@ -58,7 +58,7 @@ def make_probe(
     rows = [source.rows[int(i)] for i in spread(len(source.rows), PAIRS)]
     tokenized = source.form.tokenized
     tokenizer = None if tokenized else tokenizer_of(settings)
-    examine = None if is_unpaired(loss) else eqx.filter_jit(make_diagnose(loss, **options))
+    examine = None if source.form.unpaired else eqx.filter_jit(make_diagnose(loss, **options))
 
     def probe(state: State, step: int, path: Path) -> None:
         record: dict[str, Any] = {"step": step, "data": "held-out" if prepared[1:] else "training"}

@@ -176,6 +176,9 @@ def _contradictions(settings: Settings) -> Iterator[str]:
             f"`--loss-weights` must have one weight for each loss, {len(s.loss)}; got "
             f"{len(s.loss_weights)}."
         )
+    if s.average is not None and s.loss != ("sft",):
+        given = " ".join(s.loss)
+        yield f"`--average` is for `--loss sft` alone; got `--loss {given}`. Leave it out."
     if not s.loss:
         yield "`--loss` must name at least one loss; got none."
     if s.batch_size % s.microbatches:

@@ -82,6 +82,7 @@ class Online(Settings):
     ties: Literal["drop", "half"] = _unused("drop")
     offset_column: str | None = _unused()
     reward_head: bool = _unused(False)
+    average: Literal["tokens", "rows"] | None = _unused()
     max_length: int | None = _unused()
     max_completion_length: int | None = _unused()
     strict: bool = _unused(False)

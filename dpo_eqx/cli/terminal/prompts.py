@@ -203,7 +203,7 @@ def _prompt_of(record: Mapping[str, Any], where: str, *, as_chat: bool) -> Promp
 def _is_preference(record: Mapping[str, Any]) -> bool:
     """Whether `train` would take the record."""
     answers = [record.get(name) for name in ("chosen", "rejected")]
-    return None not in answers or form_name(record) == "unpaired"
+    return None not in answers or form_name(record) in ("unpaired", "completion")
 
 
 def _checked(value: Any, what: str) -> Any:

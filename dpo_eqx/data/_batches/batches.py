@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import DTypeLike, Int
@@ -42,6 +42,7 @@ class Batcher:
     dtype: DTypeLike
     kl: bool
     max_length: int
+    average: str
     # The ends of searches for KTO's mismatched completions: see `mismatched`.
     search_ends: dict[int, int] = dataclasses.field(default_factory=dict)
 
@@ -62,7 +63,10 @@ class Batcher:
             rooms = self._other_lengths(real, others)[local]
             limited = zip(others[local], rooms, strict=True)
             mismatched_rows = [_cut(self.rows[int(j)], int(room)) for j, room in limited]
-        return unpaired_batch(rows, fill, widths, self.dtype, others=mismatched_rows)
+        by_tokens = self.average == "tokens"
+        return unpaired_batch(
+            rows, fill, widths, self.dtype, others=mismatched_rows, by_tokens=by_tokens
+        )
 
     def _others(self, indices: Indices) -> Indices | None:
         """For KTO: the rows whose completions follow the prompts of `indices`."""
@@ -207,6 +211,7 @@ def batches(
     kl: bool = True,
     max_length: int | None = None,
     dtype: DTypeLike = np.float32,
+    average: Literal["rows", "tokens"] = "rows",
 ) -> Batches:
     """An iterator of `PreferenceBatch`es, or of `UnpairedBatch`es for unpaired rows, in NumPy.
 
@@ -236,6 +241,9 @@ def batches(
     - `max_length`: the limit of a prompt with a mismatched completion, in tokens; give the limit
         that `tokenize` had.
     - `dtype`: the dtype of weights and other numbers; float64 if the policy is float64.
+    - `average`: what the weighted means of a step run over, for unpaired rows. `"tokens"`
+        multiplies the weight of a row by its number of scored tokens, so that `losses.sft` is the
+        mean over the tokens of the global batch, however microbatches and devices split it.
 
     **Returns:**
 
@@ -244,7 +252,7 @@ def batches(
     **Raises:**
 
     `ValueError` if there are no rows, sizes are not positive, the processes do not divide the
-    batch, or the buckets do not hold the longest row.
+    batch, the buckets do not hold the longest row, or `average="tokens"` is given for pairs.
     """
     sizes = {"batch_size": batch_size, "multiple_of": multiple_of, "window": window}
     sizes |= {"process_count": process_count}
@@ -263,13 +271,20 @@ def batches(
         padded = needed if shuffle else np.maximum.reduceat(needed, starts)
         buckets = choose_buckets(padded, buckets, multiple_of)
     buckets.check(needed)
+    if average not in ("rows", "tokens") or (average == "tokens" and lengths.shape[1] == 3):
+        raise ValueError(
+            '`average` must be "rows", or "tokens" for rows of single completions; got '
+            f"{average!r} for {'pairs' if lengths.shape[1] == 3 else 'single completions'}."
+        )
     order = Order(buckets.kinds(needed), batch_size, shuffle, seed, window)
     kl = kl and lengths.shape[1] == 2
     if kl:
         check_mismatchable(rows)
     limit = sys.maxsize if max_length is None else max_length
-    batcher = Batcher(rows, lengths, order, buckets, share, dtype, kl, limit)
-    settings = digest(lengths, batch_size, shuffle, seed, window, buckets, kl, limit)
+    batcher = Batcher(rows, lengths, order, buckets, share, dtype, kl, limit, average)
+    # Positions stored before there was `average` stay valid.
+    averaged = () if average == "rows" else (average,)
+    settings = digest(lengths, batch_size, shuffle, seed, window, buckets, kl, limit, *averaged)
     return Batches(batcher, epochs, prefetch, settings)
 
 

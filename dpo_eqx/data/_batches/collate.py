@@ -48,21 +48,28 @@ def unpaired_batch(
     dtype: DTypeLike = np.float32,
     *,
     others: Sequence[Row] | None = None,
+    by_tokens: bool = False,
 ) -> UnpairedBatch:
-    """A batch of rows with `prompt_ids`, `completion_ids`, `label`, in NumPy.
+    """A batch of rows with `prompt_ids`, `completion_ids` and perhaps `label`, in NumPy.
+
+    Completions without a label are desirable: they are what a policy shall learn to write.
 
     **Arguments:**
 
     - `rows`, `fill`, `dtype`: as for `pair_batch`.
     - `widths`: the widths of prompts, of completions and, if given, of `others`, in tokens.
     - `others`: for each row a row with the completion of another prompt.
+    - `by_tokens`: whether the weight of a row is multiplied by its number of scored tokens.
     """
     mismatched = [[row] for row in rows] if others is None else zip(rows, others, strict=True)
     sources = zip(rows, mismatched, strict=True)
     parts = [_parts(row, [(source, "completion_ids") for source in s]) for row, s in sources]
     prompt, completion, *kl = _pad_all(parts, widths)
     reference = None
-    label = _column(rows, "label", bool)
+    weight = _weight(rows, fill, dtype)
+    if by_tokens:
+        weight *= completion.mask.sum(axis=1, dtype=np.int32).astype(dtype)
+    label = np.array([row.get("label", True) for row in rows], bool)
     if "reference_completion" in rows[0]:
         reference = UnpairedLogProbs(_column(rows, "reference_completion", dtype), label)
     return UnpairedBatch(
@@ -70,7 +77,7 @@ def unpaired_batch(
         completion,
         label,
         kl[0] if kl else None,
-        _weight(rows, fill, dtype),
+        weight,
         reference,
         _per_pair(rows, dtype),
     )

@@ -30,6 +30,9 @@ def as_chat(record: Mapping[str, Any], where: str) -> dict[str, Any]:
             "the text."
         )
     answers = {name: text for name, text in record.items() if name in ANSWERS}
+    if not answers and isinstance(record.get("text"), str):
+        rest = {name: value for name, value in record.items() if name != "text"}
+        return {**rest, "messages": _whole(record["text"], f"`text` in {where}")}
     texts = {name: text for name, text in answers.items() if isinstance(text, str)}
     if not texts or columns_of_turns(record):
         # Public layouts such as `question` are conversations already.

@@ -30,6 +30,8 @@ def columns_of_turns(record: Mapping[str, Any]) -> tuple[str, ...]:
     user = next((names for names in _USER if all(_is_turn(record, n) for n in names)), ())
     system = ("system",) if _is_turn(record, "system") else ()
     text = prompt_text(record)
+    if "messages" in record and not answers:
+        return () if not system or holds(text, record["system"]) else system
     if not answers or "prompt_ids" in record:
         return ()
     if any(holds(text, record[name]) for name in (*user, *system) if name != "prompt"):
@@ -70,6 +72,8 @@ def as_conversation(
     texts.pop("system", None)
     answers = {name: _answer(record[name]) for name in ANSWERS if record.get(name) is not None}
     rest = {name: value for name, value in record.items() if name not in columns}
+    if not answers:
+        return rest | {"messages": system + list(record.get("messages") or [])}
     if not texts and isinstance(record.get("prompt"), list):
         return rest | {"prompt": system + record["prompt"]}
     if not texts:

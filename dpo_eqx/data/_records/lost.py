@@ -23,6 +23,7 @@ _FACTS = re.compile(
     r"rating|reason|rationale|explanation|feedback|critique|comment|note|preference|annotat|url|"
     r"date|time|author|label|tag|title|licen"
 )
+_ANSWERS = ("chosen", "rejected", "completion")
 _LABEL = re.compile(r"^(system|user|human|assistant|gpt|prompter|bot|ai)\s*:\s*", re.IGNORECASE)
 
 
@@ -45,7 +46,8 @@ def check_nothing_lost(record: Mapping[str, Any], unused: Iterable[str], where: 
         value = record[column]
         texts = [text for text in texts_of(value) if text.strip()]
         # A whole conversation may repeat an answer, a text only the prompt.
-        known = prompt_text(record) if isinstance(value, str) else all_text(record)
+        is_whole = isinstance(value, str) or _without_answers(record)
+        known = prompt_text(record) if is_whole else all_text(record)
         if not all(holds(known, text) for text in texts):
             raise ValueError(_lost(column, record, where))
 
@@ -86,7 +88,11 @@ def _lost(column: str, record: Mapping[str, Any], where: str) -> str:
 
 def prompt_text(record: Mapping[str, Any]) -> str:
     """The text of the prompt, in one line: that of `prompt`, or what the answers share."""
-    answers = [record.get(name) for name in ("chosen", "rejected", "completion")]
+    answers = [record.get(name) for name in _ANSWERS]
+    if _without_answers(record):
+        # A whole conversation or text, beside which a prompt can only repeat it.
+        whole = record.get("messages") or record.get("text")
+        return _in_one_line(whole or record.get("prompt"))
     prompt, (chosen, rejected, completion) = record.get("prompt"), answers
     is_conversation = any(isinstance(answer, list) for answer in answers)
     if isinstance(prompt, list) or (isinstance(prompt, str) and not is_conversation):
@@ -100,8 +106,11 @@ def prompt_text(record: Mapping[str, Any]) -> str:
 
 def all_text(record: Mapping[str, Any]) -> str:
     """The text of the prompt and of all answers, in one line."""
-    names = ("prompt", "chosen", "rejected", "completion")
-    return " ".join(_in_one_line(record.get(name)) for name in names)
+    return " ".join(_in_one_line(record.get(name)) for name in ("prompt", *_ANSWERS))
+
+
+def _without_answers(record: Mapping[str, Any]) -> bool:
+    return all(record.get(name) is None for name in _ANSWERS)
 
 
 def _in_one_line(value: Any) -> str:

@@ -50,8 +50,17 @@ def _prompt_of(record: Mapping[str, Any], form: Form) -> Any:
         return record["prompt_ids"]
     if "prompt" in record:
         return _plain(record["prompt"])
+    if form.unpaired:
+        # A text has no prompt, and stands for itself.
+        return _plain(_asked(record["messages"]) if "messages" in record else record["text"])
     prompt = split_shared_prompt(record["chosen"], record["rejected"])[0]
     return _plain(_without_answer(prompt) if isinstance(prompt, str) else _to_user(prompt))
+
+
+def _asked(messages: list[Any]) -> list[Any]:
+    """The turns up to the assistant's first, which conversations of one prompt share."""
+    roles = [message["role"] for message in messages]
+    return messages[: roles.index("assistant")] if "assistant" in roles else messages
 
 
 def _plain(prompt: Any) -> Any:

@@ -1,7 +1,7 @@
-"""The prompt that two whole answers share. Nothing here knows about tokens."""
+"""The prompt within whole answers and conversations. Nothing here knows about tokens."""
 
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 Whole = TypeVar("Whole", str, list)
 
@@ -32,6 +32,24 @@ def split_shared_prompt(chosen: Whole, rejected: Whole) -> tuple[Whole, Whole, W
     elif end > 0 and chosen[end - 1] == " ":
         end -= 1
     return chosen[:end], chosen[end:], rejected[end:]
+
+
+def split_answer(messages: list[Any], *, first: bool) -> tuple[list[Any], list[Any]]:
+    """The prompt of a conversation that ends with an answer, and the answer.
+
+    **Arguments:**
+
+    - `messages`: messages whose last one is the assistant's.
+    - `first`: whether the answer begins at the assistant's first turn, so that it holds all of
+        them; else it is the turns of the assistant at the end.
+    """
+    is_answer = [message["role"] == "assistant" for message in messages]
+    if first:
+        start = is_answer.index(True)
+    else:
+        others = [turn for turn, answers in enumerate(is_answer) if not answers]
+        start = others[-1] + 1 if others else 0
+    return messages[:start], messages[start:]
 
 
 def _shared_length(one: Sequence, other: Sequence) -> int:

@@ -13,9 +13,10 @@ from typing import Any
 
 from .._fingerprint import digest_files
 from .folders import choose
+from .names import ends_with_answer
 from .part import Part
 from .records import Form, check_columns, check_record, recognise, rename
-from .shapes import DEFAULTS, PLAIN, Options, Shape, check_options, records_of, shape_of
+from .shapes import DEFAULTS, NO_ANSWER, PLAIN, Options, Shape, check_options, records_of, shape_of
 from .sources import Located, check_not_given, files_of, is_saved, located, open_source, saved_split
 from .threads import assembled
 
@@ -85,7 +86,9 @@ class Records:
         self.left_out.clear()
         for where, record in self._shaped(self._assembled(self._open())):
             checked = check_record(record, form, where)
-            if self._part is None or self._part.takes(checked, form):
+            if "messages" in form.columns and not ends_with_answer(checked["messages"]):
+                self.left_out[NO_ANSWER] += 1
+            elif self._part is None or self._part.takes(checked, form):
                 yield where, checked
             else:
                 self.left_out[str(self._part)] += 1
@@ -194,7 +197,7 @@ def read(
     where: Mapping[str, Any] | None = None,
     as_chat: bool = False,
 ) -> Records:
-    """Preference records from a file, a folder, a name of the Hugging Face hub, or an iterable.
+    """Records to learn from: from a file, a folder, a name on the Hugging Face hub, an iterable.
 
     Files are JSON Lines, a list in JSON, CSV, TSV, Parquet or Arrow, plain or compressed by gzip,
     bzip2, xz or Zstandard. The content decides, not the name; only a table of text must be named
@@ -208,14 +211,16 @@ def read(
     | unpaired | `prompt`, `completion`, `label` |
     | token ids | `prompt_ids`, `chosen_ids`, `rejected_ids` |
     | unpaired token ids | `prompt_ids`, `completion_ids`, `label` |
+    | completion (or its token ids) | the same without `label`, for supervised training |
+    | messages | `messages`: a conversation; the assistant's turns at its end are the completion |
+    | text | `text`, a completion without a prompt |
 
-    Prompts and completions are text, or conversations: lists of messages with `role` and
-    `content`. A record may also hold the numbers `weight`, `beta` and `offset`, precomputed
-    log-probabilities of the reference (`reference_chosen` and `reference_rejected`, or
-    `reference_completion`; TRL's names are understood), and, for the chat template, `tools` and
-    `chat_template_kwargs`. Public layouts become these forms: other names of columns, ShareGPT's
-    messages, two answers with a verdict, several answers with scores or ranks, and OpenAssistant's
-    messages and trees, which are read into memory.
+    Prompts and completions are text, or lists of messages with `role` and `content`. A record may
+    also hold the numbers `weight`, `beta` and `offset`, precomputed log-probabilities of the
+    reference (`reference_chosen` and `reference_rejected`, or `reference_completion`; TRL's names
+    are understood), and, for the chat template, `tools` and `chat_template_kwargs`. Public layouts
+    become these forms: other names of columns, ShareGPT's messages, two answers with a verdict,
+    several answers with scores or ranks, and OpenAssistant's trees, which are read into memory.
 
     **Arguments:**
 

@@ -26,6 +26,11 @@ FORMS = {
     "explicit prompt": ("prompt", "chosen", "rejected"),
     "unpaired": ("prompt", "completion", "label"),
     "implicit prompt": ("chosen", "rejected"),
+    # Completions without a label, from which the supervised loss learns.
+    "completion token ids": ("prompt_ids", "completion_ids"),
+    "completion": ("prompt", "completion"),
+    "messages": ("messages",),
+    "text": ("text",),
 }
 NUMBERS = (
     "weight",
@@ -36,6 +41,8 @@ NUMBERS = (
     "reference_completion",
 )
 TEMPLATE = ("tools", "chat_template_kwargs")
+# The columns that tell text from conversations.
+_TELLING = ("chosen", "completion", "messages", "text")
 # TRL's names for precomputed log-probabilities of the reference.
 ALIASES = {
     "ref_chosen_logps": "reference_chosen",
@@ -77,8 +84,18 @@ class Form:
 
     @property
     def unpaired(self) -> bool:
-        """Whether a record is one completion with a label, rather than a pair."""
+        """Whether a record is one completion, rather than a pair."""
+        return "rejected" not in self.columns and "rejected_ids" not in self.columns
+
+    @property
+    def labelled(self) -> bool:
+        """Whether a record says if its completion is desirable."""
         return "label" in self.columns
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """The completions that a record of text makes."""
+        return ("completion",) if self.unpaired else ("chosen", "rejected")
 
     @property
     def tokenized(self) -> bool:
@@ -115,7 +132,7 @@ def recognise(record: Mapping[str, Any], where: str) -> Form:
     name = form_name(record)
     if name is None:
         raise ValueError(_no_form(source, where))
-    answers = [record[column] for column in FORMS[name] if column in ("chosen", "completion")]
+    answers = [record[column] for column in FORMS[name] if column in _TELLING]
     conversational = any(isinstance(answer, list) for answer in answers)
     if name == "explicit prompt" and is_redundant(record["prompt"], answers[0]):
         name = "implicit prompt"
@@ -141,6 +158,8 @@ def is_redundant(prompt: Any, answer: Any) -> bool:
 def _no_form(record: Mapping[str, Any], where: str) -> str:
     # Without any of their columns, nobody meant token ids, although they come first.
     forms = [n for n in FORMS if not n.endswith("ids") or any(c in record for c in FORMS[n])]
+    # A prompt alone is more likely a part of a preference than of a demonstration.
+    forms = [n for n in forms if n != "completion" or "completion" in record]
     nearest = max(forms, key=lambda name: sum(c in record for c in FORMS[name]) / len(FORMS[name]))
     missing = [column for column in FORMS[nearest] if column not in record]
     if len(missing) == len(FORMS[nearest]):

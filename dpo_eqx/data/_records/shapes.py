@@ -21,12 +21,15 @@ _COLUMNS = ("prompt", "chosen", "rejected", "completion")
 # Columns whose messages are the prompt, if there is no `prompt`.
 _PROMPTS = ("prompt", "messages", "conversations", "conversation", "context", "history")
 _PROMPTS += ("trajectory", "dialogue", "dialog", "input")
+# Columns of whole conversations, if there is no other answer.
+_CONVERSATIONS = ("messages", "conversations", "conversation", "trajectory", "dialogue", "dialog")
 _SCORES = ("score", "reward", "rating")
 
 TIES = ("drop", "half")
 EQUAL = "records whose answers are equally good"
 NO_SCORE = "records with fewer than two answers that have a score"
 NOT_PAIRED = "answers in no pair"
+NO_ANSWER = "conversations that do not end with a turn of the assistant"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,8 +92,14 @@ PLAIN = Shape()
 DEFAULTS = Options()
 
 
-def shape_of(record: Mapping[str, Any]) -> Shape:
-    """The shape of a source's records, from its first record."""
+def shape_of(record: Mapping[str, Any], *, with_answer: bool = True) -> Shape:
+    """The shape of a source's records, from its first record.
+
+    **Arguments:**
+
+    - `with_answer`: whether messages without other answers end with an answer, as records to learn
+        from do, rather than being a prompt.
+    """
     if "prompt_ids" in record:
         return PLAIN
     is_pair = "chosen" in record and "rejected" in record
@@ -99,6 +108,10 @@ def shape_of(record: Mapping[str, Any]) -> Shape:
     ranking = ranking if is_pair or is_single else ranking or verdict_of(record)
     names = () if ranking else names_of(record)
     moved = moved_of(record, names)
+    conversation = _conversation(moved) if with_answer and not ranking else None
+    if conversation is not None:
+        is_plain = conversation == "messages" and not is_foreign(moved[conversation])
+        return PLAIN if is_plain else Shape((("messages", conversation),), is_foreign=True)
     prompt = _prompt(moved, ranking)
     last = _last(moved, prompt)
     answers = [moved[name] for name in _COLUMNS[1:] if name in moved]
@@ -113,6 +126,13 @@ def shape_of(record: Mapping[str, Any]) -> Shape:
     # Messages under `prompt` beside answers of messages are our own form.
     is_ours = dataclasses.replace(shape, prompt=None) == PLAIN and prompt in (None, "prompt")
     return PLAIN if is_ours else shape
+
+
+def _conversation(record: Mapping[str, Any]) -> str | None:
+    """The column that holds a whole conversation, if no other column has an answer or a label."""
+    if any(record.get(name) is not None for name in (*_COLUMNS[1:], "label")):
+        return None
+    return next((c for c in _CONVERSATIONS if is_messages(as_messages(record.get(c)))), None)
 
 
 def _prompt(record: Mapping[str, Any], ranking: Ranking | None) -> str | None:
@@ -172,7 +192,8 @@ def records_of(
 def first_of(record: Mapping[str, Any], where: str, *, as_chat: bool = False) -> Mapping[str, Any]:
     """The first record with our columns that a record makes, for its prompt."""
     options = Options(ties="half", as_chat=as_chat)
-    made = records_of(record, shape_of(record), options, where, collections.Counter())
+    shape = shape_of(record, with_answer=False)
+    made = records_of(record, shape, options, where, collections.Counter())
     return next(made, record)
 
 
@@ -223,7 +244,8 @@ def _pairs(
 
 def _finished(record: dict[str, Any], shape: Shape, options: Options, where: str) -> dict[str, Any]:
     if shape.is_foreign:
-        record |= {name: as_messages(record[name]) for name in _COLUMNS if name in record}
+        columns = (*_COLUMNS, "messages")
+        record |= {name: as_messages(record[name]) for name in columns if name in record}
     if shape.is_wrapped or (shape.ranking and isinstance(record.get("prompt"), list)):
         record |= {
             name: [{"role": "assistant", "content": record[name]}]

@@ -15,8 +15,8 @@ from .._records.records import NUMBERS
 PER_PAIR = ("beta", "offset")
 
 # A row of a pair holds the lists of integers `prompt_ids`, `chosen_ids`, `rejected_ids`; an
-# unpaired row holds `prompt_ids`, `completion_ids` and the boolean `label`. Both may hold the
-# numbers of `records.NUMBERS`, and `start_id` if the prompt is empty: see `start_of`. If a
+# unpaired row holds `prompt_ids`, `completion_ids` and perhaps the boolean `label`. Both may hold
+# the numbers of `records.NUMBERS`, and `start_id` if the prompt is empty: see `start_of`. If a
 # completion has tokens that are not scored, `chosen_mask` and so on hold a boolean for each token.
 Row = dict[str, Any]
 

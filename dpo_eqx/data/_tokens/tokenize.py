@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .._fingerprint import digest
-from .._records.layouts import ANSWERS
-from .._records.prompts import split_shared_prompt
+from .._records.prompts import split_answer, split_shared_prompt
 from .._records.read import Records, read
 from .._records.records import NUMBERS, Form
 from .encoder import Encoder, encode_texts, make_encoder
@@ -82,9 +81,9 @@ def tokenize(
     **Returns:**
 
     `(rows, report)`. A row is a dictionary with the lists `prompt_ids`, `chosen_ids` and
-    `rejected_ids`, or with `prompt_ids`, `completion_ids` and the boolean `label`. It also holds
-    the record's numbers. If some tokens of a completion are not scored, it also holds
-    `chosen_mask`, `rejected_mask` or `completion_mask`, a boolean for each token.
+    `rejected_ids`, or with `prompt_ids` and `completion_ids`, and the boolean `label` if the record
+    has one. It also holds the record's numbers. If some tokens of a completion are not scored, it
+    also holds `chosen_mask`, `rejected_mask` or `completion_mask`, a boolean for each token.
 
     **Raises:**
 
@@ -161,8 +160,8 @@ def _encode(
         for _, record in chunk:
             yield record, {}
         return
-    parts = [_parts(record, form) for _, record in chunk]
-    names = tuple(name for name in form.columns if name in ANSWERS)
+    parts = [_parts(record, form, encoder.score) for _, record in chunk]
+    names = form.answers
     if form.conversational:
         pairs = zip(chunk, parts, strict=True)
         conversations = [conversation_of(r, p, names, encoder, where) for (where, r), p in pairs]
@@ -189,8 +188,13 @@ def _empty(part: tuple[str, ...]) -> Account:
     return {"empty_completion": ""} if "" in part[1:] else {}
 
 
-def _parts(record: dict[str, Any], form: Form) -> tuple[Any, ...]:
+def _parts(record: dict[str, Any], form: Form, score: str) -> tuple[Any, ...]:
     """The prompt, and the one or two completions."""
+    if form.name == "text":
+        return "", record["text"]
+    if form.name == "messages":
+        # All turns of the assistant are scored only if all of them belong to the completion.
+        return split_answer(record["messages"], first=score == "assistant")
     if form.name == "implicit prompt":
         return split_shared_prompt(record["chosen"], record["rejected"])
     return tuple(record[name] for name in form.columns if name != "label")

@@ -1,6 +1,7 @@
 """The loss of a run, and its reference if that moves or is left out."""
 
 import dataclasses
+from typing import Literal
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,6 +24,9 @@ class LossFlags:
     alpha_divergence=A (default: reverse_kl)."""
     reference_free: bool = False
     """Train without a reference: its log-probabilities count as 0."""
+    average: Literal["tokens", "rows"] | None = None
+    """Units of the mean of `--loss sft` on completions: all tokens of the batch, or its rows, each
+    with the mean over its own tokens (default: tokens)."""
     sync_reference_every: int = 0
     """Number of steps between moves of the reference towards the policy (TR-DPO); 0 switches the
     moves off."""
