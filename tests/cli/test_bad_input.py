@@ -287,7 +287,7 @@ def test_the_held_out_split_is_read(tmp_path):
     settings = Settings(
         model="",
         data=(folder,),
-        eval_data=folder,
+        eval_data=(folder,),
         eval_split="test",
         output=tmp_path,
         tokenizer="bytes",

@@ -13,11 +13,11 @@ from matplotlib.figure import Figure
 from dpo_eqx._arrays.log_probs import UnpairedLogProbs
 from dpo_eqx._arrays.loss_values import UnpairedLoss
 from dpo_eqx._training.metrics import default_metrics, weighted_sums
-from dpo_eqx.cli.commands.train import evaluate_all
 from dpo_eqx.cli.compose.data import prepare
 from dpo_eqx.cli.compose.loss import compose_loss, needs_mismatched
 from dpo_eqx.cli.report.curves import draw_log_probs
 from dpo_eqx.cli.report.read import Record
+from dpo_eqx.cli.run.evaluations import evaluate_all
 from dpo_eqx.cli.run.late_metrics import without_sides
 from dpo_eqx.cli.run.state import State
 from dpo_eqx.cli.settings.settings import Settings

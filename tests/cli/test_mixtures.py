@@ -105,7 +105,7 @@ def test_a_fraction_is_held_out_of_every_source(tmp_path):
 
 
 CONTRADICTIONS = [
-    ({"eval_data": "e"}, "`--eval-fraction` and `--eval-data` contradict each other"),
+    ({"eval_data": ("e",)}, "`--eval-fraction` and `--eval-data` contradict each other"),
     ({"eval_split": "e"}, "`--eval-fraction` and `--eval-split` contradict each other"),
     ({"eval_fraction": 1.0}, "`--eval-fraction` must be above 0 and below 1; got 1.0"),
 ]

@@ -190,7 +190,7 @@ def test_every_input_of_a_run_is_remembered(models, tmp_path):
     settings = Settings(
         model=str(model),
         data=(str(pairs(tmp_path / "data.jsonl", "Yes.")),),
-        eval_data=str(held_out),
+        eval_data=(str(held_out),),
         reference=str(reference),
         output=tmp_path,
     )

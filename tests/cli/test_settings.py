@@ -17,6 +17,7 @@ from dpo_eqx.cli.settings.yaml_file import differences, read_settings, write_set
 
 from .small import MODEL
 
+EVALUATED = {"eval_data": ("e",), "eval_every": 1}
 NEEDED = ["--model", "m", "--data", "d", "--output", "o"]
 
 
@@ -49,8 +50,9 @@ def test_flags_override_the_file_and_the_file_the_defaults(tmp_path):
 
 
 def test_what_is_needed_may_be_in_the_file(tmp_path):
-    path = written(tmp_path, "model: m\ndata: -d\noutput: o\nlora-alpha:\n")
+    path = written(tmp_path, "model: m\ndata: -d\noutput: o\nlora-alpha:\neval-data:\n")
     assert parse([f"--config={path}"]).data == ("-d",)
+    assert parse([f"--config={path}"]).eval_data == ()
 
 
 @pytest.mark.parametrize(
@@ -67,6 +69,11 @@ def test_several_data_in_one_flag_or_in_several(words, data, tmp_path):
     flags = ["--config", str(path), *words, "--model", "m", "--output", "o"]
     assert parse(flags).data == data
     assert parse([*flags[:2], *flags[-4:]]).data == ("x", "y")
+
+
+def test_several_held_out_sets_in_one_flag_or_in_several():
+    for flags in (["--eval-data", "a=b", "c=d"], ["--eval-data=a=b", "--eval_data", "c=d"]):
+        assert parse([*NEEDED, *flags]).eval_data == ("a=b", "c=d")
 
 
 @pytest.mark.parametrize("text", ["1e-6", "1E-6", "1.0e-6", "0.000001", "1e-06"])
@@ -162,7 +169,14 @@ def test_help(capsys):
         ({"lora_rank": 2, "sync_reference_every": 2}, "contradict each other"),
         ({"lora_alpha": 2.0}, "`--lora-alpha` is for adapters"),
         ({"lora_target": "x"}, "`--lora-target` is for adapters"),
-        ({"eval_every": 2}, "give `--eval-data` too"),
+        ({"eval_every": 2}, "`--eval-every` needs preferences .* give `--eval-data` too"),
+        ({"eval_at_start": False}, "`--no-eval-at-start` needs .* give `--eval-data` too"),
+        ({"keep_best": "loss"}, "`--keep-best` needs .* give `--eval-data` too"),
+        ({"early_stop": 2, **EVALUATED}, "`--early-stop` needs a metric .* such as `--keep-best l"),
+        ({"early_stop": 2, "keep_best": "loss", "eval_data": ("e",)}, "give `--eval-every` too"),
+        ({"early_stop": 0}, "`--early-stop` must be positive; got 0"),
+        ({"keep_best": "grad", **EVALUATED}, "Give `--keep-best min:grad` or `max:grad`"),
+        ({"eval_data": ("a=b", "c")}, "`--eval-data` must give each of several sets a name"),
         ({"loss_weights": (1.0, 2.0)}, "must have one weight for each loss, 1; got 2"),
         ({"loss": ()}, "`--loss` must name at least one loss"),
         ({"batch_size": 8, "microbatches": 3}, "`--microbatches` must divide .* got 3 and 8"),

@@ -3,6 +3,7 @@
 It is `train` with another source of pairs: the loop, the checkpoints and the folder are the same.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -103,6 +104,7 @@ def online(arguments: Sequence[str]) -> None:
         checkpoints=Checkpoints(folder.checkpoints, settings.keep),
         trainable=trainable,
         rates=learning_rates(schedule, steps),
+        restart=functools.partial(policies.starting_policy, settings, None, trainable),
         finish=finish,
         chat_template=template,
     )

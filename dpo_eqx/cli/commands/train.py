@@ -4,17 +4,15 @@ It checks all of its input before it writes anything.
 """
 
 import functools
-import operator
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from typing import Any
 
 import equinox as eqx
 import jax
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from ... import models, sharding
+from ... import models
 from ..._scoring.score import score_pairs, score_unpaired
 from ..._training.evaluate import make_eval
 from ..._training.norms import parameter_group
@@ -24,7 +22,6 @@ from ..compose import policy as policies
 from ..compose.data import Prepared, data_facts, make_batches
 from ..compose.dtypes import (
     Dtypes,
-    check_saved,
     choose_dtypes,
     dtypes_of,
     finished,
@@ -37,22 +34,24 @@ from ..compose.preferences import prepare_all
 from ..compose.tokenizer import template_in_file
 from ..report.probe import Probe, make_probe
 from ..run import devices, hosts
+from ..run.best import Best
 from ..run.checkpoints import Checkpoints
 from ..run.compilation_cache import use_compilation_cache
 from ..run.dry_run import needs
+from ..run.evaluations import checked_goal, make_evaluate
+from ..run.finish import choose, write_model
 from ..run.folder import Folder, facts_of
 from ..run.hosts import say
 from ..run.inputs import check_same, digests_of
-from ..run.late_metrics import SIDES, without_sides
-from ..run.loop import Run, loop, make_advance
+from ..run.loop import Place, Run, is_over, loop, make_advance, restore
 from ..run.out_of_memory import explained
 from ..run.sinks import Numbers, no_sinks, open_sinks
-from ..run.state import State, evaluated, restored, to_save
+from ..run.state import State, evaluated
 from ..run.updates import UpdateWatch
 from ..settings.check import check, check_hosts
 from ..settings.settings import Settings
 from ..settings.words import in_flags
-from ..terminal.display import display, no_display
+from ..terminal.display import display, evaluation_line, no_display
 from .report import try_report
 
 
@@ -92,11 +91,8 @@ def _train(settings: Settings) -> None:
     schedule = compose_schedule(settings, steps)
     optimizer = compose_optimizer(settings, schedule)
     # Evaluations and the report must compute what the step computes, so all of them share these.
-    options = {
-        "score": _score(settings, prepared[0]),
-        "compute_dtype": dtypes.compute,
-        "reference_of": reference.view,
-    }
+    score = _score(settings, prepared[0])
+    options = {"score": score, "compute_dtype": dtypes.compute, "reference_of": reference.view}
     step = make_step(
         loss,
         optimizer,
@@ -106,8 +102,7 @@ def _train(settings: Settings) -> None:
         group_of=parameter_group if settings.log_norms else None,
         **options,
     )
-    evaluate = eqx.filter_jit(make_eval(loss, **options))
-    held_out = prepared[1] if len(prepared) > 1 else None
+    evaluation = eqx.filter_jit(make_eval(loss, **options)), prepared[1:], settings, mesh
     opt_state = optimizer.init(eqx.filter(policy, trainable))
     state = State(policy, opt_state, reference.policy, jax.random.key(settings.seed))
     # Placed like restored arrays, so that a resumed run executes the same program, bit for bit.
@@ -116,12 +111,14 @@ def _train(settings: Settings) -> None:
         settings=settings,
         steps=steps,
         advance=make_advance(step, dropout=policies.draws_numbers(settings), mesh=mesh),
-        evaluate=held_out and functools.partial(evaluate_all, evaluate, held_out, settings, mesh),
+        evaluate=make_evaluate(*evaluation),
         batches=batches,
         checkpoints=Checkpoints(folder.checkpoints, settings.keep),
         trainable=trainable,
         rates=learning_rates(schedule, steps),
+        restart=functools.partial(policies.starting_policy, settings, mesh, trainable),
         finish=finish,
+        goal=hosts.together(lambda: checked_goal(*evaluation, state)),
         chat_template=template,
     )
     say(summary(run, state, reference.words, dtypes))
@@ -175,20 +172,6 @@ def total_steps(settings: Settings, steps_per_epoch: int) -> int:
     return min(limits)
 
 
-def evaluate_all(
-    evaluate: Any, held_out: Prepared, settings: Settings, mesh: Mesh | None, state: State
-) -> dict[str, float]:
-    """The metrics on the held-out data, as exact means over all of its rows."""
-    state = evaluated(state)
-    with make_batches(held_out, settings, training=False, share=devices.share(mesh)) as batches:
-        placed = (devices.put_batch(batch, mesh) for batch in batches)
-        parts = (evaluate(state.policy, batch, state.reference) for batch in placed)
-        metrics = functools.reduce(operator.add, parts)
-    absent = [side for side in SIDES if not metrics.counts[f"logps/{side}"] > 0]
-    means = without_sides({n: float(value) for n, value in metrics.mean().items()}, absent)
-    return {f"eval/{name}": value for name, value in means.items()}
-
-
 def load_all(
     settings: Settings, prepared: Prepared, needs_reference: bool, mesh: Mesh | None
 ) -> tuple[PyTree, policies.Reference, PyTree, Dtypes, Callable[[PyTree], PyTree]]:
@@ -224,20 +207,21 @@ def carry_out(
     """Trains from the last complete checkpoint to the end, and writes the model."""
     settings = run.settings
     start = run.checkpoints.latest() or 0
+    place = Place(state, start, Best())
     facts = facts_of(prepared, run.batches.shapes(), inputs)
     if start:
         # `begin` replaces the facts of the earlier start, so the inputs are compared before.
         check_same(folder.inputs(), inputs, folder.path)
-        state = _restore(run, state, start)
+        place = restore(run, state, start)
         say(f"continued after step {start}")
     hosts.on_first(folder.begin, settings, facts, start)
     if not start:
-        probe(state, start, folder.before)
+        probe(place.state, start, folder.before)
     # All processes take every step, but only the first writes and shows something.
     is_writer = hosts.is_first()
     sinks = open_sinks(settings, folder, start) if is_writer else no_sinks()
     with hosts.stop_signals() as stop, sinks as (write, write_evaluation):
-        watch = _watch(run, state)
+        watch = _watch(run, place.state)
         with display(start, run.steps) if is_writer else no_display() as show:
 
             def write_and_show(step: int, numbers: Numbers) -> None:
@@ -245,47 +229,26 @@ def carry_out(
                 show(step, numbers)
                 watch.add(numbers)
 
-            state, step = loop(
-                run,
-                state,
-                start,
-                write=write_and_show,
-                write_evaluation=write_evaluation,
-                stop=stop,
+            def write_and_tell(step: int, name: str, numbers: Numbers) -> None:
+                write_evaluation(step, numbers)
+                say(evaluation_line(step, name, numbers))
+
+            place = loop(
+                run, place, write=write_and_show, write_evaluation=write_and_tell, stop=stop
             )
         watch.close()
-        run.checkpoints.close()
-        if step < run.steps:
-            say(f"stopped by {stop.signal} after step {step}; continue with --resume")
+        if not is_over(run, place.step, place.best):
+            run.checkpoints.close()
+            say(f"stopped by {stop.signal} after step {place.step}; continue with --resume")
             return
         # Signals are still caught: the first one from here on does not interrupt the writing.
-        _write_model(run, state, folder)
+        place = choose(run, place, folder)
+        run.checkpoints.close()
+        write_model(run, place.state, folder)
         say(f"done: {folder.model}")
-        probe(evaluated(state), step, folder.after)
+        probe(evaluated(place.state), place.step, folder.after)
         if settings.report and is_writer:
             try_report(folder)
-
-
-def _restore(run: Run, state: State, step: int) -> State:
-    """`state` with the arrays of the checkpoint of `step`; sets the position in the data."""
-    is_moving = run.settings.sync_reference_every > 0
-    like = to_save(state, run.trainable, moving_reference=is_moving)
-    saved, position = run.checkpoints.restore(step, like)
-    run.batches.set_state(position)
-    return restored(state, saved)
-
-
-def _write_model(run: Run, state: State, folder: Folder) -> None:
-    """Writes the model, and the adapters if they were trained."""
-    settings, state = run.settings, evaluated(state)
-    # Every process must gather, since that is an all-gather of shards; the first one writes.
-    if policies.has_adapters(settings):
-        adapters = sharding.gather(eqx.filter(state.policy, run.trainable))
-        hosts.on_first(models.save_lora, adapters, folder.adapter, base=settings.model)
-    trained = sharding.gather(run.finish(state.policy))
-    hosts.on_first(check_saved, trained, settings)
-    companions = {"tokenizer_from": _tokenizer(settings), "chat_template": run.chat_template}
-    hosts.on_first(models.save, trained, folder.model, **companions)
 
 
 def _watch(run: Run, state: State) -> UpdateWatch:
@@ -298,11 +261,6 @@ def _watch(run: Run, state: State) -> UpdateWatch:
     return UpdateWatch(
         float(run.rates.max()), " or ".join(sorted(kinds)), hosts.warn, narrow=bool(warning)
     )
-
-
-def _tokenizer(settings: Settings) -> str | None:
-    """The source of the tokenizer to save with the model; `None` for the model's own."""
-    return None if settings.tokenizer == "bytes" else settings.tokenizer
 
 
 def summary(run: Run, state: State, reference: str, dtypes: Dtypes) -> str:

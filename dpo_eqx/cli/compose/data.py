@@ -33,6 +33,7 @@ class Prepared:
     - `fingerprint`: the fingerprint of the files; `None` if the source has no files.
     - `mismatched`: whether batches of single completions have the mismatched ones of KTO.
     - `positions`: the largest number of tokens of a row; `None` if positions are not learned.
+    - `name`: the name of a held-out set, if it has one.
     - `told`: what the user is told; `records`: the records, unless it is a mixture.
     """
 
@@ -42,6 +43,7 @@ class Prepared:
     fingerprint: str | None
     positions: int | None = None
     mismatched: bool = True
+    name: str = ""
     told: str = ""
     records: data.Records | None = None
 

@@ -19,7 +19,7 @@ from ..settings.options import dtype_of
 from ..settings.settings import Settings
 from ..settings.shared_flags import language_model
 from .data import Prepared
-from .dtypes import keep_wide
+from .dtypes import keep_trained_wide, keep_wide
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +129,12 @@ def choose_reference(
     if has_adapters(settings):
         return Reference("the model without its adapters", view=models.without_lora)
     return Reference("the model as it is now", _with_wide_dtype(snapshot(policy), settings))
+
+
+def starting_policy(settings: Settings, mesh: Mesh | None, trainable: PyTree) -> PyTree:
+    """The policy before the first step, in the dtypes of training; it is loaded again."""
+    policy = keep_trained_wide(load_policy(settings, mesh), trainable, settings)
+    return policy if mesh is None else sharding.shard_policy(policy, mesh)
 
 
 def precompute(

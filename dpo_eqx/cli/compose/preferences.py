@@ -1,9 +1,10 @@
-"""The preferences of a run: those to train on, and those held out, of the kind that its loss takes.
+"""The preferences of a run: those to train on, and sets held out, of the kind that its loss takes.
 
 `data.py` reads one source. Everything here is checked before a model is loaded.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 from ...data._batches.mismatch import check_mismatchable
@@ -11,7 +12,7 @@ from ...data._records.records import Form
 from ...data._records.values import ticked
 from ...data._tokens.rows import PER_PAIR, Row, completions_of, lengths_of, start_of
 from ..settings.settings import Settings
-from ..settings.sources import sources_of
+from ..settings.sources import held_out_of, sources_of
 from .data import Prepared, learned_positions, mixed, prepare, vocab_size
 from .loss import (
     Loss,
@@ -24,7 +25,7 @@ from .loss import (
 
 
 def prepare_all(settings: Settings, loss: Loss) -> list[Prepared]:
-    """The training data and, if given, the held-out data.
+    """The training data, and each held-out set.
 
     **Raises:**
 
@@ -43,20 +44,30 @@ def prepare_all(settings: Settings, loss: Loss) -> list[Prepared]:
         return source
 
     training = [one(path, held_out=False) for path in paths]
-    eval_paths = [settings.eval_data] if settings.eval_data else []
-    eval_paths = eval_paths if settings.eval_fraction is None else paths
-    held_out = [one(path, held_out=True) for path in eval_paths]
-    _check_same_numbers([*training, *held_out], [*paths, *eval_paths])
+    # The paths of each held-out set, by its name.
+    sets = {held_out.name: [held_out.path] for held_out in held_out_of(settings.eval_data)}
+    sets = sets if settings.eval_fraction is None else {"": paths}
+    held_out = {name: [one(path, held_out=True) for path in sets[name]] for name in sets}
+    _check_same_numbers(
+        [*training, *itertools.chain(*held_out.values())],
+        [*paths, *itertools.chain(*sets.values())],
+    )
     prepared = [mixed(training, paths, [source.weight for source in sources], settings.seed)]
     # Held-out rows have no weights: the metrics are means over all of them.
-    prepared += [mixed(held_out, eval_paths, [None] * len(eval_paths), 0)] if held_out else []
+    for name, parts in held_out.items():
+        source = mixed(parts, sets[name], [None] * len(parts), 0)
+        prepared.append(dataclasses.replace(source, name=name, told=_told(name, source.told)))
     if prepared[0].form.unpaired:
         prepared = [
             dataclasses.replace(source, mismatched=needs_mismatched(loss)) for source in prepared
         ]
-        for source, names in zip(prepared, (paths, eval_paths), strict=False):
+        for source, names in zip(prepared, (paths, *sets.values()), strict=True):
             _check_mismatched(source, " and ".join(names))
     return prepared
+
+
+def _told(name: str, told: str) -> str:
+    return f"held-out set {name}: {told}" if name else told
 
 
 def _check_fits_loss(source: Prepared, path: str, settings: Settings, loss: Loss) -> None:

@@ -10,7 +10,8 @@ import numpy as np
 from jaxtyping import Float
 
 from ..._extras import require
-from .read import Columns, Record
+from ..settings.goal import prefix
+from .read import Columns, Record, held_out_sets
 
 # The palette of Okabe and Ito, which colour-blind readers can tell apart, too.
 BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY = COLOURS = (
@@ -22,6 +23,8 @@ BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY = COLOURS = (
     "#56B4E9",
 )
 DARK = "#222222"
+# The points of the evaluations on each held-out set.
+MARKERS = "osD^v"
 # More steps than this are drawn as means of neighbouring steps, in a band from least to greatest.
 MOST_POINTS, BUCKETS = 120, 60
 LOG_2 = float(np.log(2))
@@ -172,23 +175,25 @@ def _training(axes: Any, columns: Columns, series: Series) -> None:
 
 
 def _held_out(axes: Any, columns: Columns, series: Series, *, alone: bool) -> None:
-    """The evaluations as points: all of them are over the same pairs."""
-    name = f"eval/{series.metric}"
-    if name not in columns:
-        return
-    value = envelope(columns["step"], columns[name])
-    # Among several curves the open circles have the colour of their curve.
-    colour = VERMILION if alone else series.colour
-    axes.plot(
-        value.step,
-        value.mean,
-        "o:",
-        color=colour,
-        markerfacecolor="white",
-        markersize=5,
-        linewidth=1,
-        label="held out" if alone else None,
-    )
+    """The evaluations as points, of one kind for each held-out set."""
+    sets = held_out_sets(columns)
+    for number, held_out in enumerate(sets):
+        name = prefix(held_out) + series.metric
+        if name not in columns:
+            continue
+        value = envelope(columns["step"], columns[name])
+        # Among several curves the open points have the colour of their curve.
+        colour = COLOURS[(number + 1) % len(COLOURS)] if alone else series.colour
+        axes.plot(
+            value.step,
+            value.mean,
+            f"{MARKERS[number % len(MARKERS)]}:",
+            color=colour,
+            markerfacecolor="white",
+            markersize=5,
+            linewidth=1,
+            label=f"held out {held_out}".rstrip() if alone else None,
+        )
 
 
 def _line(axes: Any, height: float | int, label: str) -> None:

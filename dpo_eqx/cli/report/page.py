@@ -12,11 +12,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ...data._tokens.report import CUT, DROPPED, REASONS
+from ..run.best import Best, in_words, why_early
+from ..settings.goal import Goal, prefix
 from ..settings.settings import Settings
 from ..terminal.texts import for_screen
 from . import curves as curves
 from .panels import CURVES, cards, pair_panels
-from .read import Columns, Record
+from .read import Columns, Record, held_out_sets
 
 
 def page(records: Sequence[Record]) -> str:
@@ -36,6 +38,7 @@ def page(records: Sequence[Record]) -> str:
 
 def _sections(records: Sequence[Record]) -> Iterator[str]:
     yield _remarks(records)
+    yield _chosen(records)
     yield _numbers(records)
     lengths = [len(r.metrics.get("step", ())) for r in records]
     note = ""
@@ -46,7 +49,7 @@ def _sections(records: Sequence[Record]) -> Iterator[str]:
             "the band around it spans their least and greatest values. "
         )
     if any(record.evaluations for record in records):
-        note += "Open circles are the held-out pairs."
+        note += f"Open {_points(records)} are the held-out pairs."
     yield _section("Training", note, cards(CURVES, records))
     if panels := pair_panels(records):
         yield _section("Pairs", _about_pairs(records), cards(panels, records))
@@ -69,6 +72,28 @@ def _remarks(records: Sequence[Record]) -> str:
     return f'<ul class="remarks">{items}</ul>' if items else ""
 
 
+def _chosen(records: Sequence[Record]) -> str:
+    """Which evaluation gave the model of each run with `--keep-best`, and an early end."""
+    lines = []
+    for record in records:
+        best = record.facts.get("best")
+        if not best:
+            continue
+        goal = Goal(best["metric"], best["maximise"])
+        found = Best(*(best[field.name] for field in dataclasses.fields(Best)))
+        lines.append(f"{_of(record, records)}model/ is {in_words(found, goal)}.")
+        if best["stopped_early"]:
+            why = why_early(found, goal, best["last_step"])
+            lines.append(f"{_of(record, records)}The run {why}.")
+    return "".join(f"<p>{_text(line)}</p>" for line in lines)
+
+
+def _points(records: Sequence[Record]) -> str:
+    """The kinds of points that show evaluations."""
+    most = max(len(held_out_sets(record.evaluations)) for record in records)
+    return "circles" if most == 1 else "points"
+
+
 def _numbers(records: Sequence[Record]) -> str:
     """The first and the last numbers of each run, and of its held-out data if there is any."""
     names = {
@@ -80,11 +105,14 @@ def _numbers(records: Sequence[Record]) -> str:
     }
     columns = [["", *names.values()]]
     for record in records:
-        sources = {"training": ("", record.metrics), "held out": ("eval/", record.evaluations)}
-        for words, (prefix, lines) in sources.items():
+        sources = {"training": ("", record.metrics)}
+        for held_out in held_out_sets(record.evaluations):
+            words = f"held out {held_out}".rstrip()
+            sources[words] = (prefix(held_out), record.evaluations)
+        for words, (before, lines) in sources.items():
             for place in _first_and_last(lines):
                 step = f"{int(lines['step'][place]):,}"
-                found = [lines.get(prefix + name) for name in names]
+                found = [lines.get(before + name) for name in names]
                 cells = [number(math.nan if v is None else v[place]) for v in found]
                 columns.append([f"{_of(record, records)}{words}, step {step}", *cells])
     return _rows("numbers", list(zip(*columns, strict=True))) if len(columns) > 1 else ""
@@ -105,7 +133,7 @@ def _about_pairs(records: Sequence[Record]) -> str:
         count, kind = len(found["margin"]), found["data"]
         pairs = "1 pair" if count == 1 else f"{count} pairs"
         trained = ", on which the policy was trained: no held-out data was given"
-        end = "" if kind == "held-out" else trained
+        end = trained if kind == "training" else ""
         sentences.append(f"{_of(record, records)}{pairs} of the {kind} data{end}.")
     return " ".join(sentences)
 

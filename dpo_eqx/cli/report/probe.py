@@ -43,25 +43,27 @@ def make_probe(
     """A function of a state, its step and a path. It examines the state; process 0 writes the file.
 
     It does nothing without `--report`, and for a reward model, which writes no text. Pairs and
-    prompts come from the held-out data, or from the training data if none is held out. Several
+    prompts come from the first held-out set, or from the training data if none is held out. Several
     processes must all call it, and sample no answers.
 
     **Arguments:**
 
-    - `prepared`: the training data, and the held-out data if there is any.
+    - `prepared`: the training data, and the held-out sets if there are any.
     - `loss`: the loss; `options`: the options of `make_step` that `make_diagnose` also takes.
     - `mesh`: the mesh of the state.
     """
     if not settings.report or settings.reward_head:
         return lambda state, step, path: None
-    source = prepared[-1]
+    # The first held-out set is examined if there are several.
+    source = prepared[1] if prepared[1:] else prepared[0]
+    kind = f"held-out {source.name}".rstrip() if prepared[1:] else "training"
     rows = [source.rows[int(i)] for i in spread(len(source.rows), PAIRS)]
     tokenized = source.form.tokenized
     tokenizer = None if tokenized else tokenizer_of(settings)
     examine = None if source.form.unpaired else eqx.filter_jit(make_diagnose(loss, **options))
 
     def probe(state: State, step: int, path: Path) -> None:
-        record: dict[str, Any] = {"step": step, "data": "held-out" if prepared[1:] else "training"}
+        record: dict[str, Any] = {"step": step, "data": kind}
         if examine is not None:
             record |= _pairs(examine, state, rows, settings, mesh)
         record |= _samples(state, rows[:PROMPTS], tokenizer, settings, options["compute_dtype"])

@@ -97,6 +97,14 @@ def read_lines(path: Path, remarks: list[str]) -> Columns:
     return _columns(lines)
 
 
+def held_out_sets(evaluations: Columns) -> list[str]:
+    """The names of the held-out sets of a run; an empty name if it has one set without a name."""
+    if "eval/loss" in evaluations:
+        return [""]
+    parts = [name.split("/") for name in evaluations if name.startswith("eval/")]
+    return list(dict.fromkeys("/".join(part[1:-1]) for part in parts if part[-1] == "loss"))
+
+
 def _line(text: bytes) -> dict[str, Any] | None:
     with contextlib.suppress(ValueError, RecursionError):
         line = json.loads(text)
@@ -106,7 +114,11 @@ def _line(text: bytes) -> dict[str, Any] | None:
 
 
 def _columns(lines: list[dict[str, Any]]) -> Columns:
-    lines.sort(key=lambda line: line["step"])
+    # An evaluation has a line for each held-out set.
+    merged: dict[int, dict[str, Any]] = {}
+    for line in sorted(lines, key=lambda line: line["step"]):
+        merged.setdefault(line["step"], {}).update(line)
+    lines = list(merged.values())
     names = dict.fromkeys(name for line in lines for name in line)
     return {name: _numbers([line.get(name) for line in lines]) for name in names}
 

@@ -1,4 +1,4 @@
-"""Checkpoints of a run, written by Orbax: complete or absent, and only the last few are kept.
+"""Checkpoints of a run, written by Orbax: complete or absent, and only the last and best are kept.
 
 A checkpoint holds a flat dictionary of arrays by name, and a small dictionary as JSON.
 """
@@ -42,8 +42,14 @@ class Checkpoints:
         """The step of the last complete checkpoint; `None` if there is none."""
         return self._open().latest_step() if self._folder.exists() else None
 
-    def save(self, step: int, state: PyTree, position: dict[str, Any]) -> None:
+    def save(
+        self, step: int, state: PyTree, position: dict[str, Any], *, best: int | None = None
+    ) -> None:
         """Writes the arrays of `state`, and `position`, unless that checkpoint exists already.
+
+        **Arguments:**
+
+        - `best`: the step of a checkpoint to keep besides the latest ones; `None` if there is none.
 
         **Raises:**
 
@@ -59,6 +65,7 @@ class Checkpoints:
         with _silence():
             try:
                 self._open().save(step, args=items)
+                self._remove_old(best)
             except Exception as error:  # Orbax passes on every exception of its backends
                 reason = _shorten(str(error)) or type(error).__name__
                 self._manager = None  # it may list a checkpoint that was not written
@@ -70,6 +77,8 @@ class Checkpoints:
 
     def restore(self, step: int, like: Tree) -> tuple[Tree, dict[str, Any]]:
         """The arrays of a checkpoint in the structure of `like`, and the position in the data.
+
+        The arrays of `like` may be deleted.
 
         **Raises:**
 
@@ -98,10 +107,16 @@ class Checkpoints:
         if self._manager is not None:
             self._manager.close()
 
+    def _remove_old(self, best: int | None) -> None:
+        """Removes all checkpoints except the latest ones and that of the step `best`."""
+        steps = sorted(self._open().all_steps())
+        for step in steps[: -self._keep]:
+            if step != best:
+                self._open().delete(step)
+
     def _open(self) -> Any:
         if self._manager is None:
             options = self._orbax.CheckpointManagerOptions(
-                max_to_keep=self._keep,
                 # `save` then returns once the checkpoint is on disk, or raises the error itself.
                 enable_async_checkpointing=False,
                 # A run that was killed while it wrote leaves such directories.

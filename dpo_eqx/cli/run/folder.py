@@ -24,7 +24,7 @@ from ..settings.yaml_file import differences, read_settings, write_settings
 # A continued run may change these: they set its length and what it writes, not what it learns.
 FREE = (
     *("output", "steps", "epochs", "eval_every", "save_every", "keep", "log", "cache", "mesh"),
-    *("save_dtype", "report", "compilation_cache", "log_norms"),
+    *("save_dtype", "report", "compilation_cache", "log_norms", "eval_at_start", "early_stop"),
 )
 PACKAGES = ("dpo-eqx", "jax", "jaxlib", "equinox", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -77,6 +77,11 @@ class Folder:
         starts.append({"step": step, "time": datetime.datetime.now(datetime.UTC).isoformat()})
         write_settings(settings, self.config)
         replace_text(self.run, json.dumps({**facts, "starts": starts}, indent=1) + "\n")
+
+    def note(self, facts: Mapping[str, Any]) -> None:
+        """Adds facts to those of the run."""
+        known = json.loads(self.run.read_text())
+        replace_text(self.run, json.dumps({**known, **facts}, indent=1) + "\n")
 
     def _clear(self) -> None:
         """Removes the files of an earlier run that never reached a complete checkpoint."""

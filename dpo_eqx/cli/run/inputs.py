@@ -40,7 +40,8 @@ _WEIGHTS = (
 def digests_of(settings: Settings, prepared: Sequence[Prepared]) -> dict[str, str | None]:
     """A digest of each input of a run, by its name."""
     digests = {}
-    for flag, source in zip(("--data", "--eval-data"), prepared, strict=False):
+    for number, source in enumerate(prepared):
+        flag = f"--eval-data {source.name}".rstrip() if number else "--data"
         digests[flag] = source.fingerprint
         digests[_OF_TOKENS + flag] = digest_ids(source.rows)
     for flag in ("model", "reference", "lora"):
@@ -60,7 +61,7 @@ def check_same(
     for name, digest_now in now.items():
         if before.get(name) in (None, digest_now):
             continue
-        message = _FILES if name in _READ else _WEIGHTS
+        message = _FILES if name.startswith(_READ) else _WEIGHTS
         message = _TOKENS if name.startswith(_OF_TOKENS) else message
         raise ValueError(message.format(flag=f"`{name.removeprefix(_OF_TOKENS)}`", folder=folder))
 

@@ -5,8 +5,8 @@
 
 import dataclasses
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -15,15 +15,17 @@ from jax.sharding import Mesh
 from jaxtyping import Float, PyTree
 
 from ... import data
-from ..._training.reference import sync_reference
+from ..._training.reference import snapshot, sync_reference
 from ..._training.step import Step
+from ..settings.goal import Goal
 from ..settings.settings import Settings
+from .best import Best, updated
 from .checkpoints import Checkpoints
 from .devices import put_batch
 from .late_metrics import TOKENS, Lines, sides_of, tokens_of
 from .signals import Stop
-from .sinks import Sink
-from .state import State, evaluated, to_save
+from .sinks import Numbers, Sink
+from .state import State, evaluated, restored, to_save
 
 Advance = Callable[[State, Any, int], tuple[State, dict[str, Any]]]
 
@@ -35,13 +37,15 @@ class Run:
     - `settings`: the settings of the run.
     - `steps`: the number of the last step.
     - `advance`: a function that takes one step; see `make_advance`.
-    - `evaluate`: a function from a state to its metrics on the held-out data; `None` without
-        held-out data.
+    - `evaluate`: a function from a state to the name of each held-out set and the metrics on it;
+        `None` without held-out data.
     - `batches`: the batches to train on, at the first batch.
     - `checkpoints`: the checkpoints of the run.
     - `trainable`: the filter of the policy's trained parameters, which checkpoints hold.
     - `rates`: the learning rate of each step.
+    - `restart`: a function that returns the policy as it was before the first step.
     - `finish`: a function from the trained policy to the policy that is saved.
+    - `goal`: which evaluation is the best; `None` without `--keep-best`.
     - `chat_template`: the text of the chat template that is saved with it; `None` for the
         tokenizer's own.
     """
@@ -49,13 +53,23 @@ class Run:
     settings: Settings
     steps: int
     advance: Advance
-    evaluate: Callable[[State], dict[str, float]] | None
+    evaluate: Callable[[State], Iterable[tuple[str, Numbers]]] | None
     batches: data.Batches
     checkpoints: Checkpoints
     trainable: PyTree
     rates: Float[np.ndarray, " steps"]
+    restart: Callable[[], PyTree]
     finish: Callable[[PyTree], PyTree]
+    goal: Goal | None = None
     chat_template: str | None = None
+
+
+class Place(NamedTuple):
+    """Where a run is: its state, the number of steps that it has taken, and the best evaluation."""
+
+    state: State
+    step: int
+    best: Best
 
 
 def make_advance(step: Step, *, dropout: bool, mesh: Mesh | None = None) -> Advance:
@@ -78,9 +92,14 @@ def make_advance(step: Step, *, dropout: bool, mesh: Mesh | None = None) -> Adva
 
 
 def loop(
-    run: Run, state: State, start: int, *, write: Sink, write_evaluation: Sink, stop: Stop
-) -> tuple[State, int]:
-    """Takes the steps after `start`, up to the last step of the run or a signal to stop.
+    run: Run,
+    start: Place,
+    *,
+    write: Sink,
+    write_evaluation: Callable[[int, str, Numbers], None],
+    stop: Stop,
+) -> Place:
+    """Takes the steps after `start`, up to the end of the run or a signal to stop.
 
     The final state is saved in a checkpoint. A line of metrics is written before the checkpoint
     that holds its step.
@@ -88,27 +107,25 @@ def loop(
     **Arguments:**
 
     - `run`: the constants of the run.
-    - `state`: the state after step `start`.
-    - `start`: the number of steps that the state has taken.
+    - `start`: where the run begins.
     - `write`: a function of a step and its metrics.
-    - `write_evaluation`: a function of a step and its metrics on the held-out data.
+    - `write_evaluation`: a function of a step, the name of a held-out set, and the metrics on it.
     - `stop`: whether a signal asked to stop.
 
     **Returns:**
 
-    The state, and the number of its step.
+    Where the run ends.
     """
     settings = run.settings
     lines = Lines(write, run.rates)
-    step = start
+    state, step, best = start
 
-    def evaluate() -> None:
-        if run.evaluate is not None:
-            write_evaluation(step, run.evaluate(state))
+    def best_now() -> Best:
+        return evaluate(run, Place(state, step, best), write_evaluation)
 
-    if start == 0:
-        evaluate()
-    while step < run.steps and not stop.before(step + 1):
+    if step == 0 and settings.eval_at_start:
+        best = best_now()
+    while not is_over(run, step, best) and not stop.before(step + 1):
         step += 1
         began = time.perf_counter()
         batch = next(run.batches)
@@ -121,21 +138,77 @@ def loop(
         # `flush` raises if the step's metrics are not finite, so it precedes every checkpoint.
         if is_due(settings.eval_every, step) or step == run.steps:
             lines.flush()
-            evaluate()
-        if is_due(settings.save_every, step):
+            best = best_now()
+        # A continued run starts at the latest checkpoint, so that of the best is never after it.
+        if is_due(settings.save_every, step) or best.step == step:
             lines.flush()
-            save(run, state, step)
+            save(run, Place(state, step, best))
     lines.flush()
     if step:
-        save(run, state, step)
-    return state, step
+        save(run, Place(state, step, best))
+    return Place(state, step, best)
 
 
-def save(run: Run, state: State, step: int) -> None:
-    """Writes a checkpoint of the state after `step`, and of the position in the data."""
+def is_over(run: Run, step: int, best: Best) -> bool:
+    """Whether the run ends after `step`: at its last step, or by `--early-stop`."""
+    patience = run.settings.early_stop
+    return step >= run.steps or (patience is not None and best.since >= patience)
+
+
+def evaluate(run: Run, place: Place, write: Callable[[int, str, Numbers], None]) -> Best:
+    """Evaluates the state on each held-out set, and returns the best evaluation so far."""
+    numbers: dict[str, float] = {}
+    for name, metrics in () if run.evaluate is None else run.evaluate(place.state):
+        write(place.step, name, metrics)
+        numbers |= metrics
+    if run.evaluate is None or run.goal is None:
+        return place.best
+    return updated(place.best, run.goal, place.step, numbers)
+
+
+def save(run: Run, place: Place) -> None:
+    """Writes a checkpoint of the state, the position in the data, and the best evaluation."""
+    arrays = arrays_of(run, place.state)
+    position = run.batches.get_state()
+    if run.goal is not None:
+        position |= {"best": dataclasses.asdict(place.best)}
+    run.checkpoints.save(place.step, arrays, position, best=place.best.step)
+
+
+def restore(run: Run, state: State, step: int) -> Place:
+    """The place after `step`, from its checkpoint; sets the position in the data.
+
+    `state` gives the arrays that checkpoints do not hold.
+    """
+    saved, position = run.checkpoints.restore(step, arrays_of(run, state))
+    best = Best(**position.pop("best", {}))
+    run.batches.set_state(position)
+    return Place(restored(state, saved), step, best)
+
+
+def best_place(run: Run, place: Place) -> Place:
+    """The place after the best evaluation; `place` itself without one. It deletes other arrays.
+
+    The last state is in a checkpoint of its own, and two states may not fit into the memory.
+    """
+    state, step, best = place
+    if best.step is None or best.step == step:
+        return place
+    arrays = arrays_of(run, state)
+    for leaf in jax.tree.leaves([arrays[name] for name in ("policy", "optimizer", "reference")]):
+        leaf.delete()
+    if best.step:
+        saved, _ = run.checkpoints.restore(best.step, arrays)
+        return Place(restored(state, saved), best.step, best)
+    policy = run.restart()
+    reference = snapshot(policy) if arrays["reference"] else state.reference
+    return Place(State(policy, None, reference, state.key), 0, best)
+
+
+def arrays_of(run: Run, state: State) -> dict[str, PyTree]:
+    """The arrays of `state` that a checkpoint of the run holds."""
     is_moving = run.settings.sync_reference_every > 0
-    arrays = to_save(state, run.trainable, moving_reference=is_moving)
-    run.checkpoints.save(step, arrays, run.batches.get_state())
+    return to_save(state, run.trainable, moving_reference=is_moving)
 
 
 @eqx.filter_jit

@@ -9,10 +9,11 @@ import re
 from collections.abc import Iterator
 
 from ...sharding._mesh import parse_sizes
+from .goal import goal_of
 from .groups.optimizer import OPTIMIZERS, OptimizerFlags, schedule_of
 from .options import is_function
 from .settings import Settings
-from .sources import sources_of
+from .sources import held_out_of, sources_of
 
 # The loss of reward models. It takes rewards, and every other loss takes log-probabilities.
 REWARD_LOSS = "bradley_terry"
@@ -24,6 +25,7 @@ _POSITIVE_IF_GIVEN = (
     "max_length",
     "max_prompt_length",
     "max_completion_length",
+    "early_stop",
 )
 _NOT_NEGATIVE = (
     "warmup_steps",
@@ -42,12 +44,15 @@ def check(settings: Settings) -> None:
     """Raises `ValueError` with the fault and the remedy if `settings` are wrong."""
     _check_ranges(settings)
     sources_of(settings.data)
+    held_out_of(settings.eval_data)
     if settings.mesh is not None:
         parse_sizes(settings.mesh)
     if settings.lora_target is not None:
         _check_pattern(settings.lora_target)
     check_optimizer(settings.optimizer)
     _raise_first(_contradictions(settings))
+    _raise_first(_about_evaluations(settings))
+    goal_of(settings)
     _raise_first(_of_optimizer(settings))
 
 
@@ -132,7 +137,7 @@ def _contradictions(settings: Settings) -> Iterator[str]:
         ("lora", s.lora is not None, "lora_alpha", s.lora_alpha is not None),
         ("lora", s.lora is not None, "lora_rslora", s.lora_rslora),
         ("lora", s.lora is not None, "lora_target", s.lora_target is not None),
-        ("eval_fraction", s.eval_fraction is not None, "eval_data", s.eval_data is not None),
+        ("eval_fraction", s.eval_fraction is not None, "eval_data", bool(s.eval_data)),
         ("eval_fraction", s.eval_fraction is not None, "eval_split", s.eval_split is not None),
         ("lora_reference", s.lora_reference is not None, "reference", s.reference is not None),
         ("lora_reference", s.lora_reference is not None, "reference_free", s.reference_free),
@@ -149,8 +154,6 @@ def _contradictions(settings: Settings) -> Iterator[str]:
             f"models; got `--loss {' '.join(s.loss)}` with{'' if s.reward_head else 'out'} "
             "`--reward-head`."
         )
-    if s.eval_split is not None and s.eval_data is None:
-        yield "`--eval-split` is for held-out data, and this run has none; give `--eval-data` too."
     for name in ("lora_alpha", "lora_target", "lora_rslora"):
         if getattr(s, name) not in (None, False) and not lora:
             yield f"{flag(name)} is for adapters, and this run has none; give `--lora-rank` too."
@@ -165,11 +168,6 @@ def _contradictions(settings: Settings) -> Iterator[str]:
         yield (
             "`--quantize` is for a frozen model, so that only adapters are trained; give "
             "`--lora-rank` or `--lora` too."
-        )
-    if s.eval_every and s.eval_data is None and s.eval_fraction is None:
-        yield (
-            "`--eval-every` needs preferences to evaluate on; give `--eval-data` too, or "
-            "`--eval-fraction`."
         )
     if s.loss_weights and len(s.loss_weights) != len(s.loss):
         yield (
@@ -186,6 +184,31 @@ def _contradictions(settings: Settings) -> Iterator[str]:
             "`--microbatches` must divide `--batch-size`, the number of pairs in all microbatches; "
             f"got {s.microbatches} and {s.batch_size}."
         )
+
+
+def _about_evaluations(settings: Settings) -> Iterator[str]:
+    """An error message for each setting of evaluations that would have no effect."""
+    s = settings
+    if s.eval_split is not None and not s.eval_data:
+        yield "`--eval-split` is for held-out data, and this run has none; give `--eval-data` too."
+    needs_data = {
+        "--eval-every": s.eval_every > 0,
+        "--no-eval-at-start": not s.eval_at_start,
+        "--keep-best": s.keep_best is not None,
+    }
+    for name, is_given in needs_data.items():
+        if is_given and not s.eval_data and s.eval_fraction is None:
+            yield (
+                f"`{name}` needs preferences to evaluate on; give `--eval-data` too, or "
+                "`--eval-fraction`."
+            )
+    if s.early_stop is not None and s.keep_best is None:
+        yield (
+            "`--early-stop` needs a metric that must improve; give `--keep-best` too, such as "
+            "`--keep-best loss`."
+        )
+    if s.early_stop is not None and not s.eval_every:
+        yield "`--early-stop` needs evaluations during the run; give `--eval-every` too."
 
 
 def _of_optimizer(s: OptimizerFlags) -> Iterator[str]:

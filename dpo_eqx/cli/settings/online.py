@@ -73,10 +73,13 @@ class Online(Settings):
     report: bool = True
     """Keep some answers from the start and the end, and write `report.html`."""
 
-    eval_data: str | None = _unused()
+    eval_data: tuple[str, ...] = _unused(())
     eval_fraction: float | None = _unused()
     eval_split: str | None = _unused()
     eval_every: int = _unused(0)
+    eval_at_start: bool = _unused(True)
+    keep_best: str | None = _unused()
+    early_stop: int | None = _unused()
     score: Literal["completion", "assistant", "last"] = _unused("completion")
     pairs: Literal["best-worst", "all", "best-rest"] = _unused("best-worst")
     ties: Literal["drop", "half"] = _unused("drop")

@@ -34,24 +34,25 @@ def parse(
     config = _config_in(arguments, program)
     # The flags come last, since the later of two flags counts.
     from_file = [] if config is None else flags_of(read_settings(config, of))
-    words = [*from_file, *_with_one_data(arguments)]
+    words = [*from_file, *_joined("eval-data", _joined("data", arguments))]
     return of(**ungrouped(tyro.cli(grouped(of), args=words, prog=program)))
 
 
-def _with_one_data(arguments: Sequence[str]) -> list[str]:
-    """The arguments with the values of all `--data` behind one: of two flags, only one counts."""
+def _joined(name: str, arguments: Sequence[str]) -> list[str]:
+    """The arguments with the values of all flags `name` behind one: of two, only one counts."""
+    flag = f"--{name}"
     others, values, is_value = [], [], False
     for word in arguments:
         is_value = is_value and not word.startswith("-")
         if is_value:
             values.append(word)
-        elif word.startswith("--data="):
-            values.append(word.removeprefix("--data="))
-        elif word == "--data":
+        elif word.startswith(f"{flag}="):
+            values.append(word.removeprefix(f"{flag}="))
+        elif word in (flag, flag.replace("-", "_").replace("__", "--", 1)):
             is_value = True
         else:
             others.append(word)
-    return [*others, *_words("data", tuple(values))] if values else list(arguments)
+    return [*others, *_words(name, tuple(values))] if values else list(arguments)
 
 
 def flags_of(settings: Mapping[str, Any]) -> list[str]:

@@ -1,6 +1,6 @@
-"""The words of `--data`: a source, perhaps with its weight behind a colon.
+"""The words of `--data` and `--eval-data`: a source, with a weight behind it or a name before it.
 
-`data.mix` says what a weight means.
+`data.mix` says what a weight means; nothing here reads a source.
 """
 
 import math
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 _WEIGHTED = re.compile(r"(.+):([^:/\\]*)", re.DOTALL)
+_NAMED = re.compile(r"([\w.-]+)=(.*)", re.DOTALL)
 # What a colon may follow that is not a path: a drive, as in `C:data`, or a host, as in
 # `http://host:8080`.
 _NO_PATH = re.compile(r"[A-Za-z]|\w+://[^/]*")
@@ -20,6 +21,13 @@ class DataSource(NamedTuple):
 
     path: str
     weight: float | None
+
+
+class HeldOut(NamedTuple):
+    """A held-out set: its name, which is empty if the set is alone and has none, and its source."""
+
+    name: str
+    path: str
 
 
 def sources_of(texts: Sequence[str]) -> list[DataSource]:
@@ -49,6 +57,40 @@ def sources_of(texts: Sequence[str]) -> list[DataSource]:
             "divide the rest. Give each a weight, or smaller ones."
         )
     return sources
+
+
+def held_out_of(texts: Sequence[str]) -> list[HeldOut]:
+    """The held-out sets that `--eval-data` names, such as `a.jsonl`, or `good=a.jsonl bad=b.jsonl`.
+
+    **Raises:**
+
+    `ValueError` if one of several sets has no name, or if a name occurs twice.
+    """
+    sets = [_held_out_of(text) for text in texts]
+    names = [held_out.name for held_out in sets]
+    if len(sets) > 1 and "" in names:
+        path = sets[names.index("")].path
+        raise ValueError(
+            f"`--eval-data` must give each of several sets a name; {path} has none. Write "
+            f"NAME={path}, with letters, digits, `.`, `_` and `-` in the name."
+        )
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(
+            f"`--eval-data` must give each set its own name; `{twice[0]}` is there twice."
+        )
+    return sets
+
+
+def _held_out_of(text: str) -> HeldOut:
+    parts = _NAMED.fullmatch(text)
+    # A path that exists is never taken apart.
+    if parts is None or Path(text).exists():
+        return HeldOut("", text)
+    if not parts[2]:
+        raise ValueError(
+            f"`--eval-data` must have a path behind the name, as NAME=a.jsonl; got {text!r}."
+        )
+    return HeldOut(parts[1], parts[2])
 
 
 def _source_of(text: str) -> DataSource:

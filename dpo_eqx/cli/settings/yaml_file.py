@@ -124,7 +124,8 @@ def _convert(value: Any, kind: Any) -> Any:
         inner = next(option for option in options if option is not types.NoneType)
         return None if value is None else _convert(value, inner)
     if get_origin(kind) is tuple:
-        items = value if isinstance(value, list) else [value]
+        # A key without a value gives nothing, as for the other kinds of settings.
+        items = value if isinstance(value, list) else [] if value is None else [value]
         return tuple(_convert(item, options[0]) for item in items)
     if get_origin(kind) is Literal:
         if value not in options:

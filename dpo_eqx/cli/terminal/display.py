@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 
 from ..._extras import require
+from ..settings.goal import prefix
 
 Show = Callable[[int, Mapping[str, float]], None]
 
@@ -53,6 +54,12 @@ def display(start: int, steps: int, *, what: str = "step") -> Iterator[Show]:
 def no_display() -> Iterator[Show]:
     """Gives a function that shows nothing, for processes other than the first."""
     yield lambda step, numbers: None
+
+
+def evaluation_line(step: int, name: str, numbers: Mapping[str, float]) -> str:
+    """The line of an evaluation: the name of the held-out set, if it has one, and its numbers."""
+    own = {metric.removeprefix(prefix(name)): value for metric, value in numbers.items()}
+    return f"{f'eval {name}'.rstrip()}, step {step}: {summary(own)}"
 
 
 def summary(numbers: Mapping[str, float]) -> str:

@@ -13,9 +13,9 @@ class DataFlags(Reading):
     """Preferences: JSON Lines, JSON, CSV, TSV, Parquet or Arrow (plain or compressed), a folder, or
     a hub name. Several are a mixture, each with its share of the rows, if given, as
     `a.jsonl:0.3`."""
-    eval_data: str | None = None
+    eval_data: tuple[str, ...] = ()
     """Held-out preferences, evaluated before the first step, every `--eval-every` steps, and at
-    the end."""
+    the end. Several sets have names, as `helpful=a.jsonl harmless=b.jsonl`."""
     eval_fraction: float | None = None
     """The fraction of the prompts of `--data` to hold out, in place of `--eval-data`. A hash of the
     prompt chooses them, so that they are the same in every run."""

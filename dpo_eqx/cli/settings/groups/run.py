@@ -21,6 +21,14 @@ class RunFlags:
     written to `--output`."""
     eval_every: int = 0
     """Number of steps between evaluations; 0 evaluates only at the start and the end."""
+    eval_at_start: bool = True
+    """Evaluate before the first step, too."""
+    keep_best: str | None = None
+    """A metric of the evaluations, such as `loss`, or `helpful/loss` of the held-out set helpful.
+    `model/` is then the model of the best evaluation, whose checkpoint is kept, too. If the metric
+    is not the loss, a margin or an accuracy, `min:NAME` or `max:NAME` says what is best."""
+    early_stop: int | None = None
+    """Number of evaluations in a row without a better value of `--keep-best` that end the run."""
     save_every: int = 500
     """Number of steps between checkpoints; 0 writes one only at the end."""
     keep: int = 2
