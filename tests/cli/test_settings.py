@@ -176,6 +176,13 @@ def test_help(capsys):
         ({"early_stop": 2, "keep_best": "loss", "eval_data": ("e",)}, "give `--eval-every` too"),
         ({"early_stop": 0}, "`--early-stop` must be positive; got 0"),
         ({"keep_best": "grad", **EVALUATED}, "Give `--keep-best min:grad` or `max:grad`"),
+        ({"sample_prompts": "p.txt"}, "`--sample-prompts` needs .* give `--sample-every` too"),
+        ({"sample_every": -1}, "`--sample-every` must not be negative"),
+        ({"sample_tokens": 0}, "`--sample-tokens` must be positive"),
+        (
+            {"sample_every": 1, "reward_head": True, "loss": ("bradley_terry",)},
+            "`--reward-head` and `--sample-every` contradict each other",
+        ),
         ({"eval_data": ("a=b", "c")}, "`--eval-data` must give each of several sets a name"),
         ({"loss_weights": (1.0, 2.0)}, "must have one weight for each loss, 1; got 2"),
         ({"loss": ()}, "`--loss` must name at least one loss"),

@@ -50,12 +50,42 @@ def scalars(folder):
     return found
 
 
+SAMPLES = [
+    {"prompt": "Why <b>?\nSo?", "answer": "a | b", "reference": None},
+    {"prompt": "How?", "answer": "c", "reference": "d"},
+]
+
+
+def test_lines_of_samples_come_once(tmp_path):
+    folder = Folder(tmp_path)
+    given = settings(tmp_path)
+    for start, steps in ((0, (2, 4)), (3, (4, 6))):
+        with open_sinks(given, folder, start) as sinks:
+            for step in steps:
+                sinks.samples(step, SAMPLES)
+    lines = [json.loads(line) for line in folder.samples.read_text().splitlines()]
+    assert lines == [{"step": step, **sample} for step in (2, 4, 6) for sample in SAMPLES]
+
+
+def test_no_samples_no_file(tmp_path):
+    with open_sinks(settings(tmp_path), Folder(tmp_path), 0):
+        pass
+    assert not Folder(tmp_path).samples.exists()
+
+
 def test_tensorboard(tmp_path):
     folder = Folder(tmp_path)
-    with open_sinks(settings(tmp_path, log=("tensorboard",)), folder, 0) as (write, evaluation):
-        write(1, {"loss": 0.5})
-        evaluation(1, {"eval/loss": 0.25})
-    assert scalars(folder.tensorboard) == [(1, "loss", 0.5), (1, "eval/loss", 0.25)]
+    with open_sinks(settings(tmp_path, log=("tensorboard",)), folder, 0) as sinks:
+        sinks.training(1, {"loss": 0.5})
+        sinks.evaluation(1, {"eval/loss": 0.25})
+        sinks.samples(2, SAMPLES)
+    *numbers, (step, tag, _) = scalars(folder.tensorboard)
+    assert numbers == [(1, "loss", 0.5), (1, "eval/loss", 0.25)]
+    assert (step, tag) == (2, "samples/text_summary")
+    (file,) = folder.tensorboard.glob("events*")
+    table = "| prompt | answer | reference |\n| --- | --- | --- |\n"
+    table += "| Why &lt;b&gt;?<br>So? | a &#124; b |  |\n| How? | c | d |"
+    assert table.encode() in file.read_bytes()
     assert json.loads(folder.evaluations.read_text()) == {"step": 1, "eval/loss": 0.25}
 
 
@@ -75,19 +105,23 @@ def test_wandb(tmp_path, monkeypatch):
 
     wandb = types.ModuleType("wandb")
     monkeypatch.setattr(wandb, "init", init, raising=False)
+    monkeypatch.setattr(wandb, "Table", dict, raising=False)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     folder = Folder(tmp_path)
     given = settings(tmp_path, log=("wandb",), beta=0.2)
     folder.begin(given, {"data": {}}, 0)
     for start in (0, 1):
         folder.begin(given, {"data": {}}, start)
-        with open_sinks(given, folder, start) as (write, _):
-            write(start + 1, {"loss": 0.5})
+        with open_sinks(given, folder, start) as sinks:
+            sinks.training(start + 1, {"loss": 0.5})
+            sinks.samples(start + 1, SAMPLES)
     first, *rest = calls
     assert first["config"]["beta"] == "0.2"
     assert first["resume"] == "allow"
-    assert rest[:2] == [(1, {"loss": 0.5}), "finish"]
-    assert rest[2]["id"] == first["id"], "one run, whatever the number of its parts"
+    table = {"columns": ["step", "prompt", "answer", "reference"]}
+    table["data"] = [[1, "Why <b>?\nSo?", "a | b", None], [1, "How?", "c", "d"]]
+    assert rest[:3] == [(1, {"loss": 0.5}), (1, {"samples": table}), "finish"]
+    assert rest[3]["id"] == first["id"], "one run, whatever the number of its parts"
 
 
 def test_plain_lines(capsys):

@@ -100,6 +100,7 @@ def online(arguments: Sequence[str]) -> None:
         steps=steps,
         advance=one_round,
         evaluate=None,
+        sample=None,
         batches=batches,
         checkpoints=Checkpoints(folder.checkpoints, settings.keep),
         trainable=trainable,

@@ -31,6 +31,7 @@ from ..compose.dtypes import (
 from ..compose.loss import Loss, compose_loss, needs_reference
 from ..compose.optimizer import compose_optimizer, compose_schedule, learning_rates
 from ..compose.preferences import prepare_all
+from ..compose.sample_prompts import SamplePrompts, sample_prompts
 from ..compose.tokenizer import template_in_file
 from ..report.probe import Probe, make_probe
 from ..run import devices, hosts
@@ -45,13 +46,15 @@ from ..run.hosts import say
 from ..run.inputs import check_same, digests_of
 from ..run.loop import Place, Run, is_over, loop, make_advance, restore
 from ..run.out_of_memory import explained
-from ..run.sinks import Numbers, no_sinks, open_sinks
+from ..run.samples import make_samples
+from ..run.sinks import Numbers, Samples, no_sinks, open_sinks
 from ..run.state import State, evaluated
 from ..run.updates import UpdateWatch
 from ..settings.check import check, check_hosts
 from ..settings.settings import Settings
 from ..settings.words import in_flags
 from ..terminal.display import display, evaluation_line, no_display
+from ..terminal.samples import sampled
 from .report import try_report
 
 
@@ -71,7 +74,7 @@ def train(settings: Settings) -> None:
 def _train(settings: Settings) -> None:
     folder = Folder(settings.output)
     # Loading a model takes long. Errors in settings and data are found before, on every process.
-    loss, prepared, mesh = hosts.together(functools.partial(_prepare, settings, folder))
+    loss, prepared, prompts, mesh = hosts.together(functools.partial(_prepare, settings, folder))
     # Read now, since the file may be gone or changed when the model is written.
     template = template_in_file(settings.chat_template)
     hosts.compare(settings, {"jax": jax.__version__} | data_facts(prepared))
@@ -93,15 +96,9 @@ def _train(settings: Settings) -> None:
     # Evaluations and the report must compute what the step computes, so all of them share these.
     score = _score(settings, prepared[0])
     options = {"score": score, "compute_dtype": dtypes.compute, "reference_of": reference.view}
-    step = make_step(
-        loss,
-        optimizer,
-        trainable=trainable,
-        microbatches=settings.microbatches,
-        update_fraction=True,
-        group_of=parameter_group if settings.log_norms else None,
-        **options,
-    )
+    group_of = parameter_group if settings.log_norms else None
+    of_step = {"trainable": trainable, "microbatches": settings.microbatches, "group_of": group_of}
+    step = make_step(loss, optimizer, update_fraction=True, **of_step, **options)
     evaluation = eqx.filter_jit(make_eval(loss, **options)), prepared[1:], settings, mesh
     opt_state = optimizer.init(eqx.filter(policy, trainable))
     state = State(policy, opt_state, reference.policy, jax.random.key(settings.seed))
@@ -112,6 +109,7 @@ def _train(settings: Settings) -> None:
         steps=steps,
         advance=make_advance(step, dropout=policies.draws_numbers(settings), mesh=mesh),
         evaluate=make_evaluate(*evaluation),
+        sample=make_samples(settings, prompts, options),
         batches=batches,
         checkpoints=Checkpoints(folder.checkpoints, settings.keep),
         trainable=trainable,
@@ -150,12 +148,15 @@ def out_of_memory_explained(settings: Settings, state: State) -> AbstractContext
     return explained(parts, f"These flags need less: {', '.join(names)}.")
 
 
-def _prepare(settings: Settings, folder: Folder) -> tuple[Loss, list[Prepared], Mesh | None]:
-    """The loss, the data and the mesh, after all settings are checked."""
+def _prepare(
+    settings: Settings, folder: Folder
+) -> tuple[Loss, list[Prepared], SamplePrompts | None, Mesh | None]:
+    """The loss, the data, the prompts to answer and the mesh, after all settings are checked."""
     check(settings)
     folder.check(settings)
     loss = compose_loss(settings)
-    return loss, prepare_all(settings, loss), devices.mesh_of(settings)
+    prepared = prepare_all(settings, loss)
+    return loss, prepared, sample_prompts(settings, prepared), devices.mesh_of(settings)
 
 
 def _score(settings: Settings, prepared: Prepared) -> Score:
@@ -220,7 +221,7 @@ def carry_out(
     # All processes take every step, but only the first writes and shows something.
     is_writer = hosts.is_first()
     sinks = open_sinks(settings, folder, start) if is_writer else no_sinks()
-    with hosts.stop_signals() as stop, sinks as (write, write_evaluation):
+    with hosts.stop_signals() as stop, sinks as (write, write_evaluation, write_samples):
         watch = _watch(run, place.state)
         with display(start, run.steps) if is_writer else no_display() as show:
 
@@ -233,8 +234,17 @@ def carry_out(
                 write_evaluation(step, numbers)
                 say(evaluation_line(step, name, numbers))
 
+            def write_and_tell_samples(step: int, samples: Samples) -> None:
+                write_samples(step, samples)
+                say(sampled(step, samples))
+
             place = loop(
-                run, place, write=write_and_show, write_evaluation=write_and_tell, stop=stop
+                run,
+                place,
+                write=write_and_show,
+                write_evaluation=write_and_tell,
+                write_samples=write_and_tell_samples,
+                stop=stop,
             )
         watch.close()
         if not is_over(run, place.step, place.best):

@@ -11,6 +11,8 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from ...data._tokens.report import CUT, DROPPED, REASONS
 from ..run.best import Best, in_words, why_early
 from ..settings.goal import Goal, prefix
@@ -19,6 +21,9 @@ from ..terminal.texts import for_screen
 from . import curves as curves
 from .panels import CURVES, cards, pair_panels
 from .read import Columns, Record, held_out_sets
+
+# The steps whose answers are shown, evenly spaced.
+MOST_STEPS = 8
 
 
 def page(records: Sequence[Record]) -> str:
@@ -54,7 +59,9 @@ def _sections(records: Sequence[Record]) -> Iterator[str]:
     if panels := pair_panels(records):
         yield _section("Pairs", _about_pairs(records), cards(panels, records))
     for record in records:
-        yield _samples(record, f"Samples: {record.name}" if len(records) > 1 else "Samples")
+        of_run = f": {record.name}" if len(records) > 1 else ""
+        yield _samples(record, f"Samples{of_run}")
+        yield _samples_during(record, f"Answers during training{of_run}")
     yield _data(records)
     settings = [record.settings for record in records]
     changed, defaults = _split(settings)
@@ -147,18 +154,45 @@ def _samples(record: Record, title: str) -> str:
         return _section(title, "", f"<p>{_text(' '.join(reasons))}</p>") if reasons else ""
     answered = []
     for samples in zip(*drawn.values(), strict=False):
-        prompt = samples[0]["prompt"].strip("\n")
-        # The end of a prompt, since that is what the answer follows.
-        prompt = prompt if len(prompt) <= 400 else f"... {prompt[-400:]}"
-        answers = "".join(
-            f"<h4>{name}</h4><pre>{_screen(sample['text'])}{' ...' * (not sample['ended'])}</pre>"
-            for name, sample in zip(drawn, samples, strict=True)
-        )
-        answered.append(
-            f'<div class="sample"><h4>prompt</h4><pre>{_screen(prompt)}</pre>{answers}</div>'
-        )
+        answers = {name: (s["text"], s["ended"]) for name, s in zip(drawn, samples, strict=True)}
+        answered.append(_answered(samples[0]["prompt"], answers))
     note = "Sampled at temperature 1 with the same random numbers; ... marks an answer cut off."
     return _section(title, note, f'<div class="cards">{"".join(answered)}</div>')
+
+
+def _samples_during(record: Record, title: str) -> str:
+    """The answers to each prompt of `--sample-every`, at some of the steps, and the reference's."""
+    if not record.samples:
+        return ""
+    places = np.linspace(0, len(record.samples) - 1, min(MOST_STEPS, len(record.samples)))
+    steps = [record.samples[int(place)] for place in places]
+    answered = []
+    # Another `--sample-prompts` of a continued run may have fewer prompts.
+    for number, last in enumerate(steps[-1]):
+        answers = {}
+        if last.get("reference") is not None:
+            answers["reference"] = last["reference"], last.get("reference_ended") is not False
+        for lines in steps:
+            if number < len(lines) and lines[number]["prompt"] == last["prompt"]:
+                line = lines[number]
+                answers[f"step {line['step']:,}"] = line["answer"], line.get("ended") is not False
+        answered.append(_answered(last["prompt"], answers))
+    note = "All use the same random numbers; ... marks an answer cut off."
+    if len(steps) < len(record.samples):
+        note += f" {len(steps)} of {len(record.samples)} steps are shown; samples.jsonl has all."
+    return _section(title, note, f'<div class="cards">{"".join(answered)}</div>')
+
+
+def _answered(prompt: str, answers: Mapping[str, tuple[str, bool]]) -> str:
+    """A prompt with answers by their title, each with whether it ended by itself."""
+    prompt = prompt.strip("\n")
+    # The end of a prompt, since that is what the answer follows.
+    prompt = prompt if len(prompt) <= 400 else f"... {prompt[-400:]}"
+    parts = "".join(
+        f"<h4>{name}</h4><pre>{_screen(text)}{' ...' * (not is_ended)}</pre>"
+        for name, (text, is_ended) in answers.items()
+    )
+    return f'<div class="sample"><h4>prompt</h4><pre>{_screen(prompt)}</pre>{parts}</div>'
 
 
 def _screen(text: str) -> str:

@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ class Record:
         `step`; empty if there are no lines.
     - `before`, `after`: the output of `report_probe` at the start and at the end.
     - `remarks`: sentences about missing or broken files.
+    - `samples`: the answers during the run, a list for each step at which they were drawn.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Record:
     before: Mapping[str, Any] | None
     after: Mapping[str, Any] | None
     remarks: list[str]
+    samples: Sequence[Sequence[Mapping[str, Any]]] = ()
 
 
 def read_record(path: Path) -> Record:
@@ -70,6 +72,7 @@ def read_record(path: Path) -> Record:
         before=_json(folder.before, remarks),
         after=_json(folder.after, remarks),
         remarks=remarks,
+        samples=read_samples(folder.samples, remarks),
     )
     if not folder.model.exists():
         last = int(metrics["step"][-1]) if metrics else 0
@@ -84,17 +87,30 @@ def read_lines(path: Path, remarks: list[str]) -> Columns:
 
     A broken line is left out, with a remark. A killed run leaves a broken last line.
     """
+    return _columns(_lines(path, remarks))
+
+
+def read_samples(path: Path, remarks: list[str]) -> list[list[Mapping[str, Any]]]:
+    """The lines of `samples.jsonl`, those of a step together. Broken lines are left out."""
+    steps: dict[int, list[Mapping[str, Any]]] = {}
+    for line in _lines(path, remarks):
+        if isinstance(line.get("prompt"), str) and isinstance(line.get("answer"), str):
+            steps.setdefault(line["step"], []).append(line)
+    return [steps[step] for step in sorted(steps)]
+
+
+def _lines(path: Path, remarks: list[str]) -> list[dict[str, Any]]:
+    """The lines of a file that can be read; a remark reports the other lines."""
     if not path.exists():
-        return {}
-    texts = path.read_bytes().splitlines()
-    parsed = [_line(text) for text in texts]
+        return []
+    parsed = [_line(text) for text in path.read_bytes().splitlines()]
     lines = [line for line in parsed if line is not None]
     broken = len(parsed) - len(lines)
     if broken:
         is_last = broken == 1 and parsed[-1] is None
         which = "The last line" if is_last else f"{broken} of {len(parsed)} lines"
         remarks.append(f"{which} of {path.name} cannot be read and is left out.")
-    return _columns(lines)
+    return lines
 
 
 def held_out_sets(evaluations: Columns) -> list[str]:

@@ -25,6 +25,7 @@ from ..settings.yaml_file import differences, read_settings, write_settings
 FREE = (
     *("output", "steps", "epochs", "eval_every", "save_every", "keep", "log", "cache", "mesh"),
     *("save_dtype", "report", "compilation_cache", "log_norms", "eval_at_start", "early_stop"),
+    *("sample_every", "sample_prompts", "sample_tokens"),
 )
 PACKAGES = ("dpo-eqx", "jax", "jaxlib", "equinox", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -43,6 +44,7 @@ class Folder:
         self.run = path / "run.json"
         self.metrics = path / "metrics.jsonl"
         self.evaluations = path / "eval.jsonl"
+        self.samples = path / "samples.jsonl"
         self.checkpoints = path / "checkpoints"
         self.tensorboard = path / "tensorboard"
         self.model = path / "model"
@@ -85,7 +87,8 @@ class Folder:
 
     def _clear(self) -> None:
         """Removes the files of an earlier run that never reached a complete checkpoint."""
-        for path in (self.run, self.metrics, self.evaluations, self.before, self.after):
+        lines = (self.metrics, self.evaluations, self.samples)
+        for path in (self.run, *lines, self.before, self.after):
             path.unlink(missing_ok=True)
         shutil.rmtree(self.tensorboard, ignore_errors=True)
 

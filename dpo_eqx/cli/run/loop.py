@@ -24,7 +24,7 @@ from .checkpoints import Checkpoints
 from .devices import put_batch
 from .late_metrics import TOKENS, Lines, sides_of, tokens_of
 from .signals import Stop
-from .sinks import Numbers, Sink
+from .sinks import Numbers, Samples, SampleSink, Sink
 from .state import State, evaluated, restored, to_save
 
 Advance = Callable[[State, Any, int], tuple[State, dict[str, Any]]]
@@ -39,6 +39,8 @@ class Run:
     - `advance`: a function that takes one step; see `make_advance`.
     - `evaluate`: a function from a state to the name of each held-out set and the metrics on it;
         `None` without held-out data.
+    - `sample`: a function from a state to answers to some prompts; `None` without
+        `--sample-every`.
     - `batches`: the batches to train on, at the first batch.
     - `checkpoints`: the checkpoints of the run.
     - `trainable`: the filter of the policy's trained parameters, which checkpoints hold.
@@ -54,6 +56,7 @@ class Run:
     steps: int
     advance: Advance
     evaluate: Callable[[State], Iterable[tuple[str, Numbers]]] | None
+    sample: Callable[[State], Samples] | None
     batches: data.Batches
     checkpoints: Checkpoints
     trainable: PyTree
@@ -97,6 +100,7 @@ def loop(
     *,
     write: Sink,
     write_evaluation: Callable[[int, str, Numbers], None],
+    write_samples: SampleSink,
     stop: Stop,
 ) -> Place:
     """Takes the steps after `start`, up to the end of the run or a signal to stop.
@@ -108,7 +112,7 @@ def loop(
 
     - `run`: the constants of the run.
     - `start`: where the run begins.
-    - `write`: a function of a step and its metrics.
+    - `write`, `write_samples`: functions of a step and its metrics, or its answers to prompts.
     - `write_evaluation`: a function of a step, the name of a held-out set, and the metrics on it.
     - `stop`: whether a signal asked to stop.
 
@@ -139,6 +143,9 @@ def loop(
         if is_due(settings.eval_every, step) or step == run.steps:
             lines.flush()
             best = best_now()
+        if run.sample is not None and is_due(settings.sample_every, step):
+            lines.flush()
+            write_samples(step, run.sample(evaluated(state)))
         # A continued run starts at the latest checkpoint, so that of the best is never after it.
         if is_due(settings.save_every, step) or best.step == step:
             lines.flush()

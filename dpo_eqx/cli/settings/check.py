@@ -26,6 +26,7 @@ _POSITIVE_IF_GIVEN = (
     "max_prompt_length",
     "max_completion_length",
     "early_stop",
+    "sample_tokens",
 )
 _NOT_NEGATIVE = (
     "warmup_steps",
@@ -36,6 +37,7 @@ _NOT_NEGATIVE = (
     "lora_rank",
     "sync_reference_every",
     "eval_every",
+    "sample_every",
     "save_every",
 )
 
@@ -52,6 +54,10 @@ def check(settings: Settings) -> None:
     check_optimizer(settings.optimizer)
     _raise_first(_contradictions(settings))
     _raise_first(_about_evaluations(settings))
+    if settings.sample_prompts is not None and not settings.sample_every:
+        raise ValueError(
+            "`--sample-prompts` needs a number of steps between answers; give `--sample-every` too."
+        )
     goal_of(settings)
     _raise_first(_of_optimizer(settings))
 
@@ -144,6 +150,7 @@ def _contradictions(settings: Settings) -> Iterator[str]:
         ("reward_head", s.reward_head, "reference_free", s.reference_free),
         ("reward_head", s.reward_head, "lora_rank", lora),
         ("reward_head", s.reward_head, "lora", s.lora is not None),
+        ("reward_head", s.reward_head, "sample_every", s.sample_every > 0),
     ]
     for one, has_one, other, has_other in exclusive:
         if has_one and has_other:

@@ -33,6 +33,14 @@ class RunFlags:
     """Number of steps between checkpoints; 0 writes one only at the end."""
     keep: int = 2
     """Number of checkpoints to keep."""
+    sample_every: int = 0
+    """Number of steps between answers of the policy and of the reference to some prompts, which are
+    shown and go to `samples.jsonl`; 0 draws none."""
+    sample_prompts: str | None = None
+    """Prompts to answer: a `.txt` with one on each line, records with `prompt`, or preferences
+    (default: the first four prompts of the held-out data, or of `--data`)."""
+    sample_tokens: int = 64
+    """Largest number of tokens in such an answer."""
     log: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Further places to log metrics to; `metrics.jsonl` is always written."""
     log_norms: bool = False
