@@ -7,11 +7,13 @@ import jax
 import numpy as np
 import pytest
 
+from dpo_eqx import models
+
 from .runs import lines_of, same_weights
-from .small import small
+from .small import MODEL, small
 from .test_adapters import QUICK
 
-KINDS = {"lora_rslora": True, "lora_dropout": 0.5}
+KINDS = {"lora_rslora": True, "lora_dropout": 0.5, "lora_dora": True}
 GIVEN = {**QUICK, "lora_rank": 4, "lora_alpha": 2.0, "steps": 4, "save_every": 2}
 
 
@@ -41,11 +43,22 @@ def test_kinds_are_in_the_file_and_the_first_loss_is_log_2(whole):
     config = json.loads((whole / "adapter" / "adapter_config.json").read_text())
     assert config["use_rslora"]
     assert config["lora_dropout"] == 0.5
+    assert config["use_dora"]
     assert config["r"] == 4
     assert config["lora_alpha"] == 2
     # Queries, keys and values of rank 4 are one adapter of rank 12, with the same scale.
     assert abs(config["alpha_pattern"]["c_attn"] - 2 * 3**0.5) < 1e-9
     assert abs(lines_of(whole)[0]["loss"] - np.log(2)) < 1e-6
+
+
+def test_the_adapter_and_the_model_are_the_same_policy(whole):
+    policy = models.load_lora(models.load(MODEL), whole / "adapter")
+    model = models.load(whole / "model")
+    for layer in ("query", "value"):
+        ours = getattr(models.merge_lora(policy).layers.attention, layer).weight
+        assert np.abs(ours - getattr(model.layers.attention, layer).weight).max() < 1e-6
+    change = policy.layers.attention.query.magnitude.change
+    assert np.abs(change).max() > 1e-4
 
 
 def test_a_resumed_run_has_the_same_bits(whole, tmp_path):
@@ -68,7 +81,9 @@ def test_each_kind_learns_something_else(kind, plain, tmp_path):
     [
         ({"lora_rslora": True}, "`--lora-rslora` is for adapters, .* give `--lora-rank` too"),
         ({"lora_dropout": 0.1}, "`--lora-dropout` is for adapters, .* `--lora-rank` or `--lora`"),
+        ({"lora_dora": True}, "`--lora-dora` is for adapters, .* give `--lora-rank` too"),
         ({"lora": "x", "lora_rslora": True}, "`--lora` and `--lora-rslora` contradict"),
+        ({"lora": "x", "lora_dora": True}, "`--lora` and `--lora-dora` contradict"),
         ({"lora_rank": 2, "lora_dropout": 1.0}, r"`--lora-dropout` must be in \[0, 1\); got 1.0"),
     ],
 )

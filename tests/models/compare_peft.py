@@ -42,6 +42,21 @@ CASES = {
     "qwen3": ("qwen3", {"r": 2, "target_modules": "all-linear", "exclude_modules": ["k_proj"]}),
     "gpt2": ("gpt2", {"r": 3, "target_modules": ["c_attn", "attn.c_proj", "c_fc"]}),
     "phi": ("phi", {"r": 2, "lora_dropout": 0.1, "target_modules": ["dense", "fc1", "lm_head"]}),
+    "dora": (
+        "qwen2-tied",
+        {
+            "r": 4,
+            "lora_alpha": 4,
+            "use_dora": True,
+            "use_rslora": True,
+            "target_modules": ["q_proj", "down_proj"],
+            "layers_to_transform": [1],
+        },
+    ),
+    "dora-fused": (
+        "gpt2",
+        {"r": 2, "use_dora": True, "target_modules": ["c_attn", "c_fc"], "lora_dropout": 0.1},
+    ),
     "gemma2": ("gemma2", {"r": 2, "init_lora_weights": "gaussian", "target_modules": ["o_proj"]}),
 }
 LENGTH = 12
@@ -61,7 +76,9 @@ def make(folder: Path) -> None:
         config = peft.LoraConfig(task_type="CAUSAL_LM", **settings)
         model = peft.get_peft_model(_base(base), config)
         for key, parameter in model.named_parameters():
-            if "lora_" in key:
+            if "lora_magnitude_vector" in key:
+                parameter.data *= 0.5 + torch.rand_like(parameter)
+            elif "lora_" in key:
                 torch.nn.init.normal_(parameter, std=0.2)
         model.peft_config["default"].base_model_name_or_path = base
         model.save_pretrained(folder / name)
@@ -82,7 +99,9 @@ def ours(folder: Path) -> None:
         without = np.asarray(plain(ids_of(base)))
         print(f"{name}: the adapter moves logits by {np.abs(want - without).max():.2f}")
         worst = max(worst, _report(name, np.asarray(loaded(ids_of(base))), want))
-        fresh = models.add_lora(plain, rank=3, alpha=4.5, key=jax.random.key(0))
+        fresh = models.add_lora(
+            plain, rank=3, alpha=4.5, dora="dora" in name, key=jax.random.key(0)
+        )
         fresh = _shaken(fresh, models.lora_filter(fresh))
         for kind, policy in (("again", loaded), ("fresh", fresh)):
             path = folder / "back" / f"{name}-{kind}"
@@ -123,6 +142,7 @@ def _check_the_same_tensors(model, path: Path) -> None:
 
     names = set(safetensors.numpy.load_file(path / "adapter_model.safetensors"))
     known = {key.replace(".default.", ".") for key, _ in model.named_parameters() if "lora_" in key}
+    known = {key.replace("magnitude_vector.weight", "magnitude_vector") for key in known}
     assert names == known, names ^ known
 
 

@@ -20,7 +20,7 @@ PEFT = FOLDER / "peft"
 # Written by PEFT 0.21, see `compare_peft.py`.
 BASES = {path.name: json.loads((path / ADAPTER_CONFIG).read_text()) for path in PEFT.iterdir()}
 BASES = {name: values["base_model_name_or_path"] for name, values in BASES.items()}
-SLOW = [name for name in BASES if name not in ("gpt2", "qwen2")]
+SLOW = [name for name in BASES if name not in ("dora-fused", "gpt2", "qwen2")]
 
 
 def families(names=BASES):

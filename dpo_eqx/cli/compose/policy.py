@@ -15,6 +15,7 @@ from jaxtyping import DTypeLike, PyTree
 
 from ... import data, models, sharding
 from ..._training.reference import snapshot
+from ...models._adapters.lora import adapters
 from ..settings.options import dtype_of
 from ..settings.settings import Settings
 from ..settings.shared_flags import language_model
@@ -68,6 +69,7 @@ def with_new_adapters(policy: models.Transformer, settings: Settings) -> models.
         target=settings.lora_target,
         rank_stabilised=settings.lora_rslora,
         dropout=settings.lora_dropout,
+        dora=settings.lora_dora,
         key=jax.random.key(settings.seed),
     )
 
@@ -80,6 +82,16 @@ def trainable_of(policy: PyTree, settings: Settings) -> PyTree:
 def has_adapters(settings: Settings) -> bool:
     """Whether adapters are trained, rather than the model."""
     return settings.lora_rank > 0 or settings.lora is not None
+
+
+def adapters_alone(policy: PyTree, trainable: PyTree) -> PyTree:
+    """The part of a policy with adapters that `models.save_lora` needs.
+
+    PEFT stores the lengths of all rows of a layer of its checkpoints. With DoRA, some of them may
+    depend on the base.
+    """
+    has_lengths = any(lora.magnitude is not None for lora in adapters(policy).values())
+    return policy if has_lengths else eqx.filter(policy, trainable)
 
 
 def draws_numbers(settings: Settings) -> bool:

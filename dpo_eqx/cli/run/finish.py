@@ -5,8 +5,6 @@
 
 import dataclasses
 
-import equinox as eqx
-
 from ... import models, sharding
 from ..compose import policy as policies
 from ..compose.dtypes import check_saved
@@ -38,7 +36,7 @@ def write_model(run: Run, state: State, folder: Folder) -> None:
     settings, state = run.settings, evaluated(state)
     # Every process must gather, since that is an all-gather of shards; the first one writes.
     if policies.has_adapters(settings):
-        adapters = sharding.gather(eqx.filter(state.policy, run.trainable))
+        adapters = sharding.gather(policies.adapters_alone(state.policy, run.trainable))
         hosts.on_first(models.save_lora, adapters, folder.adapter, base=settings.model)
     trained = sharding.gather(run.finish(state.policy))
     hosts.on_first(check_saved, trained, settings)

@@ -142,6 +142,7 @@ def _contradictions(settings: Settings) -> Iterator[str]:
         ("lora", s.lora is not None, "lora_rank", lora),
         ("lora", s.lora is not None, "lora_alpha", s.lora_alpha is not None),
         ("lora", s.lora is not None, "lora_rslora", s.lora_rslora),
+        ("lora", s.lora is not None, "lora_dora", s.lora_dora),
         ("lora", s.lora is not None, "lora_target", s.lora_target is not None),
         ("eval_fraction", s.eval_fraction is not None, "eval_data", bool(s.eval_data)),
         ("eval_fraction", s.eval_fraction is not None, "eval_split", s.eval_split is not None),
@@ -161,7 +162,7 @@ def _contradictions(settings: Settings) -> Iterator[str]:
             f"models; got `--loss {' '.join(s.loss)}` with{'' if s.reward_head else 'out'} "
             "`--reward-head`."
         )
-    for name in ("lora_alpha", "lora_target", "lora_rslora"):
+    for name in ("lora_alpha", "lora_target", "lora_rslora", "lora_dora"):
         if getattr(s, name) not in (None, False) and not lora:
             yield f"{flag(name)} is for adapters, and this run has none; give `--lora-rank` too."
     if s.lora_dropout and not lora and s.lora is None:

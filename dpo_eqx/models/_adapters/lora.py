@@ -5,21 +5,20 @@
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, PRNGKeyArray, PyTree
+from jaxtyping import PRNGKeyArray, PyTree
 
-from ..._jax.dtypes import at_least_float32
 from ..._jax.paths import leaf_name
 from .._decoder.random_parts import with_keys
-from .linear_layers import is_plain_linear, linear_paths, replace_at, unembedding_of
+from .first_values import first_magnitude, first_matrices, lora_scale
+from .linear_layers import linear_paths, replace_at, unembedding_of
 from .lora_layer import LoRA
-from .quantize import Quantized, dequantize, is_quantized
+from .quantize import dequantize, is_linear
 
 Policy = TypeVar("Policy")
 
@@ -32,6 +31,7 @@ def add_lora(
     target: str | None = None,
     rank_stabilised: bool = False,
     dropout: float = 0.0,
+    dora: bool = False,
     key: PRNGKeyArray,
 ) -> Policy:
     r"""Adds low-rank adapters to linear layers of any Equinox module.
@@ -61,6 +61,9 @@ def add_lora(
     - `dropout`: the probability of dropout of the adapters' inputs. It applies only in training,
         that is with a key. A `Transformer` gives each adapter a key if it is called with one;
         another module does so with `keyed_lora`.
+    - `dora`: whether the length of each row of the weights is trained, too, apart from its
+        direction (weight-decomposed adapters, `use_dora` in PEFT). It costs the time and memory
+        to compute these lengths in every pass.
     - `key`: the random key of the initial $A$.
 
     **Raises:**
@@ -76,7 +79,9 @@ def add_lora(
 
         Hu et al., *LoRA: Low-Rank Adaptation of Large Language Models*, 2021 (arXiv 2106.09685).
         Rank-stabilised: Kalajdzievski, *A Rank Stabilization Scaling Factor for Fine-Tuning with
-        LoRA*, 2023, theorem 3.2 (arXiv 2312.03732).
+        LoRA*, 2023, theorem 3.2 (arXiv 2312.03732). `dora`: Liu et al., *DoRA: Weight-Decomposed
+        Low-Rank Adaptation*, 2024, equation 5 and section 4.3 (arXiv 2402.09353). Differs: what is
+        trained is the change of a length, so weight decay pulls it to its start and not to zero.
     """
     _check_positive(rank=rank, alpha=alpha)
     check_dropout(dropout)
@@ -88,16 +93,18 @@ def add_lora(
     keys = iter(jax.random.split(key, len(paths)))
 
     def adapted(_: str, layer: Any) -> LoRA:
-        down, up = _start(layer, rank, next(keys))
-        scale = lora_scale(alpha, rank, rank_stabilised=rank_stabilised)
-        return LoRA(layer, down, up, scale, dropout, rank_stabilised=rank_stabilised)
+        down, up = first_matrices(layer, rank, next(keys))
+        return LoRA(
+            layer,
+            down,
+            up,
+            lora_scale(alpha, rank, rank_stabilised=rank_stabilised),
+            dropout,
+            rank_stabilised=rank_stabilised,
+            magnitude=first_magnitude(layer) if dora else None,
+        )
 
     return replace_at(policy, paths, is_linear, adapted)
-
-
-def lora_scale(alpha: float | int, rank: int, *, rank_stabilised: bool) -> float:
-    """The factor of an adapter's term."""
-    return alpha / (math.sqrt(rank) if rank_stabilised else rank)
 
 
 def lora_filter(policy: PyTree) -> PyTree:
@@ -114,7 +121,7 @@ def lora_filter(policy: PyTree) -> PyTree:
         nothing = jax.tree.map(lambda _: False, node)
         if not isinstance(node, LoRA):
             return nothing
-        return eqx.tree_at(lambda lora: (lora.down, lora.up), nothing, (True, True))
+        return nothing.with_trained(tuple(True for _ in nothing.trained))
 
     return jax.tree.map(select, policy, is_leaf=_is_lora)
 
@@ -164,7 +171,7 @@ def pin_lora(policy: Policy) -> Policy:
 
     def pin(lora: LoRA) -> LoRA:
         # Copies, since a buffer that is shared cannot be donated.
-        pinned = jnp.array(lora.down, copy=True), jnp.array(lora.up, copy=True)
+        pinned = tuple(jnp.array(x, copy=True) for x in lora.trained)
         return dataclasses.replace(lora, pinned=pinned)
 
     return _replace(policy, pin)
@@ -186,8 +193,7 @@ def pinned_lora(policy: Policy) -> Policy:
     def as_pinned(lora: LoRA) -> LoRA:
         if lora.pinned is None:
             raise ValueError("`policy` has adapters that are not pinned; pin them with `pin_lora`.")
-        down, up = lora.pinned
-        return dataclasses.replace(lora, down=down, up=up, pinned=None)
+        return dataclasses.replace(lora.with_trained(lora.pinned), pinned=None)
 
     return _replace(policy, as_pinned)
 
@@ -231,17 +237,6 @@ def check_no_adapters(policy: PyTree) -> None:
         raise ValueError("`policy` has adapters already; merge them first, with `merge_lora`.")
 
 
-def is_linear(node: Any) -> bool:
-    """Whether `node` is a linear layer that can have an adapter, quantised or not."""
-    return is_plain_linear(node) or is_quantized(node)
-
-
-def weight_shape(layer: Any) -> jax.ShapeDtypeStruct:
-    """The shape and dtype of a linear layer's weight, without decoding it."""
-    stored = layer.stored if isinstance(layer, Quantized) else layer.weight
-    return jax.ShapeDtypeStruct(stored.shape, stored.dtype)
-
-
 def _is_lora(node: Any) -> bool:
     return isinstance(node, LoRA)
 
@@ -250,16 +245,6 @@ def _replace(policy: Policy, function: Callable[[LoRA], Any]) -> Policy:
     return jax.tree.map(
         lambda node: function(node) if isinstance(node, LoRA) else node, policy, is_leaf=_is_lora
     )
-
-
-def _start(layer: Any, rank: int, key: PRNGKeyArray) -> tuple[Array, Array]:
-    """The $A$ and $B$ of a new adapter."""
-    weight = weight_shape(layer)
-    *lead, out, width = weight.shape
-    dtype = at_least_float32(weight.dtype)
-    bound = 1 / math.sqrt(width)
-    down = jax.random.uniform(key, (*lead, rank, width), dtype, -bound, bound)
-    return down, jnp.zeros((*lead, out, rank), dtype)
 
 
 def check_dropout(dropout: float) -> None:

@@ -121,6 +121,17 @@ def is_quantized(node: Any) -> bool:
     return isinstance(node, Quantized)
 
 
+def is_linear(node: Any) -> bool:
+    """Whether `node` is a linear layer that can have an adapter, quantised or not."""
+    return is_plain_linear(node) or is_quantized(node)
+
+
+def weight_shape(layer: Any) -> jax.ShapeDtypeStruct:
+    """The shape and dtype of a linear layer's weight, without decoding it."""
+    stored = layer.stored if isinstance(layer, Quantized) else layer.weight
+    return jax.ShapeDtypeStruct(stored.shape, stored.dtype)
+
+
 def holds_quantized(policy: PyTree) -> bool:
     """Whether any layer of the policy is quantised."""
     return any(map(is_quantized, jax.tree.leaves(policy, is_leaf=is_quantized)))

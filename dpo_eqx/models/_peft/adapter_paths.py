@@ -12,16 +12,19 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from ..._jax.paths import leaf_name
+from .._adapters.first_values import first_magnitude
 from .._adapters.linear_layers import Policy, replace_at
-from .._adapters.lora import adapters, is_linear, weight_shape
+from .._adapters.lora import adapters
 from .._adapters.lora_layer import LoRA
+from .._adapters.magnitude import Magnitude
+from .._adapters.quantize import is_linear, weight_shape
 from .._checkpoint.checks import shorten
 from .._checkpoint.config_values import FLAG, OBJECT, POSITIVE, RATE, SIZE, check_kinds
 from .._checkpoint.folder import ADAPTER_CONFIG, DTYPES, Weights
 
 _FORMAT, _VERSION = "dpo_eqx", 1
-_KINDS = {"rank": SIZE, "scale": POSITIVE, "dropout": RATE, "rank_stabilised": FLAG}
-_DEFAULTS = {"dropout": 0.0, "rank_stabilised": False}
+_DEFAULTS = {"dropout": 0.0, "rank_stabilised": False, "dora": False}
+_KINDS = {"rank": SIZE, "scale": POSITIVE, "dropout": RATE, "rank_stabilised": FLAG, "dora": FLAG}
 
 
 def is_by_path(values: Mapping[str, Any]) -> bool:
@@ -37,6 +40,8 @@ def write_by_path(
     for path, lora in found.items():
         tensors[_name(path, "down")] = np.ascontiguousarray(lora.down)
         tensors[_name(path, "up")] = np.ascontiguousarray(lora.up)
+        if lora.magnitude is not None:
+            tensors[_name(path, "magnitude")] = np.ascontiguousarray(lora.magnitude.change)
     config = {
         "format": _FORMAT,
         "version": _VERSION,
@@ -67,6 +72,13 @@ def read_by_path(
     nodes = _nodes(policy, is_node)
     _check(settings, nodes, weights)
 
+    def magnitude(path: str, node: Any) -> Magnitude:
+        # The lengths at first are the base's, so only their changes are in the file.
+        first = node.magnitude if isinstance(node, LoRA) else None
+        first = first_magnitude(node) if first is None else first
+        change = _array(weights.read(_name(path, "magnitude")))
+        return Magnitude(change.astype(first.change.dtype), first.start)
+
     def place(path: str, node: Any) -> LoRA:
         base, pinned = (node.base, node.pinned) if _is_lora(node) else (node, None)
         down, up = (_array(weights.read(_name(path, part))) for part in ("down", "up"))
@@ -79,6 +91,7 @@ def read_by_path(
             own["dropout"] if dropout is None else dropout,
             pinned,
             own["rank_stabilised"],
+            magnitude(path, node) if own["dora"] else None,
         )
 
     return replace_at(policy, set(settings), is_node, place)
@@ -86,7 +99,11 @@ def read_by_path(
 
 def _setting(lora: LoRA) -> dict[str, Any]:
     """What the folder says about one adapter, as far as it is not the default."""
-    given = {name: getattr(lora, name) for name in _DEFAULTS}
+    given = {
+        "dropout": lora.dropout,
+        "rank_stabilised": lora.rank_stabilised,
+        "dora": lora.magnitude is not None,
+    }
     return {"rank": lora.down.shape[-2], "scale": lora.scale} | {
         name: value for name, value in given.items() if value != _DEFAULTS[name]
     }
@@ -123,9 +140,13 @@ def _check(
                 f"rank {rank} and scale {scale} at {path!r}, but `policy` has rank and scale "
                 f"{node.down.shape[-2]} and {node.scale}"
             )
+        if _is_lora(node) and (node.magnitude is not None) != settings[path]["dora"]:
+            problems.append(f"magnitudes (DoRA) at {path!r} in either the file or `policy` alone")
         *lead, out, width = weight_shape(node.base if _is_lora(node) else node).shape
         expected[_name(path, "down")] = (*lead, rank, width)
         expected[_name(path, "up")] = (*lead, out, rank)
+        if settings[path]["dora"]:
+            expected[_name(path, "magnitude")] = (*lead, out)
     problems += [
         f"no tensors for the adapter that `policy` has at {path!r}"
         for path in nodes.keys() - settings.keys()

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float
 
 from ..._jax.paths import leaf_name
-from .._adapters.lora import is_linear, weight_shape
+from .._adapters.quantize import is_linear, weight_shape
 from .._checkpoint.families import FAMILIES
 from .._checkpoint.tensor_names import parts_of, rows_of_parts
 from .._decoder.blocks import layers_at
@@ -39,8 +39,8 @@ class Site:
     - `module`: its name, with `{}` for the number of the layer.
     - `layers`: the numbers of the layers that have it.
     - `stacked`: whether our parameters have a leading axis of layers.
-    - `parts`: the paths of our layers, each one a part of its outputs; `None` for a part without an
-        adapter.
+    - `paths`: the paths of our layers, each one a part of its outputs.
+    - `parts`: the same, with `None` for a part without an adapter.
     - `rows`: the outputs that belong to each part.
     - `transposed`: whether its weight is stored as `(in, out)`.
     """
@@ -48,6 +48,7 @@ class Site:
     module: str
     layers: tuple[int, ...]
     stacked: bool
+    paths: tuple[str, ...]
     parts: tuple[str | None, ...]
     rows: tuple[np.ndarray, ...]
     transposed: bool
@@ -154,6 +155,7 @@ def _site(
         module=module,
         layers=layers_at(paths[0], policy.config) if stacked else (0,),
         stacked=stacked,
+        paths=tuple(paths),
         parts=tuple(path if path in found else None for path in paths),
         rows=tuple(rows_of_parts(sizes, source.block_count(policy.config))),
         transposed=source.transposed,

@@ -24,6 +24,11 @@ def tensor_name(module: str, letter: str) -> str:
     return f"{_PREFIX}{module}.lora_{letter}.weight"
 
 
+def magnitude_name(module: str) -> str:
+    """The name of a module's magnitudes (DoRA) in an adapter's file."""
+    return f"{_PREFIX}{module}.lora_magnitude_vector"
+
+
 def check_sites(config: PeftConfig, known: list[Site], sites: list[Site]) -> None:
     """Raises if no layer has an adapter, or if rank or scale differ within a stack of layers."""
     if not sites:
@@ -58,6 +63,8 @@ def check_tensors(
             rank = config.rank_of(name)
             expected[tensor_name(name, "A")] = rank, width
             expected[tensor_name(name, "B")] = site.outputs, rank
+            if config.dora:
+                expected[magnitude_name(name)] = (site.outputs,)
     stored = weights.shapes
     problems = [f"missing: {n}, of shape {expected[n]}" for n in expected.keys() - stored.keys()]
     problems += [

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from .._adapters.lora import lora_scale
+from .._adapters.first_values import lora_scale
 from .._checkpoint.config_values import RATE, check_kinds
 from .._checkpoint.folder import ADAPTER_CONFIG
 
@@ -46,6 +46,7 @@ _READ = frozenset(
         "r",
         "rank_pattern",
         "target_modules",
+        "use_dora",
         "use_rslora",
     ]
 )
@@ -62,6 +63,7 @@ class PeftConfig:
     - `rank`, `alpha`: the defaults of modules that no pattern matches.
     - `rank_stabilised`: whether the scale is `alpha / sqrt(rank)` rather than `alpha / rank`.
     - `dropout`: the probability of dropout of the adapters' inputs in training.
+    - `dora`: whether there are magnitudes.
     - `targets`: the ends of names of modules, or a regular expression for whole names.
     - `excluded`: modules without an adapter, in the same form.
     - `layers`: the numbers of the layers with adapters; `None` for all.
@@ -74,6 +76,7 @@ class PeftConfig:
     targets: tuple[str, ...] | str
     rank_stabilised: bool = False
     dropout: float = 0.0
+    dora: bool = False
     excluded: tuple[str, ...] | str = ()
     layers: tuple[int, ...] | None = None
     layer_names: tuple[str, ...] = ()
@@ -138,6 +141,7 @@ def read_peft(values: Mapping[str, Any]) -> PeftConfig:
         targets=_names(targets),
         rank_stabilised=bool(values.get("use_rslora")),
         dropout=dropout,
+        dora=bool(values.get("use_dora")),
         excluded=_names(values.get("exclude_modules") or ()),
         layers=(layers,) if isinstance(layers, int) else tuple(layers or ()) or None,
         layer_names=_listed(values.get("layers_pattern") or ()),
@@ -152,6 +156,7 @@ def write_peft(
     *,
     rank_stabilised: bool,
     dropout: float,
+    dora: bool,
     transposed: bool,
     base: str | None,
 ) -> dict[str, Any]:
@@ -178,7 +183,7 @@ def write_peft(
         "init_lora_weights": True,
         "modules_to_save": None,
         "use_rslora": rank_stabilised,
-        "use_dora": False,
+        "use_dora": dora,
     }
 
 

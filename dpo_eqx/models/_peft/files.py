@@ -20,15 +20,17 @@ from jaxtyping import PyTree
 from ..._extras import require
 from ..._jax.dtypes import at_least_float32
 from .._adapters.linear_layers import Policy, replace_at, unembedding_of
-from .._adapters.lora import adapters, check_dropout, check_no_adapters, is_linear, weight_shape
+from .._adapters.lora import adapters, check_dropout, check_no_adapters
 from .._adapters.lora_layer import LoRA
+from .._adapters.quantize import is_linear, weight_shape
 from .._checkpoint.families import FAMILIES
 from .._checkpoint.folder import ADAPTER, ADAPTER_CONFIG, Weights, read_json, resolve
 from .._decoder.transformer import Transformer
 from .adapter_paths import is_by_path, read_by_path, write_by_path
 from .checkpoint_layers import Pair, Site, join, linear_shapes, short_names, sites_of, split
-from .checks import check_sites, check_tensors, tensor_name
+from .checks import check_sites, check_tensors, magnitude_name, tensor_name
 from .config import PeftConfig, read_peft, write_peft
+from .magnitudes import Lengths, read_lengths, with_lengths, write_lengths
 
 
 def load_lora(
@@ -98,18 +100,24 @@ def _load_peft(policy: Transformer, folder: Path, config: PeftConfig) -> Transfo
     check_sites(config, sites_of(policy, shapes), sites)
     check_tensors(weights, config, sites, shapes, policy)
     pairs: dict[str, Pair] = {}
+    lengths: dict[str, Lengths] = {}
     for site in sites:
         pairs |= split(site, _read(weights, config, site))
+        if config.dora:
+            lengths |= read_lengths(weights, config, site)
     unembedding = unembedding_of(policy)
 
-    def adapted(path: str, layer: Any) -> LoRA:
+    def adapted(path: str, layer: Any) -> Any:
+        lora = _lora(layer, path, pairs[path]) if path in pairs else None
+        if path in lengths:
+            lora = with_lengths(layer, lora, lengths[path])
+        if not isinstance(lora, LoRA):
+            return layer
         # The unembedding is used as a matrix, so it has no input to drop from.
         dropout = 0.0 if path == unembedding else config.dropout
-        return dataclasses.replace(
-            _lora(layer, path, pairs[path]), dropout=dropout, rank_stabilised=config.rank_stabilised
-        )
+        return dataclasses.replace(lora, dropout=dropout, rank_stabilised=config.rank_stabilised)
 
-    return replace_at(policy, set(pairs), is_linear, adapted)
+    return replace_at(policy, {*pairs, *lengths}, is_linear, adapted)
 
 
 def save_lora(policy: PyTree, path: str | os.PathLike[str], *, base: str | None = None) -> None:
@@ -158,8 +166,10 @@ def _in_peft(
     ranks: dict[str, int] = {}
     scales: dict[str, float] = {}
     sites = sites_of(policy, pairs)
+    dora = any(lora.magnitude is not None for lora in found.values())
     for site in sites:
         pair = join(site, pairs)
+        lengths = write_lengths(policy, found, site) if dora else None
         live = [bool(down.any() or up.any()) for down, up in zip(*pair[:2], strict=True)]
         # Adapters of zeros stand for layers that had none, unless all are zero.
         all_layers = all(live) or not any(live)
@@ -167,6 +177,8 @@ def _in_peft(
             if all_layers or live[layer]:
                 tensors[tensor_name(name, "A")] = np.ascontiguousarray(pair.down[layer])
                 tensors[tensor_name(name, "B")] = np.ascontiguousarray(pair.up[layer])
+                if lengths is not None:
+                    tensors[magnitude_name(name)] = np.ascontiguousarray(lengths[layer])
                 name = short_names(policy)[site.module] if all_layers else name
                 ranks[name], scales[name] = pair.down.shape[1], pair.scale
     transposed = any(site.transposed for site in sites)
@@ -177,6 +189,7 @@ def _in_peft(
         # either form. An adapter of the unembedding has no dropout beside others with dropout.
         rank_stabilised=all(lora.rank_stabilised for lora in found.values()),
         dropout=max(lora.dropout for lora in found.values()),
+        dora=dora,
         transposed=transposed,
         base=base,
     )

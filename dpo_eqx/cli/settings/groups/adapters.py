@@ -17,6 +17,8 @@ class AdapterFlags:
     lora_dropout: float = 0.0
     """Probability of dropout of the adapters' inputs in training. It needs no `--dropout`, which is
     for the model's own."""
+    lora_dora: bool = False
+    """Train the lengths of the rows of adapted weights apart from their directions (DoRA)."""
     lora_target: str | None = None
     """A regular expression for the layers that get adapters, such as `attention` (default: all
     linear layers but the unembedding)."""
