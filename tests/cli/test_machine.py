@@ -8,9 +8,11 @@ import pytest
 
 from dpo_eqx.cli import main
 from dpo_eqx.cli._main import COMMANDS
+from dpo_eqx.cli.run import loop
 from dpo_eqx.cli.run.compilation_cache import use_compilation_cache
 
-from .small import small
+from .runs import lines_of, same_weights
+from .small import small, write_data
 
 
 @pytest.fixture
@@ -67,6 +69,42 @@ def test_a_device_without_memory_names_what_it_holds_and_what_helps(tmp_path, mo
     assert "the largest array is" in error
     assert "`--microbatches`" in error
     assert "`--remat`" not in error
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "schedule_free_adamw"])
+def test_what_waits_in_host_memory_gives_the_same_run(optimizer, tmp_path):
+    """Evaluations, checkpoints, the averages of a schedule-free optimiser and the model, too."""
+    options = {"eval_data": str(write_data(tmp_path / "held.jsonl", seed=1)), "eval_every": 3}
+    options |= {"optimizer": optimizer, "schedule": "constant", "report": True}
+    assert small(tmp_path, **options) == 0
+    both = {"reference_offload": True, "optimizer_offload": True, "output": tmp_path / "b"}
+    assert small(tmp_path, **both, **options, steps=4) == 0
+    assert small(tmp_path, **both, **options, resume=True) == 0
+    assert same_weights(tmp_path / "run", tmp_path / "b")
+    plain, other = (lines_of(tmp_path / name, "eval.jsonl") for name in ("run", "b"))
+    assert plain == [line for line in other if line["step"] != 4]
+
+
+def test_a_step_leaves_in_host_memory_what_was_there(tmp_path, monkeypatch):
+    kinds, make = [], loop.make_advance
+
+    def watched(*given, **options):
+        advance = make(*given, **options)
+
+        def watching(state, *rest):
+            state, metrics = advance(state, *rest)
+            parts = state.policy, state.opt_state, state.reference
+            kinds.append([{x.sharding.memory_kind for x in arrays(part)} for part in parts])
+            return state, metrics
+
+        return watching
+
+    def arrays(tree):
+        return [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
+
+    monkeypatch.setattr("dpo_eqx.cli.commands.train.make_advance", watched)
+    assert small(tmp_path, steps=2, reference_offload=True, optimizer_offload=True) == 0
+    assert kinds == [[{"device"}, {"pinned_host"}, {"pinned_host"}]] * 2
 
 
 def test_other_errors_of_the_device_stay(monkeypatch):

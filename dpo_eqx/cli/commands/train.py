@@ -48,7 +48,7 @@ from ..run.loop import Place, Run, is_over, loop, make_advance, restore
 from ..run.out_of_memory import explained
 from ..run.samples import make_samples
 from ..run.sinks import Numbers, Samples, no_sinks, open_sinks
-from ..run.state import State, evaluated
+from ..run.state import State, evaluated, offloaded
 from ..run.updates import UpdateWatch
 from ..settings.check import check, check_hosts
 from ..settings.settings import Settings
@@ -104,10 +104,14 @@ def _train(settings: Settings) -> None:
     state = State(policy, opt_state, reference.policy, jax.random.key(settings.seed))
     # Placed like restored arrays, so that a resumed run executes the same program, bit for bit.
     state = devices.put(state, mesh)
+    offload = {"reference": settings.reference_offload, "optimizer": settings.optimizer_offload}
+    state = offloaded(state, **offload)
     run = Run(
         settings=settings,
         steps=steps,
-        advance=make_advance(step, dropout=policies.draws_numbers(settings), mesh=mesh),
+        advance=make_advance(
+            step, dropout=policies.draws_numbers(settings), mesh=mesh, offload=offload
+        ),
         evaluate=make_evaluate(*evaluation),
         sample=make_samples(settings, prompts, options),
         batches=batches,
@@ -140,6 +144,8 @@ def out_of_memory_explained(settings: Settings, state: State) -> AbstractContext
         "--remat": not settings.remat,
         "--max-length": True,
         "--precompute-reference": state.reference is not None,
+        "--reference-offload": state.reference is not None and not settings.reference_offload,
+        "--optimizer-offload": not settings.optimizer_offload,
         "--lora-rank": is_whole,
         "--quantize": not is_whole and settings.quantize is None,
         "--mesh fsdp=N": jax.device_count() > 1,
@@ -217,7 +223,7 @@ def carry_out(
         say(f"continued after step {start}")
     hosts.on_first(folder.begin, settings, facts, start)
     if not start:
-        probe(place.state, start, folder.before)
+        probe(evaluated(place.state), start, folder.before)
     # All processes take every step, but only the first writes and shows something.
     is_writer = hosts.is_first()
     sinks = open_sinks(settings, folder, start) if is_writer else no_sinks()

@@ -24,8 +24,9 @@ from ..settings.yaml_file import differences, read_settings, write_settings
 # A continued run may change these: they set its length and what it writes, not what it learns.
 FREE = (
     *("output", "steps", "epochs", "eval_every", "save_every", "keep", "log", "cache", "mesh"),
-    *("save_dtype", "report", "compilation_cache", "log_norms", "eval_at_start", "early_stop"),
-    *("sample_every", "sample_prompts", "sample_tokens"),
+    *("save_dtype", "report", "compilation_cache", "reference_offload", "optimizer_offload"),
+    *("log_norms", "eval_at_start", "early_stop", "sample_every", "sample_prompts"),
+    "sample_tokens",
 )
 PACKAGES = ("dpo-eqx", "jax", "jaxlib", "equinox", "optax", "orbax-checkpoint", "grain", "numpy")
 

@@ -5,7 +5,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -23,6 +23,7 @@ from .best import Best, updated
 from .checkpoints import Checkpoints
 from .devices import put_batch
 from .late_metrics import TOKENS, Lines, sides_of, tokens_of
+from .offload import fetched, returned
 from .signals import Stop
 from .sinks import Numbers, Samples, SampleSink, Sink
 from .state import State, evaluated, restored, to_save
@@ -75,15 +76,36 @@ class Place(NamedTuple):
     best: Best
 
 
-def make_advance(step: Step, *, dropout: bool, mesh: Mesh | None = None) -> Advance:
-    """A jitted step on a `State` and on this process's part of a batch; the state is donated."""
+def make_advance(
+    step: Step,
+    *,
+    dropout: bool,
+    mesh: Mesh | None = None,
+    offload: Mapping[str, bool] | None = None,
+) -> Advance:
+    """A jitted step on a `State` and on this process's part of a batch; the state is donated.
+
+    **Arguments:**
+
+    - `step`: from `make_step`.
+    - `dropout`: whether the step draws random numbers.
+    - `mesh`: the mesh of the run, if any.
+    - `offload`: what `offloaded` has put into the memory of the host. The step fetches it, and
+        returns the optimiser's state to that memory.
+    """
+    fetch_reference, fetch_optimizer = (
+        bool((offload or {}).get(name)) for name in ("reference", "optimizer")
+    )
 
     # Policy and optimiser are updated in place. The batch, reference and key are used again.
     @eqx.filter_jit(donate="all-except-first")
     def train(frozen, policy, opt_state):
         batch, reference, key, number = frozen
         key = jax.random.fold_in(key, number) if dropout else None
+        reference = fetched(reference) if fetch_reference else reference
+        opt_state = fetched(opt_state) if fetch_optimizer else opt_state
         policy, opt_state, metrics = step(policy, opt_state, batch, reference, key=key)
+        opt_state = returned(opt_state) if fetch_optimizer else opt_state
         return policy, opt_state, {**metrics, TOKENS: tokens_of(batch), **sides_of(batch)}
 
     def advance(state: State, batch: Any, number: int) -> tuple[State, dict[str, Any]]:

@@ -10,6 +10,7 @@ import optax.tree_utils
 from jaxtyping import PRNGKeyArray, PyTree
 
 from ..._jax.dtypes import in_dtypes_of, in_float32_at_least
+from .offload import in_host_memory, on_devices
 
 
 class State(eqx.Module):
@@ -29,12 +30,24 @@ class State(eqx.Module):
     key: PRNGKeyArray
 
 
+def offloaded(state: State, *, reference: bool, optimizer: bool) -> State:
+    """The state with its reference, its optimiser's state or both in the memory of the host."""
+    held, opt_state = state.reference, state.opt_state
+    return State(
+        state.policy,
+        in_host_memory(opt_state, "--optimizer-offload") if optimizer else opt_state,
+        in_host_memory(held, "--reference-offload") if reference else held,
+        state.key,
+    )
+
+
 def evaluated(state: State) -> State:
-    """The state with the policy that is evaluated, saved and shown.
+    """The state with the policy that is evaluated, saved and shown, and all of it on the devices.
 
     It is the policy itself, except for a schedule-free optimiser: that takes its gradients at other
     parameters than those that it has averaged, and these are the better ones.
     """
+    state = on_devices(state)
     schedule_free = optax.tree_utils.tree_get(state.opt_state, "ScheduleFreeState")
     if schedule_free is None:
         return state

@@ -137,6 +137,8 @@ def _contradictions(settings: Settings) -> Iterator[str]:
         ("reference_free", s.reference_free, "precompute_reference", s.precompute_reference),
         ("reference_free", s.reference_free, "sync_reference_every", moves),
         ("precompute_reference", s.precompute_reference, "sync_reference_every", moves),
+        ("reference_offload", s.reference_offload, "sync_reference_every", moves),
+        ("reference_offload", s.reference_offload, "precompute_reference", s.precompute_reference),
         ("lora_rank", lora, "sync_reference_every", moves),
         ("lora", s.lora is not None, "sync_reference_every", moves),
         ("lora", s.lora is not None, "lora_rank", lora),

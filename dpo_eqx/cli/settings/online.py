@@ -94,6 +94,8 @@ class Online(Settings):
     strict: bool = _unused(False)
     precompute_reference: bool = _unused(False)
     dry_run: bool = _unused(False)
+    reference_offload: bool = _unused(False)
+    optimizer_offload: bool = _unused(False)
     cache: Path | None = dataclasses.field(init=False, default=None)
     mesh: str | None = _unused()
     coordinator: str | None = _unused()

@@ -33,6 +33,11 @@ class MemoryFlags(CompilationFlags):
     """Recompute each layer in the backward pass, which saves memory."""
     fused: bool = True
     """Use cuDNN's attention kernel in half precision on a GPU that has it."""
+    reference_offload: bool = False
+    """Keep the reference in the memory of the host. Each step copies it to the device, and the
+    backward pass has its room."""
+    optimizer_offload: bool = False
+    """Keep the optimiser's state in the memory of the host between updates."""
     precompute_reference: bool = False
     """Compute the reference's log-probabilities once, before training, and cache them on disk."""
     buckets: int = 4
