@@ -3,7 +3,11 @@
 from . import losses as losses
 from ._arrays.batches import PreferenceBatch as PreferenceBatch, UnpairedBatch as UnpairedBatch
 from ._arrays.layout import AbstractLayout as AbstractLayout, Layout as Layout
-from ._arrays.log_probs import PairLogProbs as PairLogProbs, UnpairedLogProbs as UnpairedLogProbs
+from ._arrays.log_probs import (
+    PairLogProbs as PairLogProbs,
+    TokenValues as TokenValues,
+    UnpairedLogProbs as UnpairedLogProbs,
+)
 from ._arrays.loss_values import PairLoss as PairLoss, UnpairedLoss as UnpairedLoss
 from ._arrays.metrics import Metrics as Metrics
 from ._arrays.packed import PackedBatch as PackedBatch, PackedLayout as PackedLayout

@@ -10,7 +10,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Integer
 
 from .._jax.scalars import PerPair, Weights
-from .log_probs import PairLogProbs, UnpairedLogProbs
+from .log_probs import PairLogProbs, TokenValues, UnpairedLogProbs
 from .sequences import split_sequences
 from .tokens import Tokens
 
@@ -189,7 +189,7 @@ def check_per_pair(batch: PreferenceBatch | UnpairedBatch) -> None:
                 raise ValueError(f"`weight` must be finite and not negative; got {weight}.")
     if batch.reference is not None:
         for name, value in vars(batch.reference).items():
-            if value is not None:
+            if value is not None and not isinstance(value, TokenValues):
                 _check_per_pair_shape(f"reference.{name}", value, batch.pairs)
     for name, value in (batch.per_pair or {}).items():
         _check_per_pair_shape(f"per_pair[{name!r}]", value, batch.pairs)

@@ -11,6 +11,27 @@ from jaxtyping import Array, Bool, Float, Integer
 from .._jax.scalars import Weights
 
 
+class TokenValues(eqx.Module):
+    r"""Values of the single tokens of a completion, for metrics; no gradient flows through them.
+
+    All have shape `(pairs, completion)`. A field is `None` if the score was not asked for it.
+
+    **Arguments:**
+
+    - `mask`: true at the scored tokens. The values at other positions have no meaning.
+    - `log_probs`: the log-probability of each token, in nats.
+    - `entropy`: the entropy of the distribution that predicts the token, in nats.
+    - `correct`: 1 if no token has a higher logit than this one, else 0.
+    - `mean_logit`: the mean of the logits over the vocabulary.
+    """
+
+    mask: Bool[Array | np.ndarray, "pairs completion"]
+    log_probs: Float[Array | np.ndarray, "pairs completion"]
+    entropy: Float[Array | np.ndarray, "pairs completion"] | None = None
+    correct: Float[Array | np.ndarray, "pairs completion"] | None = None
+    mean_logit: Float[Array | np.ndarray, "pairs completion"] | None = None
+
+
 class PairLogProbs(eqx.Module):
     """Log-probabilities of the chosen and the rejected completion of each pair.
 
@@ -24,6 +45,8 @@ class PairLogProbs(eqx.Module):
     - `weight`: the batch's weight of each pair, copied by the score. Shape `(pairs,)`.
     - `chosen_confidence`, `rejected_confidence`: for `losses.wpo`, if they were requested.
         Shape `(pairs,)`.
+    - `chosen_tokens`, `rejected_tokens`: values of single tokens, if `metrics` of the score asked
+        for them.
     """
 
     chosen: Float[Array | np.ndarray, " pairs"]
@@ -33,6 +56,8 @@ class PairLogProbs(eqx.Module):
     weight: Weights | None = None
     chosen_confidence: Float[Array | np.ndarray, " pairs"] | None = None
     rejected_confidence: Float[Array | np.ndarray, " pairs"] | None = None
+    chosen_tokens: TokenValues | None = None
+    rejected_tokens: TokenValues | None = None
 
     def __check_init__(self):
         check_one_shape(self, "chosen")
@@ -49,6 +74,8 @@ class UnpairedLogProbs(eqx.Module):
         estimates its reference point. Shape `(pairs,)`.
     - `length`: the number of scored tokens of `completion`. Shape `(pairs,)`.
     - `weight`: the batch's weight of each row, copied by the score. Shape `(pairs,)`.
+    - `tokens`: values of the single tokens of `completion`, if `metrics` of the score asked for
+        them.
     """
 
     completion: Float[Array | np.ndarray, " pairs"]
@@ -56,6 +83,7 @@ class UnpairedLogProbs(eqx.Module):
     kl: Float[Array | np.ndarray, " pairs"] | None = None
     length: Integer[Array | np.ndarray, " pairs"] | None = None
     weight: Weights | None = None
+    tokens: TokenValues | None = None
 
     def __check_init__(self):
         check_one_shape(self, "completion")

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Shaped
 
-# One value for each pair. If a mask comes with the values, the mean is over its true positions.
+# One value for each pair. If a mask comes with the values, the mean is over its true positions; if
+# numbers come with them, these are weights, which multiply the batch's.
 Value = Shaped[Array | np.ndarray, "..."]
-MetricValues = Value | tuple[Value, Bool[Array, "..."]]
+MetricValues = Value | tuple[Value, Bool[Array, "..."] | Float[Array, "..."]]
 
 
 class Metrics(eqx.Module):

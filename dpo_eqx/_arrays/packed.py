@@ -178,7 +178,8 @@ class PackedBatch(eqx.Module):
         """Precomputed log-probabilities of each pair."""
         if self.references is None:
             return None
-        return PairLogProbs(**{name: by_pair(value) for name, value in self.references.items()})
+        numbers: dict[str, Any] = {n: by_pair(value) for n, value in self.references.items()}
+        return PairLogProbs(**numbers)
 
     @property
     def per_pair(self) -> dict[str, Array | np.ndarray] | None:
@@ -189,7 +190,9 @@ class PackedBatch(eqx.Module):
 
     def with_reference(self, reference: PairLogProbs) -> "PackedBatch":
         """This batch with the log-probabilities that `precompute_reference` returned for it."""
-        fields = {name: value for name, value in vars(reference).items() if value is not None}
+        # Without values of single tokens, which no loss reads.
+        arrays = jax.Array | np.ndarray
+        fields = {n: value for n, value in vars(reference).items() if isinstance(value, arrays)}
         # The inverse of `by_pair`.
         shape = self.indices.shape[::-1]
         references = {name: value.reshape(shape).swapaxes(0, 1) for name, value in fields.items()}
@@ -206,9 +209,9 @@ def rows_of(batch: Any) -> int:
 
 
 def by_pair(x: Array | np.ndarray) -> Array | np.ndarray:
-    """An array of shape `(rows, slots)` as one axis of pairs, slot by slot.
+    """An array of shape `(rows, slots, ...)` with one axis of pairs in their place, slot by slot.
 
     Rows vary fastest. So a strided split of the pairs, which microbatches are, is also a strided
     split of the rows.
     """
-    return x.swapaxes(0, 1).reshape(-1)
+    return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])

@@ -19,6 +19,8 @@ from .._jax.dtypes import at_least_float32
 from .._jax.explicit_meshes import automatic
 from .._jax.linear_map import moving, per_tile, share, sum_parts, with_transpose
 from .._jax.mapped_axes import vary_alike
+from . import statistics
+from .statistics import TokenStatistics
 from .tiles import (
     Unembedding,
     check_chunk_size,
@@ -74,55 +76,32 @@ def linear_token_log_probs(
     token is zero, so that `sequence_log_probs` can mask it out.
     """
     _check_shapes(hidden, unembedding, targets, softcap, chunk_size)
-    hidden, targets = jnp.asarray(hidden), as_ids(targets)
     head = Unembedding.of(unembedding, bias, softcap)
+    return with_statistics(hidden, head, targets, (), chunk_size, axis_name)[0]
+
+
+@automatic
+def with_statistics(
+    hidden: Float[Array | np.ndarray, "*batch length width"],
+    head: Unembedding,
+    targets: Integer[Array | np.ndarray, "*batch length"],
+    wanted: tuple[str, ...],
+    chunk_size: int | None,
+    axis_name: str | None = None,
+) -> tuple[Float[Array, "*batch length"], TokenStatistics]:
+    """`linear_token_log_probs`, and the statistics with the names `wanted`, from one pass.
+
+    Statistics do not support `axis_name`.
+    """
+    hidden, targets = jnp.asarray(hidden), as_ids(targets)
     # A NaN in a hidden state would reach the unembedding's gradient as 0 * NaN.
     finite = jnp.isfinite(jax.lax.stop_gradient(hidden)).all(axis=-1)
     hidden = jnp.where(finite[..., None], hidden, 0)
-    log_probs = _log_probs(axis_name, chunk_size, *vary_alike(head, hidden, targets))[0]
-    vocab = unembedding.shape[0] * (1 if axis_name is None else jax.lax.axis_size(axis_name))
+    operands = vary_alike(head, hidden, targets)
+    log_probs, _, statistics = _log_probs(axis_name, chunk_size, wanted, *operands)
+    vocab = head.weight.shape[0] * (1 if axis_name is None else jax.lax.axis_size(axis_name))
     known = finite & (targets >= 0) & (targets < vocab)
-    return jnp.where(known, log_probs, jnp.nan)
-
-
-def linear_collisions(
-    hidden: Float[Array, "*batch length width"],
-    unembedding: Float[Array, "vocab width"],
-    *,
-    bias: Float[Array, " vocab"] | None = None,
-    softcap: float | int | None = None,
-    chunk_size: int | None = None,
-) -> Float[Array, "*batch length"]:
-    r"""$\log\sum_v p_{t, v}^2$, for WPO's confidence, in the chunks of `linear_token_log_probs`.
-
-    The arguments are the same. No gradient flows through the result.
-    """
-    hidden, unembedding, bias = jax.lax.stop_gradient((hidden, unembedding, bias))
-    head = Unembedding(unembedding, bias, softcap)
-
-    def add(tile, state, hidden):
-        peak, total, squares = state
-        logits = tile.logits(hidden)
-        peak, offset, shrunk = raised(peak, logits)
-        shares = jnp.exp(logits - offset[:, None])  # (chunk, part)
-        total = total * shrunk + shares.sum(axis=-1)
-        return peak, total, squares * shrunk**2 + (shares**2).sum(axis=-1)
-
-    def compute(tiling, head, hidden):
-        chunks = tiling.chunks(hidden)
-        zeros = jnp.zeros(chunks.shape[:2], at_least_float32(hidden.dtype))
-        start = vary_alike((zeros - jnp.inf, zeros, zeros), hidden)[0]
-        _, total, squares = fold(add, start, head, tiling.parts, (chunks,))
-        return tiling.tokens(jnp.log(squares) - 2 * jnp.log(total))
-
-    plan_for = tiling_for(hidden.shape[:-1], chunk_size, unembedding.shape[0])
-    return by_platform(plan_for, compute, *vary_alike(head, hidden))
-
-
-def collisions_of(logits: Float[Array, "*batch vocab"]) -> Float[Array, "*batch"]:
-    r"""$\log\sum_v p_v^2$, the log-probability that two samples of one distribution are equal."""
-    logits = logits.astype(at_least_float32(logits.dtype))
-    return jax.nn.logsumexp(2 * logits, axis=-1) - 2 * jax.nn.logsumexp(logits, axis=-1)
+    return jnp.where(known, log_probs, jnp.nan), jax.lax.stop_gradient(statistics)
 
 
 def _check_shapes(
@@ -141,52 +120,64 @@ def _check_shapes(
     check_chunk_size(chunk_size)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
 def _log_probs(
     axis_name: str | None,
     chunk_size: int | None,
+    wanted: tuple[str, ...],
     head: Unembedding,
     hidden: Float[Array, "*batch length width"],
     targets: Int[Array, "*batch length"],
-) -> tuple[Float[Array, "*batch length"], Float[Array, "*batch length"]]:
-    """Log-probabilities, and the normaliser of each token, which the derivatives reuse."""
+) -> tuple[Float[Array, "*batch length"], Float[Array, "*batch length"], TokenStatistics]:
+    """Log-probabilities, the normaliser of each token, which the derivatives reuse, statistics."""
     plan_for = tiling_for(targets.shape, chunk_size, head.weight.shape[0])
-    return by_platform(plan_for, partial(_fold_log_probs, axis_name), head, hidden, targets)
+    return by_platform(plan_for, partial(_fold_log_probs, axis_name, wanted), head, hidden, targets)
 
 
 def _fold_log_probs(
     axis_name: str | None,
+    wanted: tuple[str, ...],
     tiling: Tiling,
     head: Unembedding,
     hidden: Float[Array, "*batch length width"],
     targets: Int[Array, "*batch length"],
-) -> tuple[Float[Array, "*batch length"], Float[Array, "*batch length"]]:
+) -> tuple[Float[Array, "*batch length"], Float[Array, "*batch length"], TokenStatistics]:
     hidden, targets = tiling.chunks((hidden, targets))
     zeros = jnp.zeros(targets.shape, at_least_float32(hidden.dtype))
-    start = vary_alike((zeros - jnp.inf, zeros, zeros), hidden)[0]
+    sums = statistics.start(zeros, wanted)
+    start = vary_alike((zeros - jnp.inf, zeros, zeros, sums), hidden)[0]
 
     def add(tile, state, hidden, targets):
-        peak, total, picked = state
+        before, total, picked, sums = state
         logits = tile.logits(hidden)
-        peak, offset, shrunk = raised(peak, logits)
+        peak, offset, shrunk = raised(before, logits)
+        sums = statistics.add(sums, logits, before, total, offset, shrunk)
         total = total * shrunk + jnp.exp(logits - offset[:, None]).sum(axis=-1)
-        return peak, total, picked + jnp.where(tile.holds(targets), logits, 0).sum(axis=-1)
+        picked = picked + jnp.where(tile.holds(targets), logits, 0).sum(axis=-1)
+        return peak, total, picked, sums
 
     state = fold(add, start, head, tiling.parts, (hidden, targets), axis_name)
     peak, (total,) = over_devices(state[0], (state[1],), axis_name)
     picked = state[2] if axis_name is None else jax.lax.psum(state[2], axis_name)
+    vocab = head.weight.shape[0]
+    measured = statistics.finished(state[3], wanted, peak, total, picked, vocab)
     total = jnp.log(total)
     # Not `picked - normaliser`: without a gradient, XLA fuses the two sums in an order of its own,
     # and a policy and a reference with the same parameters differ in the last bit.
-    return tiling.tokens((picked - peak - total, peak + total))
+    return tiling.tokens((picked - peak - total, peak + total, measured))
 
 
 def _log_probs_jvp(
-    axis_name: str | None, chunk_size: int | None, primals: Any, tangents: Any
+    axis_name: str | None,
+    chunk_size: int | None,
+    wanted: tuple[str, ...],
+    primals: Any,
+    tangents: Any,
 ) -> tuple[Any, Any]:
     """Computes each tile's logits once more, in forward and in reverse mode."""
     head, hidden, targets = primals
-    results = _log_probs(axis_name, chunk_size, head, hidden, targets)
+    *results, measured = _log_probs(axis_name, chunk_size, wanted, head, hidden, targets)
+    results = tuple(results)
     # Bad tokens are found by their normaliser, not by a cotangent of 0. A good token may have a
     # cotangent of 0, too, with respect to which there are derivatives. Its logits are finite, so
     # its gradient is 0 anyway.
@@ -204,7 +195,8 @@ def _log_probs_jvp(
         operands,
         results,
     )
-    return results, sum_parts(pushed, axis_name, hidden)
+    still = vary_alike(jax.tree.map(jnp.zeros_like, measured), hidden)[0]
+    return (*results, measured), (*sum_parts(pushed, axis_name, hidden), still)
 
 
 _log_probs.defjvp(_log_probs_jvp, symbolic_zeros=True)

@@ -10,8 +10,10 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from .._jax.partitioning import over_data
+from .collisions import collisions_of, linear_collisions
 from .kl import linear_kl, token_kl
-from .linear import collisions_of, linear_collisions, linear_token_log_probs
+from .linear import with_statistics
+from .statistics import TokenStatistics, statistics_of
 from .tiles import Unembedding
 from .token_log_probs import token_log_probs
 
@@ -20,8 +22,10 @@ class AbstractPrediction(eqx.Module):
     """The next-token distributions at some positions of each pair."""
 
     @abc.abstractmethod
-    def log_probs(self, targets: Int[Array, "pairs length"]) -> Float[Array, "pairs length"]:
-        """The log-probability of each target, in nats."""
+    def log_probs(
+        self, targets: Int[Array, "pairs length"], wanted: tuple[str, ...] = ()
+    ) -> tuple[Float[Array, "pairs length"], TokenStatistics]:
+        """The log-probability of each target, in nats, and the statistics `wanted`, by name."""
 
     @abc.abstractmethod
     def collisions(self) -> Float[Array, "pairs length"]:
@@ -37,8 +41,11 @@ class Logits(AbstractPrediction):
 
     logits: Float[Array, "pairs length vocab"]
 
-    def log_probs(self, targets: Int[Array, "pairs length"]) -> Float[Array, "pairs length"]:
-        return token_log_probs(self.logits, targets)
+    def log_probs(
+        self, targets: Int[Array, "pairs length"], wanted: tuple[str, ...] = ()
+    ) -> tuple[Float[Array, "pairs length"], TokenStatistics]:
+        statistics = statistics_of(self.logits, targets, wanted)
+        return token_log_probs(self.logits, targets), statistics
 
     def collisions(self) -> Float[Array, "pairs length"]:
         return collisions_of(jax.lax.stop_gradient(self.logits))
@@ -54,17 +61,12 @@ class Hidden(AbstractPrediction):
     head: Unembedding
     chunk_size: int | None = eqx.field(static=True)
 
-    def log_probs(self, targets: Int[Array, "pairs length"]) -> Float[Array, "pairs length"]:
-        def log_probs_of_rows(rows: tuple[Array, Array], head: Unembedding) -> Array:
+    def log_probs(
+        self, targets: Int[Array, "pairs length"], wanted: tuple[str, ...] = ()
+    ) -> tuple[Float[Array, "pairs length"], TokenStatistics]:
+        def log_probs_of_rows(rows: tuple[Array, Array], head: Unembedding):
             hidden, targets = rows
-            return linear_token_log_probs(
-                hidden,
-                head.weight,
-                targets,
-                bias=head.bias,
-                softcap=head.softcap,
-                chunk_size=self.chunk_size,
-            )
+            return with_statistics(hidden, head, targets, wanted, self.chunk_size)
 
         # On a mesh, the gradient of the unembedding is then summed once, not once for each chunk.
         return over_data(log_probs_of_rows, (self.hidden, targets), self.head)

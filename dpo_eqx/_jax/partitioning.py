@@ -82,7 +82,9 @@ def keep_rows(x: Array) -> Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, within_row))
 
 
-def over_data(function: Callable[..., Array], rows: Sequence[Array], *shared: PyTree) -> Array:
+def over_data(
+    function: Callable[..., Returned], rows: Sequence[Array], *shared: PyTree
+) -> Returned:
     """`function(rows, *shared)`, computed separately on each shard of the rows over `data`.
 
     The gradient with respect to `shared` is then summed over the shards once, whatever loops
@@ -94,10 +96,10 @@ def over_data(function: Callable[..., Array], rows: Sequence[Array], *shared: Py
 
 def over_axes(
     names: str | tuple[str, ...] | None,
-    function: Callable[..., Array],
+    function: Callable[..., Returned],
     rows: Sequence[Array],
     *shared: PyTree,
-) -> Array:
+) -> Returned:
     """`function(rows, *shared)`, computed separately on each shard of the rows over mesh axes.
 
     Without a mesh, or if the axes do not divide the rows, it is `function(rows, *shared)`.

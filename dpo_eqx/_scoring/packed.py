@@ -3,15 +3,18 @@
 `_arrays/packed.py` and `data/pack.py` make such rows.
 """
 
+from collections.abc import Sequence
 from functools import partial
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
-from .._arrays.log_probs import PairLogProbs
+from .._arrays.log_probs import PairLogProbs, TokenValues
 from .._arrays.packed import PackedBatch, PackedLayout, by_pair
 from .._arrays.tokens import as_ids
 from .._head.predictions import Hidden
+from .._head.statistics import TokenStatistics, check_metrics
 from .._head.token_log_probs import sequence_log_probs
 from .._jax.explicit_meshes import automatic
 from .._jax.keys import Keys, keys_per_pair
@@ -30,6 +33,7 @@ def score_packed(
     key: Keys | None = None,
     chunk_size: int | None = None,
     how: How = "vmap",
+    metrics: Sequence[str] = (),
 ) -> PairLogProbs:
     """The log-probabilities of both completions of each pair of a packed batch.
 
@@ -51,6 +55,8 @@ def score_packed(
         one key for each row. The dropout masks are not the same as in `score_pairs`.
     - `chunk_size`: as in `linear_token_log_probs`.
     - `how`: `"vmap"` or `"map"`, as in `score_pairs`.
+    - `metrics`: as in `score_pairs`. The values of the tokens have the shape `(pairs, scored)`: all
+        scored tokens of the pair's row, and a mask that is true at those of the completion.
 
     **Returns:**
 
@@ -59,8 +65,9 @@ def score_packed(
     **Raises:**
 
     `ValueError` if the policy does not offer `FastPolicy` or returns an array of a wrong shape, or
-    if `how` is another word.
+    if `how` or a metric is another word.
     """
+    check_metrics(metrics)
     check_how(how, ("vmap", "map"))
     _check_offers(policy)
     keys = keys_per_pair(key, batch.rows)
@@ -75,7 +82,8 @@ def score_packed(
     ids, lengths, scored = map(as_ids, (batch.ids, batch.lengths, batch.scored))
     run = over_rows(one_row, how, row_axes(ids, policy, keys))
     hidden, targets, parts = run(ids, lengths, scored, keys)
-    log_probs = Hidden(hidden, unembedding_of(policy), chunk_size).log_probs(targets)
+    predictions = Hidden(hidden, unembedding_of(policy), chunk_size)
+    log_probs, statistics = predictions.log_probs(targets, tuple(metrics))
     repeated = jnp.broadcast_to(log_probs[:, None, None], parts.shape)
     totals = sequence_log_probs(repeated, parts)  # (rows, slots, 2)
     counts = parts.sum(axis=-1, dtype=jnp.int32)  # (rows, slots, 2)
@@ -85,6 +93,23 @@ def score_packed(
         chosen_length=by_pair(counts[:, :, 0]),
         rejected_length=by_pair(counts[:, :, 1]),
         weight=jnp.asarray(batch.weight, log_probs.dtype),
+        chosen_tokens=_values(parts[:, :, 0], log_probs, statistics) if metrics else None,
+        rejected_tokens=_values(parts[:, :, 1], log_probs, statistics) if metrics else None,
+    )
+
+
+def _values(
+    mask: Bool[Array, "rows slots scored"],
+    log_probs: Float[Array, "rows scored"],
+    statistics: TokenStatistics,
+) -> TokenValues:
+    """The values of the scored tokens of each pair's row; no gradient flows through them."""
+
+    def of_pairs(x):
+        return by_pair(jnp.broadcast_to(jax.lax.stop_gradient(x)[:, None], mask.shape))
+
+    return TokenValues(
+        by_pair(mask), of_pairs(log_probs), **jax.tree.map(of_pairs, vars(statistics))
     )
 
 

@@ -15,9 +15,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .._arrays.batches import PreferenceBatch, UnpairedBatch
-from .._arrays.log_probs import PairLogProbs, UnpairedLogProbs
+from .._arrays.log_probs import PairLogProbs, TokenValues, UnpairedLogProbs
 from .._arrays.tokens import Tokens, as_ids
 from .._head.predictions import AbstractPrediction
+from .._head.statistics import TokenStatistics, check_metrics
 from .._head.token_log_probs import sequence_log_probs
 from .._jax.explicit_meshes import automatic
 from .._jax.keys import Keys, keys_per_pair
@@ -35,6 +36,7 @@ def score_pairs(
     chunk_size: int | None = None,
     confidence: bool = False,
     how: How = "vmap",
+    metrics: Sequence[str] = (),
 ) -> PairLogProbs:
     """The log-probabilities of both completions of each pair under `policy`.
 
@@ -62,6 +64,10 @@ def score_pairs(
         shape `(rows, length)`, and returns logits `(rows, length, vocab)`. It gets the key of the
         first pair, so its dropout masks depend on the batch. Choose one for a step by
         `score=functools.partial(score_pairs, how="map")`.
+    - `metrics`: further metrics of each token: `"entropy"`, `"accuracy"` (whether the target has
+        the highest logit) and `"logits"` (their mean over the vocabulary), from the same pass over
+        the logits; `"log_probs"` gives the log-probabilities of single tokens. They are
+        `chosen_tokens` and `rejected_tokens` of the result, and `default_metrics` averages them.
 
     **Returns:**
 
@@ -71,12 +77,12 @@ def score_pairs(
 
     **Raises:**
 
-    `ValueError` if the policy returns an array of a wrong shape, if `how` is another word, or if
-    the number of keys is not the number of pairs.
+    `ValueError` if the policy returns an array of a wrong shape, if `how` is another word, if a
+    metric has no such name, or if the number of keys is not the number of pairs.
     """
     completions = batch.chosen, batch.rejected
     chosen, rejected = _token_scores(
-        policy, batch.prompt, completions, key, chunk_size, how, confidence
+        policy, batch.prompt, completions, key, chunk_size, how, confidence, metrics
     )
     return pair_log_probs(batch, chosen, rejected)
 
@@ -88,6 +94,7 @@ def score_unpaired(
     key: Keys | None = None,
     chunk_size: int | None = None,
     how: How = "vmap",
+    metrics: Sequence[str] = (),
 ) -> UnpairedLogProbs:
     """The log-probabilities of single completions, and of KTO's mismatched completions if given.
 
@@ -95,13 +102,16 @@ def score_unpaired(
     which the losses treat as a constant.
     """
     completions = (batch.completion,) if batch.kl is None else (batch.completion, batch.kl)
-    completion, *kl = _token_scores(policy, batch.prompt, completions, key, chunk_size, how)
+    completion, *kl = _token_scores(
+        policy, batch.prompt, completions, key, chunk_size, how, metrics=metrics
+    )
     return UnpairedLogProbs(
         completion=completion.total(),
         label=jnp.asarray(batch.label),
         kl=jax.lax.stop_gradient(kl[0].total()) if kl else None,
         length=completion.length(),
         weight=_weight(batch, completion.log_probs),
+        tokens=completion.values(),
     )
 
 
@@ -170,6 +180,14 @@ class TokenScores(eqx.Module):
     log_probs: Float[Array, "pairs completion"]
     collisions: Float[Array, "pairs completion"] | None
     mask: Bool[Array | np.ndarray, "pairs completion"]
+    statistics: TokenStatistics | None = None
+
+    def values(self) -> TokenValues | None:
+        """What metrics are made of, if they were asked for; no gradient flows through it."""
+        if self.statistics is None:
+            return None
+        log_probs = jax.lax.stop_gradient(self.log_probs)
+        return TokenValues(jnp.asarray(self.mask), log_probs, **vars(self.statistics))
 
     def total(self) -> Float[Array, " pairs"]:
         return sequence_log_probs(self.log_probs, self.mask)
@@ -198,6 +216,8 @@ def pair_log_probs(
         weight=_weight(batch, chosen.log_probs),
         chosen_confidence=chosen.confidence(),
         rejected_confidence=rejected.confidence(),
+        chosen_tokens=chosen.values(),
+        rejected_tokens=rejected.values(),
     )
 
 
@@ -209,15 +229,17 @@ def _token_scores(
     chunk_size: int | None,
     how: How,
     confidence: bool = False,
+    metrics: Sequence[str] = (),
 ) -> list[TokenScores]:
     """The scores of each completion, in order."""
+    check_metrics(metrics)
 
     def run(prompt, completions, policy, key):
         keys = keys_per_pair(key, prompt.ids.shape[0])
         predictions = predict(
             policy, prompt, completions, keys=keys, chunk_size=chunk_size, how=how
         )
-        return token_scores(predictions, completions, confidence)
+        return token_scores(predictions, completions, confidence, metrics)
 
     # A plain policy may name shardings itself, so explicit axes of a mesh stay explicit for it.
     run = automatic(run) if gives_hidden(policy, how) else run
@@ -225,12 +247,15 @@ def _token_scores(
 
 
 def token_scores(
-    predictions: AbstractPrediction, completions: Sequence[Tokens], confidence: bool = False
+    predictions: AbstractPrediction,
+    completions: Sequence[Tokens],
+    confidence: bool = False,
+    metrics: Sequence[str] = (),
 ) -> list[TokenScores]:
     """The scores of each completion, from the concatenated predictions of all completions."""
     mask = jnp.concatenate([completion.mask for completion in completions], axis=1)
     ids = jnp.concatenate([as_ids(completion.ids) for completion in completions], axis=1)
-    log_probs = predictions.log_probs(jnp.where(mask, ids, 0))
+    log_probs, statistics = predictions.log_probs(jnp.where(mask, ids, 0), tuple(metrics))
     collisions = predictions.collisions() if confidence else None
     widths = [completion.ids.shape[1] for completion in completions]
     ends = list(accumulate(widths))
@@ -239,9 +264,15 @@ def token_scores(
             log_probs[:, end - width : end],
             None if collisions is None else collisions[:, end - width : end],
             completion.mask,
+            _columns(statistics, end - width, end) if metrics else None,
         )
         for completion, width, end in zip(completions, widths, ends, strict=True)
     ]
+
+
+def _columns(statistics: TokenStatistics, start: int, end: int) -> TokenStatistics:
+    """The statistics of the positions from `start` to `end`."""
+    return jax.tree.map(lambda x: x[:, start:end], statistics)
 
 
 def _weight(

@@ -16,6 +16,7 @@ from .._arrays.loss_values import PairLoss, UnpairedLoss
 from .._arrays.metrics import Metrics, MetricValues, Value
 from .._jax.describe import described
 from ..losses._numerics import present
+from .token_metrics import of_single_tokens, of_tokens
 
 
 def default_metrics(
@@ -32,6 +33,13 @@ def default_metrics(
     label and the rejected ones those with a false label; each mean is over its own weights, and
     there is no accuracy.
 
+    If `metrics` of the score asked for them, there are more, as TRL defines them: `entropy`, over
+    all tokens of both completions; `mean_token_accuracy`, over the chosen tokens; `logits/chosen`,
+    `logits/rejected`, the mean logit. Each is a mean over tokens, exact over microbatches and
+    devices, where TRL averages the means of microbatches. For unpaired data it is a mean over the
+    tokens of each completion, averaged as the loss is. With `data.batches(average="tokens")` that
+    is the mean over the tokens of the batch.
+
     Your own function of this form can replace it. Add a metric in one line by
     `lambda *args: default_metrics(*args) | {"margin/max": ...}`.
 
@@ -42,13 +50,14 @@ def default_metrics(
 
     **Returns:**
 
-    For each name, an array of shape `(pairs,)`, averaged with the batch's weights; or an array and
-    a mask, averaged over the true positions of the mask.
+    For each name, an array of shape `(pairs,)`, averaged with the batch's weights. A mask may come
+    with the array, and the mean is then over its true positions; or weights, such as numbers of
+    tokens, by which the batch's weights are multiplied.
     """
     del reference
     if isinstance(policy, UnpairedLogProbs):
-        return _unpaired(policy, loss)
-    return _paired(policy, loss)
+        return _unpaired(policy, loss) | of_single_tokens(policy)
+    return _paired(policy, loss) | of_tokens(policy)
 
 
 def _paired(policy: Any, loss: Any) -> dict[str, MetricValues]:
@@ -104,12 +113,16 @@ def _own_weight(
     _check_metric(name, value, weight.shape)
     if mask is None:
         return value, weight
-    if not _is_array(mask) or mask.dtype != bool or mask.shape != weight.shape:
-        raise ValueError(
-            f"The metric {name!r} must have a boolean mask of shape {weight.shape}, true at the "
-            f"pairs that its mean includes; got {described(mask)}."
-        )
-    return value, jnp.where(mask, weight, 0)
+    if _is_array(mask) and mask.shape == weight.shape:
+        if mask.dtype == bool:
+            return value, jnp.where(mask, weight, 0)
+        if jnp.issubdtype(mask.dtype, jnp.floating):
+            return value, mask.astype(weight.dtype) * weight
+    raise ValueError(
+        f"The metric {name!r} must have a boolean mask of shape {weight.shape}, true at the "
+        "pairs that its mean includes, or floating-point weights of this shape; got "
+        f"{described(mask)}."
+    )
 
 
 def _check_metric(name: str, value: Any, shape: tuple[int, ...]) -> None:

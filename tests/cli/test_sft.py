@@ -29,7 +29,9 @@ TRAINING = {
     "max_grad_norm": 0.0,
     "shuffle": False,
     "buckets": 1,
+    "metrics": ["entropy", "logits", "num_tokens"],
 }
+NAMES = ["loss", "grad_norm", "mean_token_accuracy", "entropy", "logits/chosen", "num_tokens"]
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +52,10 @@ def test_it_is_a_plain_pytorch_loop(split, completions, models, tmp_path):
     assert train(model=models("llama"), data=completions, output=output, **TRAINING, **split) == 0
     lines = lines_of(output)
     assert len(lines) == len(TRACE["steps"])
-    for name in ("loss", "grad_norm"):
-        want = np.array([step[name] for step in TRACE["steps"]])
+    read = np.cumsum([step["tokens"] for step in TRACE["steps"]])
+    for name in NAMES:
+        steps = TRACE["steps"]
+        want = read if name == "num_tokens" else np.array([step[name] for step in steps])
         got = np.array([line[name] for line in lines])
         deviation = np.abs(got - want) / (1 + np.abs(want))
         print(f"deviation {name} {deviation.max():.1e}")
@@ -94,7 +98,7 @@ def test_a_resumed_run_has_the_same_bits(tmp_path):
     for name in ("whole", "parts"):
         (tmp_path / name).mkdir()
         write(tmp_path / name / "data.jsonl", *ids_of())
-    given = QUICK | {"dropout": True, "eval_fraction": 0.3}
+    given = QUICK | {"dropout": True, "eval_fraction": 0.3, "metrics": ["entropy", "num_tokens"]}
     assert small(tmp_path / "whole", **given, steps=4) == 0
     assert small(tmp_path / "parts", **given, steps=2) == 0
     assert small(tmp_path / "parts", **given, steps=4, resume=True) == 0
@@ -104,6 +108,8 @@ def test_a_resumed_run_has_the_same_bits(tmp_path):
         one, other = (lines_of(run, name) for run in (whole, parts))
         last = [{**lines[-1], "tokens_per_second": 0} for lines in (one, other)]
         assert last[0] == last[1]
+    assert "num_tokens" in lines_of(whole)[-1]
+    assert 0 <= lines_of(whole, "eval.jsonl")[-1]["eval/mean_token_accuracy"] <= 1
     # Another mean is another run.
     assert small(tmp_path / "parts", **given, steps=6, average="rows", resume=True) != 0
 

@@ -3,6 +3,7 @@
 It checks all of its input before it writes anything.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -12,12 +13,9 @@ import jax
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from ... import models
-from ..._scoring.score import score_pairs, score_unpaired
 from ..._training.evaluate import make_eval
 from ..._training.norms import parameter_group
 from ..._training.step import make_step
-from ...protocols import Score
 from ..compose import policy as policies
 from ..compose.data import Prepared, data_facts, make_batches
 from ..compose.dtypes import (
@@ -32,6 +30,7 @@ from ..compose.loss import Loss, compose_loss, needs_reference
 from ..compose.optimizer import compose_optimizer, compose_schedule, learning_rates
 from ..compose.preferences import prepare_all
 from ..compose.sample_prompts import SamplePrompts, sample_prompts
+from ..compose.score import compose_score
 from ..compose.tokenizer import template_in_file
 from ..report.probe import Probe, make_probe
 from ..run import devices, hosts
@@ -44,6 +43,7 @@ from ..run.finish import choose, write_model
 from ..run.folder import Folder, facts_of
 from ..run.hosts import say
 from ..run.inputs import check_same, digests_of
+from ..run.late_metrics import NUM_TOKENS
 from ..run.loop import Place, Run, is_over, loop, make_advance, restore
 from ..run.out_of_memory import explained
 from ..run.samples import make_samples
@@ -94,7 +94,7 @@ def _train(settings: Settings) -> None:
     schedule = compose_schedule(settings, steps)
     optimizer = compose_optimizer(settings, schedule)
     # Evaluations and the report must compute what the step computes, so all of them share these.
-    score = _score(settings, prepared[0])
+    score = compose_score(prepared[0].form, settings)
     options = {"score": score, "compute_dtype": dtypes.compute, "reference_of": reference.view}
     group_of = parameter_group if settings.log_norms else None
     of_step = {"trainable": trainable, "microbatches": settings.microbatches, "group_of": group_of}
@@ -165,12 +165,6 @@ def _prepare(
     return loss, prepared, sample_prompts(settings, prepared), devices.mesh_of(settings)
 
 
-def _score(settings: Settings, prepared: Prepared) -> Score:
-    if settings.reward_head:
-        return models.score_rewards
-    return score_unpaired if prepared.form.unpaired else score_pairs
-
-
 def total_steps(settings: Settings, steps_per_epoch: int) -> int:
     """The number of steps that `--steps` and `--epochs` allow, or that one epoch takes."""
     limits = [settings.steps] if settings.steps is not None else []
@@ -224,6 +218,8 @@ def carry_out(
     hosts.on_first(folder.begin, settings, facts, start)
     if not start:
         probe(evaluated(place.state), start, folder.before)
+    if NUM_TOKENS in settings.metrics:
+        run = dataclasses.replace(run, tokens_before=folder.number_at(start, NUM_TOKENS))
     # All processes take every step, but only the first writes and shows something.
     is_writer = hosts.is_first()
     sinks = open_sinks(settings, folder, start) if is_writer else no_sinks()

@@ -8,7 +8,7 @@ import itertools
 import re
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 from ... import data, models
 from ...data._fingerprint import digest
@@ -20,6 +20,7 @@ from ..settings.settings import Settings
 from ..settings.sources import sources_of
 from ..settings.words import OF_ARGUMENT
 from .loss import takes_offset
+from .score import average_of
 from .tokenizer import tokenizer_of
 
 
@@ -263,16 +264,10 @@ def make_batches(
         buckets=settings.buckets,
         max_length=min(limits, default=None),
         kl=prepared.mismatched,
-        average=_average(prepared, settings),
+        average=average_of(prepared.form, settings),
         process_index=share[0],
         process_count=share[1],
     )
-
-
-def _average(prepared: Prepared, settings: Settings) -> Literal["rows", "tokens"]:
-    """What a mean loss runs over: the tokens of single completions in supervised training."""
-    is_supervised = prepared.form.unpaired and settings.loss == ("sft",)
-    return (settings.average or "tokens") if is_supervised else "rows"
 
 
 def _check_numbers(form: Form, settings: Settings) -> None:

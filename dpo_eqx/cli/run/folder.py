@@ -97,6 +97,13 @@ class Folder:
         """The time and step of each start of the run, the first and every continuation."""
         return json.loads(self.run.read_text())["starts"] if self.run.exists() else []
 
+    def number_at(self, step: int, name: str) -> float:
+        """The number `name` in the line of metrics of `step`, or 0 if there is no such line."""
+        text = self.metrics.read_text() if step and self.metrics.exists() else ""
+        # The last line may be half written; the lines up to a checkpoint are whole.
+        lines = (line for line in text.splitlines() if line.startswith(f'{{"step": {step},'))
+        return next((json.loads(line).get(name, 0.0) for line in lines), 0.0)
+
     def inputs(self) -> dict[str, str | None]:
         """The digests of what the run in this folder reads, as far as they are known."""
         facts = json.loads(self.run.read_text()) if self.run.exists() else {}

@@ -13,9 +13,12 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from ..._arrays.batches import PreferenceBatch
+from ..._scoring.predict import sizes_of
 from .sinks import Numbers, Sink
 
 TOKENS = "tokens"
+# TRL's name of the number of tokens read since the start of the run.
+NUM_TOKENS = "num_tokens"
 # The number of completions of each label, beside the metrics of a step on unpaired data.
 SIDES = ("chosen", "rejected")
 _COUNT = "count/"
@@ -28,10 +31,11 @@ class Lines:
 
     - `write`: a function of the step and its line.
     - `rates`: the learning rate of each step, from the first.
+    - `tokens_before`: the number of tokens read before, if lines have it as `NUM_TOKENS`.
     """
 
-    def __init__(self, write: Sink, rates: np.ndarray):
-        self._write, self._rates = write, rates
+    def __init__(self, write: Sink, rates: np.ndarray, tokens_before: float | None = None):
+        self._write, self._rates, self._tokens_read = write, rates, tokens_before
         self._waiting: tuple[int, Mapping[str, Any], float] | None = None
         self._ended = 0.0
 
@@ -60,7 +64,10 @@ class Lines:
             return
         (step, metrics, began), self._waiting = self._waiting, None
         line = {name: float(value) for name, value in metrics.items()}
-        tokens = line.pop(TOKENS)
+        tokens, tokens_read = line.pop(TOKENS), line.pop(NUM_TOKENS, 0.0)
+        if self._tokens_read is not None:
+            self._tokens_read += tokens_read
+            line[NUM_TOKENS] = self._tokens_read
         counts = {side: line.pop(_COUNT + side) for side in SIDES if _COUNT + side in line}
         line = without_sides(line, [side for side, count in counts.items() if not count])
         # A step that was dispatched early begins only when the previous one has ended.
@@ -80,6 +87,16 @@ def tokens_of(batch: Any) -> Int[Array, ""]:
     real = jnp.asarray(batch.weight) > 0
     counts = [jnp.sum(part.mask & real[:, None], dtype=jnp.int32) for part in parts]
     return jnp.stack(counts).sum(dtype=jnp.int32)
+
+
+def tokens_read(batch: Any) -> Int[Array, ""]:
+    """The tokens of rows with positive weight as TRL counts them; a pair's prompt counts twice."""
+    pair = isinstance(batch, PreferenceBatch)
+    completions = (batch.chosen, batch.rejected) if pair else (batch.completion,)
+    real = jnp.asarray(batch.weight) > 0
+    prompts = jnp.sum(batch.prompt.mask, axis=1, dtype=jnp.int32)
+    rows = sum(prompts + sizes_of(completion) for completion in completions)
+    return jnp.sum(jnp.where(real, rows, 0), dtype=jnp.int32)
 
 
 def sides_of(batch: Any) -> dict[str, Int[Array, ""]]:

@@ -22,7 +22,7 @@ from ..settings.settings import Settings
 from .best import Best, updated
 from .checkpoints import Checkpoints
 from .devices import put_batch
-from .late_metrics import TOKENS, Lines, sides_of, tokens_of
+from .late_metrics import NUM_TOKENS, TOKENS, Lines, sides_of, tokens_of, tokens_read
 from .offload import fetched, returned
 from .signals import Stop
 from .sinks import Numbers, Samples, SampleSink, Sink
@@ -51,6 +51,7 @@ class Run:
     - `goal`: which evaluation is the best; `None` without `--keep-best`.
     - `chat_template`: the text of the chat template that is saved with it; `None` for the
         tokenizer's own.
+    - `tokens_before`: the number of tokens read before this start of the run, if it is a metric.
     """
 
     settings: Settings
@@ -66,6 +67,7 @@ class Run:
     finish: Callable[[PyTree], PyTree]
     goal: Goal | None = None
     chat_template: str | None = None
+    tokens_before: float | None = None
 
 
 class Place(NamedTuple):
@@ -106,7 +108,8 @@ def make_advance(
         opt_state = fetched(opt_state) if fetch_optimizer else opt_state
         policy, opt_state, metrics = step(policy, opt_state, batch, reference, key=key)
         opt_state = returned(opt_state) if fetch_optimizer else opt_state
-        return policy, opt_state, {**metrics, TOKENS: tokens_of(batch), **sides_of(batch)}
+        counts = {TOKENS: tokens_of(batch), NUM_TOKENS: tokens_read(batch), **sides_of(batch)}
+        return policy, opt_state, {**metrics, **counts}
 
     def advance(state: State, batch: Any, number: int) -> tuple[State, dict[str, Any]]:
         frozen = put_batch(batch, mesh), state.reference, state.key, np.uint32(number)
@@ -143,7 +146,7 @@ def loop(
     Where the run ends.
     """
     settings = run.settings
-    lines = Lines(write, run.rates)
+    lines = Lines(write, run.rates, run.tokens_before)
     state, step, best = start
 
     def best_now() -> Best:

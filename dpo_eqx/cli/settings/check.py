@@ -151,6 +151,7 @@ def _contradictions(settings: Settings) -> Iterator[str]:
         ("lora_reference", s.lora_reference is not None, "reference", s.reference is not None),
         ("lora_reference", s.lora_reference is not None, "reference_free", s.reference_free),
         ("reward_head", s.reward_head, "reference_free", s.reference_free),
+        ("reward_head", s.reward_head, "metrics", bool({*s.metrics} - {"num_tokens"})),
         ("reward_head", s.reward_head, "lora_rank", lora),
         ("reward_head", s.reward_head, "lora", s.lora is not None),
         ("reward_head", s.reward_head, "sample_every", s.sample_every > 0),

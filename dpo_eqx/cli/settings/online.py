@@ -88,6 +88,7 @@ class Online(Settings):
     ties: Literal["drop", "half"] = _unused("drop")
     offset_column: str | None = _unused()
     reward_head: bool = _unused(False)
+    metrics: tuple[Literal["entropy", "accuracy", "logits", "num_tokens"], ...] = _unused(())
     average: Literal["tokens", "rows"] | None = _unused()
     max_length: int | None = _unused()
     max_completion_length: int | None = _unused()

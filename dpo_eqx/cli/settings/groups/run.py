@@ -43,6 +43,9 @@ class RunFlags:
     """Largest number of tokens in such an answer."""
     log: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Further places to log metrics to; `metrics.jsonl` is always written."""
+    metrics: tuple[Literal["entropy", "accuracy", "logits", "num_tokens"], ...] = ()
+    """Further metrics of each step: the entropy of the predictions, the share of chosen tokens that
+    are the likeliest, the mean logits, the number of tokens read so far."""
     log_norms: bool = False
     """Log the norms of gradients and updates of each part of the model, such as `attention`."""
     report: bool = True

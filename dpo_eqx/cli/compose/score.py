@@ -1,0 +1,37 @@
+"""From settings to the score of a run, with its metrics, and what the mean of the loss runs over.
+
+`loss.py` makes the loss.
+"""
+
+import functools
+from typing import Literal
+
+from ... import models
+from ..._head.statistics import NAMES
+from ..._scoring.score import score_pairs, score_unpaired
+from ...data._records.records import Form
+from ...protocols import Score
+from ..settings.settings import Settings
+
+
+def compose_score(form: Form, settings: Settings) -> Score:
+    """The score for records of `form`, with the metrics of tokens that the settings ask for."""
+    if settings.reward_head:
+        return models.score_rewards
+    score = score_unpaired if form.unpaired else score_pairs
+    # `num_tokens` is none of them: it comes from the batch alone.
+    metrics = tuple(name for name in settings.metrics if name in NAMES)
+    if _is_supervised(form, settings) and "accuracy" not in metrics:
+        # It is to demonstrations what the accuracy of rewards is to preferences.
+        metrics += ("accuracy",)
+    return functools.partial(score, metrics=metrics) if metrics else score
+
+
+def average_of(form: Form, settings: Settings) -> Literal["rows", "tokens"]:
+    """What a mean loss runs over: the tokens of the batch in supervised training, else its rows."""
+    return (settings.average or "tokens") if _is_supervised(form, settings) else "rows"
+
+
+def _is_supervised(form: Form, settings: Settings) -> bool:
+    """Whether the run learns to write completions, rather than preferences."""
+    return form.unpaired and settings.loss == ("sft",)
