@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 from dpo_eqx.cli.run import late_metrics
 from dpo_eqx.cli.run.best import Best, in_words, updated
 from dpo_eqx.cli.run.checkpoints import Checkpoints
+from dpo_eqx.cli.run.inputs import check_same
 from dpo_eqx.cli.settings.goal import Goal, goal_of
 from dpo_eqx.cli.settings.settings import Settings
 from dpo_eqx.cli.settings.sources import HeldOut, held_out_of
@@ -183,6 +184,10 @@ def test_the_run_stops_early_and_keeps_the_best_checkpoint(whole):
     facts = json.loads((run / "run.json").read_text())["best"]
     assert (facts["step"], facts["last_step"]) == (best, best + 2)
     assert facts["stopped_early"]
+    digests = json.loads((run / "run.json").read_text())["inputs"]
+    assert {"--eval-data seen", "tokens of --eval-data new"} <= digests.keys()
+    with pytest.raises(ValueError, match="`--eval-data seen` must have the same content"):
+        check_same(digests, digests | {"--eval-data seen": "another"}, run)
 
 
 @pytest.mark.slow

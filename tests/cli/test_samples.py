@@ -14,7 +14,7 @@ from dpo_eqx.cli.settings.settings import Settings
 from dpo_eqx.cli.terminal.answers import padded
 from dpo_eqx.cli.terminal.samples import sampled
 
-from ..sharding.processes import Processes
+from ..sharding.processes import Processes, deviation
 from .runs import lines_of, same_weights
 from .small import MODEL, small, write_data
 from .test_report import report, written
@@ -172,13 +172,20 @@ def test_samples_of_text_with_adapters_and_without_a_reference(models, tmp_path)
 
 
 @pytest.mark.slow
-def test_two_processes_answer_as_one(tmp_path):
-    prompts = write_prompts(tmp_path / "prompts.jsonl")
-    found = []
+def test_two_processes_answer_as_one_and_keep_the_same_best(tmp_path):
+    settings = {**SAMPLING, "sample_prompts": write_prompts(tmp_path / "prompts.jsonl")}
+    settings |= {"eval_data": write_data(tmp_path / "eval.jsonl", 16, 1), "eval_every": 1}
+    settings |= {"keep_best": "rewards/accuracies", "eval_at_start": False, "early_stop": 2}
+    lines, best, kept = [], [], []
     for count, mesh in ((1, {}), (2, {"mesh": "data=2,fsdp=2"})):
-        settings = {"steps": 2, **SAMPLING, "sample_prompts": prompts, **mesh}
-        with Processes(tmp_path, count, name=f"run{count}", **settings) as processes:
-            found.append(lines_of(processes.finish(), "samples.jsonl"))
-    one, two = found
-    assert [line["step"] for line in one] == [2, 2]
-    assert one == two
+        given = {"steps": 4, "save_every": 1, "keep": 1, **settings, **mesh}
+        with Processes(tmp_path, count, name=f"run{count}", **given) as processes:
+            run = processes.finish()
+        lines.append(lines_of(run, "samples.jsonl"))
+        best.append(json.loads((run / "run.json").read_text())["best"])
+        kept.append(sorted(path.name for path in (run / "checkpoints").iterdir()))
+    assert lines[0] == lines[1]
+    assert [line["step"] for line in lines[0]][:2] == [2, 2]
+    assert best[0]["step"] == best[1]["step"] > 0
+    assert kept[0] == kept[1] == sorted({str(best[0]["step"]), str(best[0]["last_step"])})
+    assert deviation(tmp_path / "run1", tmp_path / "run2") < 5e-5

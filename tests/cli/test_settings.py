@@ -72,7 +72,7 @@ def test_several_data_in_one_flag_or_in_several(words, data, tmp_path):
 
 
 def test_several_held_out_sets_in_one_flag_or_in_several():
-    for flags in (["--eval-data", "a=b", "c=d"], ["--eval-data=a=b", "--eval_data", "c=d"]):
+    for flags in (["--eval-data", "a=b", "c=d"], ["--eval-data=a=b", "--eval_data=c=d"]):
         assert parse([*NEEDED, *flags]).eval_data == ("a=b", "c=d")
 
 

@@ -39,7 +39,7 @@ def make_samples(
 
     **Arguments:**
 
-    - `options`: the options of `make_step`, of which it uses the dtype and the reference.
+    - `options`: the options of `make_step`; the dtype of the forward pass and the reference count.
     """
     if prompts is None:
         return None

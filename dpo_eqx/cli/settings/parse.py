@@ -44,14 +44,15 @@ def _joined(name: str, arguments: Sequence[str]) -> list[str]:
     others, values, is_value = [], [], False
     for word in arguments:
         is_value = is_value and not word.startswith("-")
+        given, equals, value = word.partition("=")
         if is_value:
             values.append(word)
-        elif word.startswith(f"{flag}="):
-            values.append(word.removeprefix(f"{flag}="))
-        elif word in (flag, flag.replace("-", "_").replace("__", "--", 1)):
-            is_value = True
-        else:
+        elif given.replace("_", "-") != flag:
             others.append(word)
+        elif equals:
+            values.append(value)
+        else:
+            is_value = True
     return [*others, *_words(name, tuple(values))] if values else list(arguments)
 
 
