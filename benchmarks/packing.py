@@ -70,6 +70,14 @@ def padded(name: str, rows: list[Row], pairs: int, buckets: int) -> Way:
     return Way(name, dpx.score_pairs, found, batches.shapes().padded)
 
 
+def as_the_command(rows: list[Row], pairs: int) -> Way:
+    """Batches of `data.packed_batches`, which `dpo-eqx train --pack` takes."""
+    with data.packed_batches(rows, batch_size=pairs, prefetch=0) as batches:
+        batch, shapes = next(batches), batches.shapes()
+    name = f"--pack, {shapes.rows} rows of {shapes.length}, {batch.scored.shape[1]} scored"
+    return Way(name, dpx.score_packed, [(batch, shapes.steps)], shapes.padded)
+
+
 def packed(rows: list[Row], pairs: int, length: int, scored: int | None) -> Way:
     """Batches of packed rows, with as many rows as hold about `pairs` pairs."""
     whole = data.pack(rows, length, scored=scored)
@@ -145,7 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--buckets", type=int, default=4)
     parser.add_argument(
-        "--length", type=int, nargs="*", default=[512], help="tokens of a packed row"
+        "--length", type=int, nargs="*", default=[], help="further lengths of a packed row"
     )
     parser.add_argument("--scored", type=int, nargs="*", help="scored tokens of a packed row")
     parser.add_argument("--rounds", type=int, default=3)
@@ -159,6 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ways = [
         padded("one width", rows, options.pairs, 1),
         padded(f"buckets={options.buckets}", rows, options.pairs, options.buckets),
+        as_the_command(rows, options.pairs),
     ]
     for length, scored in itertools.product(options.length, options.scored or [None]):
         ways.append(packed(rows, options.pairs, length, scored))

@@ -54,6 +54,8 @@ def test_processes_and_meshes(tmp_path, single, count, settings):
         {"loss": ("aot",), "optimizer": "adamw", "learning_rate": 1e-3},
         {"eval_every": 5, "sync_reference_every": 3},
         {"buckets": 2, "report": True},
+        # All pairs in one batch, so that the devices change nothing but the empty rows.
+        {"pack": True, "batch_size": 30},
     ],
 )
 def test_settings_over_processes(tmp_path, settings):

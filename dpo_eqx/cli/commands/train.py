@@ -89,12 +89,12 @@ def _train(settings: Settings) -> None:
             reference, policy, prepared, settings, dtypes.compute, mesh
         )
 
-    batches = make_batches(prepared[0], settings, training=True, share=devices.share(mesh))
+    batches = make_batches(prepared[0], settings, training=True, **devices.parts(mesh))
     steps = total_steps(settings, batches.steps_per_epoch)
     schedule = compose_schedule(settings, steps)
     optimizer = compose_optimizer(settings, schedule)
     # Evaluations and the report must compute what the step computes, so all of them share these.
-    score = compose_score(prepared[0].form, settings)
+    score = compose_score(prepared[0].form, settings, packed=settings.pack)
     options = {"score": score, "compute_dtype": dtypes.compute, "reference_of": reference.view}
     group_of = parameter_group if settings.log_norms else None
     of_step = {"trainable": trainable, "microbatches": settings.microbatches, "group_of": group_of}
@@ -129,7 +129,9 @@ def _train(settings: Settings) -> None:
             plan = needs(step, state, batches, mesh, trainable=trainable, options=options)
         say(f"{plan}\ndry run: nothing was trained or written")
         return
-    probe = make_probe(settings, prepared, loss, options, mesh)
+    # The report runs its few pairs in rows of their own.
+    unpacked = options | {"score": compose_score(prepared[0].form, settings, packed=False)}
+    probe = make_probe(settings, prepared, loss, unpacked, mesh)
     # A thread prepares the batches; leaving the context ends it, also after an error.
     with batches, out_of_memory_explained(settings, state):
         carry_out(run, state, folder, prepared[0], inputs, probe)
@@ -278,10 +280,11 @@ def _watch(run: Run, state: State) -> UpdateWatch:
 def summary(run: Run, state: State, reference: str, dtypes: Dtypes) -> str:
     """The lines that describe the run before its first step."""
     params = eqx.filter(state.policy, run.trainable)
+    about = "about " * run.settings.pack
     kinds = " and ".join(sorted({str(leaf.dtype) for leaf in jax.tree.leaves(params)}))
     return (
         f"{policies.parameters(state.policy):,} parameters, {policies.count(params):,} trained; "
         f"trained in {kinds}, {dtypes}\n"
         f"loss {' + '.join(run.settings.loss)}; reference: {reference}\n"
-        f"{run.steps} steps of {run.settings.batch_size}; {run.batches.shapes()}"
+        f"{run.steps} steps of {about}{run.settings.batch_size}; {run.batches.shapes()}"
     )

@@ -20,6 +20,7 @@ from ..settings.settings import Settings
 from ..settings.sources import sources_of
 from ..settings.words import OF_ARGUMENT
 from .loss import takes_offset
+from .packing import pack_batches
 from .score import average_of
 from .tokenizer import tokenizer_of
 
@@ -241,16 +242,23 @@ def data_facts(prepared: Sequence[Prepared]) -> dict[str, object]:
 
 
 def make_batches(
-    prepared: Prepared, settings: Settings, *, training: bool, share: tuple[int, int] = (0, 1)
+    prepared: Prepared,
+    settings: Settings,
+    *,
+    training: bool,
+    share: tuple[int, int] = (0, 1),
+    split: int = 1,
 ) -> data.Batches:
     """Batches to train on without end, or to evaluate on once.
 
     **Arguments:**
 
     - `training`: whether the batches are for training.
-    - `share`: the number of the part of each batch that this process makes, and the number of
-        parts.
+    - `share`, `split`: the number of the part of each batch that this process makes, the number of
+        parts, and the number of devices that split a batch.
     """
+    if settings.pack:
+        return pack_batches(prepared.rows, settings, training=training, share=share, split=split)
     # Evaluation runs a batch at once, so its batches are as small as a microbatch of training.
     parts = 1 if training else settings.microbatches
     # A mismatched completion of KTO follows another prompt, so the two may be longer than any row.

@@ -22,6 +22,7 @@ from .loss import (
     takes_of_pairs,
     takes_rows,
 )
+from .packing import check_packable
 
 
 def prepare_all(settings: Settings, loss: Loss) -> list[Prepared]:
@@ -41,6 +42,7 @@ def prepare_all(settings: Settings, loss: Loss) -> list[Prepared]:
         source = prepare(path, settings, vocab, positions=positions, held_out=held_out)
         _check_fits_loss(source, path, settings, loss)
         _check_starts(source)
+        check_packable(source.rows, source.form, path, settings)
         return source
 
     training = [one(path, held_out=False) for path in paths]

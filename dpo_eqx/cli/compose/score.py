@@ -8,16 +8,24 @@ from typing import Literal
 
 from ... import models
 from ..._head.statistics import NAMES
+from ..._scoring.packed import score_packed
 from ..._scoring.score import score_pairs, score_unpaired
 from ...data._records.records import Form
 from ...protocols import Score
 from ..settings.settings import Settings
 
 
-def compose_score(form: Form, settings: Settings) -> Score:
-    """The score for records of `form`, with the metrics of tokens that the settings ask for."""
+def compose_score(form: Form, settings: Settings, *, packed: bool) -> Score:
+    """The score for records of `form`, with the metrics of tokens that the settings ask for.
+
+    **Arguments:**
+
+    - `packed`: whether batches hold packed rows, for which there are no such metrics.
+    """
     if settings.reward_head:
         return models.score_rewards
+    if packed:
+        return score_packed
     score = score_unpaired if form.unpaired else score_pairs
     # `num_tokens` is none of them: it comes from the batch alone.
     metrics = tuple(name for name in settings.metrics if name in NAMES)

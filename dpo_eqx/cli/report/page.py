@@ -210,7 +210,11 @@ def _data(records: Sequence[Record]) -> str:
 
 
 def _data_of(facts: Mapping[str, Any]) -> dict[str, Any]:
-    rows = {name: facts[name] for name in ("form", "records", "rows", "tokens") if name in facts}
+    rows = {
+        name: facts[name]
+        for name in ("form", "records", "rows", "tokens", "shapes")
+        if name in facts
+    }
     for reason, count in facts.get("counts", {}).items():
         kind = "dropped" if reason in DROPPED else "cut" if reason in CUT else "noted"
         rows[f"{kind}: {REASONS.get(reason, reason)}"] = count

@@ -29,7 +29,8 @@ def mesh_of(settings: Settings) -> Mesh | None:
     mesh = sharding.make_mesh(settings.mesh or f"data={jax.device_count()}")
     count = size_of(mesh, ROWS)
     pairs = settings.batch_size // settings.microbatches
-    if pairs % count:
+    # Packed batches are split by rows, whose number is made to fit.
+    if pairs % count and not settings.pack:
         raise ValueError(
             f"`--batch-size` over `--microbatches` must be a multiple of data * fsdp = {count}, so "
             f"that each device gets the same number of pairs; got {settings.batch_size} over "
@@ -52,6 +53,11 @@ def check_rows(batch_size: int, mesh: Mesh | None) -> None:
 def share(mesh: Mesh | None) -> tuple[int, int]:
     """The number of the part of each batch that this process makes, and the number of parts."""
     return (0, 1) if mesh is None else sharding.batch_share(mesh)
+
+
+def parts(mesh: Mesh | None) -> dict[str, Any]:
+    """The arguments of `make_batches` that say how processes and devices split a batch."""
+    return {"share": share(mesh), "split": 1 if mesh is None else size_of(mesh, ROWS)}
 
 
 def put(tree: Tree, mesh: Mesh | None) -> Tree:

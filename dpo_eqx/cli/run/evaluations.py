@@ -43,7 +43,7 @@ def evaluate_all(
 ) -> dict[str, float]:
     """The metrics on a held-out set, as exact means over all of its rows."""
     state = evaluated(state)
-    with make_batches(held_out, settings, training=False, share=devices.share(mesh)) as batches:
+    with make_batches(held_out, settings, training=False, **devices.parts(mesh)) as batches:
         placed = (devices.put_batch(batch, mesh) for batch in batches)
         parts = (evaluate(state.policy, batch, state.reference) for batch in placed)
         metrics = functools.reduce(operator.add, parts)
@@ -67,7 +67,7 @@ def checked_goal(
     if goal is None:
         return None
     (held_out,) = (s for s in sets if goal.metric.startswith(prefix(s.name)))
-    with make_batches(held_out, settings, training=False, share=devices.share(mesh)) as batches:
+    with make_batches(held_out, settings, training=False, **devices.parts(mesh)) as batches:
         batch = devices.put_batch(next(batches), mesh)
     means = eqx.filter_eval_shape(
         lambda *args: evaluate(*args).mean(), state.policy, batch, state.reference

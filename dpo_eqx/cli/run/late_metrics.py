@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from ..._arrays.batches import PreferenceBatch
+from ..._arrays.packed import PackedBatch
 from ..._scoring.predict import sizes_of
 from .sinks import Numbers, Sink
 
@@ -80,6 +81,9 @@ class Lines:
 
 def tokens_of(batch: Any) -> Int[Array, ""]:
     """The tokens of rows with positive weight, over all processes; a pair's prompt counts once."""
+    if isinstance(batch, PackedBatch):
+        is_real = jnp.asarray(batch.weights) > 0
+        return jnp.where(is_real, batch.lengths.sum(axis=-1), 0).sum(dtype=jnp.int32)
     pair = isinstance(batch, PreferenceBatch)
     parts = (
         (batch.prompt, batch.chosen, batch.rejected) if pair else (batch.prompt, batch.completion)
@@ -91,6 +95,10 @@ def tokens_of(batch: Any) -> Int[Array, ""]:
 
 def tokens_read(batch: Any) -> Int[Array, ""]:
     """The tokens of rows with positive weight as TRL counts them; a pair's prompt counts twice."""
+    if isinstance(batch, PackedBatch):
+        is_real = jnp.asarray(batch.weights) > 0
+        read = batch.lengths.sum(axis=-1) + batch.lengths[..., 0]
+        return jnp.where(is_real, read, 0).sum(dtype=jnp.int32)
     pair = isinstance(batch, PreferenceBatch)
     completions = (batch.chosen, batch.rejected) if pair else (batch.completion,)
     real = jnp.asarray(batch.weight) > 0
@@ -101,7 +109,7 @@ def tokens_read(batch: Any) -> Int[Array, ""]:
 
 def sides_of(batch: Any) -> dict[str, Int[Array, ""]]:
     """For unpaired data the completions of each label with positive weight; nothing for pairs."""
-    if isinstance(batch, PreferenceBatch):
+    if isinstance(batch, PreferenceBatch | PackedBatch):
         return {}
     label, real = jnp.asarray(batch.label), jnp.asarray(batch.weight) > 0
     counts = (jnp.sum(real & side, dtype=jnp.int32) for side in (label, ~label))

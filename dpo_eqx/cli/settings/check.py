@@ -22,6 +22,7 @@ _POSITIVE = ("steps", "epochs", "batch_size", "microbatches", "buckets", "keep",
 _POSITIVE_IF_GIVEN = (
     "beta",
     "decay_steps",
+    "pack_length",
     "max_length",
     "max_prompt_length",
     "max_completion_length",
@@ -153,6 +154,9 @@ def _contradictions(settings: Settings) -> Iterator[str]:
         ("reward_head", s.reward_head, "reference_free", s.reference_free),
         ("reward_head", s.reward_head, "metrics", bool({*s.metrics} - {"num_tokens"})),
         ("reward_head", s.reward_head, "lora_rank", lora),
+        ("reward_head", s.reward_head, "pack", s.pack),
+        ("pack", s.pack, "no_shuffle", not s.shuffle),
+        ("pack", s.pack, "metrics", any(name != "num_tokens" for name in s.metrics)),
         ("reward_head", s.reward_head, "lora", s.lora is not None),
         ("reward_head", s.reward_head, "sample_every", s.sample_every > 0),
     ]
@@ -180,6 +184,8 @@ def _contradictions(settings: Settings) -> Iterator[str]:
             "`--quantize` is for a frozen model, so that only adapters are trained; give "
             "`--lora-rank` or `--lora` too."
         )
+    if s.pack_length is not None and not s.pack:
+        yield "`--pack-length` is for packed rows; give `--pack` too."
     if s.loss_weights and len(s.loss_weights) != len(s.loss):
         yield (
             f"`--loss-weights` must have one weight for each loss, {len(s.loss)}; got "

@@ -94,6 +94,8 @@ class Online(Settings):
     max_completion_length: int | None = _unused()
     strict: bool = _unused(False)
     precompute_reference: bool = _unused(False)
+    pack: bool = _unused(False)
+    pack_length: int | None = _unused()
     dry_run: bool = _unused(False)
     reference_offload: bool = _unused(False)
     optimizer_offload: bool = _unused(False)

@@ -17,7 +17,8 @@ from ..._extras import require
 from .._fingerprint import digest
 from .._tokens.rows import Row, Rows, lengths_of
 from .._tokens.store import digest_ids
-from .buckets import Buckets, Shapes, choose_buckets, longest
+from .batcher import Batcher
+from .buckets import Buckets, PackedShapes, Shapes, choose_buckets, longest
 from .collate import pair_batch, unpaired_batch
 from .mismatch import check_mismatchable, mismatched
 from .order import Order
@@ -28,7 +29,7 @@ _ENDLESS = sys.maxsize
 
 
 @dataclasses.dataclass(frozen=True)
-class Batcher:
+class PaddedBatcher:
     """Makes the batch of any step: this process's rows, padded to the widths of the global batch.
 
     All processes use the widths of the global batch, so that they run the same program.
@@ -130,7 +131,7 @@ class Batches(Iterator[Any]):
     the thread.
 
     - `steps_per_epoch`: the number of steps, the same on every process.
-    - `buckets`: the widths.
+    - `buckets`: the widths; `None` if the batches are packed.
     """
 
     def __init__(self, batcher: Batcher, epochs: int | None, prefetch: int, settings: str):
@@ -182,7 +183,7 @@ class Batches(Iterator[Any]):
             )
         self._iterator.set_state({"next_index": int(state["step"])})
 
-    def shapes(self) -> Shapes:
+    def shapes(self) -> Shapes | PackedShapes:
         """The shapes of an epoch and the share of padding. This reads lengths only."""
         return self._batcher.shapes()
 
@@ -259,8 +260,8 @@ def batches(
     sizes |= {"buckets": buckets} if isinstance(buckets, int) else {}
     sizes |= {} if epochs is None else {"epochs": epochs}
     sizes |= {} if max_length is None else {"max_length": max_length}
-    _check_sizes(sizes, prefetch, seed)
-    share = _share(batch_size, process_index, process_count)
+    check_sizes(sizes, prefetch, seed)
+    share = share_of(batch_size, process_index, process_count)
     if len(rows) == 0:
         raise ValueError("`rows` must hold a row at least; got none. See the report of `tokenize`.")
     lengths = lengths_of(rows)
@@ -281,14 +282,14 @@ def batches(
     if kl:
         check_mismatchable(rows)
     limit = sys.maxsize if max_length is None else max_length
-    batcher = Batcher(rows, lengths, order, buckets, share, dtype, kl, limit, average)
+    batcher = PaddedBatcher(rows, lengths, order, buckets, share, dtype, kl, limit, average)
     # Positions stored before there was `average` stay valid.
     averaged = () if average == "rows" else (average,)
     settings = digest(lengths, batch_size, shuffle, seed, window, buckets, kl, limit, *averaged)
     return Batches(batcher, epochs, prefetch, settings)
 
 
-def _share(batch_size: int, process_index: int, process_count: int) -> slice:
+def share_of(batch_size: int, process_index: int, process_count: int) -> slice:
     """The slice of a global batch that belongs to this process."""
     if batch_size % process_count or not 0 <= process_index < process_count:
         raise ValueError(
@@ -299,7 +300,7 @@ def _share(batch_size: int, process_index: int, process_count: int) -> slice:
     return slice(process_index * size, (process_index + 1) * size)
 
 
-def _check_sizes(sizes: dict[str, int], prefetch: int, seed: int) -> None:
+def check_sizes(sizes: dict[str, int], prefetch: int, seed: int) -> None:
     for name, value in sizes.items():
         if value < 1:
             raise ValueError(f"`{name}` must be a positive integer; got {value}.")

@@ -1,4 +1,4 @@
-"""The few widths that rows are padded to, chosen to minimise padding.
+"""The few widths that rows are padded to, chosen to minimise padding; and what padding is left.
 
 Each pair of widths is one shape, and each shape is one compilation. `order.py` decides which rows
 share a batch.
@@ -138,4 +138,40 @@ class Shapes:
         return (
             f"{len(self.steps)} shapes to compile over {sum(self.steps.values())} steps, "
             f"{self.padding:.1%} padding"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedShapes:
+    """The shape of the packed batches, and the padding; `str(shapes)` gives both.
+
+    - `rows`, `length`: the shape of a global batch.
+    - `steps`: the number of batches of an epoch.
+    - `pairs`: the pairs of an epoch.
+    - `tokens`: the tokens of all pairs, each prompt once.
+    - `unpacked`: the share of padding in batches of as many pairs from `batches`.
+    """
+
+    rows: int
+    length: int
+    steps: int
+    pairs: int
+    tokens: int
+    unpacked: float
+
+    @property
+    def padded(self) -> int:
+        """The positions in all batches, including rows that only fill the last batch."""
+        return self.rows * self.length * self.steps
+
+    @property
+    def padding(self) -> float:
+        """The share of positions that hold no token, from 0 to 1."""
+        return 1 - self.tokens / self.padded
+
+    def __str__(self):
+        return (
+            f"1 shape to compile over {self.steps} steps, {self.rows} x {self.length} tokens and "
+            f"{self.pairs / self.steps:.1f} pairs a step, {self.padding:.1%} padding "
+            f"({self.unpacked:.1%} without packing)"
         )

@@ -1,8 +1,10 @@
 """Packing on the host: several pairs in each row of a batch, to minimise padding.
 
-`batches.py` makes batches with one pair in each row.
+`batches.py` makes batches with one pair in each row, and `packed_batches.py` iterates over packed
+ones.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -13,6 +15,8 @@ from ..._arrays.packed import PackedBatch
 from .._tokens.rows import PER_PAIR, Row, Rows, scored_of, start_of
 
 Numbers = dict[str, Array | np.ndarray]
+# Pairs are placed in groups of this many, since first-fit takes the square of their number.
+GROUP = 4096
 
 
 class Pair(NamedTuple):
@@ -76,21 +80,100 @@ def pack(
     not pairs, or if a size is not positive.
     """
     _check_sizes({"length": length, "slots": slots, "scored": scored, "multiple_of": multiple_of})
-    pairs = [_pair(row) for row in _checked(rows)]
-    needs = np.array([[sum(p.lengths()), len(p.scored()), 1] for p in pairs])
+    packing = place(rows, measure(rows), length, slots=slots, scored=scored, dtype=dtype)
+    count = len(packing.placed)
+    return packing.take([*range(count), *[-1] * (-count % multiple_of)])
+
+
+class Measured(NamedTuple):
+    """What the pairs of some rows need.
+
+    - `needs`: the tokens, the scored tokens and the slots (one) of each pair.
+    - `longest`: the most tokens of a prompt plus one of its completions.
+    """
+
+    needs: Int[np.ndarray, "pairs 3"]
+    longest: int
+
+
+def measure(rows: Rows) -> Measured:
+    """What each pair needs; this reads all ids once.
+
+    **Raises:**
+
+    `ValueError` if there are no rows, or if they are not pairs.
+    """
+    needs, longest = [], 0
+    for row in _checked(rows):
+        pair = _pair(row)
+        prompt, chosen, rejected = pair.lengths()
+        needs.append([prompt + chosen + rejected, len(pair.scored()), 1])
+        longest = max(longest, prompt + max(chosen, rejected))
+    return Measured(np.array(needs), longest)
+
+
+@dataclasses.dataclass(frozen=True)
+class Packing:
+    """Which pairs share a row; the rows themselves are made by `take`.
+
+    - `rows`: the rows of token ids, one for each pair.
+    - `placed`: the pairs in each packed row, in their order.
+    - `length`, `slots`, `scored`, `longest`, `longest_pair`: the shape, as in `PackedBatch`.
+    - `dtype`: the dtype of weights and other numbers.
+    """
+
+    rows: Rows
+    placed: list[list[int]]
+    length: int
+    slots: int
+    scored: int
+    longest: int
+    longest_pair: int
+    dtype: DTypeLike
+
+    def take(self, numbers: Sequence[int]) -> PackedBatch:
+        """The packed rows of these numbers; -1 is an empty row."""
+        placed = [self.placed[i] if i >= 0 else [] for i in numbers]
+        ids, lengths, places, indices = _lay(self, placed)
+        weights, references, arguments = _numbers(self.rows, indices, self.dtype)
+        return PackedBatch(
+            *(ids, lengths, places, indices, weights, references, arguments),
+            longest=self.longest,
+            longest_pair=self.longest_pair,
+        )
+
+
+def place(
+    rows: Rows,
+    measured: Measured,
+    length: int,
+    *,
+    slots: int | None = None,
+    scored: int | None = None,
+    dtype: DTypeLike = np.float32,
+) -> Packing:
+    """Places all pairs in rows; the arguments are those of `pack`."""
+    needs = measured.needs
     limits = zip((length, scored, slots), needs.sum(axis=0), strict=True)
     # A resource without limit gets room for all pairs together, so it never decides.
     room = np.array([needed if limit is None else limit for limit, needed in limits])
     _check_fit(needs, room)
-    placed = first_fit(needs, room)
-    placed += [[]] * (-len(placed) % multiple_of)
+    placed = [
+        [start + member for member in members]
+        for start in range(0, len(needs), GROUP)
+        for members in first_fit(needs[start : start + GROUP], room)
+    ]
     used = np.array([needs[members].sum(axis=0) for members in placed])
-    counts = (slots or int(used[:, 2].max()), max(scored or int(used[:, 1].max()), 1))
-    arrays = _lay(pairs, placed, length, *counts)
-    weights, references, arguments = _numbers(rows, arrays[-1], dtype)
-    longest = max(p + max(c, r) for p, c, r in (pair.lengths() for pair in pairs))
-    extents = {"longest": longest, "longest_pair": int(needs[:, 0].max())}
-    return PackedBatch(*arrays, weights, references, arguments, **extents)
+    return Packing(
+        rows,
+        placed,
+        length,
+        slots=slots or int(used[:, 2].max()),
+        scored=max(scored or int(used[:, 1].max()), 1),
+        longest=measured.longest,
+        longest_pair=int(needs[:, 0].max()),
+        dtype=dtype,
+    )
 
 
 def first_fit(
@@ -126,17 +209,17 @@ def _pair(row: Row) -> Pair:
 
 
 def _lay(
-    pairs: Sequence[Pair], placed: list[list[int]], length: int, slots: int, scored: int
+    packing: Packing, placed: list[list[int]]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """The ids, the lengths, the positions of scored tokens and the pair's index in each slot."""
-    ids = np.zeros((len(placed), length), np.int32)
-    lengths = np.zeros((len(placed), slots, 3), np.int32)
-    places = np.full((len(placed), scored), -1, np.int32)
-    indices = np.full((len(placed), slots), -1, np.int32)
+    ids = np.zeros((len(placed), packing.length), np.int32)
+    lengths = np.zeros((len(placed), packing.slots, 3), np.int32)
+    places = np.full((len(placed), packing.scored), -1, np.int32)
+    indices = np.full((len(placed), packing.slots), -1, np.int32)
     for row, members in enumerate(placed):
         start, filled = 0, 0
         for slot, member in enumerate(members):
-            pair = pairs[member]
+            pair = _pair(packing.rows[member])
             tokens = [*pair.prompt, *pair.chosen, *pair.rejected]
             targets = pair.scored()
             ids[row, start : start + len(tokens)] = tokens
@@ -153,17 +236,20 @@ def _numbers(
 
     An empty slot has the numbers of the first pair at weight 0: finite, and without influence.
     """
-    is_filled, member = indices >= 0, np.maximum(indices, 0)
+    is_filled = indices >= 0
+    members, place = np.unique(np.maximum(indices, 0), return_inverse=True)
+    present = [rows[int(member)] for member in members]
 
     def by_slot(name: str, default: float | None = None) -> np.ndarray:
-        return np.array([row.get(name, default) for row in rows], dtype)[member]
+        numbers = np.array([row.get(name, default) for row in present], dtype)
+        return numbers[place.reshape(indices.shape)]
 
     names = [f"reference_{which}" for which in ("chosen", "rejected")]
-    references = {name.removeprefix("reference_"): name for name in names if name in rows[0]}
+    references = {name.removeprefix("reference_"): name for name in names if name in present[0]}
     return (
         by_slot("weight", 1.0) * is_filled.astype(dtype),
         {name: by_slot(of) for name, of in references.items()} if len(references) == 2 else None,
-        {name: by_slot(name) for name in PER_PAIR if name in rows[0]} or None,
+        {name: by_slot(name) for name in PER_PAIR if name in present[0]} or None,
     )
 
 
