@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import DTypeLike, PyTree
 
 from ... import data, models, sharding
+from ..._policies.trainable import trainable
 from ..._training.reference import snapshot
 from ...models._adapters.lora import adapters
 from ..settings.options import dtype_of
@@ -75,8 +76,17 @@ def with_new_adapters(policy: models.Transformer, settings: Settings) -> models.
 
 
 def trainable_of(policy: PyTree, settings: Settings) -> PyTree:
-    """The filter of what is trained: the adapters, or all parameters."""
-    return models.lora_filter(policy) if has_adapters(settings) else eqx.is_inexact_array
+    """The filter of what is trained: the adapters, what `--train` and `--freeze` leave, or all.
+
+    **Raises:**
+
+    `ValueError` if a pattern matches no parameter, or if nothing is left to train.
+    """
+    if has_adapters(settings):
+        return models.lora_filter(policy)
+    if not settings.train and not settings.freeze:
+        return eqx.is_inexact_array
+    return trainable(policy, only=settings.train or None, without=settings.freeze or None)
 
 
 def has_adapters(settings: Settings) -> bool:
@@ -84,14 +94,14 @@ def has_adapters(settings: Settings) -> bool:
     return settings.lora_rank > 0 or settings.lora is not None
 
 
-def adapters_alone(policy: PyTree, trainable: PyTree) -> PyTree:
+def adapters_alone(policy: PyTree, selected: PyTree) -> PyTree:
     """The part of a policy with adapters that `models.save_lora` needs.
 
     PEFT stores the lengths of all rows of a layer of its checkpoints. With DoRA, some of them may
     depend on the base.
     """
     has_lengths = any(lora.magnitude is not None for lora in adapters(policy).values())
-    return policy if has_lengths else eqx.filter(policy, trainable)
+    return policy if has_lengths else eqx.filter(policy, selected)
 
 
 def draws_numbers(settings: Settings) -> bool:

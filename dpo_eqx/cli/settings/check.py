@@ -50,8 +50,14 @@ def check(settings: Settings) -> None:
     held_out_of(settings.eval_data)
     if settings.mesh is not None:
         parse_sizes(settings.mesh)
-    if settings.lora_target is not None:
-        _check_pattern(settings.lora_target)
+    patterns = {
+        "lora_target": (settings.lora_target or "",),
+        "train": settings.train,
+        "freeze": settings.freeze,
+    }
+    for name, given in patterns.items():
+        for pattern in given:
+            _check_pattern(name, pattern)
     check_optimizer(settings.optimizer)
     _raise_first(_contradictions(settings))
     _raise_first(_about_evaluations(settings))
@@ -117,12 +123,12 @@ def _check_ranges(settings: Settings) -> None:
         )
 
 
-def _check_pattern(target: str) -> None:
+def _check_pattern(name: str, pattern: str) -> None:
     try:
-        re.compile(target)
+        re.compile(pattern)
     except re.error as error:
         raise ValueError(
-            f"`--lora-target` must be a regular expression; got {target!r} ({error})."
+            f"{flag(name)} must be a regular expression; got {pattern!r} ({error})."
         ) from None
 
 
@@ -147,6 +153,8 @@ def _contradictions(settings: Settings) -> Iterator[str]:
         ("lora", s.lora is not None, "lora_rslora", s.lora_rslora),
         ("lora", s.lora is not None, "lora_dora", s.lora_dora),
         ("lora", s.lora is not None, "lora_target", s.lora_target is not None),
+        *((one, bool(getattr(s, one)), "lora_rank", lora) for one in ("train", "freeze")),
+        *((one, bool(getattr(s, one)), "lora", s.lora is not None) for one in ("train", "freeze")),
         ("eval_fraction", s.eval_fraction is not None, "eval_data", bool(s.eval_data)),
         ("eval_fraction", s.eval_fraction is not None, "eval_split", s.eval_split is not None),
         ("lora_reference", s.lora_reference is not None, "reference", s.reference is not None),

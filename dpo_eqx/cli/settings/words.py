@@ -31,6 +31,12 @@ _WORDS: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (rf"`as_chat`{OF_ARGUMENT}", "`--as-chat`"),
     (r"`max_(prompt_|completion_)?length`", _limit),
     (r"`path_or_iterable`", "`--data`"),
+    (r"`only` must match", "`--train` must match"),
+    (r"`without` must match", "`--freeze` must match"),
+    (
+        r"`only` and `without` must leave (.*) got only=.* and without=.*, which leave",
+        r"`--train` and `--freeze` must leave \1 these leave",
+    ),
     (r"`where` names", "`--where` names"),
     (r"`(pairs|ties)` must", r"`--\1` must"),
     (r"`batch_size` must be about", "`--batch-size` must be about"),

@@ -12,3 +12,8 @@ class ModelFlags:
     name."""
     reference: str | None = None
     """The reference model (default: `--model` before training)."""
+    train: tuple[str, ...] = ()
+    """Regular expressions for the parameters to train, such as `feed_forward`, searched in paths
+    like layers.attention.query.weight (default: all)."""
+    freeze: tuple[str, ...] = ()
+    """Regular expressions for parameters that are not trained, such as `embedding`."""
