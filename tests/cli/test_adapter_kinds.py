@@ -13,7 +13,12 @@ from .runs import lines_of, same_weights
 from .small import MODEL, small
 from .test_adapters import QUICK
 
-KINDS = {"lora_rslora": True, "lora_dropout": 0.5, "lora_dora": True}
+KINDS = {
+    "lora_rslora": True,
+    "lora_dropout": 0.5,
+    "lora_dora": True,
+    "lora_modules_to_save": "^(positions|norm)",
+}
 GIVEN = {**QUICK, "lora_rank": 4, "lora_alpha": 2.0, "steps": 4, "save_every": 2}
 
 
@@ -44,6 +49,7 @@ def test_kinds_are_in_the_file_and_the_first_loss_is_log_2(whole):
     assert config["use_rslora"]
     assert config["lora_dropout"] == 0.5
     assert config["use_dora"]
+    assert config["modules_to_save"] == ["ln_f", "wpe"]
     assert config["r"] == 4
     assert config["lora_alpha"] == 2
     # Queries, keys and values of rank 4 are one adapter of rank 12, with the same scale.
@@ -57,6 +63,9 @@ def test_the_adapter_and_the_model_are_the_same_policy(whole):
     for layer in ("query", "value"):
         ours = getattr(models.merge_lora(policy).layers.attention, layer).weight
         assert np.abs(ours - getattr(model.layers.attention, layer).weight).max() < 1e-6
+    for ours, theirs in ((policy.positions, model.positions), (policy.norm, model.norm)):
+        assert np.array_equal(ours.weight, theirs.weight)
+        assert not np.array_equal(ours.weight, ours.original.weight)
     change = policy.layers.attention.query.magnitude.change
     assert np.abs(change).max() > 1e-4
 
@@ -83,6 +92,9 @@ def test_each_kind_learns_something_else(kind, plain, tmp_path):
         ({"lora_dropout": 0.1}, "`--lora-dropout` is for adapters, .* `--lora-rank` or `--lora`"),
         ({"lora_dora": True}, "`--lora-dora` is for adapters, .* give `--lora-rank` too"),
         ({"lora": "x", "lora_rslora": True}, "`--lora` and `--lora-rslora` contradict"),
+        ({"lora_modules_to_save": "norm"}, "`--lora-modules-to-save` is for adapters"),
+        ({"lora_rank": 2, "lora_modules_to_save": "("}, "`--lora-modules-to-save` must be a reg"),
+        ({"lora_rank": 2, "lora_modules_to_save": "x"}, "`--lora-modules-to-save` must match the"),
         ({"lora": "x", "lora_dora": True}, "`--lora` and `--lora-dora` contradict"),
         ({"lora_rank": 2, "lora_dropout": 1.0}, r"`--lora-dropout` must be in \[0, 1\); got 1.0"),
     ],

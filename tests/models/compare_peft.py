@@ -57,6 +57,19 @@ CASES = {
         "gpt2",
         {"r": 2, "use_dora": True, "target_modules": ["c_attn", "c_fc"], "lora_dropout": 0.1},
     ),
+    "modules": (
+        "gpt2",
+        {"r": 2, "target_modules": ["c_fc"], "modules_to_save": ["ln_f", "ln_1", "wpe"]},
+    ),
+    "modules-tied": (
+        "qwen2-tied",
+        {
+            "r": 2,
+            "target_modules": ["q_proj"],
+            "modules_to_save": ["embed_tokens"],
+            "ensure_weight_tying": True,
+        },
+    ),
     "gemma2": ("gemma2", {"r": 2, "init_lora_weights": "gaussian", "target_modules": ["o_proj"]}),
 }
 LENGTH = 12
@@ -78,6 +91,8 @@ def make(folder: Path) -> None:
         for key, parameter in model.named_parameters():
             if "lora_magnitude_vector" in key:
                 parameter.data *= 0.5 + torch.rand_like(parameter)
+            elif "modules_to_save" in key:
+                parameter.data += 0.1 * torch.randn_like(parameter)
             elif "lora_" in key:
                 torch.nn.init.normal_(parameter, std=0.2)
         model.peft_config["default"].base_model_name_or_path = base
@@ -100,7 +115,12 @@ def ours(folder: Path) -> None:
         print(f"{name}: the adapter moves logits by {np.abs(want - without).max():.2f}")
         worst = max(worst, _report(name, np.asarray(loaded(ids_of(base))), want))
         fresh = models.add_lora(
-            plain, rank=3, alpha=4.5, dora="dora" in name, key=jax.random.key(0)
+            plain,
+            rank=3,
+            alpha=4.5,
+            dora="dora" in name,
+            modules_to_save="^(embedding|head|norm)" if "modules" in name else None,
+            key=jax.random.key(0),
         )
         fresh = _shaken(fresh, models.lora_filter(fresh))
         for kind, policy in (("again", loaded), ("fresh", fresh)):
@@ -141,8 +161,14 @@ def _check_the_same_tensors(model, path: Path) -> None:
     import safetensors.numpy
 
     names = set(safetensors.numpy.load_file(path / "adapter_model.safetensors"))
-    known = {key.replace(".default.", ".") for key, _ in model.named_parameters() if "lora_" in key}
+    known = {key for key, _ in model.named_parameters(remove_duplicate=False)}
+    known = {key.replace(".modules_to_save.default.", ".modules.") for key in known}
+    known = {key.replace(".default.", ".") for key in known if "lora_" in key or ".modules." in key}
     known = {key.replace("magnitude_vector.weight", "magnitude_vector") for key in known}
+    known = {key.replace(".modules.", ".") for key in known}
+    if model.peft_config["default"].ensure_weight_tying:
+        # PEFT writes the trained embedding a second time, and then does not look for it.
+        known |= {"base_model.model.lm_head.weight"}
     assert names == known, names ^ known
 
 

@@ -340,9 +340,10 @@ def test_an_adapter_of_an_embedding(folder):
 
 REFUSED = [
     ({"peft_type": "IA3"}, r"`peft_type` of .* must be `LORA`; got 'IA3'.*`merge_and_unload`"),
-    ({"use_dora": True}, r"settings that are not supported: `use_dora` \(True\)"),
+    ({"use_dora": True}, r"missing: \S+.lora_magnitude_vector, of shape \(32,\)"),
+    ({"modules_to_save": ["lm_head"]}, r"missing: base_model.model.lm_head.weight"),
+    ({"lora_dropout": 1}, r"`lora_dropout` in .* must be a number from 0 to below 1; got 1"),
     ({"bias": "all", "lora_bias": True}, r"`bias` \('all'\), `lora_bias` \(True\)"),
-    ({"modules_to_save": ["lm_head"]}, r"`modules_to_save` \(\['lm_head'\]\)"),
     ({"init_lora_weights": "pissa"}, r"`init_lora_weights` \('pissa'\)"),
     ({"tomorrow": 1}, r"`tomorrow` \(1\)"),
     ({"r": 0}, r"`r` of the adapter's configuration, .* must be positive numbers; got 0"),

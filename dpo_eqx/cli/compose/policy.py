@@ -5,6 +5,7 @@
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -71,6 +72,7 @@ def with_new_adapters(policy: models.Transformer, settings: Settings) -> models.
         rank_stabilised=settings.lora_rslora,
         dropout=settings.lora_dropout,
         dora=settings.lora_dora,
+        modules_to_save=settings.lora_modules_to_save,
         key=jax.random.key(settings.seed),
     )
 
@@ -193,13 +195,14 @@ def count(tree: PyTree) -> int:
 
 
 def parameters(policy: PyTree) -> int:
-    """The number of parameters of a policy, without pinned adapters.
+    """The number of parameters of a policy, without pinned adapters and originals of modules.
 
     Quantised weights count as the weights that they stand for.
     """
     decoded = jax.eval_shape(models.dequantize, eqx.filter(policy, eqx.is_array))
     leaves = jax.tree_util.tree_leaves_with_path(decoded)
-    return sum(leaf.size for path, leaf in leaves if ".pinned" not in jax.tree_util.keystr(path))
+    copies = re.compile(r"\.(pinned|original)\b")
+    return sum(leaf.size for path, leaf in leaves if not copies.search(jax.tree_util.keystr(path)))
 
 
 def _load(

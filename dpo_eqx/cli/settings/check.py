@@ -52,6 +52,7 @@ def check(settings: Settings) -> None:
         parse_sizes(settings.mesh)
     patterns = {
         "lora_target": (settings.lora_target or "",),
+        "lora_modules_to_save": (settings.lora_modules_to_save or "",),
         "train": settings.train,
         "freeze": settings.freeze,
     }
@@ -152,6 +153,7 @@ def _contradictions(settings: Settings) -> Iterator[str]:
         ("lora", s.lora is not None, "lora_alpha", s.lora_alpha is not None),
         ("lora", s.lora is not None, "lora_rslora", s.lora_rslora),
         ("lora", s.lora is not None, "lora_dora", s.lora_dora),
+        ("lora", s.lora is not None, "lora_modules_to_save", s.lora_modules_to_save is not None),
         ("lora", s.lora is not None, "lora_target", s.lora_target is not None),
         *((one, bool(getattr(s, one)), "lora_rank", lora) for one in ("train", "freeze")),
         *((one, bool(getattr(s, one)), "lora", s.lora is not None) for one in ("train", "freeze")),
@@ -177,7 +179,11 @@ def _contradictions(settings: Settings) -> Iterator[str]:
             f"models; got `--loss {' '.join(s.loss)}` with{'' if s.reward_head else 'out'} "
             "`--reward-head`."
         )
-    for name in ("lora_alpha", "lora_target", "lora_rslora", "lora_dora"):
+    of_new_adapters = (
+        *("lora_alpha", "lora_target", "lora_rslora", "lora_dora"),
+        "lora_modules_to_save",
+    )
+    for name in of_new_adapters:
         if getattr(s, name) not in (None, False) and not lora:
             yield f"{flag(name)} is for adapters, and this run has none; give `--lora-rank` too."
     if s.lora_dropout and not lora and s.lora is None:

@@ -31,6 +31,11 @@ _WORDS: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (rf"`as_chat`{OF_ARGUMENT}", "`--as-chat`"),
     (r"`max_(prompt_|completion_)?length`", _limit),
     (r"`path_or_iterable`", "`--data`"),
+    (r"`modules_to_save` must match the", "`--lora-modules-to-save` must match the"),
+    (
+        r"`target` and `modules_to_save` must match",
+        "`--lora-target` and `--lora-modules-to-save` must match",
+    ),
     (r"`only` must match", "`--train` must match"),
     (r"`without` must match", "`--freeze` must match"),
     (

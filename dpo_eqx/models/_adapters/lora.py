@@ -19,8 +19,10 @@ from .first_values import first_magnitude, first_matrices, lora_scale
 from .linear_layers import linear_paths, replace_at, unembedding_of
 from .lora_layer import LoRA
 from .quantize import dequantize, is_linear
+from .whole_module import WholeModule, can_be_whole, module_paths
 
 Policy = TypeVar("Policy")
+Adapter = LoRA | WholeModule
 
 
 def add_lora(
@@ -32,6 +34,7 @@ def add_lora(
     rank_stabilised: bool = False,
     dropout: float = 0.0,
     dora: bool = False,
+    modules_to_save: str | None = None,
     key: PRNGKeyArray,
 ) -> Policy:
     r"""Adds low-rank adapters to linear layers of any Equinox module.
@@ -64,13 +67,18 @@ def add_lora(
     - `dora`: whether the length of each row of the weights is trained, too, apart from its
         direction (weight-decomposed adapters, `use_dora` in PEFT). It costs the time and memory
         to compute these lengths in every pass.
+    - `modules_to_save`: a regular expression like `target`, for modules that are trained whole
+        beside the adapters, under PEFT's name for them: embeddings, norms, and linear layers
+        outside of stacks, such as `"^(embedding|head)"` (default: none). The policy keeps the
+        originals, too, since `without_lora` returns them.
     - `key`: the random key of the initial $A$.
 
     **Raises:**
 
     `ValueError` if
 
-    - `target` matches no linear layer (the error lists the candidates);
+    - `target` matches no linear layer, or `modules_to_save` no module (the error lists the
+        candidates), or both match one layer;
     - `rank` or `alpha` is not positive, or `dropout` is not in `[0, 1)`;
     - `dropout` is positive and `target` matches the unembedding, which is used as a matrix;
     - `policy` already has adapters.
@@ -89,6 +97,13 @@ def add_lora(
     paths = linear_paths(policy, target, is_linear)
     if dropout:
         _check_without_unembedding(policy, paths)
+    whole = set() if modules_to_save is None else module_paths(policy, modules_to_save)
+    if target is not None and paths & whole:
+        raise ValueError(
+            "`target` and `modules_to_save` must match different layers; both match "
+            f"{', '.join(sorted(paths & whole))}."
+        )
+    paths = paths - whole
     alpha = 2 * rank if alpha is None else alpha
     keys = iter(jax.random.split(key, len(paths)))
 
@@ -104,7 +119,8 @@ def add_lora(
             magnitude=first_magnitude(layer) if dora else None,
         )
 
-    return replace_at(policy, paths, is_linear, adapted)
+    policy = replace_at(policy, paths, is_linear, adapted)
+    return replace_at(policy, whole, can_be_whole, lambda _, module: WholeModule.of(module))
 
 
 def lora_filter(policy: PyTree) -> PyTree:
@@ -119,11 +135,11 @@ def lora_filter(policy: PyTree) -> PyTree:
 
     def select(node):
         nothing = jax.tree.map(lambda _: False, node)
-        if not isinstance(node, LoRA):
+        if not isinstance(node, Adapter):
             return nothing
         return nothing.with_trained(tuple(True for _ in nothing.trained))
 
-    return jax.tree.map(select, policy, is_leaf=_is_lora)
+    return jax.tree.map(select, policy, is_leaf=_is_adapter)
 
 
 def without_lora(policy: Policy) -> Policy:
@@ -132,7 +148,7 @@ def without_lora(policy: Policy) -> Policy:
     Use it as `reference_of=` if the base is the reference, which then takes no memory. If the
     reference has adapters of its own, use `pin_lora` and `pinned_lora`.
     """
-    return _replace(policy, lambda lora: lora.base)
+    return _replace(policy, lambda adapter: adapter.base)
 
 
 def keyed_lora(policy: Policy, key: PRNGKeyArray | None) -> Policy:
@@ -169,10 +185,10 @@ def pin_lora(policy: Policy) -> Policy:
     if not adapters(policy):
         raise ValueError("`policy` has no adapters to pin; add them with `add_lora`.")
 
-    def pin(lora: LoRA) -> LoRA:
+    def pin(adapter: Adapter) -> Adapter:
         # Copies, since a buffer that is shared cannot be donated.
-        pinned = tuple(jnp.array(x, copy=True) for x in lora.trained)
-        return dataclasses.replace(lora, pinned=pinned)
+        pinned = tuple(jnp.array(x, copy=True) for x in adapter.trained)
+        return dataclasses.replace(adapter, pinned=pinned)
 
     return _replace(policy, pin)
 
@@ -190,10 +206,10 @@ def pinned_lora(policy: Policy) -> Policy:
     if not adapters(policy):
         raise ValueError("`policy` has no adapters; add them with `add_lora`.")
 
-    def as_pinned(lora: LoRA) -> LoRA:
-        if lora.pinned is None:
+    def as_pinned(adapter: Adapter) -> Adapter:
+        if adapter.pinned is None:
             raise ValueError("`policy` has adapters that are not pinned; pin them with `pin_lora`.")
-        return dataclasses.replace(lora.with_trained(lora.pinned), pinned=None)
+        return dataclasses.replace(adapter.with_trained(adapter.pinned), pinned=None)
 
     return _replace(policy, as_pinned)
 
@@ -204,9 +220,11 @@ def merge_lora(policy: Policy) -> Policy:
     All quantised weights are decoded first, also those without an adapter.
     """
 
-    def merge(lora: LoRA):
-        plain = dequantize(lora.base)
-        return eqx.tree_at(lambda layer: layer.weight, plain, lora.weight)
+    def merge(adapter: Adapter):
+        if isinstance(adapter, WholeModule):
+            return adapter.merged()
+        plain = dequantize(adapter.base)
+        return eqx.tree_at(lambda layer: layer.weight, plain, adapter.weight)
 
     return dequantize(_replace(policy, merge))
 
@@ -218,8 +236,17 @@ def adapters(policy: PyTree) -> dict[str, LoRA]:
 
     `ValueError` if two layers have the same path, because a dictionary has a key with a dot.
     """
-    nodes = jax.tree_util.tree_leaves_with_path(policy, is_leaf=_is_lora)
-    pairs = [(leaf_name(path), node) for path, node in nodes if _is_lora(node)]
+    return {path: node for path, node in _by_path(policy).items() if isinstance(node, LoRA)}
+
+
+def modules_of(policy: PyTree) -> dict[str, WholeModule]:
+    """All modules of a policy that are trained whole, by their paths; see `adapters`."""
+    return {path: node for path, node in _by_path(policy).items() if isinstance(node, WholeModule)}
+
+
+def _by_path(policy: PyTree) -> dict[str, Adapter]:
+    nodes = jax.tree_util.tree_leaves_with_path(policy, is_leaf=_is_adapter)
+    pairs = [(leaf_name(path), node) for path, node in nodes if _is_adapter(node)]
     by_path = dict(pairs)
     if len(by_path) < len(pairs):
         paths = [path for path, _ in pairs]
@@ -237,13 +264,13 @@ def check_no_adapters(policy: PyTree) -> None:
         raise ValueError("`policy` has adapters already; merge them first, with `merge_lora`.")
 
 
-def _is_lora(node: Any) -> bool:
-    return isinstance(node, LoRA)
+def _is_adapter(node: Any) -> bool:
+    return isinstance(node, Adapter)
 
 
-def _replace(policy: Policy, function: Callable[[LoRA], Any]) -> Policy:
+def _replace(policy: Policy, function: Callable[[Any], Any]) -> Policy:
     return jax.tree.map(
-        lambda node: function(node) if isinstance(node, LoRA) else node, policy, is_leaf=_is_lora
+        lambda node: function(node) if _is_adapter(node) else node, policy, is_leaf=_is_adapter
     )
 
 

@@ -3,7 +3,7 @@
 PEFT has no names for them. `files.py` reads and writes the files, also those in PEFT's own format.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,12 +14,13 @@ from jaxtyping import Array, PyTree
 from ..._jax.paths import leaf_name
 from .._adapters.first_values import first_magnitude
 from .._adapters.linear_layers import Policy, replace_at
-from .._adapters.lora import adapters
+from .._adapters.lora import adapters, modules_of
 from .._adapters.lora_layer import LoRA
 from .._adapters.magnitude import Magnitude
 from .._adapters.quantize import is_linear, weight_shape
+from .._adapters.whole_module import WholeModule, can_be_whole
 from .._checkpoint.checks import shorten
-from .._checkpoint.config_values import FLAG, OBJECT, POSITIVE, RATE, SIZE, check_kinds
+from .._checkpoint.config_values import FLAG, OBJECT, POSITIVE, RATE, SIZE, TEXTS, check_kinds
 from .._checkpoint.folder import ADAPTER_CONFIG, DTYPES, Weights
 
 _FORMAT, _VERSION = "dpo_eqx", 1
@@ -33,7 +34,7 @@ def is_by_path(values: Mapping[str, Any]) -> bool:
 
 
 def write_by_path(
-    found: Mapping[str, LoRA], base: str | None
+    found: Mapping[str, LoRA], whole: Mapping[str, WholeModule], base: str | None
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The tensors and the contents of `adapter_config.json` for adapters by path."""
     tensors: dict[str, np.ndarray] = {}
@@ -42,11 +43,17 @@ def write_by_path(
         tensors[_name(path, "up")] = np.ascontiguousarray(lora.up)
         if lora.magnitude is not None:
             tensors[_name(path, "magnitude")] = np.ascontiguousarray(lora.magnitude.change)
+    for path, module in whole.items():
+        tensors |= {
+            _name(path, part): np.ascontiguousarray(getattr(module, part))
+            for part in _parts(module)
+        }
     config = {
         "format": _FORMAT,
         "version": _VERSION,
         "base_model_name_or_path": base,
         "adapters": {path: _setting(lora) for path, lora in found.items()},
+        **({"modules": sorted(whole)} if whole else {}),
     }
     return tensors, config
 
@@ -70,7 +77,9 @@ def read_by_path(
     settings = _settings(values)
     is_node = _is_lora if adapters(policy) else is_linear
     nodes = _nodes(policy, is_node)
-    _check(settings, nodes, weights)
+    modules = values.get("modules") or []
+    check_kinds({"modules": modules}, {"modules": TEXTS}, ADAPTER_CONFIG)
+    _check(settings, nodes, weights, _modules(policy, modules))
 
     def magnitude(path: str, node: Any) -> Magnitude:
         # The lengths at first are the base's, so only their changes are in the file.
@@ -94,7 +103,14 @@ def read_by_path(
             magnitude(path, node) if own["dora"] else None,
         )
 
-    return replace_at(policy, set(settings), is_node, place)
+    def place_whole(path: str, node: Any) -> WholeModule:
+        whole = node if isinstance(node, WholeModule) else WholeModule.of(node)
+        return whole.with_trained(
+            tuple(_array(weights.read(_name(path, part))) for part in _parts(whole))
+        )
+
+    policy = replace_at(policy, set(settings), is_node, place)
+    return replace_at(policy, set(modules), _is_module, place_whole)
 
 
 def _setting(lora: LoRA) -> dict[str, Any]:
@@ -127,12 +143,42 @@ def _settings(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return settings
 
 
+def _modules(policy: PyTree, paths: Sequence[str]) -> dict[str, Any]:
+    """The modules to train whole, by their paths."""
+    known = _nodes(policy, _is_module)
+    missing = [path for path in paths if path not in known]
+    extra = [path for path in modules_of(policy) if path not in paths]
+    if missing or extra:
+        raise ValueError(
+            "`policy` must have the modules that the adapters' file trains whole; there are no "
+            f"such modules at {missing}, and the file has none for {extra}. Give the module that "
+            "the adapters were saved from."
+        )
+    return {path: known[path] for path in paths}
+
+
+def _is_module(node: Any) -> bool:
+    return isinstance(node, WholeModule) or can_be_whole(node)
+
+
+def _parts(module: Any) -> list[str]:
+    """The names of a module's parameters, in the order of its leaves."""
+    return [part for part in ("weight", "bias") if getattr(module, part, None) is not None]
+
+
 def _check(
-    settings: Mapping[str, Mapping[str, Any]], nodes: Mapping[str, Any], weights: Weights
+    settings: Mapping[str, Mapping[str, Any]],
+    nodes: Mapping[str, Any],
+    weights: Weights,
+    modules: Mapping[str, Any],
 ) -> None:
     """Raises if the adapters do not fit the layers, or the tensors do not fit the adapters."""
     problems = [f"no linear layer at {path!r}" for path in settings.keys() - nodes.keys()]
-    expected: dict[str, tuple[int, ...]] = {}
+    expected = {
+        _name(path, part): getattr(module, part).shape
+        for path, module in modules.items()
+        for part in _parts(module)
+    }
     for path in settings.keys() & nodes.keys():
         rank, scale, node = settings[path]["rank"], settings[path]["scale"], nodes[path]
         if _is_lora(node) and (node.down.shape[-2], node.scale) != (rank, scale):

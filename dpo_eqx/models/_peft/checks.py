@@ -16,17 +16,17 @@ from .._decoder.transformer import Transformer
 from .checkpoint_layers import Site
 from .config import PeftConfig
 
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 
 
 def tensor_name(module: str, letter: str) -> str:
     """The name of a module's $A$ or $B$ in an adapter's file; `letter` is A or B."""
-    return f"{_PREFIX}{module}.lora_{letter}.weight"
+    return f"{PREFIX}{module}.lora_{letter}.weight"
 
 
 def magnitude_name(module: str) -> str:
     """The name of a module's magnitudes (DoRA) in an adapter's file."""
-    return f"{_PREFIX}{module}.lora_magnitude_vector"
+    return f"{PREFIX}{module}.lora_magnitude_vector"
 
 
 def check_sites(config: PeftConfig, known: list[Site], sites: list[Site]) -> None:
@@ -53,10 +53,16 @@ def check_tensors(
     sites: list[Site],
     shapes: Mapping[str, jax.ShapeDtypeStruct],
     policy: Transformer,
+    modules: Mapping[str, tuple[int, ...]],
 ) -> None:
-    """Raises if tensors are missing or extra, or have a wrong shape, rank or dtype."""
-    copies = _copies(weights, policy)
-    expected: dict[str, tuple[int, ...]] = {}
+    """Raises if tensors are missing or extra, or have a wrong shape, rank or dtype.
+
+    **Arguments:**
+
+    - `modules`: the shapes of the tensors of `modules_to_save`, by their names.
+    """
+    expected = dict(modules)
+    copies = {n: is_same for n, is_same in _copies(weights, policy).items() if n not in modules}
     for site in sites:
         width = shapes[next(filter(None, site.parts))].shape[-1]
         for name in filter(config.has, site.names()):
@@ -96,9 +102,9 @@ def _copies(weights: Weights, policy: Transformer) -> dict[str, bool]:
     for path, parameter in parameters.items():
         source, suffix = source_of(names, path)
         for name in (f"{source.module}.{suffix}", f"{source.module}.base_layer.{suffix}"):
-            if f"{_PREFIX}{name}" in weights.shapes and parameter is not None:
-                copy = weights.read(f"{_PREFIX}{name}").astype(parameter.dtype)
-                is_equal[f"{_PREFIX}{name}"] = np.array_equal(copy, parameter)
+            if f"{PREFIX}{name}" in weights.shapes and parameter is not None:
+                copy = weights.read(f"{PREFIX}{name}").astype(parameter.dtype)
+                is_equal[f"{PREFIX}{name}"] = np.array_equal(copy, parameter)
     return is_equal
 
 

@@ -5,7 +5,7 @@
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from .._adapters.first_values import lora_scale
@@ -18,7 +18,6 @@ _WITHOUT_EFFECT = frozenset(
         "auto_mapping",
         "base_model_name_or_path",
         "corda_config",
-        "ensure_weight_tying",
         "eva_config",
         "fan_in_fan_out",
         "inference_mode",
@@ -36,12 +35,14 @@ _READ = frozenset(
     [
         "alpha_pattern",
         "bias",
+        "ensure_weight_tying",
         "exclude_modules",
         "init_lora_weights",
         "layers_pattern",
         "layers_to_transform",
         "lora_alpha",
         "lora_dropout",
+        "modules_to_save",
         "peft_type",
         "r",
         "rank_pattern",
@@ -64,6 +65,8 @@ class PeftConfig:
     - `rank_stabilised`: whether the scale is `alpha / sqrt(rank)` rather than `alpha / rank`.
     - `dropout`: the probability of dropout of the adapters' inputs in training.
     - `dora`: whether there are magnitudes.
+    - `modules`: the ends of names of modules that are trained whole.
+    - `tied`: whether the embedding and the unembedding among them stay one array.
     - `targets`: the ends of names of modules, or a regular expression for whole names.
     - `excluded`: modules without an adapter, in the same form.
     - `layers`: the numbers of the layers with adapters; `None` for all.
@@ -77,6 +80,8 @@ class PeftConfig:
     rank_stabilised: bool = False
     dropout: float = 0.0
     dora: bool = False
+    modules: tuple[str, ...] = ()
+    tied: bool = False
     excluded: tuple[str, ...] | str = ()
     layers: tuple[int, ...] | None = None
     layer_names: tuple[str, ...] = ()
@@ -142,6 +147,8 @@ def read_peft(values: Mapping[str, Any]) -> PeftConfig:
         rank_stabilised=bool(values.get("use_rslora")),
         dropout=dropout,
         dora=bool(values.get("use_dora")),
+        modules=_listed(values.get("modules_to_save") or ()),
+        tied=bool(values.get("ensure_weight_tying")),
         excluded=_names(values.get("exclude_modules") or ()),
         layers=(layers,) if isinstance(layers, int) else tuple(layers or ()) or None,
         layer_names=_listed(values.get("layers_pattern") or ()),
@@ -157,6 +164,8 @@ def write_peft(
     rank_stabilised: bool,
     dropout: float,
     dora: bool,
+    modules: Sequence[str],
+    tied: bool,
     transposed: bool,
     base: str | None,
 ) -> dict[str, Any]:
@@ -181,7 +190,8 @@ def write_peft(
         "bias": "none",
         "fan_in_fan_out": transposed,
         "init_lora_weights": True,
-        "modules_to_save": None,
+        "modules_to_save": list(modules) or None,
+        "ensure_weight_tying": tied,
         "use_rslora": rank_stabilised,
         "use_dora": dora,
     }

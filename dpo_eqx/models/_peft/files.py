@@ -20,9 +20,10 @@ from jaxtyping import PyTree
 from ..._extras import require
 from ..._jax.dtypes import at_least_float32
 from .._adapters.linear_layers import Policy, replace_at, unembedding_of
-from .._adapters.lora import adapters, check_dropout, check_no_adapters
+from .._adapters.lora import adapters, check_dropout, check_no_adapters, modules_of
 from .._adapters.lora_layer import LoRA
 from .._adapters.quantize import is_linear, weight_shape
+from .._adapters.whole_module import WholeModule
 from .._checkpoint.families import FAMILIES
 from .._checkpoint.folder import ADAPTER, ADAPTER_CONFIG, Weights, read_json, resolve
 from .._decoder.transformer import Transformer
@@ -31,6 +32,13 @@ from .checkpoint_layers import Pair, Site, join, linear_shapes, short_names, sit
 from .checks import check_sites, check_tensors, magnitude_name, tensor_name
 from .config import PeftConfig, read_peft, write_peft
 from .magnitudes import Lengths, read_lengths, with_lengths, write_lengths
+from .whole_modules import (
+    chosen_modules,
+    expected_shapes,
+    read_modules,
+    tied_copy,
+    write_modules,
+)
 
 
 def load_lora(
@@ -98,7 +106,12 @@ def _load_peft(policy: Transformer, folder: Path, config: PeftConfig) -> Transfo
     shapes = linear_shapes(policy)
     sites = [site for site in sites_of(policy, shapes) if any(map(config.has, site.names()))]
     check_sites(config, sites_of(policy, shapes), sites)
-    check_tensors(weights, config, sites, shapes, policy)
+    chosen = chosen_modules(policy, config)
+    modules = expected_shapes(policy, chosen)
+    second = tied_copy(policy, chosen)
+    if second is not None:
+        modules[second] = policy.embedding.weight.shape
+    check_tensors(weights, config, sites, shapes, policy, modules)
     pairs: dict[str, Pair] = {}
     lengths: dict[str, Lengths] = {}
     for site in sites:
@@ -117,7 +130,8 @@ def _load_peft(policy: Transformer, folder: Path, config: PeftConfig) -> Transfo
         dropout = 0.0 if path == unembedding else config.dropout
         return dataclasses.replace(lora, dropout=dropout, rank_stabilised=config.rank_stabilised)
 
-    return replace_at(policy, {*pairs, *lengths}, is_linear, adapted)
+    adapted_policy = replace_at(policy, {*pairs, *lengths}, is_linear, adapted)
+    return read_modules(adapted_policy, weights, chosen)
 
 
 def save_lora(policy: PyTree, path: str | os.PathLike[str], *, base: str | None = None) -> None:
@@ -144,25 +158,28 @@ def save_lora(policy: PyTree, path: str | os.PathLike[str], *, base: str | None 
 
     `ValueError` if the policy has no adapters, or two adapters with one path.
     """
-    by_path = adapters(policy)
+    by_path, whole = adapters(policy), modules_of(policy)
     if not by_path:
         raise ValueError("`policy` has no adapters to save; add them with `add_lora`.")
     if (
         isinstance(policy, Transformer)
         and by_path.keys() <= FAMILIES[policy.config.family].names.keys()
     ):
-        tensors, config = _in_peft(policy, by_path, base)
+        tensors, config = _in_peft(policy, by_path, whole, base)
     else:
-        tensors, config = write_by_path(by_path, base)
+        tensors, config = write_by_path(by_path, whole, base)
     _write(Path(path), tensors, config)
 
 
 def _in_peft(
-    policy: Transformer, found: Mapping[str, LoRA], base: str | None
+    policy: Transformer,
+    found: Mapping[str, LoRA],
+    whole: Mapping[str, WholeModule],
+    base: str | None,
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The tensors and the contents of `adapter_config.json`, in PEFT's format."""
     pairs = {name: _pair(lora) for name, lora in found.items()}
-    tensors: dict[str, np.ndarray] = {}
+    tensors, modules = write_modules(policy, whole)
     ranks: dict[str, int] = {}
     scales: dict[str, float] = {}
     sites = sites_of(policy, pairs)
@@ -190,6 +207,8 @@ def _in_peft(
         rank_stabilised=all(lora.rank_stabilised for lora in found.values()),
         dropout=max(lora.dropout for lora in found.values()),
         dora=dora,
+        modules=modules,
+        tied=tied_copy(policy, whole) is not None,
         transposed=transposed,
         base=base,
     )

@@ -22,6 +22,9 @@ class AdapterFlags:
     lora_target: str | None = None
     """A regular expression for the layers that get adapters, such as `attention` (default: all
     linear layers but the unembedding)."""
+    lora_modules_to_save: str | None = None
+    """A regular expression for embeddings, norms and the unembedding that are trained whole beside
+    new adapters, such as `^(embedding|head)` (default: none)."""
     lora: str | None = None
     """Continue from the adapters in this folder, which PEFT or an earlier run wrote, in place of
     new adapters. An earlier run wrote them to `adapter/`."""

@@ -1,0 +1,150 @@
+"""Modules that are trained whole (`modules_to_save`) in PEFT's files.
+
+`files.py` reads and writes the adapters beside them. For modules without names in PEFT see
+`adapter_paths.py`.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from ..._jax.dtypes import at_least_float32
+from .._adapters.linear_layers import replace_at
+from .._adapters.whole_module import WholeModule, can_be_whole, whole_modules
+from .._checkpoint.families import FAMILIES
+from .._checkpoint.folder import Weights
+from .._decoder.blocks import layers_at
+from .._decoder.transformer import Transformer
+from .checks import PREFIX
+from .config import PeftConfig
+
+_PARTS = ("weight", "bias")
+
+
+def chosen_modules(policy: Transformer, config: PeftConfig) -> dict[str, Any]:
+    """The modules of a policy that an adapter's file replaces, by their paths.
+
+    **Raises:**
+
+    `ValueError` if a name matches no module of the policy that can be trained whole, or only some
+    layers of a stack, or if the file has an embedding and an unembedding for a policy with one.
+    """
+    found: dict[str, Any] = {}
+    known = whole_modules(policy)
+    matched: set[str] = set()
+    for path, module in known.items():
+        names = _module_names(policy, path)
+        by = [{end for end in config.modules if name.endswith(end)} for name in names]
+        if any(by) and not all(by):
+            raise ValueError(
+                f"`modules_to_save` of the adapter must match all layers of {path!r} or none, "
+                f"since they are stacked; got {list(config.modules)}. Merge the adapter into its "
+                "base with PEFT, and load the result."
+            )
+        if any(by):
+            found[path] = module
+            matched |= set().union(*by)
+    if policy.config.tied and "embedding" in known:
+        head = FAMILIES[policy.config.family].names["head"].module
+        ends = {end for end in config.modules if head.endswith(end)}
+        if (ends or "embedding" in found) and not config.tied:
+            raise ValueError(
+                f"`modules_to_save` of the adapter, {list(config.modules)}, unties the embedding "
+                "and the unembedding, which are one array in `policy`. Train such an adapter with "
+                "`ensure_weight_tying=True`, or load a base whose unembedding is a tensor of its "
+                "own."
+            )
+        matched |= ends
+    unknown = set(config.modules) - matched
+    if unknown:
+        names = sorted({name for path in known for name in _module_names(policy, path)[:1]})
+        raise ValueError(
+            f"`modules_to_save` of the adapter must name modules that can be trained whole; got "
+            f"{sorted(unknown)}, and `policy` has {', '.join(names)}. Merge the adapter into its "
+            "base with PEFT, and load the result."
+        )
+    return found
+
+
+def expected_shapes(policy: Transformer, chosen: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor of these modules, by its name in the file."""
+    shapes = {}
+    for path, module in chosen.items():
+        for part, names in _tensor_names(policy, path, module):
+            shape = getattr(module, part).shape
+            own = shape[1:] if path.startswith("layers.") else shape
+            shapes |= dict.fromkeys(names, own)
+    return shapes
+
+
+def tied_copy(policy: Transformer, chosen: Mapping[str, Any]) -> str | None:
+    """The name of the second copy that PEFT writes of an embedding that is the unembedding, too."""
+    if not policy.config.tied or "embedding" not in chosen:
+        return None
+    return f"{PREFIX}{FAMILIES[policy.config.family].names['head'].module}.weight"
+
+
+def read_modules(policy: Transformer, weights: Weights, chosen: Mapping[str, Any]) -> Transformer:
+    """The policy with the modules of an adapter's file in place of its own, which are kept."""
+
+    def trained(path: str, module: Any) -> WholeModule:
+        whole = WholeModule.of(module)
+        arrays = []
+        for part, names in _tensor_names(policy, path, module):
+            read = [weights.read(name) for name in names]
+            array = np.stack(read) if path.startswith("layers.") else read[0]
+            arrays.append(jnp.asarray(array, at_least_float32(getattr(module, part).dtype)))
+        return whole.with_trained(tuple(arrays))
+
+    return replace_at(policy, set(chosen), can_be_whole, trained)
+
+
+def write_modules(
+    policy: Transformer, found: Mapping[str, WholeModule]
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """The tensors of modules that are trained whole, and the contents of `modules_to_save`."""
+    tensors: dict[str, np.ndarray] = {}
+    ends: list[str] = []
+    for path, whole in found.items():
+        for part, names in _tensor_names(policy, path, whole.module):
+            array = np.asarray(getattr(whole.module, part))
+            layers = array if path.startswith("layers.") else array[None]
+            tensors |= dict(zip(names, map(np.ascontiguousarray, layers), strict=True))
+        ends += _ends(policy, path)
+    second = tied_copy(policy, found)
+    if second is not None:
+        tensors[second] = np.ascontiguousarray(found["embedding"].weight)
+    return tensors, sorted(ends)
+
+
+def _tensor_names(policy: Transformer, path: str, module: Any) -> Iterator[tuple[str, list[str]]]:
+    """The parameters of a module, in the order of its leaves, and the names of their tensors."""
+    for part in _PARTS:
+        if getattr(module, part, None) is not None:
+            yield part, [f"{PREFIX}{name}.{part}" for name in _module_names(policy, path)]
+
+
+def _module_names(policy: Transformer, path: str) -> list[str]:
+    module = FAMILIES[policy.config.family].names[path].module
+    layers = layers_at(path, policy.config) if path.startswith("layers.") else (0,)
+    return [module.format(layer) for layer in layers]
+
+
+def _ends(policy: Transformer, path: str) -> list[str]:
+    """What PEFT matches with the ends of names to find this module and no other."""
+    names = _module_names(policy, path)
+    sources = FAMILIES[policy.config.family].names.values()
+    others = {
+        source.module.format(layer, 0)
+        for source in sources
+        for layer in range(policy.config.layers)
+    }
+    others -= set(names)
+    words = FAMILIES[policy.config.family].names[path].module.rsplit("{}.", 1)[-1].split(".")
+    for count in range(1, len(words) + 1):
+        end = ".".join(words[-count:])
+        if not any(other.endswith(end) for other in others):
+            return [end]
+    return names
