@@ -50,7 +50,8 @@ from ..run.samples import make_samples
 from ..run.sinks import Numbers, Samples, no_sinks, open_sinks
 from ..run.state import State, evaluated, offloaded
 from ..run.updates import UpdateWatch
-from ..settings.check import check, check_hosts
+from ..settings.check import check
+from ..settings.check_hosts import check_hosts
 from ..settings.settings import Settings
 from ..settings.words import in_flags
 from ..terminal.display import display, evaluation_line, no_display

@@ -34,9 +34,12 @@ def pair_batch(
     prompt, chosen, rejected = _pad_all(parts, (*widths, widths[1]))
     reference = None
     if "reference_chosen" in rows[0] and "reference_rejected" in rows[0]:
-        numbers = [_column(rows, f"reference_{which}", dtype) for which in ("chosen", "rejected")]
-        counts = [tokens.mask.sum(axis=1, dtype=np.int32) for tokens in (chosen, rejected)]
-        reference = PairLogProbs(*numbers, *counts)
+        reference = PairLogProbs(
+            chosen=_column(rows, "reference_chosen", dtype),
+            rejected=_column(rows, "reference_rejected", dtype),
+            chosen_length=chosen.mask.sum(axis=1, dtype=np.int32),
+            rejected_length=rejected.mask.sum(axis=1, dtype=np.int32),
+        )
     weight, per_pair = _weight(rows, fill, dtype), _per_pair(rows, dtype)
     return PreferenceBatch(prompt, chosen, rejected, weight, reference, per_pair)
 

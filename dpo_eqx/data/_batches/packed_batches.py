@@ -57,8 +57,8 @@ class PackedBatcher:
 
     @functools.cached_property
     def _shapes(self) -> PackedShapes:
-        given = {"batch_size": self.batch_size, "seed": self.order.seed}
-        with batches(self.rows, **given, prefetch=0) as unpacked:
+        padded = batches(self.rows, batch_size=self.batch_size, seed=self.order.seed, prefetch=0)
+        with padded as unpacked:
             return PackedShapes(
                 rows=self.order.batch_size,
                 length=self.packing.length,
