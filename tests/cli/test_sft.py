@@ -13,7 +13,7 @@ import pytest
 
 import dpo_eqx as dpx
 from dpo_eqx import data, losses
-from dpo_eqx.models import load
+from dpo_eqx.models import load, load_lora, merge_lora
 
 from .runs import DATA, TRACES, lines_of, same_weights, train, weights_of
 from .small import MODEL, small
@@ -46,7 +46,10 @@ def completions(tmp_path_factory):
 
 
 # Microbatches and devices hold different numbers of tokens: a mean of means would be wrong.
-@pytest.mark.parametrize("split", [{}, {"microbatches": 2, "mesh": "data=2,tensor=4"}])
+@pytest.mark.parametrize(
+    "split",
+    [pytest.param({}, marks=pytest.mark.slow), {"microbatches": 2, "mesh": "data=2,tensor=4"}],
+)
 def test_it_is_a_plain_pytorch_loop(split, completions, models, tmp_path):
     output = tmp_path / "run"
     assert train(model=models("llama"), data=completions, output=output, **TRAINING, **split) == 0
@@ -162,3 +165,50 @@ def test_the_loss_itself():
     assert np.allclose(slopes, [-1 / 3, -1 / 2, 0], rtol=1e-15)
     with pytest.raises(ValueError, match=r"`sft` needs `policy\.length`.* `score_unpaired`"):
         losses.sft(dpx.UnpairedLogProbs(numbers, label), None)
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory):
+    """A folder with a supervised run with adapters, as the page `docs/sft.md` makes it."""
+    folder = tmp_path_factory.mktemp("taught")
+    write(folder / "demonstrations.jsonl", *ids_of(8))
+    preferences = [
+        {"prompt_ids": r["prompt_ids"], "chosen_ids": r["completion_ids"], "rejected_ids": [7, 3]}
+        for r in ids_of(4, seed=1)
+    ]
+    write(folder / "preferences.jsonl", *preferences)
+    given = QUICK | {"data": folder / "demonstrations.jsonl", "output": folder / "sft"}
+    with jax.numpy_dtype_promotion("standard"):
+        assert small(folder, **given, lora_rank=4, learning_rate=0.05, steps=4) == 0
+    return folder
+
+
+WAYS = {
+    "adapter": {"lora": "sft/adapter", "lora_reference": "adapter"},
+    "base": {"lora": "sft/adapter", "lora_reference": "base"},
+    "merged": {"model": "sft/model", "lora_rank": 4},
+}
+
+
+@pytest.mark.parametrize("way", [pytest.param("merged", marks=pytest.mark.slow), "adapter", "base"])
+def test_from_demonstrations_to_preferences(way, taught):
+    """Which policy is the reference decides the first loss; the finished model has both runs."""
+    paths = {n: taught / v if n in ("lora", "model") else v for n, v in WAYS[way].items()}
+    given = QUICK | {"data": taught / "preferences.jsonl", "output": taught / way, "steps": 2}
+    given |= {"loss": "sigmoid", "shuffle": False} | paths
+    assert small(taught, **given) == 0
+    first = lines_of(taught / way)[0]["loss"]
+
+    rows, _ = data.tokenize(data.read(taught / "preferences.jsonl"), None)
+    batch = next(data.batches(rows, batch_size=4, shuffle=False))
+    policies = [load(taught / "sft" / "model"), load(MODEL)]
+    after_sft, base = (eqx.filter_jit(dpx.score_pairs)(policy, batch) for policy in policies)
+    want = float(losses.dpo(after_sft, base, beta=0.1).loss.mean()) if way == "base" else np.log(2)
+    assert abs(first - want) < 1e-5
+    assert way != "base" or abs(want - np.log(2)) > 1e-3, "the two references differ here"
+
+    finished = load(taught / way / "model")
+    start = load(MODEL if way != "merged" else taught / "sft" / "model")
+    merged = merge_lora(load_lora(start, taught / way / "adapter"))
+    for one, other in zip(*map(jax.tree.leaves, (finished, merged)), strict=True):
+        assert np.abs(one - other).max() < 1e-5
