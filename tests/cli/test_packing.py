@@ -43,6 +43,10 @@ CASES = {
     "coupled": ({}, {"loss": ["bco_pair", "aot"], "microbatches": 2}),
     "precomputed": ({"beta": (0.1, 0.5)}, {"precompute_reference": True}),
     "devices": ({}, {"mesh": "data=4,tensor=2", "microbatches": 2}),
+    "metrics": (
+        {"weight": (0.5, 2.0)},
+        {"metrics": ["entropy", "accuracy", "logits", "num_tokens"], "microbatches": 2},
+    ),
 }
 
 

@@ -20,13 +20,11 @@ def compose_score(form: Form, settings: Settings, *, packed: bool) -> Score:
 
     **Arguments:**
 
-    - `packed`: whether batches hold packed rows, for which there are no such metrics.
+    - `packed`: whether batches hold packed rows.
     """
     if settings.reward_head:
         return models.score_rewards
-    if packed:
-        return score_packed
-    score = score_unpaired if form.unpaired else score_pairs
+    score = score_unpaired if form.unpaired else score_packed if packed else score_pairs
     # `num_tokens` is none of them: it comes from the batch alone.
     metrics = tuple(name for name in settings.metrics if name in NAMES)
     if _is_supervised(form, settings) and "accuracy" not in metrics:

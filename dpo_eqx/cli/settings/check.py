@@ -161,7 +161,6 @@ def _contradictions(settings: Settings) -> Iterator[str]:
         ("reward_head", s.reward_head, "lora_rank", lora),
         ("reward_head", s.reward_head, "pack", s.pack),
         ("pack", s.pack, "no_shuffle", not s.shuffle),
-        ("pack", s.pack, "metrics", any(name != "num_tokens" for name in s.metrics)),
         ("reward_head", s.reward_head, "lora", s.lora is not None),
         ("reward_head", s.reward_head, "sample_every", s.sample_every > 0),
     ]
