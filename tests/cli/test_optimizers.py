@@ -67,7 +67,7 @@ def wanted(name, step, total, warmup, floor, decay):
         (12, 12, None),
         (12, 20, None),
         (1, 0, None),
-        (31, 2, None),
+        (31, 1, None),
     ],
 )
 def test_schedules(name, floor, total, warmup, decay):

@@ -67,22 +67,18 @@ def test_processes_share_the_global_batches():
 
 
 def test_a_position_is_restored():
-    rows = make_rows(40, 1)
-    with data.packed_batches(rows, batch_size=6, epochs=None) as batches:
+    rows, given = make_rows(40, 1), {"batch_size": 6, "length": 60, "epochs": None}
+    with data.packed_batches(rows, **given) as batches:
         for _ in range(9):
             next(batches)
         state = batches.get_state()
         want = [next(batches).index for _ in range(3)]
-    with data.packed_batches(rows, batch_size=6, epochs=None) as batches:
+    with data.packed_batches(rows, **given) as batches:
         batches.set_state(state)
         np.testing.assert_array_equal(want, [next(batches).index for _ in range(3)])
-    for other in (
-        {"batch_size": 12},
-        {"batch_size": 6, "seed": 1},
-        {"batch_size": 6, "length": 99},
-    ):
+    for other in ({"batch_size": 12}, {"seed": 1}, {"length": 61}, {"shuffle": False}):
         refused = pytest.raises(ValueError, match="`state` must come from")
-        with data.packed_batches(rows, epochs=None, **other) as batches, refused:
+        with data.packed_batches(rows, **given | other) as batches, refused:
             batches.set_state(state)
 
 

@@ -18,10 +18,14 @@ def pack_batches(
 
     - `rows`: pairs of token ids.
     - `training`, `share`, `split`: as in `make_batches`.
+
+    **Raises:**
+
+    `ValueError` if the rows of a step of training hold far more pairs than `--batch-size`.
     """
     # As in `make_batches`, a batch of evaluation is a microbatch of training.
     parts = settings.microbatches if training else 1
-    return data.packed_batches(
+    batches = data.packed_batches(
         rows,
         batch_size=settings.batch_size * parts // settings.microbatches,
         length=settings.pack_length,
@@ -32,6 +36,21 @@ def pack_batches(
         process_index=share[0],
         process_count=share[1],
     )
+    shapes = batches.shapes() if training else None
+    if isinstance(shapes, data.PackedShapes):
+        _check_pairs(shapes, settings)
+    return batches
+
+
+def _check_pairs(shapes: data.PackedShapes, settings: Settings) -> None:
+    held = shapes.pairs / shapes.steps
+    if held > 1.5 * settings.batch_size + 1:
+        raise ValueError(
+            f"`--batch-size` must be about the number of pairs in {shapes.rows} packed rows or "
+            f"more, the fewest of a step; got {settings.batch_size}, and {shapes.rows} rows of "
+            f"{shapes.length} tokens hold {held:.1f} pairs. Give a larger `--batch-size`, a "
+            "smaller `--pack-length`, or fewer `--microbatches` or devices."
+        )
 
 
 def check_packable(rows: Rows, form: Form, path: str, settings: Settings) -> None:

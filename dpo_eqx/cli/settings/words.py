@@ -44,12 +44,6 @@ _WORDS: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     ),
     (r"`where` names", "`--where` names"),
     (r"`(pairs|ties)` must", r"`--\1` must"),
-    (r"`batch_size` must be about", "`--batch-size` must be about"),
-    (
-        "larger `batch_size`, a smaller `length`, or fewer microbatches and devices by "
-        "`multiple_of`",
-        "larger `--batch-size`, a smaller `--pack-length`, or fewer `--microbatches` or devices",
-    ),
 ]
 
 

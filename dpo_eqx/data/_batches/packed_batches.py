@@ -102,7 +102,8 @@ def packed_batches(
     - `epochs`: the number of passes over `rows`; `None` is endless.
     - `process_index`, `process_count`: as `jax.process_index()` and `jax.process_count()`.
     - `multiple_of`: the rows of a global batch are a multiple of this: the number of devices that
-        share a batch, times the microbatches.
+        share a batch, times the microbatches. So many rows may hold more pairs than `batch_size`;
+        `batches.shapes()` says how many a step has.
     - `prefetch`: the number of batches made in advance; 0 makes each batch on request.
     - `dtype`: the dtype of weights and other numbers; float64 if the policy is float64.
 
@@ -113,8 +114,7 @@ def packed_batches(
     **Raises:**
 
     `ValueError` if there are no rows, if they are not pairs, if a pair is longer than `length`, if
-    a size is not positive, or if the processes do not divide the rows of a batch. It is also raised
-    if the fewest rows of a batch hold far more pairs than `batch_size`.
+    a size is not positive, or if the processes do not divide the rows of a batch.
     """
     sizes = {"batch_size": batch_size, "multiple_of": multiple_of, "process_count": process_count}
     sizes |= {} if epochs is None else {"epochs": epochs}
@@ -150,12 +150,4 @@ def _rows_of_a_batch(packed: int, pairs: int, batch_size: int, multiple_of: int)
     """The number of rows that hold about `batch_size` pairs, a multiple of `multiple_of`."""
     if batch_size >= pairs:
         return -(-packed // multiple_of) * multiple_of
-    parts = max(round(batch_size * packed / pairs / multiple_of), 1)
-    held = parts * multiple_of * pairs / packed
-    if held > 1.5 * batch_size + 1:
-        raise ValueError(
-            f"`batch_size` must be about the number of pairs in {multiple_of} packed rows or more; "
-            f"got {batch_size}, and {multiple_of} rows hold {held:.1f} pairs. Give a larger "
-            "`batch_size`, a smaller `length`, or fewer microbatches and devices by `multiple_of`."
-        )
-    return parts * multiple_of
+    return max(round(batch_size * packed / pairs / multiple_of), 1) * multiple_of
