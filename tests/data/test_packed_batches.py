@@ -106,10 +106,6 @@ def test_the_length_follows_from_the_data(lengths, want):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (
-            {"batch_size": 2, "multiple_of": 8},
-            "`batch_size` must be about the number of pairs in 8",
-        ),
         ({"batch_size": 0}, "`batch_size` must be a positive integer; got 0"),
         ({"batch_size": 8, "length": 9}, "`length` must hold each pair"),
         ({"batch_size": 8, "process_count": 5}, "`process_count` must divide"),

@@ -102,7 +102,7 @@ def packed_batches(
     - `epochs`: the number of passes over `rows`; `None` is endless.
     - `process_index`, `process_count`: as `jax.process_index()` and `jax.process_count()`.
     - `multiple_of`: the rows of a global batch are a multiple of this: the number of devices that
-        share a batch, times the microbatches. So many rows may hold more pairs than `batch_size`;
+        share a batch, times the microbatches. They may hold more pairs than `batch_size`:
         `batches.shapes()` says how many a step has.
     - `prefetch`: the number of batches made in advance; 0 makes each batch on request.
     - `dtype`: the dtype of weights and other numbers; float64 if the policy is float64.
