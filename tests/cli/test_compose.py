@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 
 from dpo_eqx import losses
+from dpo_eqx._arrays.batches import PreferenceBatch
 from dpo_eqx._arrays.log_probs import PairLogProbs
+from dpo_eqx._arrays.tokens import Tokens
+from dpo_eqx._scoring.score import ld_score, score_pairs
 from dpo_eqx.cli.commands.train import total_steps
 from dpo_eqx.cli.compose.loss import compose_loss, needs_reference, takes_rows
 from dpo_eqx.cli.compose.optimizer import (
@@ -17,7 +20,11 @@ from dpo_eqx.cli.compose.optimizer import (
     decays,
     learning_rates,
 )
+from dpo_eqx.cli.compose.score import compose_score
 from dpo_eqx.cli.settings.settings import Settings
+from dpo_eqx.data._records.records import Form
+
+from ..policies import VOCAB, Perceptron
 
 
 def settings(**given):
@@ -58,6 +65,44 @@ def test_cdpo_is_dpo_with_flipped_labels():
     same(loss, losses.dpo(POLICY, REFERENCE, label_smoothing=0.2))
     with pytest.raises(ValueError, match=r"`--loss cdpo` .* give that as `--label-smoothing`"):
         compose_loss(settings(loss=("cdpo",)))
+
+
+def test_weights_of_pairs_and_of_tokens():
+    """WPO and LD-DPO, as the library's own step has them."""
+    rng = np.random.default_rng(0)
+    policy = Perceptron(jax.random.key(0))
+    ids, short = rng.integers(0, VOCAB, (3, 3, 5)), np.arange(5) < 3
+    masks = [np.ones((3, 5), bool), np.tile(short, (3, 1)), np.ones((3, 5), bool)]
+    sides = [Tokens(*side) for side in zip(ids, masks, strict=True)]
+    batch, form = PreferenceBatch(*sides), Form("explicit prompt")
+    given = settings(wpo=True)
+    score = compose_score(form, given, packed=False)
+    ours, plain = score(policy, batch), score_pairs(policy, batch, confidence=True)
+    want = losses.wpo(losses.dpo)(plain, plain).loss
+    assert np.array_equal(compose_loss(given)(ours, ours).loss, want)
+    assert not np.allclose(want, losses.dpo(plain, plain).loss)
+    score = compose_score(form, settings(ld_alpha=0.25), packed=False)
+    assert np.array_equal(score(policy, batch).rejected, ld_score(0.25)(policy, batch).rejected)
+    assert not np.allclose(score(policy, batch).rejected, plain.rejected)
+
+
+@pytest.mark.parametrize(
+    ("form", "given", "message"),
+    [
+        ("unpaired", {"wpo": True}, "`--wpo` is for pairs; the data are"),
+        ("unpaired", {"ld_alpha": 0.5}, "`--ld-alpha` is for pairs"),
+        ("explicit prompt", {"ld_alpha": 0.5}, "as the sums reference_chosen. Leave"),
+    ],
+)
+def test_data_that_cannot_be_weighed(form, given, message):
+    numbers = ("reference_chosen",) if form == "explicit prompt" else ()
+    with pytest.raises(ValueError, match=message):
+        compose_score(Form(form, numbers=numbers), settings(**given), packed=False)
+
+
+def test_wpo_is_for_losses_of_pairs():
+    with pytest.raises(ValueError, match="`--wpo` weighs pairs"):
+        compose_loss(settings(loss=("kto",), wpo=True))
 
 
 def test_ipo_is_that_of_the_field():

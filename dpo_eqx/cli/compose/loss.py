@@ -66,6 +66,12 @@ def compose_loss(settings: Settings) -> Loss:
     is_single = len(bound) == 1 and weights[0] == 1
     loss = bound[0] if is_single else losses.combine(*zip(weights, bound, strict=True))
     loss = losses.reference_free(loss) if settings.reference_free else loss
+    if settings.wpo and needs_labels(loss):
+        raise ValueError(
+            "`--wpo` weighs pairs, and `--loss` is of single completions; got `--loss "
+            f"{' '.join(settings.loss)}`. Leave out `--wpo`."
+        )
+    loss = losses.wpo(loss) if settings.wpo else loss
     # A value out of range is only found by calling the loss. Do so before any file is read.
     _try(loss, with_reference=True)
     return loss
@@ -191,7 +197,7 @@ def _try(loss: Loss, *, with_reference: bool) -> None:
     if kinds == {True}:
         log_probs = UnpairedLogProbs(numbers, jnp.array([True, False]), numbers, counts, numbers)
     else:
-        log_probs = PairLogProbs(numbers, numbers, counts, counts, numbers)
+        log_probs = PairLogProbs(numbers, numbers, counts, counts, numbers, numbers, numbers)
     try:
         jax.eval_shape(lambda: loss(log_probs, log_probs if with_reference else None).loss)
     except TypeError as error:

@@ -9,7 +9,7 @@ from typing import Literal
 from ... import models
 from ..._head.statistics import NAMES
 from ..._scoring.packed import score_packed
-from ..._scoring.score import score_pairs, score_unpaired
+from ..._scoring.score import ld_score, score_pairs, score_unpaired
 from ...data._records.records import Form
 from ...protocols import Score
 from ..settings.settings import Settings
@@ -24,13 +24,31 @@ def compose_score(form: Form, settings: Settings, *, packed: bool) -> Score:
     """
     if settings.reward_head:
         return models.score_rewards
+    _check_pairs(form, settings)
+    if settings.ld_alpha is not None:
+        return ld_score(settings.ld_alpha)
     score = score_unpaired if form.unpaired else score_packed if packed else score_pairs
+    score = functools.partial(score, confidence=True) if settings.wpo else score
     # `num_tokens` is none of them: it comes from the batch alone.
     metrics = tuple(name for name in settings.metrics if name in NAMES)
     if _is_supervised(form, settings) and "accuracy" not in metrics:
         # It is to demonstrations what the accuracy of rewards is to preferences.
         metrics += ("accuracy",)
     return functools.partial(score, metrics=metrics) if metrics else score
+
+
+def _check_pairs(form: Form, settings: Settings) -> None:
+    """Raises `ValueError` if the data do not have what `--ld-alpha` and `--wpo` need."""
+    for name, is_given in (("ld-alpha", settings.ld_alpha is not None), ("wpo", settings.wpo)):
+        if is_given and form.unpaired:
+            raise ValueError(f"`--{name}` is for pairs; the data are {form}. Leave it out.")
+    stored = [name for name in form.numbers if name.startswith("reference_")]
+    if settings.ld_alpha is not None and stored:
+        raise ValueError(
+            f"`--ld-alpha` weighs the tokens of the reference, and the data give it as the sums "
+            f"{', '.join(stored)}. Leave these columns out by `--columns`, or leave out "
+            "`--ld-alpha`."
+        )
 
 
 def average_of(form: Form, settings: Settings) -> Literal["rows", "tokens"]:

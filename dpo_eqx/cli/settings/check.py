@@ -109,6 +109,8 @@ def _check_ranges(settings: Settings) -> None:
             f"{flag('sync_reference_alpha')} must be in [0, 1]; got "
             f"{settings.sync_reference_alpha}."
         )
+    if settings.ld_alpha is not None and not 0 <= settings.ld_alpha <= 1:
+        raise ValueError(f"`--ld-alpha` must be in [0, 1]; got {settings.ld_alpha}.")
     if not 0 <= settings.lora_dropout < 1:
         raise ValueError(f"`--lora-dropout` must be in [0, 1); got {settings.lora_dropout}.")
     if settings.warmup_ratio is not None and not 0 <= settings.warmup_ratio <= 1:
@@ -161,6 +163,12 @@ def _contradictions(settings: Settings) -> Iterator[str]:
         ("reward_head", s.reward_head, "lora_rank", lora),
         ("reward_head", s.reward_head, "pack", s.pack),
         ("pack", s.pack, "no_shuffle", not s.shuffle),
+        ("pack", s.pack, "wpo", s.wpo),
+        *(
+            ("ld_alpha", s.ld_alpha is not None, name, bool(getattr(s, name)))
+            for name in ("pack", "wpo", "metrics", "precompute_reference", "reward_head")
+        ),
+        ("wpo", s.wpo, "reward_head", s.reward_head),
         ("reward_head", s.reward_head, "lora", s.lora is not None),
         ("reward_head", s.reward_head, "sample_every", s.sample_every > 0),
     ]

@@ -97,6 +97,8 @@ class Online(Settings):
     pack: bool = _unused(False)
     pack_length: int | None = _unused()
     dry_run: bool = _unused(False)
+    ld_alpha: float | None = _unused()
+    wpo: bool = _unused(False)
     reference_offload: bool = _unused(False)
     optimizer_offload: bool = _unused(False)
     cache: Path | None = dataclasses.field(init=False, default=None)

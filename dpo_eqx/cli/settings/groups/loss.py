@@ -27,6 +27,11 @@ class LossFlags:
     average: Literal["tokens", "rows"] | None = None
     """Units of the mean of `--loss sft` on completions: all tokens of the batch, or its rows, each
     with the mean over its own tokens (default: tokens)."""
+    ld_alpha: float | None = None
+    """Weight of the tokens by which the longer completion of a pair exceeds the shorter one
+    (LD-DPO), in [0, 1]; 1 changes nothing."""
+    wpo: bool = False
+    """Give more weight to pairs that the policy is likely to write (WPO)."""
     sync_reference_every: int = 0
     """Number of steps between moves of the reference towards the policy (TR-DPO); 0 switches the
     moves off."""
