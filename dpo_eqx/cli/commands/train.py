@@ -103,10 +103,9 @@ def _train(settings: Settings) -> None:
     evaluation = eqx.filter_jit(make_eval(loss, **options)), prepared[1:], settings, mesh
     opt_state = optimizer.init(eqx.filter(policy, trainable))
     state = State(policy, opt_state, reference.policy, jax.random.key(settings.seed))
-    # Placed like restored arrays, so that a resumed run executes the same program, bit for bit.
-    state = devices.put(state, mesh)
     offload = {"reference": settings.reference_offload, "optimizer": settings.optimizer_offload}
-    state = offloaded(state, **offload)
+    # Placed like restored arrays, so that a resumed run executes the same program, bit for bit.
+    state = offloaded(devices.put(state, mesh), **offload)
     run = Run(
         settings=settings,
         steps=steps,
@@ -127,8 +126,8 @@ def _train(settings: Settings) -> None:
     say(summary(run, state, reference.words, dtypes))
     if settings.dry_run:
         with batches, out_of_memory_explained(settings, state):
-            plan = needs(step, state, batches, mesh, trainable=trainable, options=options)
-        say(f"{plan}\ndry run: nothing was trained or written")
+            say(str(needs(step, state, batches, mesh, trainable=trainable, options=options)))
+        say("dry run: nothing was trained or written")
         return
     # The report runs its few pairs in rows of their own.
     unpacked = options | {"score": compose_score(prepared[0].form, settings, packed=False)}

@@ -7,7 +7,7 @@ import jax
 
 Tree = TypeVar("Tree")
 # JAX's name of host memory that a device reads directly.
-_HOST = "pinned_host"
+HOST = "pinned_host"
 
 
 def in_host_memory(tree: Tree, flag: str) -> Tree:
@@ -18,18 +18,18 @@ def in_host_memory(tree: Tree, flag: str) -> Tree:
     `ValueError` that names `flag` if the devices cannot read the memory of the host.
     """
     kinds = {memory.kind for memory in jax.local_devices()[0].addressable_memories()}
-    if _HOST not in kinds:
+    if HOST not in kinds:
         raise ValueError(
             f"`{flag}` needs devices that read the memory of the host; these have only "
             f"{', '.join(sorted(kinds))}. Leave it out."
         )
-    return _moved(tree, _HOST)
+    return _moved(tree, HOST)
 
 
 def on_devices(tree: Tree) -> Tree:
     """`tree` with the arrays that are in the memory of the host in that of their devices."""
     default = jax.local_devices()[0].default_memory().kind
-    return _moved(tree, default, of=_HOST)
+    return _moved(tree, default, of=HOST)
 
 
 def fetched(tree: Tree) -> Tree:

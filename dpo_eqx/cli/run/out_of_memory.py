@@ -8,6 +8,7 @@ import jax
 from jaxtyping import PyTree
 
 from ..._jax.paths import leaf_name
+from .offload import HOST
 
 
 @contextlib.contextmanager
@@ -16,7 +17,7 @@ def explained(parts: Mapping[str, PyTree], remedies: str) -> Iterator[None]:
 
     **Arguments:**
 
-    - `parts`: what is in the device's memory, by name.
+    - `parts`: what the run holds, by name. What is in the memory of the host does not count.
     - `remedies`: the flags that help, for the end of the message.
     """
     sizes = {name: _bytes(part) for name, part in parts.items()}
@@ -48,7 +49,11 @@ def _message(error: str, sizes: Mapping[str, int], largest: str, remedies: str) 
 
 
 def _bytes(part: PyTree) -> int:
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(part) if isinstance(leaf, jax.Array))
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(part) if _is_on_device(leaf))
+
+
+def _is_on_device(leaf: object) -> bool:
+    return isinstance(leaf, jax.Array) and leaf.sharding.memory_kind != HOST
 
 
 def _largest(parts: Mapping[str, PyTree]) -> str:
@@ -57,7 +62,7 @@ def _largest(parts: Mapping[str, PyTree]) -> str:
         (leaf.nbytes, f"{name}{leaf_name(path)}")
         for name, part in parts.items()
         for path, leaf in jax.tree_util.tree_leaves_with_path(part)
-        if isinstance(leaf, jax.Array)
+        if _is_on_device(leaf)
     ]
     if not found:
         return ""
