@@ -160,7 +160,7 @@ def test_a_loss_of_integers(unchecked):
         (np.zeros(3), r"got \(3,\) in float64"),
         (np.zeros(2, complex), "an array of real numbers"),
         ((np.zeros(2), None, None), "got a tuple of 3"),
-        ((np.zeros(2), np.zeros(2)), r"boolean mask of shape \(2,\).*got \(2,\) in float64"),
+        ((np.zeros(2), np.zeros(2, int)), r"boolean mask of shape \(2,\).*got \(2,\) in int64"),
         ((np.zeros(2), np.ones(3, bool)), r"boolean mask of shape \(2,\).*got \(3,\) in bool"),
         ((0.1, np.ones(2, bool)), "'mine' must have one value per pair.*got 0.1"),
     ],

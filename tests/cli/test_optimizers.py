@@ -224,9 +224,9 @@ def test_a_schedule_free_run_evaluates_and_saves_the_average(tmp_path, monkeypat
     states = []
 
     def kept(*given, **more):
-        state, step = loop(*given, **more)
-        states.append(state)
-        return state, step
+        place = loop(*given, **more)
+        states.append(place.state)
+        return place
 
     loop = command.loop
     monkeypatch.setattr(command, "loop", kept)
@@ -307,7 +307,7 @@ def test_an_optimiser_of_ones_own(tmp_path, monkeypatch, capsys):
     [
         ("own.py:nothing", "it returned an object of class function"),
         ("own.py:absent", "it has no function `absent`. It has `adam`, `nothing`"),
-        ("nowhere:adam", "importing nowhere raised ModuleNotFoundError"),
+        ("no_such_module:adam", "importing no_such_module raised ModuleNotFoundError"),
     ],
 )
 def test_a_function_that_is_no_optimiser(named, message, tmp_path, monkeypatch):

@@ -453,7 +453,7 @@ def test_vocabulary_smaller_than_the_tokenizer(folder, vocab):
 
 def test_extra_is_named_where_it_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors", None)
-    with pytest.raises(ImportError, match=r'pip install "dpo-eqx\[models\]"'):
+    with pytest.raises(ImportError, match=r'pip install "\.\[models\]"'):
         models.load(LLAMA)
 
 

@@ -59,7 +59,7 @@ def test_target_is_searched_in_the_path(base):
     policy = models.add_lora(base, rank=2, target=r"(query|value)\.weight$", key=jax.random.key(0))
     assert isinstance(policy.layers.attention.query, models.LoRA)
     assert isinstance(policy.layers.attention.value, models.LoRA)
-    assert policy.layers.attention.key is base.layers.attention.key
+    assert policy.layers.attention.key.weight is base.layers.attention.key.weight
     assert sum(jax.tree.leaves(models.lora_filter(policy))) == 4
 
 

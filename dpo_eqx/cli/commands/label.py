@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ...data._fingerprint import digest_files
+from ..compose.functions import load_function
 from ..compose.pairing import Account, How, preferences
 from ..compose.rewards import (
     Asked,
@@ -24,6 +25,7 @@ from ..run.folder import replace_text
 from ..run.inputs import digest_reward
 from ..settings.check import check_positive
 from ..settings.groups.memory import Dtype
+from ..settings.options import is_function
 from ..settings.shared_flags import check_writable, parse_flags
 from ..terminal.display import display, say
 
