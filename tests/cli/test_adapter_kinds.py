@@ -70,6 +70,7 @@ def test_the_adapter_and_the_model_are_the_same_policy(whole):
     assert np.abs(change).max() > 1e-4
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_the_same_bits(whole, tmp_path):
     given = {**GIVEN, **KINDS}
     assert small(tmp_path, **{**given, "steps": 2}) == 0

@@ -200,6 +200,7 @@ def test_the_model_is_that_of_a_run_of_so_many_steps(whole, tmp_path):
     assert same_weights(whole / "run", tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_killed_run_has_the_same_best_and_end(whole, tmp_path, monkeypatch, capsys):
     run, last = tmp_path / "run", max(accuracies(whole / "run"))
 

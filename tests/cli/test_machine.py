@@ -72,6 +72,7 @@ def test_a_device_without_memory_names_what_it_holds_and_what_helps(tmp_path, mo
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "schedule_free_adamw"])
+@pytest.mark.slow
 def test_what_waits_in_host_memory_gives_the_same_run(optimizer, tmp_path):
     """Evaluations, checkpoints, the averages of a schedule-free optimiser and the model, too."""
     options = {"eval_data": str(write_data(tmp_path / "held.jsonl", seed=1)), "eval_every": 3}

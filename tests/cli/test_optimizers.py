@@ -220,6 +220,7 @@ def test_schedule_free_adamw_by_hand():
     np.testing.assert_allclose(evaluated(state).policy["weight"], x, rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_a_schedule_free_run_evaluates_and_saves_the_average(tmp_path, monkeypatch):
     states = []
 
@@ -283,6 +284,7 @@ def test_a_resumed_run_has_the_same_bits(name, tmp_path, monkeypatch):
     assert steady(parts) == steady(whole)
 
 
+@pytest.mark.slow
 def test_an_optimiser_of_ones_own(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "own.py").write_text(OWN)

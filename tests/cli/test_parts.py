@@ -53,6 +53,7 @@ def test_checkpoints_hold_only_what_is_trained(whole):
     assert frozen < 3 * every
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_the_same_bits(whole, tmp_path):
     assert small(tmp_path, **{**GIVEN, "steps": 2}) == 0
     assert small(tmp_path, **GIVEN, resume=True) == 0

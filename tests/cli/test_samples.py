@@ -46,6 +46,7 @@ def answers(policy, tokens, seed):
     return [as_text(ids[0][mask[0]]) for ids, mask in pairs]
 
 
+@pytest.mark.slow
 def test_a_killed_run_answers_each_prompt_once_and_learns_as_without(tmp_path, monkeypatch, capsys):
     plain, run = tmp_path / "plain", tmp_path / "run"
     assert small(tmp_path, **SHORT, output=plain) == 0

@@ -97,6 +97,7 @@ def test_what_the_mean_runs_over(average, tmp_path):
     assert abs(lines_of(tmp_path / "run")[0]["loss"] - want[average]) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_the_same_bits(tmp_path):
     for name in ("whole", "parts"):
         (tmp_path / name).mkdir()
