@@ -12,7 +12,7 @@ from jax.sharding import AxisType, PartitionSpec as P
 
 import dpo_eqx as dpx
 from dpo_eqx._head import tiling
-from dpo_eqx._head.linear import linear_collisions
+from dpo_eqx._head.collisions import linear_collisions
 
 from .policies import add_bias, assert_close
 

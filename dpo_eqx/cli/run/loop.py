@@ -243,11 +243,13 @@ def arrays_of(run: Run, state: State) -> dict[str, PyTree]:
     return to_save(state, run.trainable, moving_reference=is_moving)
 
 
-@eqx.filter_jit
 def synchronised(state: State, alpha: float) -> State:
     """The state with its reference moved towards the policy."""
-    moved = sync_reference(state.reference, evaluated(state).policy, alpha)
+    moved = _moved(state.reference, evaluated(state).policy, alpha)
     return eqx.tree_at(lambda s: s.reference, state, moved)
+
+
+_moved = eqx.filter_jit(sync_reference)
 
 
 def is_due(every: int, step: int) -> bool:
