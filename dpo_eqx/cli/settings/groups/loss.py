@@ -29,7 +29,7 @@ class LossFlags:
     with the mean over its own tokens (default: tokens)."""
     ld_alpha: float | None = None
     """Weight of the tokens by which the longer completion of a pair exceeds the shorter one
-    (LD-DPO), in [0, 1]; 1 changes nothing."""
+    (length-desensitised DPO), in [0, 1]; 1 changes nothing."""
     wpo: bool = False
     """Give more weight to pairs that the policy is likely to write (WPO)."""
     sync_reference_every: int = 0
