@@ -54,6 +54,11 @@ class Metrics(eqx.Module):
         return means
 
 
+def wins(difference: Float[Array, "..."]) -> Float[Array, "..."]:
+    """1 for a positive difference, 0 for a negative one, one half for a tie."""
+    return (1 + jnp.sign(difference)) / 2
+
+
 def safe_ratio(numerator: Float[Array, ""], denominator: Float[Array, ""]) -> Float[Array, ""]:
     """`numerator / denominator`, or 0 if the denominator, a sum of weights, is 0."""
     return jnp.where(denominator > 0, numerator, 0) / jnp.where(denominator > 0, denominator, 1)

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from .._arrays.log_probs import PairLogProbs
-from .._arrays.metrics import safe_ratio
+from .._arrays.metrics import safe_ratio, wins
 from .._jax.mapped_axes import AxisName, total
 
 Values = Float[Array | np.ndarray, " pairs"]
@@ -70,7 +70,7 @@ def calibrate(margin: Values, weight: Values | None = None, *, bins: int = 10) -
     ]
     share = jnp.where(inside, weight[:, None], 0)
     return Calibration(
-        predicted @ share, _half(margin) @ share, share.sum(axis=0), inside.sum(axis=0)
+        predicted @ share, wins(margin) @ share, share.sum(axis=0), inside.sum(axis=0)
     )
 
 
@@ -161,8 +161,8 @@ def count_preferences(
     mean = safe_ratio(total((margin * weight).sum(), axis_name), weight_sum)
     sums = {
         "pairs": (weight > 0).sum(),
-        "accurate": (_half(log_odds) * weight).sum(),
-        "won": (_half(margin) * weight).sum(),
+        "accurate": (wins(log_odds) * weight).sum(),
+        "won": (wins(margin) * weight).sum(),
         "spread": ((margin - mean) ** 2 * weight).sum(),
         "kl": None if kl is None else (_present((kl[0] + kl[1]) / 2, weight) * weight).sum(),
         "calibration": calibrate(margin, weight, bins=bins),
@@ -181,8 +181,3 @@ def _with_weight(
 
 def _present(values: Values, weight: Float[Array, " pairs"]) -> Float[Array, " pairs"]:
     return jnp.where(weight > 0, jnp.asarray(values), 0).astype(weight.dtype)
-
-
-def _half(difference: Float[Array, " pairs"]) -> Float[Array, " pairs"]:
-    """1 for a positive difference, 0 for a negative one, one half for a tie."""
-    return (1 + jnp.sign(difference)) / 2

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from .._arrays.log_probs import PairLogProbs, UnpairedLogProbs
 from .._arrays.loss_values import PairLoss, UnpairedLoss
-from .._arrays.metrics import Metrics, MetricValues, Value
+from .._arrays.metrics import Metrics, MetricValues, Value, wins
 from .._jax.describe import described
 from ..losses._numerics import present
 from .token_metrics import of_single_tokens, of_tokens
@@ -62,14 +62,13 @@ def default_metrics(
 
 def _paired(policy: Any, loss: Any) -> dict[str, MetricValues]:
     chosen, rejected = loss.chosen_reward, loss.rejected_reward
-    # A tie counts one half, so that identical policies have an accuracy of 0.5.
-    half = (1 + jnp.sign(chosen - rejected)) / 2
     return {
         "loss": loss.loss,
         "rewards/chosen": chosen,
         "rewards/rejected": rejected,
         "rewards/margins": chosen - rejected,
-        "rewards/accuracies": half,
+        # A tie counts one half, so that identical policies have an accuracy of 0.5.
+        "rewards/accuracies": wins(chosen - rejected),
         "logps/chosen": policy.chosen,
         "logps/rejected": policy.rejected,
     }

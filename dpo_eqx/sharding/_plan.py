@@ -78,12 +78,12 @@ class Plan:
         left = self.capacity - self.peak
         ratio = self.flops_done / max(self.flops_needed, 1)
         lines = {
-            "arguments": _bytes(self.arguments),
-            "temporaries": _bytes(self.temporaries),
-            "peak": _bytes(self.peak),
-            "capacity": f"{_bytes(self.capacity)}, "
-            + (f"{_bytes(left)} left" if self.fits else f"{_bytes(-left)} too little"),
-            "sent to others": _bytes(self.collective_bytes),
+            "arguments": in_bytes(self.arguments),
+            "temporaries": in_bytes(self.temporaries),
+            "peak": in_bytes(self.peak),
+            "capacity": f"{in_bytes(self.capacity)}, "
+            + (f"{in_bytes(left)} left" if self.fits else f"{in_bytes(-left)} too little"),
+            "sent to others": in_bytes(self.collective_bytes),
             "operations": f"{self.flops_done:.3g} done, {self.flops_needed:.3g} needed "
             f"({ratio:.2f} times)",
             "attention": {"cudnn": "cuDNN's kernel", "blocks": "in blocks of queries"}[
@@ -250,5 +250,6 @@ def _with(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-def _bytes(number: int) -> str:
+def in_bytes(number: int) -> str:
+    """A number of bytes with its unit."""
     return f"{number / 1e9:.2f} GB" if number >= 1e8 else f"{number / 1e6:.2f} MB"

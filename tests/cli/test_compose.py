@@ -20,7 +20,7 @@ from dpo_eqx.cli.compose.optimizer import (
     decays,
     learning_rates,
 )
-from dpo_eqx.cli.compose.score import compose_score
+from dpo_eqx.cli.compose.score import check_weights, compose_score
 from dpo_eqx.cli.settings.settings import Settings
 from dpo_eqx.data._records.records import Form
 
@@ -97,7 +97,7 @@ def test_weights_of_pairs_and_of_tokens():
 def test_data_that_cannot_be_weighed(form, given, message):
     numbers = ("reference_chosen",) if form == "explicit prompt" else ()
     with pytest.raises(ValueError, match=message):
-        compose_score(Form(form, numbers=numbers), settings(**given), packed=False)
+        check_weights(Form(form, numbers=numbers), settings(**given))
 
 
 def test_wpo_is_for_losses_of_pairs():

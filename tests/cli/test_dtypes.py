@@ -1,9 +1,7 @@
 """A checkpoint in bfloat16 is trained in float32: what is kept, computed, saved, and warned of."""
 
 import json
-import os
 import shutil
-import signal
 from pathlib import Path
 
 import equinox as eqx
@@ -23,9 +21,9 @@ from dpo_eqx.cli.report import probe as report_probe
 from dpo_eqx.cli.run.state import State
 from dpo_eqx.cli.settings.settings import Settings
 
+from .interrupted import at_line, steady, terminate
 from .runs import lines_of, same_weights, weights_of
 from .small import MODEL, small, write_data
-from .test_resume import at_line, steady
 
 # At this rate bfloat16 rounds almost every update away, and float32 hardly one.
 RUN = {
@@ -124,7 +122,7 @@ def test_a_finished_run_is_saved_once_more_in_another_dtype(narrow, whole, tmp_p
 @pytest.mark.slow
 def test_an_interrupted_run_has_the_same_bits(narrow, whole, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        at_line(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        at_line(patch, 2, terminate)
         assert small(tmp_path, model=narrow, **RUN) == 0
     assert len(lines_of(tmp_path / "run")) < RUN["steps"]
     assert small(tmp_path, model=narrow, **RUN, resume=True) == 0

@@ -17,12 +17,12 @@ import yaml
 import dpo_eqx as dpx
 from dpo_eqx import data
 from dpo_eqx.cli import main
-from dpo_eqx.cli.run import late_metrics
 from dpo_eqx.cli.settings.online import Online, check_online
 from dpo_eqx.cli.settings.parse import flags_of
 from dpo_eqx.models import RewardModel, load, sample, save
 
 from .commands import one_message
+from .interrupted import at_line, steady
 from .runs import lines_of, same_weights, weights_of
 
 PROMPTS = ["Why?", "What is 2 + 2?", "So", "X", "Oh"]
@@ -121,21 +121,6 @@ def test_the_folder_is_that_of_train(models, tmp_path):
     page = (run / "report.html").read_text()
     assert "Samples" in page
     assert weights_of(run).keys() >= {"model.norm.weight"}
-
-
-def at_line(monkeypatch, step, action):
-    before = late_metrics._check_finite
-
-    def check(number, line):
-        before(number, line)
-        if number == step:
-            action()
-
-    monkeypatch.setattr(late_metrics, "_check_finite", check)
-
-
-def steady(output):
-    return [{**line, "tokens_per_second": 0} for line in lines_of(output)]
 
 
 @pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.slow), 3])

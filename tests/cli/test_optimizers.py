@@ -1,7 +1,5 @@
 """Optimisers and schedules of the command: against NumPy, in whole runs, and when resumed."""
 
-import os
-import signal
 from pathlib import Path
 
 import equinox as eqx
@@ -24,9 +22,9 @@ from dpo_eqx.cli.run.state import State, evaluated
 from dpo_eqx.cli.settings.check import check
 from dpo_eqx.cli.settings.settings import Settings
 
-from .runs import lines_of, same_weights, weights_of
-from .small import MODEL, STEPS, small, write_data
-from .test_resume import at_line, steady
+from .interrupted import check_resumes_with_the_same_bits
+from .runs import lines_of, weights_of
+from .small import MODEL, small, write_data
 
 RATE, FLOOR = 0.5, 0.125
 
@@ -273,15 +271,7 @@ def test_a_resumed_run_has_the_same_bits(name, tmp_path, monkeypatch):
     optimizer = f"{tmp_path / 'own.py'}:adam" if name == "own" else name
     given = {**CASES[name], "optimizer": optimizer, "batch_size": 4}
     given |= {"warmup_steps": 0, "warmup_ratio": 0.3}
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert small(tmp_path, output=whole, **given) == 0
-    with monkeypatch.context() as patch:
-        at_line(patch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        assert small(tmp_path, output=parts, **given) == 0
-    assert len(lines_of(parts)) < STEPS
-    assert small(tmp_path, output=parts, **given, resume=True) == 0
-    assert same_weights(parts, whole)
-    assert steady(parts) == steady(whole)
+    check_resumes_with_the_same_bits(tmp_path, monkeypatch, "metrics.jsonl", **given)
 
 
 @pytest.mark.slow

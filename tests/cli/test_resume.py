@@ -14,14 +14,13 @@ import pytest
 
 from dpo_eqx import losses
 from dpo_eqx.cli.compose.preferences import prepare_all
-from dpo_eqx.cli.run import checkpoints, inputs, late_metrics as lines
+from dpo_eqx.cli.run import checkpoints, inputs
 from dpo_eqx.cli.run.inputs import check_same, digest_weights, digests_of
 from dpo_eqx.cli.settings.settings import Settings
 
+from .interrupted import at_line, steady, terminate
 from .runs import lines_of, same_weights
 from .small import MODEL, STEPS, check_each_step_once, small, write_data
-
-VOLATILE = {"tokens_per_second"}
 
 
 @pytest.fixture(scope="module")
@@ -33,10 +32,6 @@ def whole(tmp_path_factory):
     return folder / "run"
 
 
-def steady(output, name="metrics.jsonl"):
-    return [{k: v for k, v in line.items() if k not in VOLATILE} for line in lines_of(output, name)]
-
-
 def go_on(folder, whole):
     """Resumes the run in `folder`, and compares all that it left with `whole`."""
     assert small(folder, eval_data=folder / "eval.jsonl", resume=True) == 0
@@ -46,22 +41,10 @@ def go_on(folder, whole):
     check_each_step_once(folder / "run")
 
 
-def at_line(monkeypatch, step, action):
-    """Calls `action` when the line of a step is written."""
-    before = lines._check_finite
-
-    def check(number, line):
-        before(number, line)
-        if number == step:
-            action()
-
-    monkeypatch.setattr(lines, "_check_finite", check)
-
-
 def test_sigterm_saves_and_exits(tmp_path, whole, monkeypatch, capsys):
     write_data(tmp_path / "eval.jsonl", 5, 1)
     with monkeypatch.context() as patch:
-        at_line(patch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        at_line(patch, 3, terminate)
         assert small(tmp_path, eval_data=tmp_path / "eval.jsonl") == 0
     steps = len(lines_of(tmp_path / "run"))
     # The line may be that of the step before the one that runs.
@@ -153,7 +136,7 @@ def test_another_run_is_not_continued(tmp_path, whole, capsys):
     write_data(tmp_path / "eval.jsonl", 5, 1)
     model = shutil.copytree(MODEL, tmp_path / "model")
     with pytest.MonkeyPatch.context() as patch:
-        at_line(patch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        at_line(patch, 3, terminate)
         assert small(tmp_path, model=model) == 0
     before = snapshot(tmp_path / "run")
     assert small(tmp_path, model=model) == 2

@@ -15,6 +15,7 @@ from dpo_eqx.cli.terminal.answers import padded
 from dpo_eqx.cli.terminal.samples import sampled
 
 from ..sharding.processes import Processes, deviation
+from .interrupted import steady
 from .runs import lines_of, same_weights
 from .small import MODEL, small, write_data
 from .test_report import report, written
@@ -27,10 +28,6 @@ SHORT = {"steps": 4, "save_every": 3}
 def write_prompts(path, prompts=PROMPTS):
     path.write_text("".join(json.dumps({"prompt_ids": ids}) + "\n" for ids in prompts))
     return path
-
-
-def steady(output):
-    return [{**line, "tokens_per_second": 0} for line in lines_of(output)]
 
 
 def as_text(ids):

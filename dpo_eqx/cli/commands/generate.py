@@ -76,11 +76,8 @@ def generate(arguments: Sequence[str]) -> None:
     if flags.compare is not None:
         check_one_vocabulary(flags.model, flags.compare, "--compare")
     given = [Prompt(text, "`--prompt`") for text in flags.prompt]
-    given += (
-        []
-        if flags.data is None
-        else read_prompts(flags.data, flags.limit, Reading.of(flags, as_chat=flags.as_chat))
-    )
+    if flags.data is not None:
+        given += read_prompts(flags.data, flags.limit, Reading.of(flags, as_chat=flags.as_chat))
     tokenizer = load_tokenizer(flags.model, flags.tokenizer, flags.chat_template)
     prompts = [encode_prompt(tokenizer, prompt, chat=flags.chat) for prompt in given]
     sides = [(flags.model, flags.lora)]

@@ -16,11 +16,10 @@ from ..._arrays.samples import Samples
 from ..._arrays.tokens import Tokens
 from ...data._batches.buckets import choose_buckets
 from ...data._records.as_chat import as_chat
-from ..terminal.answers import ends_of, padded
+from ..terminal.answers import MULTIPLE, ends_of, padded
 from ..terminal.prompts import Prompt, encode_prompt, stored
 from ..terminal.texts import continuation
 
-_MULTIPLE = 16  # widths of prompts are multiples of it, as in `data.batches`
 # What a prompt gives its chat template besides its messages; training needs it again.
 _CARRIED = ("tools", "chat_template_kwargs")
 
@@ -118,7 +117,7 @@ def batches_of(lengths: Sequence[int], share: range, batch_size: int, buckets: i
     if not len(longest):
         return []
     # Prompts have one column here; the rows of `data.batches` have two.
-    chosen = choose_buckets(np.stack([longest, longest], axis=1), buckets, _MULTIPLE).prompt
+    chosen = choose_buckets(np.stack([longest, longest], axis=1), buckets, MULTIPLE).prompt
     widths = np.array(chosen)[np.searchsorted(chosen, longest)]
     return [Batch(*pair) for pair in zip(numbers, widths.tolist(), strict=True)]
 

@@ -14,13 +14,14 @@ from jaxtyping import PyTree
 from ... import losses
 from ..._arrays.batches import PreferenceBatch
 from ..._arrays.log_probs import PairLogProbs
-from ..._arrays.metrics import Metrics
+from ..._arrays.metrics import Metrics, wins
 from ..._diagnosis.compare import compare
 from ..._diagnosis.diagnose import diagnose
 from ..._diagnosis.preferences import Preferences, count_preferences
 from ..._jax.dtypes import in_dtype
 from ..._jax.inference_mode import in_inference
 from ..._scoring.score import score_pairs
+from ..._training.metrics import weighted_sums
 from ..settings.options import dtype_of
 
 
@@ -84,13 +85,10 @@ def _sums(scores: PairLogProbs) -> Metrics:
     sides = jnp.stack([jnp.asarray(scores.chosen), jnp.asarray(scores.rejected)])
     lengths = jnp.stack([jnp.asarray(scores.chosen_length), jnp.asarray(scores.rejected_length)])
     averages = sides / jnp.maximum(lengths, 1).astype(sides.dtype)
-    weight = jnp.asarray(scores.weight)
     values = {
-        "preference_accuracy": (1 + jnp.sign(sides[0] - sides[1])) / 2,
-        "preference_accuracy_per_token": (1 + jnp.sign(averages[0] - averages[1])) / 2,
+        "preference_accuracy": wins(sides[0] - sides[1]),
+        "preference_accuracy_per_token": wins(averages[0] - averages[1]),
         "chosen_logp": sides[0],
         "rejected_logp": sides[1],
     }
-    # A filling pair has the weight 0, and may have any value.
-    sums = {n: jnp.where(weight > 0, value * weight, 0).sum() for n, value in values.items()}
-    return Metrics(sums, dict.fromkeys(sums, weight.sum()))
+    return weighted_sums(values, jnp.asarray(scores.weight))

@@ -23,6 +23,7 @@ from .loss import (
     takes_rows,
 )
 from .packing import check_packable
+from .score import check_weights
 
 
 def prepare_all(settings: Settings, loss: Loss) -> list[Prepared]:
@@ -80,6 +81,7 @@ def _check_fits_loss(source: Prepared, path: str, settings: Settings, loss: Loss
             f"{name} needs {kind}, and {path} holds {form}. Give kto, bco or apo_zero_unpaired for "
             "completions with a label, sft for completions without one, any other loss for pairs."
         )
+    check_weights(form, settings)
     if form.unpaired:
         _check_labels(form, path, name, needed=needs_labels(loss))
     elif settings.average is not None:

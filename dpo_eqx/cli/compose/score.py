@@ -24,7 +24,6 @@ def compose_score(form: Form, settings: Settings, *, packed: bool) -> Score:
     """
     if settings.reward_head:
         return models.score_rewards
-    _check_pairs(form, settings)
     if settings.ld_alpha is not None:
         return ld_score(settings.ld_alpha)
     score = score_unpaired if form.unpaired else score_packed if packed else score_pairs
@@ -37,7 +36,7 @@ def compose_score(form: Form, settings: Settings, *, packed: bool) -> Score:
     return functools.partial(score, metrics=metrics) if metrics else score
 
 
-def _check_pairs(form: Form, settings: Settings) -> None:
+def check_weights(form: Form, settings: Settings) -> None:
     """Raises `ValueError` if the data do not have what `--ld-alpha` and `--wpo` need."""
     for name, is_given in (("ld-alpha", settings.ld_alpha is not None), ("wpo", settings.wpo)):
         if is_given and form.unpaired:

@@ -17,7 +17,7 @@ from ...data._tokens.report import CUT, DROPPED, REASONS
 from ..run.best import Best, in_words, why_early
 from ..settings.goal import Goal, prefix
 from ..settings.settings import Settings
-from ..terminal.texts import for_screen
+from ..terminal.texts import end_of, for_screen
 from . import curves as curves
 from .panels import CURVES, cards, pair_panels
 from .read import Columns, Record, held_out_sets
@@ -185,9 +185,7 @@ def _samples_during(record: Record, title: str) -> str:
 
 def _answered(prompt: str, answers: Mapping[str, tuple[str, bool]]) -> str:
     """A prompt with answers by their title, each with whether it ended by itself."""
-    prompt = prompt.strip("\n")
-    # The end of a prompt, since that is what the answer follows.
-    prompt = prompt if len(prompt) <= 400 else f"... {prompt[-400:]}"
+    prompt = end_of(prompt, 400)
     parts = "".join(
         f"<h4>{name}</h4><pre>{_screen(text)}{' ...' * (not is_ended)}</pre>"
         for name, (text, is_ended) in answers.items()

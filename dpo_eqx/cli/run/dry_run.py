@@ -1,9 +1,8 @@
 """What a run would need of each device, without a step: its program is compiled and looked at."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import jax
 from jax.sharding import Mesh
 
 from ... import data, sharding
@@ -30,19 +29,16 @@ def needs(
     - `mesh`: the mesh of the run, if any.
     - `options`: the options of the step; `score` and `reference_of` count.
     """
-    view: Callable[[Any], Any] | None = options["reference_of"]
     sizes = "data=1" if mesh is None else ",".join(f"{n}={s}" for n, s in mesh.shape.items())
-    # Optax's Adam mixes dtypes.
-    with jax.numpy_dtype_promotion("standard"):
-        return sharding.plan(
-            step,
-            state.policy,
-            state.opt_state,
-            put_batch(batches.widest(), mesh),
-            state.reference,
-            target=f"here:{1 if mesh is None else mesh.size}",
-            mesh=sizes,
-            score=options["score"],
-            trainable=trainable,
-            reference_of=view,
-        )
+    return sharding.plan(
+        step,
+        state.policy,
+        state.opt_state,
+        put_batch(batches.widest(), mesh),
+        state.reference,
+        target=f"here:{1 if mesh is None else mesh.size}",
+        mesh=sizes,
+        score=options["score"],
+        trainable=trainable,
+        reference_of=options["reference_of"],
+    )

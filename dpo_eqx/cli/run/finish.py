@@ -14,7 +14,7 @@ from .best import in_words, why_early
 from .folder import Folder
 from .hosts import say
 from .loop import Place, Run, best_place
-from .state import State, evaluated
+from .state import State, averaged
 
 
 def choose(run: Run, place: Place, folder: Folder) -> Place:
@@ -33,12 +33,12 @@ def choose(run: Run, place: Place, folder: Folder) -> Place:
 
 def write_model(run: Run, state: State, folder: Folder) -> None:
     """Writes the model, and the adapters if they were trained."""
-    settings, state = run.settings, evaluated(state)
+    settings, policy = run.settings, averaged(state)
     # Every process must gather, since that is an all-gather of shards; the first one writes.
     if policies.has_adapters(settings):
-        adapters = sharding.gather(policies.adapters_alone(state.policy, run.trainable))
+        adapters = sharding.gather(policies.adapters_alone(policy, run.trainable))
         hosts.on_first(models.save_lora, adapters, folder.adapter, base=settings.model)
-    trained = sharding.gather(run.finish(state.policy))
+    trained = sharding.gather(run.finish(policy))
     hosts.on_first(check_saved, trained, settings)
     companions = {"tokenizer_from": _tokenizer(settings), "chat_template": run.chat_template}
     hosts.on_first(models.save, trained, folder.model, **companions)

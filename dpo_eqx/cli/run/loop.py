@@ -26,7 +26,7 @@ from .late_metrics import NUM_TOKENS, TOKENS, Lines, sides_of, tokens_of, tokens
 from .offload import fetched, returned
 from .signals import Stop
 from .sinks import Numbers, Samples, SampleSink, Sink
-from .state import State, evaluated, restored, to_save
+from .state import State, averaged, evaluated, restored, to_save
 
 Advance = Callable[[State, Any, int], tuple[State, dict[str, Any]]]
 
@@ -95,6 +95,7 @@ def make_advance(
     - `offload`: what `offloaded` has put into the memory of the host. The step fetches it, and
         returns the optimiser's state to that memory.
     """
+    # Restored arrays are in host memory, but their types do not say so while a step is traced.
     fetch_reference, fetch_optimizer = (
         bool((offload or {}).get(name)) for name in ("reference", "optimizer")
     )
@@ -243,13 +244,13 @@ def arrays_of(run: Run, state: State) -> dict[str, PyTree]:
     return to_save(state, run.trainable, moving_reference=is_moving)
 
 
+_moved = eqx.filter_jit(sync_reference)
+
+
 def synchronised(state: State, alpha: float) -> State:
     """The state with its reference moved towards the policy."""
-    moved = _moved(state.reference, evaluated(state).policy, alpha)
+    moved = _moved(state.reference, averaged(state), alpha)
     return eqx.tree_at(lambda s: s.reference, state, moved)
-
-
-_moved = eqx.filter_jit(sync_reference)
 
 
 def is_due(every: int, step: int) -> bool:

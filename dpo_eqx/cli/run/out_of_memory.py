@@ -8,6 +8,7 @@ import jax
 from jaxtyping import PyTree
 
 from ..._jax.paths import leaf_name
+from ...sharding._plan import in_bytes
 from .offload import HOST
 
 
@@ -35,9 +36,9 @@ def _message(error: str, sizes: Mapping[str, int], largest: str, remedies: str) 
     what = ""
     if asked:
         number, unit = asked.groups()
-        more = in_words(int(number)) if unit == "bytes" else f"{number} {unit}"
+        more = in_bytes(int(number)) if unit == "bytes" else f"{number} {unit}"
         what = f" It could not get {more} more."
-    held = ", ".join(f"{name} {in_words(size)}" for name, size in sizes.items() if size)
+    held = ", ".join(f"{name} {in_bytes(size)}" for name, size in sizes.items() if size)
     holds = f" It holds, over all devices: {held}{largest}." if held else ""
     share = ""
     if jax.default_backend() == "gpu":
@@ -67,12 +68,4 @@ def _largest(parts: Mapping[str, PyTree]) -> str:
     if not found:
         return ""
     size, name = max(found)
-    return f"; the largest array is {name} of {in_words(size)}"
-
-
-def in_words(size: int) -> str:
-    """A number of bytes, in units that are easy to read."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size >= scale:
-            return f"{size / scale:.2f} {unit}"
-    return f"{size} bytes"
+    return f"; the largest array is {name} of {in_bytes(size)}"

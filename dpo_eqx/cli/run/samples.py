@@ -18,11 +18,10 @@ from ..._jax.inference_mode import in_inference
 from ..compose.draws import answers_of
 from ..compose.sample_prompts import SamplePrompts
 from ..settings.settings import Settings
-from ..terminal.answers import ends_of, padded
+from ..terminal.answers import ends_of, padded, width_of
 from ..terminal.prompts import shown
 from .state import State
 
-_MULTIPLE = 16  # the width of prompts is a multiple of it, as in `data.batches`
 Drawn = list[dict[str, Any]]
 Answers = list[tuple[str, bool]]
 
@@ -69,8 +68,7 @@ def _make_draw(
 ) -> Callable[[models.Transformer], Answers]:
     """A function from a policy to its answers to all prompts, in their order."""
     encoded, tokenizer = prompts.encoded, prompts.tokenizer
-    width = -(-max(map(len, encoded.ids)) // _MULTIPLE) * _MULTIPLE
-    rows = padded(encoded.ids, width)
+    rows = padded(encoded.ids, width_of(encoded.ids))
 
     @eqx.filter_jit
     def tokens_of(policy: PyTree, ends: tuple[int, ...]) -> Tokens:

@@ -41,17 +41,23 @@ def offloaded(state: State, *, reference: bool, optimizer: bool) -> State:
     )
 
 
-def evaluated(state: State) -> State:
-    """The state with the policy that is evaluated, saved and shown, and all of it on the devices.
+def averaged(state: State) -> PyTree:
+    """The policy that is evaluated, saved and shown.
 
     It is the policy itself, except for a schedule-free optimiser: that takes its gradients at other
     parameters than those that it has averaged, and these are the better ones.
     """
-    state = on_devices(state)
     schedule_free = optax.tree_utils.tree_get(state.opt_state, "ScheduleFreeState")
-    if schedule_free is None:
-        return state
-    return eqx.tree_at(lambda s: s.policy, state, _averaged(state.policy, schedule_free))
+    return (
+        state.policy
+        if schedule_free is None
+        else _averaged(state.policy, on_devices(schedule_free))
+    )
+
+
+def evaluated(state: State) -> State:
+    """The state with `averaged` for its policy, and with its reference on the devices."""
+    return State(averaged(state), state.opt_state, on_devices(state.reference), state.key)
 
 
 @eqx.filter_jit
@@ -60,8 +66,8 @@ def _averaged(policy: PyTree, schedule_free: optax.contrib.ScheduleFreeState) ->
     is_trained = jax.tree.map(lambda x: x is not None, z, is_leaf=lambda x: x is None)
     params, frozen = eqx.partition(policy, is_trained)
     wide_params, wide_state = in_float32_at_least((params, schedule_free))
-    averaged = optax.contrib.schedule_free_eval_params(wide_state, wide_params)
-    return eqx.combine(in_dtypes_of(averaged, params), frozen)
+    wide = optax.contrib.schedule_free_eval_params(wide_state, wide_params)
+    return eqx.combine(in_dtypes_of(wide, params), frozen)
 
 
 def to_save(state: State, trainable: PyTree, *, moving_reference: bool) -> dict[str, PyTree]:

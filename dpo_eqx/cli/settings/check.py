@@ -60,14 +60,14 @@ def check(settings: Settings) -> None:
         for pattern in given:
             _check_pattern(name, pattern)
     check_optimizer(settings.optimizer)
-    _raise_first(_contradictions(settings))
-    _raise_first(_about_evaluations(settings))
+    raise_first(_contradictions(settings))
+    raise_first(_about_evaluations(settings))
     if settings.sample_prompts is not None and not settings.sample_every:
         raise ValueError(
             "`--sample-prompts` needs a number of steps between answers; give `--sample-every` too."
         )
     goal_of(settings)
-    _raise_first(_of_optimizer(settings))
+    raise_first(_of_optimizer(settings))
 
 
 def check_optimizer(name: str) -> None:
@@ -104,17 +104,12 @@ def _check_ranges(settings: Settings) -> None:
         value = getattr(settings, name)
         if not 0 <= value < math.inf:
             raise ValueError(f"{flag(name)} must not be negative; got {value}.")
-    if not 0 <= settings.sync_reference_alpha <= 1:
-        raise ValueError(
-            f"{flag('sync_reference_alpha')} must be in [0, 1]; got "
-            f"{settings.sync_reference_alpha}."
-        )
-    if settings.ld_alpha is not None and not 0 <= settings.ld_alpha <= 1:
-        raise ValueError(f"`--ld-alpha` must be in [0, 1]; got {settings.ld_alpha}.")
+    for name in ("sync_reference_alpha", "ld_alpha", "warmup_ratio"):
+        value = getattr(settings, name)
+        if value is not None and not 0 <= value <= 1:
+            raise ValueError(f"{flag(name)} must be in [0, 1]; got {value}.")
     if not 0 <= settings.lora_dropout < 1:
         raise ValueError(f"`--lora-dropout` must be in [0, 1); got {settings.lora_dropout}.")
-    if settings.warmup_ratio is not None and not 0 <= settings.warmup_ratio <= 1:
-        raise ValueError(f"`--warmup-ratio` must be in [0, 1]; got {settings.warmup_ratio}.")
     if settings.eval_fraction is not None and not 0 < settings.eval_fraction < 1:
         raise ValueError(
             f"`--eval-fraction` must be above 0 and below 1; got {settings.eval_fraction}."
@@ -275,7 +270,8 @@ def _of_optimizer(s: OptimizerFlags) -> Iterator[str]:
         )
 
 
-def _raise_first(problems: Iterator[str]) -> None:
+def raise_first(problems: Iterator[str]) -> None:
+    """Raises `ValueError` with the first of the messages, if there is one."""
     problem = next(problems, None)
     if problem is not None:
         raise ValueError(problem)

@@ -3,15 +3,13 @@
 import re
 from collections.abc import Iterator
 
-from .check import flag
+from .check import flag, raise_first
 from .settings import Settings
 
 
 def check_hosts(settings: Settings) -> None:
     """Raises `ValueError` if the settings do not let a process find the other processes."""
-    problem = next(_hosts(settings), None)
-    if problem is not None:
-        raise ValueError(problem)
+    raise_first(_hosts(settings))
 
 
 def _hosts(settings: Settings) -> Iterator[str]:

@@ -19,7 +19,7 @@ from ...data._tokens.tokenizers import special_id
 from ...sharding._mesh import size_of
 from .texts import decode
 
-_MULTIPLE = 16  # the width of prompts is a multiple of it: few widths, few compilations
+MULTIPLE = 16  # the width of prompts is a multiple of it: few widths, few compilations
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,7 @@ def draw_answers(
     - `options`: further arguments of `models.generate`.
     """
     ends = ends_of(policy, tokenizer)
-    width = -(-max(map(len, prompts)) // _MULTIPLE) * _MULTIPLE
+    width = width_of(prompts)
     rows = 1 if mesh is None else size_of(mesh, ROWS)
     # Filled up to one shape, so that a single compilation is enough.
     size = -(-min(batch_size, len(prompts)) // rows) * rows
@@ -75,6 +75,11 @@ def ends_of(policy: models.Transformer, tokenizer: Any) -> tuple[int, ...]:
     for value in named:
         ids |= set(value) if isinstance(value, list) else {value}
     return tuple(sorted(i for i in ids if type(i) is int and 0 <= i < policy.config.vocab))
+
+
+def width_of(rows: Sequence[Sequence[int]]) -> int:
+    """The width that holds all rows, a multiple of `MULTIPLE`."""
+    return -(-max(map(len, rows)) // MULTIPLE) * MULTIPLE
 
 
 def padded(rows: Sequence[Sequence[int]], width: int) -> Tokens:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..._extras import require
-from .texts import for_screen
+from .texts import end_of, for_screen
 
 # The prompts that are shown; all are in `samples.jsonl`. A longer prompt loses its start, since
 # the answer follows its end.
@@ -35,13 +35,11 @@ def sampled(step: int, samples: Sequence[Mapping[str, Any]]) -> str:
 
 def _cells(sample: Mapping[str, Any]) -> list[Any]:
     text = require("rich.text", extra="train").Text
-    prompt = sample["prompt"].strip("\n")
-    prompt = prompt if len(prompt) <= PROMPT_ROOM else f"... {prompt[-PROMPT_ROOM:]}"
     answers = [
         (sample[name] or "") + " ..." * (sample[ended] is False)
         for name, ended in (("answer", "ended"), ("reference", "reference_ended"))
     ]
-    return [text(for_screen(cell)) for cell in (prompt, *answers)]
+    return [text(for_screen(cell)) for cell in (end_of(sample["prompt"], PROMPT_ROOM), *answers)]
 
 
 def _drawn(table: Any) -> str:

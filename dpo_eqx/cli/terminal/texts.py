@@ -31,6 +31,12 @@ def continuation(tokenizer: Any, before: Sequence[int], ids: Sequence[int]) -> s
     return whole.removeprefix(start) if is_clean else decode(tokenizer, ids)
 
 
+def end_of(text: str, room: int) -> str:
+    """The end of a prompt, since that is what its answer follows."""
+    text = text.strip("\n")
+    return text if len(text) <= room else f"... {text[-room:]}"
+
+
 def for_screen(text: str) -> str:
     """`text` with escapes for characters that would move a terminal's cursor, except line ends."""
     return escaped(text, keep="\n")
