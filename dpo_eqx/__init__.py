@@ -2,6 +2,7 @@
 
 from . import losses as losses
 from ._arrays.batches import PreferenceBatch as PreferenceBatch, UnpairedBatch as UnpairedBatch
+from ._arrays.denoising import DenoisingBatch as DenoisingBatch
 from ._arrays.layout import AbstractLayout as AbstractLayout, Layout as Layout
 from ._arrays.log_probs import (
     PairLogProbs as PairLogProbs,
@@ -43,6 +44,7 @@ from ._policies.adapt import adapt as adapt
 from ._policies.check_policy import check_policy as check_policy
 from ._policies.report import PolicyReport as PolicyReport
 from ._policies.trainable import trainable as trainable
+from ._scoring.denoising import denoising_score as denoising_score
 from ._scoring.packed import score_packed as score_packed
 from ._scoring.pseudo import pseudo_score as pseudo_score
 from ._scoring.score import (

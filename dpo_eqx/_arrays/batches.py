@@ -3,6 +3,8 @@
 Reading files, tokenising and padding are not here; `dpo_eqx.data` does that.
 """
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import numpy as np
@@ -179,8 +181,11 @@ def check_completion(name: str, completion: Tokens, prompt: Tokens) -> None:
         raise ValueError(f"`{name}` must be at least one token wide; mask empty completions.")
 
 
-def check_per_pair(batch: PreferenceBatch | UnpairedBatch) -> None:
-    """Raises if `weight`, `reference` or `per_pair` do not have one value for each pair."""
+def check_per_pair(batch: Any) -> None:
+    """Raises if `weight`, `reference` or `per_pair` do not have one value for each pair.
+
+    `batch` is any batch that has these fields and `pairs`.
+    """
     if batch.weight is not None:
         _check_per_pair_shape("weight", batch.weight, batch.pairs)
         if is_concrete(batch.weight):

@@ -1,5 +1,6 @@
 """The examples of `docs/losses.md`, run as they stand there, against computations by hand."""
 
+import dataclasses
 import linecache
 import re
 from functools import partial
@@ -133,9 +134,11 @@ def test_diffusion_dpo():
     """Against the paper's loss, with the errors of policy and reference written out."""
     names = read("Diffusion models")
     rng = np.random.default_rng(0)
-    chosen, rejected, noise = (jnp.asarray(rng.normal(size=(4, 3))) for _ in range(3))
-    time, weight = jnp.asarray(rng.uniform(size=4)), jnp.asarray([1.0, 2.0, 0.0, 0.5])
-    batch = names["ImagePairs"](chosen, rejected, noise, time, weight)
+    chosen, rejected = (jnp.asarray(rng.normal(size=(4, 3))) for _ in range(2))
+    weight = jnp.asarray([1.0, 2.0, 0.0, 0.5])
+    drawn = names["image_pairs"](chosen, rejected, jax.random.key(2))
+    batch = dataclasses.replace(drawn, weight=weight)
+    noise, time = batch.noise, batch.time
     policy, reference = (
         names["Denoiser"](eqx.nn.MLP(4, 3, 8, 1, key=jax.random.key(seed))) for seed in (0, 1)
     )
@@ -164,6 +167,6 @@ def test_diffusion_dpo():
     assert_close(got, stepped(policy, gradient), 1e-12)
     np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-12)
     assert metrics["rewards/margins"] != 0
-    options = {"score": names["denoising_score"], "microbatches": 2}
+    options = {"score": dpx.denoising_score(names["schedule"]), "microbatches": 2}
     grad = eqx.filter_jit(dpx.make_grad(partial(losses.dpo, beta=5.0), **options))
     assert_close(grad(policy, batch, reference)[0], arrays(gradient), 1e-12)
