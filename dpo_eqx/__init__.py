@@ -45,7 +45,10 @@ from ._policies.check_policy import check_policy as check_policy
 from ._policies.report import PolicyReport as PolicyReport
 from ._policies.trainable import trainable as trainable
 from ._scoring.denoising import denoising_score as denoising_score
-from ._scoring.packed import score_packed as score_packed
+from ._scoring.packed import (
+    score_packed as score_packed,
+    score_packed_unpaired as score_packed_unpaired,
+)
 from ._scoring.pseudo import pseudo_score as pseudo_score
 from ._scoring.score import (
     ld_score as ld_score,

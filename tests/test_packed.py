@@ -100,6 +100,49 @@ def test_equals_each_sequence_alone(name):
     assert not np.any(np.asarray(got.weight)[empty])
 
 
+SINGLE = [
+    {
+        "prompt_ids": row["prompt_ids"] or [0],
+        "completion_ids": row["chosen_ids"],
+        "label": number % 2 == 0,
+        "weight": row["weight"],
+    }
+    for number, row in enumerate(ROWS)
+]
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_a_step_on_single_completions_is_that_of_padded_ones(microbatches):
+    """Of the mean over all scored tokens, with the metrics of the tokens."""
+    packed = data.pack(SINGLE, LENGTH, multiple_of=2, dtype=np.float64, average="tokens")
+    (padded,) = data.batches(
+        SINGLE,
+        batch_size=len(SINGLE),
+        buckets=1,
+        shuffle=False,
+        kl=False,
+        dtype=np.float64,
+        average="tokens",
+    )
+    policy, metrics = POLICIES["mask"], ("entropy", "accuracy")
+    found = []
+    for score, batch, parts in (
+        (dpx.score_packed_unpaired, packed, microbatches),
+        (dpx.score_unpaired, padded, 1),
+    ):
+        grad = dpx.make_grad(losses.sft, score=partial(score, metrics=metrics), microbatches=parts)
+        found.append(eqx.filter_jit(grad)(policy, batch))
+    assert_close(*found, 1e-10)
+
+
+def test_the_score_must_be_that_of_the_batch():
+    single = data.pack(SINGLE, LENGTH)
+    with pytest.raises(ValueError, match=r"must hold pairs .* Take `score_packed_unpaired`"):
+        dpx.score_packed(POLICIES["mask"], single)
+    with pytest.raises(ValueError, match=r"must hold single completions .* Take `score_packed`"):
+        dpx.score_packed_unpaired(POLICIES["mask"], PACKED)
+
+
 def test_chunks_change_nothing():
     score = eqx.filter_jit(dpx.score_packed)
     want = score(POLICIES["mask"], PACKED)

@@ -1,4 +1,4 @@
-"""Several pairs in one row of tokens: the layout of such a row, and a batch of such rows.
+"""Several pairs or single completions in one row of tokens: its layout, and a batch of such rows.
 
 Neither `data.pack`, which packs pairs into rows, nor `score_packed`, which scores them, is here.
 """
@@ -14,12 +14,14 @@ from jaxtyping import Array, Bool, Int, Integer, Real
 
 from .._jax.scalars import Weights
 from .layout import AbstractLayout
-from .log_probs import PairLogProbs
+from .log_probs import PairLogProbs, UnpairedLogProbs
 from .tokens import as_ids, narrow_on_host
 
 
 class PackedLayout(AbstractLayout):
     """A row of several complete pairs: prompt, chosen, rejected; prompt, chosen, ...
+
+    A single completion with its prompt is a pair without a rejected completion.
 
     It has the same `mask()` and `positions` as `Layout`, for a policy that attends through them. It
     has no static widths, because prompts and completions end at different places in each row.
@@ -108,6 +110,9 @@ class PackedLayout(AbstractLayout):
 class PackedBatch(eqx.Module):
     """Rows of several pairs each, made by `data.pack`, for `score_packed`.
 
+    Single completions with their labels are packed likewise, for `score_packed_unpaired`. Each is
+    held as a chosen completion, and there are no rejected ones.
+
     The first axis of every array is the rows. Along it, batches are cut, split into microbatches
     and sharded over devices. A row has `slots` slots for pairs, some of them empty. `weight`,
     `reference`, `per_pair` and `index` have one value for each of the `rows * slots` slots: first
@@ -123,9 +128,12 @@ class PackedBatch(eqx.Module):
     - `indices`: the index of each pair in the data that was packed; -1 in an empty slot. Shape
         `(rows, slots)`.
     - `weights`: the weight of each pair, 0 in an empty slot. Shape `(rows, slots)`.
-    - `references`: the fields of precomputed `PairLogProbs`, by name. Each `(rows, slots)`.
+    - `references`: the fields of precomputed `PairLogProbs` or, for single completions, of
+        `UnpairedLogProbs` without the label, by name. Each `(rows, slots)`.
     - `arguments`: arguments of the loss, by name, as in `PreferenceBatch.per_pair`. Each
         `(rows, slots)`.
+    - `labels`: for single completions, whether each is desirable, as in `UnpairedBatch.label`;
+        `None` for pairs. Shape `(rows, slots)`.
     - `longest`, `longest_pair`: as in `PackedLayout`, over all packed pairs.
 
     **Raises:**
@@ -140,12 +148,14 @@ class PackedBatch(eqx.Module):
     weights: Real[Array | np.ndarray, "rows slots"]
     references: dict[str, Array | np.ndarray] | None = None
     arguments: dict[str, Array | np.ndarray] | None = None
+    labels: Bool[Array | np.ndarray, "rows slots"] | None = None
     longest: int = eqx.field(static=True, kw_only=True)
     longest_pair: int = eqx.field(static=True, kw_only=True)
 
     def __check_init__(self):
         by_slot = {"indices": self.indices, "weights": self.weights}
         by_slot |= {**(self.references or {}), **(self.arguments or {})}
+        by_slot |= {} if self.labels is None else {"labels": self.labels}
         for name, value in by_slot.items():
             if value.shape != self.lengths.shape[:2]:
                 raise ValueError(
@@ -174,12 +184,19 @@ class PackedBatch(eqx.Module):
         return by_pair(self.weights)
 
     @property
-    def reference(self) -> PairLogProbs | None:
-        """Precomputed log-probabilities of each pair."""
+    def label(self) -> Bool[Array | np.ndarray, " pairs"] | None:
+        """Whether each single completion is desirable; `None` for pairs."""
+        return None if self.labels is None else by_pair(self.labels)
+
+    @property
+    def reference(self) -> PairLogProbs | UnpairedLogProbs | None:
+        """Precomputed log-probabilities of each pair or single completion."""
         if self.references is None:
             return None
         numbers: dict[str, Any] = {n: by_pair(value) for n, value in self.references.items()}
-        return PairLogProbs(**numbers)
+        if self.labels is None:
+            return PairLogProbs(**numbers)
+        return UnpairedLogProbs(**numbers, label=by_pair(self.labels))
 
     @property
     def per_pair(self) -> dict[str, Array | np.ndarray] | None:
@@ -188,11 +205,15 @@ class PackedBatch(eqx.Module):
             return None
         return {name: by_pair(value) for name, value in self.arguments.items()}
 
-    def with_reference(self, reference: PairLogProbs) -> "PackedBatch":
+    def with_reference(self, reference: PairLogProbs | UnpairedLogProbs) -> "PackedBatch":
         """This batch with the log-probabilities that `precompute_reference` returned for it."""
-        # Without values of single tokens, which no loss reads.
+        # Without values of single tokens, which no loss reads, and without labels, which are here.
         arrays = jax.Array | np.ndarray
-        fields = {n: value for n, value in vars(reference).items() if isinstance(value, arrays)}
+        fields = {
+            name: value
+            for name, value in vars(reference).items()
+            if isinstance(value, arrays) and name != "label"
+        }
         # The inverse of `by_pair`.
         shape = self.indices.shape[::-1]
         references = {name: value.reshape(shape).swapaxes(0, 1) for name, value in fields.items()}

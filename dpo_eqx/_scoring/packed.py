@@ -1,16 +1,17 @@
-"""The score of packed batches: `score_pairs` for rows that hold several pairs each.
+"""The scores of packed batches: `score_pairs` and `score_unpaired` for rows that hold several.
 
 `_arrays/packed.py` and `data/pack.py` make such rows.
 """
 
 from collections.abc import Sequence
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from .._arrays.log_probs import PairLogProbs, TokenValues
+from .._arrays.log_probs import PairLogProbs, TokenValues, UnpairedLogProbs
 from .._arrays.packed import PackedBatch, PackedLayout, by_pair
 from .._arrays.tokens import as_ids
 from .._head.predictions import Hidden
@@ -64,53 +65,127 @@ def score_packed(
 
     **Raises:**
 
-    `ValueError` if the policy does not offer `FastPolicy` or returns an array of a wrong shape, or
-    if `how` or a metric is another word.
+    `ValueError` if the policy does not offer `FastPolicy` or returns an array of a wrong shape, if
+    the batch holds single completions, or if `how` or a metric is another word.
     """
+    if batch.label is not None:
+        raise ValueError(
+            "`batch` must hold pairs for `score_packed`; got single completions. Take "
+            "`score_packed_unpaired`."
+        )
+    chosen, rejected = _completions(policy, batch, (1, 2), key, chunk_size, how, metrics)
+    return PairLogProbs(
+        chosen=chosen.total(),
+        rejected=rejected.total(),
+        chosen_length=chosen.length(),
+        rejected_length=rejected.length(),
+        weight=_weight(batch, chosen),
+        chosen_tokens=chosen.values(),
+        rejected_tokens=rejected.values(),
+    )
+
+
+@partial(automatic, like=1)
+def score_packed_unpaired(
+    policy: PyTree,
+    batch: PackedBatch,
+    *,
+    key: Keys | None = None,
+    chunk_size: int | None = None,
+    how: How = "vmap",
+    metrics: Sequence[str] = (),
+) -> UnpairedLogProbs:
+    """The log-probabilities of the single completions of a packed batch.
+
+    ```python
+    step = make_step(losses.sft, optimizer, score=score_packed_unpaired)
+    ```
+
+    Each completion has the same result as in `score_unpaired`, up to rounding; there are no
+    mismatched completions. Arguments and errors are as in `score_packed`, except that the batch
+    must hold single completions.
+    """
+    if batch.label is None:
+        raise ValueError(
+            "`batch` must hold single completions for `score_packed_unpaired`; got pairs. Take "
+            "`score_packed`."
+        )
+    (completion,) = _completions(policy, batch, (1,), key, chunk_size, how, metrics)
+    return UnpairedLogProbs(
+        completion=completion.total(),
+        label=jnp.asarray(batch.label),
+        length=completion.length(),
+        weight=_weight(batch, completion),
+        tokens=completion.values(),
+    )
+
+
+class _Completions(NamedTuple):
+    """One completion of every slot: the values of the scored tokens of its row, and its own ones.
+
+    The results have one axis of pairs, as `by_pair` makes it.
+    """
+
+    log_probs: Float[Array, "rows scored"]
+    mask: Bool[Array, "rows slots scored"]
+    statistics: TokenStatistics | None
+
+    def total(self) -> Float[Array, " pairs"]:
+        repeated = jnp.broadcast_to(self.log_probs[:, None], self.mask.shape)
+        return jnp.asarray(by_pair(sequence_log_probs(repeated, self.mask)))
+
+    def length(self) -> Int[Array, " pairs"]:
+        return jnp.asarray(by_pair(self.mask.sum(axis=-1, dtype=jnp.int32)))
+
+    def values(self) -> TokenValues | None:
+        """What metrics are made of, if they were asked for; no gradient flows through it."""
+        if self.statistics is None:
+            return None
+
+        def of_pairs(x):
+            x = jax.lax.stop_gradient(x)[:, None]
+            return by_pair(jnp.broadcast_to(x, self.mask.shape))
+
+        statistics = jax.tree.map(of_pairs, vars(self.statistics))
+        return TokenValues(by_pair(self.mask), of_pairs(self.log_probs), **statistics)
+
+
+def _weight(batch: PackedBatch, completion: _Completions) -> Float[Array, " pairs"]:
+    return jnp.asarray(batch.weight, completion.log_probs.dtype)
+
+
+def _completions(
+    policy: PyTree,
+    batch: PackedBatch,
+    segments: tuple[int, ...],
+    key: Keys | None,
+    chunk_size: int | None,
+    how: How,
+    metrics: Sequence[str],
+) -> list[_Completions]:
+    """The completions that are these segments of a `PackedLayout`."""
     check_metrics(metrics)
     check_how(how, ("vmap", "map"))
     _check_offers(policy)
     keys = keys_per_pair(key, batch.rows)
+    parts_of = partial(_parts_of, segments=segments)
 
     def one_row(ids, lengths, scored, key):
         layout = PackedLayout(lengths, ids.size, batch.longest, batch.longest_pair)
         returned = _run(policy, keep_rows(ids), layout, key)
         hidden = checked_hidden(policy, returned, ids, policy.unembedding)
         # The fill of -1 reads the row's last token, which `_parts_of` leaves out of every sum.
-        return keep_rows(hidden[layout.predicts[scored]]), ids[scored], _parts_of(layout, scored)
+        return keep_rows(hidden[layout.predicts[scored]]), ids[scored], parts_of(layout, scored)
 
     ids, lengths, scored = map(as_ids, (batch.ids, batch.lengths, batch.scored))
     run = over_rows(one_row, how, row_axes(ids, policy, keys))
     hidden, targets, parts = run(ids, lengths, scored, keys)
     predictions = Hidden(hidden, unembedding_of(policy), chunk_size)
     log_probs, statistics = predictions.log_probs(targets, tuple(metrics))
-    repeated = jnp.broadcast_to(log_probs[:, None, None], parts.shape)
-    totals = sequence_log_probs(repeated, parts)  # (rows, slots, 2)
-    counts = parts.sum(axis=-1, dtype=jnp.int32)  # (rows, slots, 2)
-    return PairLogProbs(
-        chosen=by_pair(totals[:, :, 0]),
-        rejected=by_pair(totals[:, :, 1]),
-        chosen_length=by_pair(counts[:, :, 0]),
-        rejected_length=by_pair(counts[:, :, 1]),
-        weight=jnp.asarray(batch.weight, log_probs.dtype),
-        chosen_tokens=_values(parts[:, :, 0], log_probs, statistics) if metrics else None,
-        rejected_tokens=_values(parts[:, :, 1], log_probs, statistics) if metrics else None,
-    )
-
-
-def _values(
-    mask: Bool[Array, "rows slots scored"],
-    log_probs: Float[Array, "rows scored"],
-    statistics: TokenStatistics,
-) -> TokenValues:
-    """The values of the scored tokens of each pair's row; no gradient flows through them."""
-
-    def of_pairs(x):
-        return by_pair(jnp.broadcast_to(jax.lax.stop_gradient(x)[:, None], mask.shape))
-
-    return TokenValues(
-        by_pair(mask), of_pairs(log_probs), **jax.tree.map(of_pairs, vars(statistics))
-    )
+    return [
+        _Completions(log_probs, parts[:, :, place], statistics if metrics else None)
+        for place in range(len(segments))
+    ]
 
 
 def _run(policy: FastPolicy, ids: Array, layout: PackedLayout, key: Keys | None) -> Array:
@@ -127,13 +202,15 @@ def _run(policy: FastPolicy, ids: Array, layout: PackedLayout, key: Keys | None)
         ) from error
 
 
-def _parts_of(layout: PackedLayout, scored: Array) -> Bool[Array, "slots 2 scored"]:
-    """Which scored tokens belong to each slot's chosen, and which to its rejected completion."""
+def _parts_of(
+    layout: PackedLayout, scored: Int[Array, " scored"], segments: tuple[int, ...]
+) -> Bool[Array, "slots completions scored"]:
+    """Which scored tokens belong to each of these segments of each slot."""
     slots = jnp.arange(layout.lengths.shape[0], dtype=scored.dtype)[:, None, None]
-    completions = jnp.array([1, 2], scored.dtype)[None, :, None]
+    wanted = jnp.array(segments, scored.dtype)[None, :, None]
     scored = scored[None, None, :]
     pair, segment = layout.pairs[scored], layout.segments[scored]
-    return (scored >= 0) & (pair == slots) & (segment == completions)
+    return (scored >= 0) & (pair == slots) & (segment == wanted)
 
 
 def _check_offers(policy: PyTree) -> None:

@@ -128,8 +128,55 @@ def test_refusals(case, tmp_path, capsys):
     assert re.search(message, error.replace("\n", " ")), error
 
 
-def test_single_completions_are_refused(tmp_path, capsys):
-    record = {"prompt_ids": [1], "completion_ids": [2], "label": True}
-    (tmp_path / "data.jsonl").write_text((json.dumps(record) + "\n") * 3)
-    assert small(tmp_path, pack=True, loss=["bco"]) == 2
-    assert "`--pack` is for pairs, and" in capsys.readouterr().err
+def completions(path, rows, seed=0, labelled=False):
+    """Single completions of token ids, ragged; if labelled, some of them are undesirable."""
+    records = [json.loads(line) for line in write_data(path, rows, seed).read_text().splitlines()]
+    records = [
+        {"prompt_ids": record["prompt_ids"], "completion_ids": record["chosen_ids"]}
+        | ({"label": number % 3 > 0} if labelled else {})
+        for number, record in enumerate(records)
+    ]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"loss": ["sft"], "metrics": ["entropy", "num_tokens"]},
+        pytest.param({"loss": ["bco"]}, marks=pytest.mark.slow),
+        pytest.param(
+            {"loss": ["sft"], "mesh": "data=4,tensor=2", "microbatches": 2}, marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_packed_completions_have_the_numbers_of_padded_ones(flags, tmp_path):
+    labelled = flags["loss"] != ["sft"]
+    completions(tmp_path / "data.jsonl", 12, labelled=labelled)
+    held_out = completions(tmp_path / "eval.jsonl", 7, 1, labelled=labelled)
+    given = {**WHOLE, "eval_data": held_out}
+    assert small(tmp_path, output=tmp_path / "packed", pack=True, **given, **flags) == 0
+    facts = json.loads((tmp_path / "packed" / "run.json").read_text())["data"]["shapes"]
+    rows = int(re.search(r"(\d+) x \d+ tokens and 12.0 completions a step", facts)[1])
+    assert rows < 12, facts
+    flags = {name: value for name, value in flags.items() if name not in ("mesh", "microbatches")}
+    assert small(tmp_path, output=tmp_path / "padded", **given, **flags) == 0
+    for name in ("metrics.jsonl", "eval.jsonl"):
+        same_numbers(tmp_path / "packed", tmp_path / "padded", name)
+
+
+@pytest.mark.slow
+def test_a_resumed_run_on_completions_has_the_same_bits(tmp_path, monkeypatch):
+    completions(tmp_path / "data.jsonl", 20)
+    given = {"pack": True, "pack_length": 24, "loss": ["sft"]}
+    check_resumes_with_the_same_bits(tmp_path, monkeypatch, "metrics.jsonl", **given)
+
+
+def test_mismatched_completions_are_not_packed(tmp_path, capsys):
+    completions(tmp_path / "data.jsonl", 12, labelled=True)
+    assert small(tmp_path, pack=True, loss=["kto"]) == 2
+    error = capsys.readouterr().err.replace("\n", " ")
+    assert "`--pack` has no completions of other prompts, with which KTO compares" in error
+    assert small(tmp_path, pack=True, pack_length=3, loss=["bco"]) == 2
+    error = capsys.readouterr().err.replace("\n", " ")
+    assert "`--pack-length` must hold each completion with its prompt; got 3" in error

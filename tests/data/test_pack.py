@@ -87,6 +87,40 @@ def test_values_lie_where_their_pairs_do():
     assert (packed.per_pair["beta"] > 0).all()
 
 
+@pytest.mark.parametrize("average", ["rows", "tokens"])
+def test_single_completions_are_pairs_without_a_rejected_one(average):
+    rows = []
+    for number, pair in enumerate(make_rows(20, 3)):
+        row = {name: pair[name] for name in ("prompt_ids", "start_id", "weight")}
+        row |= {"completion_ids": pair["chosen_ids"], "label": number % 3 > 0}
+        row |= {"reference_completion": -number, "beta": 0.1 * number + 0.1}
+        rows.append(row | {"completion_mask": [i % 4 < 3 for i in range(len(pair["chosen_ids"]))]})
+    packed = data.pack(rows, 30, multiple_of=3, dtype=np.float64, average=average)
+    found = unpacked(packed)
+    assert sorted(found) == list(range(len(rows)))
+    assert packed.rows < len(rows)
+    given = {"batch_size": len(rows), "shuffle": False, "kl": False, "average": average}
+    (padded,) = data.batches(rows, dtype=np.float64, **given)
+    for number, ((_, ids, rejected), (_, mask, _), weight) in found.items():
+        assert weight == padded.weight[number]
+        np.testing.assert_array_equal(padded.completion.ids[number, : len(ids)], ids)
+        np.testing.assert_array_equal(padded.completion.mask[number, : len(mask)], mask)
+        assert not padded.completion.mask[number, len(mask) :].any()
+        assert rejected == []
+    there = packed.index >= 0
+    index = packed.index[there]
+    np.testing.assert_array_equal(packed.label[there], padded.label[index])
+    np.testing.assert_array_equal(packed.reference.completion[there], -index)
+    np.testing.assert_array_equal(packed.reference.label[there], padded.label[index])
+    np.testing.assert_allclose(packed.per_pair["beta"][there], 0.1 * index + 0.1, rtol=1e-12)
+
+
+def test_a_completion_without_a_label_is_one_to_learn():
+    packed = data.pack([{"prompt_ids": [1], "completion_ids": [2]}] * 3, 4)
+    assert packed.label.all()
+    assert data.pack(make_rows(3, 0), 40).label is None
+
+
 def test_rows_are_taken_alike_from_every_array():
     packed = data.pack(make_rows(30, 1), 36)
     part = packed.take(np.array([2, 0]))
@@ -127,7 +161,9 @@ def test_errors():
         data.pack([row], 9, scored=5)
     with pytest.raises(ValueError, match="`rows` must hold a row at least"):
         data.pack([], 9)
-    with pytest.raises(ValueError, match=r"`rows` must be pairs.*'completion_ids'"):
-        data.pack([{"prompt_ids": [1], "completion_ids": [2], "label": True}], 9)
+    with pytest.raises(ValueError, match=r"`length` must hold each completion with its prompt; 4 "):
+        data.pack([{"prompt_ids": [1], "completion_ids": [2] * 4}], 4)
+    with pytest.raises(ValueError, match=r"`average` must be .* got 'tokens' for pairs"):
+        data.pack([row], 9, average="tokens")
     with pytest.raises(ValueError, match="`slots` must be a positive integer; got 0"):
         data.pack([row], 9, slots=0)

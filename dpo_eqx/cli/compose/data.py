@@ -258,7 +258,9 @@ def make_batches(
         parts, and the number of devices that split a batch.
     """
     if settings.pack:
-        return pack_batches(prepared.rows, settings, training=training, share=share, split=split)
+        return pack_batches(
+            prepared.rows, prepared.form, settings, training=training, share=share, split=split
+        )
     # Evaluation runs a batch at once, so its batches are as small as a microbatch of training.
     parts = 1 if training else settings.microbatches
     # A mismatched completion of KTO follows another prompt, so the two may be longer than any row.

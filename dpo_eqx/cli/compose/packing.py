@@ -7,16 +7,23 @@ from ... import data
 from ...data._records.records import Form
 from ...data._tokens.rows import Rows, lengths_of
 from ..settings.settings import Settings
+from .score import average_of
 
 
 def pack_batches(
-    rows: Rows, settings: Settings, *, training: bool, share: tuple[int, int], split: int
+    rows: Rows,
+    form: Form,
+    settings: Settings,
+    *,
+    training: bool,
+    share: tuple[int, int],
+    split: int,
 ) -> data.Batches:
     """Batches of packed rows to train on without end, or to evaluate on once.
 
     **Arguments:**
 
-    - `rows`: pairs of token ids.
+    - `rows`, `form`: the rows of token ids, and what they are.
     - `training`, `share`, `split`: as in `make_batches`.
 
     **Raises:**
@@ -33,6 +40,7 @@ def pack_batches(
         seed=settings.seed,
         epochs=None if training else 1,
         multiple_of=parts * split,
+        average=average_of(form, settings),
         process_index=share[0],
         process_count=share[1],
     )
@@ -46,29 +54,41 @@ def _check_pairs(shapes: data.PackedShapes, settings: Settings) -> None:
     held = shapes.pairs / shapes.steps
     if held > 1.5 * settings.batch_size + 1:
         raise ValueError(
-            f"`--batch-size` must be about the number of pairs in {shapes.rows} packed rows or "
-            f"more, the fewest of a step; got {settings.batch_size}, and {shapes.rows} rows of "
-            f"{shapes.length} tokens hold {held:.1f} pairs. Give a larger `--batch-size`, a "
-            "smaller `--pack-length`, or fewer `--microbatches` or devices."
+            f"`--batch-size` must be about the number of {shapes.unit} in {shapes.rows} packed "
+            f"rows or more, the fewest of a step; got {settings.batch_size}, and {shapes.rows} "
+            f"rows of {shapes.length} tokens hold {held:.1f} {shapes.unit}. Give a larger "
+            "`--batch-size`, a smaller `--pack-length`, or fewer `--microbatches` or devices."
         )
 
 
-def check_packable(rows: Rows, form: Form, path: str, settings: Settings) -> None:
-    """Raises `ValueError` if `--pack` is given and some row of `path` cannot be packed."""
+def check_packable(
+    rows: Rows, form: Form, path: str, settings: Settings, *, mismatched: bool
+) -> None:
+    """Raises `ValueError` if `--pack` is given and the data of `path` cannot be packed.
+
+    **Arguments:**
+
+    - `rows`, `form`: the rows of token ids, and what they are.
+    - `mismatched`: whether the loss compares with completions of other prompts, as KTO does.
+    """
     if not settings.pack:
         return
-    if form.unpaired:
+    if mismatched:
         raise ValueError(
-            f"`--pack` is for pairs, and {path} holds {form}. Leave out `--pack`; batches of "
-            "single completions are padded to a few widths."
+            "`--pack` has no completions of other prompts, with which KTO compares, and "
+            f"{path} holds {form}. Leave out `--pack`, or take `--loss bco` or "
+            "`apo_zero_unpaired`, which need no others."
         )
     if settings.pack_length is None:
         return
     tokens = lengths_of(rows).sum(axis=1)
     too_long = int((tokens > settings.pack_length).sum())
     if too_long:
+        held = "completion with its prompt"
+        if not form.unpaired:
+            held = "pair, its prompt once and both completions"
         raise ValueError(
-            "`--pack-length` must hold each pair, its prompt once and both completions; got "
-            f"{settings.pack_length}, and {too_long} of {len(tokens)} rows of {path} have more "
-            f"tokens. Give {tokens.max()} or more, or cut rows by `--max-length`."
+            f"`--pack-length` must hold each {held}; got {settings.pack_length}, and {too_long} of "
+            f"{len(tokens)} rows of {path} have more tokens. Give {tokens.max()} or more, or cut "
+            "rows by `--max-length`."
         )

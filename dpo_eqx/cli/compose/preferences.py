@@ -43,7 +43,8 @@ def prepare_all(settings: Settings, loss: Loss) -> list[Prepared]:
         source = prepare(path, settings, vocab, positions=positions, held_out=held_out)
         _check_fits_loss(source, path, settings, loss)
         _check_starts(source)
-        check_packable(source.rows, source.form, path, settings)
+        mismatched = source.form.unpaired and needs_mismatched(loss)
+        check_packable(source.rows, source.form, path, settings, mismatched=mismatched)
         return source
 
     training = [one(path, held_out=False) for path in paths]

@@ -8,7 +8,7 @@ from typing import Literal
 
 from ... import models
 from ..._head.statistics import NAMES
-from ..._scoring.packed import score_packed
+from ..._scoring.packed import score_packed, score_packed_unpaired
 from ..._scoring.score import ld_score, score_pairs, score_unpaired
 from ...data._records.records import Form
 from ...protocols import Score
@@ -26,7 +26,10 @@ def compose_score(form: Form, settings: Settings, *, packed: bool) -> Score:
         return models.score_rewards
     if settings.ld_alpha is not None:
         return ld_score(settings.ld_alpha)
-    score = score_unpaired if form.unpaired else score_packed if packed else score_pairs
+    pairs, single = (
+        (score_packed, score_packed_unpaired) if packed else (score_pairs, score_unpaired)
+    )
+    score = single if form.unpaired else pairs
     score = functools.partial(score, confidence=True) if settings.wpo else score
     # `num_tokens` is none of them: it comes from the batch alone.
     metrics = tuple(name for name in settings.metrics if name in NAMES)

@@ -97,7 +97,9 @@ def tokens_read(batch: Any) -> Int[Array, ""]:
     """The tokens of rows with positive weight as TRL counts them; a pair's prompt counts twice."""
     if isinstance(batch, PackedBatch):
         is_real = jnp.asarray(batch.weights) > 0
-        read = batch.lengths.sum(axis=-1) + batch.lengths[..., 0]
+        # The second sequence of a pair has the prompt, too.
+        second = 0 if batch.labels is not None else batch.lengths[..., 0]
+        read = batch.lengths.sum(axis=-1) + second
         return jnp.where(is_real, read, 0).sum(dtype=jnp.int32)
     pair = isinstance(batch, PreferenceBatch)
     completions = (batch.chosen, batch.rejected) if pair else (batch.completion,)
@@ -109,7 +111,7 @@ def tokens_read(batch: Any) -> Int[Array, ""]:
 
 def sides_of(batch: Any) -> dict[str, Int[Array, ""]]:
     """For unpaired data the completions of each label with positive weight; nothing for pairs."""
-    if isinstance(batch, PreferenceBatch | PackedBatch):
+    if isinstance(batch, PreferenceBatch) or batch.label is None:
         return {}
     label, real = jnp.asarray(batch.label), jnp.asarray(batch.weight) > 0
     counts = (jnp.sum(real & side, dtype=jnp.int32) for side in (label, ~label))

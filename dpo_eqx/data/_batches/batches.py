@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import sys
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from jaxtyping import DTypeLike, Int
@@ -17,6 +17,7 @@ from ..._extras import require
 from .._fingerprint import digest
 from .._tokens.rows import Row, Rows, lengths_of
 from .._tokens.store import digest_ids
+from .average import Average, check_average
 from .batcher import Batcher
 from .buckets import Buckets, PackedShapes, Shapes, choose_buckets, longest
 from .collate import pair_batch, unpaired_batch
@@ -43,7 +44,7 @@ class PaddedBatcher:
     dtype: DTypeLike
     kl: bool
     max_length: int
-    average: str
+    average: Average
     # The ends of searches for KTO's mismatched completions: see `mismatched`.
     search_ends: dict[int, int] = dataclasses.field(default_factory=dict)
 
@@ -212,7 +213,7 @@ def batches(
     kl: bool = True,
     max_length: int | None = None,
     dtype: DTypeLike = np.float32,
-    average: Literal["rows", "tokens"] = "rows",
+    average: Average = "rows",
 ) -> Batches:
     """An iterator of `PreferenceBatch`es, or of `UnpairedBatch`es for unpaired rows, in NumPy.
 
@@ -272,11 +273,7 @@ def batches(
         padded = needed if shuffle else np.maximum.reduceat(needed, starts)
         buckets = choose_buckets(padded, buckets, multiple_of)
     buckets.check(needed)
-    if average not in ("rows", "tokens") or (average == "tokens" and lengths.shape[1] == 3):
-        raise ValueError(
-            '`average` must be "rows", or "tokens" for rows of single completions; got '
-            f"{average!r} for {'pairs' if lengths.shape[1] == 3 else 'single completions'}."
-        )
+    check_average(average, single=lengths.shape[1] == 2)
     order = Order(buckets.kinds(needed), batch_size, shuffle, seed, window)
     kl = kl and lengths.shape[1] == 2
     if kl:

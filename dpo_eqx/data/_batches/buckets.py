@@ -5,6 +5,7 @@ share a batch.
 """
 
 import dataclasses
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Int
@@ -147,7 +148,7 @@ class PackedShapes:
 
     - `rows`, `length`: the shape of a global batch.
     - `steps`: the number of batches of an epoch.
-    - `pairs`: the pairs of an epoch.
+    - `pairs`: the pairs of an epoch, or its single completions: `unit` says which.
     - `tokens`: the tokens of all pairs, each prompt once.
     - `unpacked`: the share of padding in batches of as many pairs from `batches`.
     """
@@ -158,6 +159,7 @@ class PackedShapes:
     pairs: int
     tokens: int
     unpacked: float
+    unit: Literal["pairs", "completions"] = "pairs"
 
     @property
     def padded(self) -> int:
@@ -172,6 +174,6 @@ class PackedShapes:
     def __str__(self):
         return (
             f"1 shape to compile over {self.steps} steps, {self.rows} x {self.length} tokens and "
-            f"{self.pairs / self.steps:.1f} pairs a step, {self.padding:.1%} padding "
+            f"{self.pairs / self.steps:.1f} {self.unit} a step, {self.padding:.1%} padding "
             f"({self.unpacked:.1%} without packing)"
         )

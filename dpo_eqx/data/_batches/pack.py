@@ -1,38 +1,46 @@
-"""Packing on the host: several pairs in each row of a batch, to minimise padding.
+"""Packing on the host: several pairs or completions in each row of a batch, to minimise padding.
 
 `batches.py` makes batches with one pair in each row, and `packed_batches.py` iterates over packed
 ones.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Array, Bool, DTypeLike, Int
 
 from ..._arrays.packed import PackedBatch
-from .._tokens.rows import PER_PAIR, Row, Rows, scored_of, start_of
+from .._tokens.rows import PER_PAIR, Row, Rows, completions_of, scored_of, start_of
+from .average import Average, check_average
+from .first_fit import GROUP, first_fit
 
 Numbers = dict[str, Array | np.ndarray]
-# Pairs are placed in groups of this many, since first-fit takes the square of their number.
-GROUP = 4096
 
 
-class Pair(NamedTuple):
-    """The token ids of a pair, and whether each token of its completions is scored."""
+class Parts(NamedTuple):
+    """The token ids of a row: a prompt and its completions, two of a pair or a single one.
+
+    `masks` says of each token of each completion whether it is scored.
+    """
 
     prompt: Sequence[int]
-    chosen: Sequence[int]
-    rejected: Sequence[int]
-    masks: tuple[Bool[np.ndarray, " _"], Bool[np.ndarray, " _"]]
+    completions: list[Sequence[int]]
+    masks: list[Bool[np.ndarray, " _"]]
 
     def lengths(self) -> tuple[int, int, int]:
-        """The lengths of prompt, chosen and rejected, in tokens."""
-        return len(self.prompt), len(self.chosen), len(self.rejected)
+        """The lengths of prompt, chosen and rejected, in tokens; nothing rejected counts as 0."""
+        chosen, *rejected = map(len, self.completions)
+        return len(self.prompt), chosen, sum(rejected)
+
+    def tokens(self) -> list[int]:
+        """All tokens, in the order of a packed row."""
+        return [*self.prompt, *itertools.chain.from_iterable(self.completions)]
 
     def scored(self) -> list[int]:
-        """The positions of the scored tokens, counted from the pair's first token."""
+        """The positions of the scored tokens, counted from the first token."""
         prompt = np.zeros(len(self.prompt), bool)
         return np.flatnonzero(np.concatenate([prompt, *self.masks])).tolist()
 
@@ -45,8 +53,12 @@ def pack(
     scored: int | None = None,
     multiple_of: int = 1,
     dtype: DTypeLike = np.float32,
+    average: Average = "rows",
 ) -> PackedBatch:
     """All pairs of `rows`, several in each row of `length` tokens, for `score_packed`.
+
+    Single completions are packed likewise, for `score_packed_unpaired`: below, each of them with
+    its prompt is a pair.
 
     Each pair is written as prompt, chosen, rejected, with one prompt for both completions, and
     pairs follow one another. Packing is first-fit decreasing: pairs are placed from the longest to
@@ -61,7 +73,7 @@ def pack(
 
     **Arguments:**
 
-    - `rows`: pairs from `tokenize`, or a list of such dictionaries.
+    - `rows`: pairs or single completions from `tokenize`, or a list of such dictionaries.
     - `length`: tokens in a row; at least as many as the longest prompt with both its completions.
     - `slots`: the largest number of pairs in a row, and the number of slots in the batch. By
         default the largest number that packing gave.
@@ -69,6 +81,7 @@ def pack(
         the batch, all of which are unembedded. By default the largest number that packing gave.
     - `multiple_of`: the number of rows is a multiple of this; empty rows are added at the end.
     - `dtype`: the dtype of weights and other numbers; float64 if the policy is float64.
+    - `average`: what weighted means run over, for single completions, as in `batches`.
 
     **Returns:**
 
@@ -76,11 +89,13 @@ def pack(
 
     **Raises:**
 
-    `ValueError` if a pair does not fit (the error names it), if there are no rows, if the rows are
-    not pairs, or if a size is not positive.
+    `ValueError` if a pair does not fit (the error names it), if there are no rows, if a size is
+    not positive, or if `average="tokens"` is given for pairs.
     """
     _check_sizes({"length": length, "slots": slots, "scored": scored, "multiple_of": multiple_of})
-    packing = place(rows, measure(rows), length, slots=slots, scored=scored, dtype=dtype)
+    packing = place(
+        rows, measure(rows), length, slots=slots, scored=scored, dtype=dtype, average=average
+    )
     count = len(packing.placed)
     return packing.take([*range(count), *[-1] * (-count % multiple_of)])
 
@@ -101,13 +116,13 @@ def measure(rows: Rows) -> Measured:
 
     **Raises:**
 
-    `ValueError` if there are no rows, or if they are not pairs.
+    `ValueError` if there are no rows.
     """
     needs, longest = [], 0
     for row in _checked(rows):
-        pair = _pair(row)
-        prompt, chosen, rejected = pair.lengths()
-        needs.append([prompt + chosen + rejected, len(pair.scored()), 1])
+        parts = _parts(row)
+        prompt, chosen, rejected = parts.lengths()
+        needs.append([prompt + chosen + rejected, len(parts.scored()), 1])
         longest = max(longest, prompt + max(chosen, rejected))
     return Measured(np.array(needs), longest)
 
@@ -120,6 +135,7 @@ class Packing:
     - `placed`: the pairs in each packed row, in their order.
     - `length`, `slots`, `scored`, `longest`, `longest_pair`: the shape, as in `PackedBatch`.
     - `dtype`: the dtype of weights and other numbers.
+    - `tokens`: the number of scored tokens of each pair, if its weight is multiplied by it.
     """
 
     rows: Rows
@@ -130,14 +146,15 @@ class Packing:
     longest: int
     longest_pair: int
     dtype: DTypeLike
+    tokens: Int[np.ndarray, " pairs"] | None
 
     def take(self, numbers: Sequence[int]) -> PackedBatch:
         """The packed rows of these numbers; -1 is an empty row."""
         placed = [self.placed[i] if i >= 0 else [] for i in numbers]
         ids, lengths, places, indices = _lay(self, placed)
-        weights, references, arguments = _numbers(self.rows, indices, self.dtype)
+        weights, references, arguments, labels = _numbers(self, indices)
         return PackedBatch(
-            *(ids, lengths, places, indices, weights, references, arguments),
+            *(ids, lengths, places, indices, weights, references, arguments, labels),
             longest=self.longest,
             longest_pair=self.longest_pair,
         )
@@ -151,13 +168,16 @@ def place(
     slots: int | None = None,
     scored: int | None = None,
     dtype: DTypeLike = np.float32,
+    average: Average = "rows",
 ) -> Packing:
-    """Places all pairs in rows; the arguments are those of `pack`."""
+    """Places all pairs in rows; the arguments and errors are those of `pack`."""
+    single = len(completions_of(rows[0])) == 1
+    check_average(average, single=single)
     needs = measured.needs
     limits = zip((length, scored, slots), needs.sum(axis=0), strict=True)
     # A resource without limit gets room for all pairs together, so it never decides.
     room = np.array([needed if limit is None else limit for limit, needed in limits])
-    _check_fit(needs, room)
+    _check_fit(needs, room, single)
     placed = [
         [start + member for member in members]
         for start in range(0, len(needs), GROUP)
@@ -173,39 +193,19 @@ def place(
         longest=measured.longest,
         longest_pair=int(needs[:, 0].max()),
         dtype=dtype,
+        tokens=needs[:, 1] if average == "tokens" else None,
     )
 
 
-def first_fit(
-    needs: Int[np.ndarray, "items resources"], room: Int[np.ndarray, " resources"]
-) -> list[list[int]]:
-    """Bins of items by first-fit decreasing, all bins with the same room.
-
-    The size of an item is its largest share of a resource.
-    """
-    order = np.argsort(-(needs / np.maximum(room, 1)).max(axis=1), kind="stable")
-    left = np.tile(room, (len(needs), 1))
-    bins: list[list[int]] = []
-    for item in order.tolist():
-        fits = (left[: len(bins)] >= needs[item]).all(axis=1)
-        chosen = int(fits.argmax()) if fits.any() else len(bins)
-        if chosen == len(bins):
-            bins.append([])
-        bins[chosen].append(item)
-        left[chosen] -= needs[item]
-    return bins
-
-
-def _pair(row: Row) -> Pair:
-    names = "chosen_ids", "rejected_ids"
+def _parts(row: Row) -> Parts:
+    names = completions_of(row)
     prompt, taken, context = start_of(
         row["prompt_ids"], [row[name] for name in names], row.get("start_id")
     )
-    chosen_mask, rejected_mask = (scored_of(row, name)[taken:] for name in names)
-    for mask in (chosen_mask, rejected_mask):
+    masks = [scored_of(row, name)[taken:] for name in names]
+    for mask in masks:
         mask[:context] = False
-    chosen, rejected = (row[name][taken:] for name in names)
-    return Pair(prompt, chosen, rejected, (chosen_mask, rejected_mask))
+    return Parts(prompt, [row[name][taken:] for name in names], masks)
 
 
 def _lay(
@@ -219,48 +219,47 @@ def _lay(
     for row, members in enumerate(placed):
         start, filled = 0, 0
         for slot, member in enumerate(members):
-            pair = _pair(packing.rows[member])
-            tokens = [*pair.prompt, *pair.chosen, *pair.rejected]
-            targets = pair.scored()
+            parts = _parts(packing.rows[member])
+            tokens, targets = parts.tokens(), parts.scored()
             ids[row, start : start + len(tokens)] = tokens
             places[row, filled : filled + len(targets)] = start + np.array(targets, np.int32)
-            lengths[row, slot], indices[row, slot] = pair.lengths(), member
+            lengths[row, slot], indices[row, slot] = parts.lengths(), member
             start, filled = start + len(tokens), filled + len(targets)
     return ids, lengths, places, indices
 
 
 def _numbers(
-    rows: Rows, indices: Int[np.ndarray, "rows slots"], dtype: DTypeLike
-) -> tuple[np.ndarray, Numbers | None, Numbers | None]:
-    """The weights, the reference and the loss's arguments in each slot.
+    packing: Packing, indices: Int[np.ndarray, "rows slots"]
+) -> tuple[np.ndarray, Numbers | None, Numbers | None, np.ndarray | None]:
+    """The weights, the reference, the loss's arguments and the labels in each slot.
 
     An empty slot has the numbers of the first pair at weight 0: finite, and without influence.
     """
-    is_filled = indices >= 0
     members, place = np.unique(np.maximum(indices, 0), return_inverse=True)
-    present = [rows[int(member)] for member in members]
+    present = [packing.rows[int(member)] for member in members]
 
-    def by_slot(name: str, default: float | None = None) -> np.ndarray:
+    def by_slot(name: str, default: Any = None, dtype: DTypeLike = packing.dtype) -> np.ndarray:
         numbers = np.array([row.get(name, default) for row in present], dtype)
         return numbers[place.reshape(indices.shape)]
 
-    names = [f"reference_{which}" for which in ("chosen", "rejected")]
-    references = {name.removeprefix("reference_"): name for name in names if name in present[0]}
+    weight = by_slot("weight", 1.0) * (indices >= 0)
+    if packing.tokens is not None:
+        weight = weight * packing.tokens[np.maximum(indices, 0)]
+    completions = [name.removesuffix("_ids") for name in completions_of(present[0])]
+    references = {name: f"reference_{name}" for name in completions}
+    has_reference = all(name in present[0] for name in references.values())
     return (
-        by_slot("weight", 1.0) * is_filled.astype(dtype),
-        {name: by_slot(of) for name, of in references.items()} if len(references) == 2 else None,
+        weight.astype(packing.dtype),
+        {name: by_slot(of) for name, of in references.items()} if has_reference else None,
         {name: by_slot(name) for name in PER_PAIR if name in present[0]} or None,
+        # As in `unpaired_batch`: a completion without a label is one to learn.
+        by_slot("label", True, bool) if len(completions) == 1 else None,
     )
 
 
 def _checked(rows: Rows) -> Rows:
     if len(rows) == 0:
         raise ValueError("`rows` must hold a row at least; got none. See the report of `tokenize`.")
-    if "chosen_ids" not in rows[0]:
-        raise ValueError(
-            "`rows` must be pairs, with `prompt_ids`, `chosen_ids` and `rejected_ids`; got "
-            f"{sorted(rows[0])}. Unpaired rows go through `data.batches`."
-        )
     return rows
 
 
@@ -270,15 +269,18 @@ def _check_sizes(sizes: dict[str, int | None]) -> None:
             raise ValueError(f"`{name}` must be a positive integer; got {value}.")
 
 
-def _check_fit(needs: Int[np.ndarray, "pairs 3"], room: Int[np.ndarray, " 3"]) -> None:
+def _check_fit(
+    needs: Int[np.ndarray, "pairs 3"], room: Int[np.ndarray, " 3"], single: bool
+) -> None:
     """Raises `ValueError`, naming the pairs, if some do not fit even in an empty row."""
+    held = "completion with its prompt" if single else "pair, its prompt once and both completions"
     for column, name, what in ((0, "length", "tokens"), (1, "scored", "scored tokens")):
         over = np.flatnonzero(needs[:, column] > room[column])
         if over.size:
             first = ", ".join(f"{i} ({needs[i, column]})" for i in over[:5])
             more = f" and {over.size - 5} more" if over.size > 5 else ""
             raise ValueError(
-                f"`{name}` must hold each pair, its prompt once and both completions; "
+                f"`{name}` must hold each {held}; "
                 f"{room[column]} {what} do not hold rows {first}{more}. Take "
                 f"{needs[over, column].max()} or more, or cut rows by `max_length` of `tokenize`."
             )

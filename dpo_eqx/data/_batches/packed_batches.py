@@ -11,11 +11,13 @@ from jaxtyping import DTypeLike, Int
 
 from ..._arrays.packed import PackedBatch
 from .._fingerprint import digest
-from .._tokens.rows import Rows
+from .._tokens.rows import Rows, completions_of
+from .average import Average
 from .batches import Batches, batches, check_sizes, share_of
 from .buckets import PackedShapes
+from .first_fit import GROUP, first_fit
 from .order import Order
-from .pack import GROUP, Packing, first_fit, measure, place
+from .pack import Packing, measure, place
 
 # The lengths of rows to choose from, in multiples of the longest pair. A longer row leaves less
 # padding, and attention computes more that it masks.
@@ -66,6 +68,7 @@ class PackedBatcher:
                 pairs=len(self.rows),
                 tokens=self.tokens,
                 unpacked=unpacked.shapes().padding,
+                unit="pairs" if len(completions_of(self.rows[0])) == 2 else "completions",
             )
 
 
@@ -82,8 +85,9 @@ def packed_batches(
     multiple_of: int = 1,
     prefetch: int = 2,
     dtype: DTypeLike = np.float32,
+    average: Average = "rows",
 ) -> Batches:
-    """An iterator of `PackedBatch`es of one shape, for `score_packed`.
+    """An iterator of `PackedBatch`es of one shape, for `score_packed` or `score_packed_unpaired`.
 
     All pairs are packed once, as by `pack`, and each epoch has each pair once. Every global batch
     has the same number of rows, which hold `batch_size` pairs on average; so the number of pairs
@@ -92,7 +96,8 @@ def packed_batches(
 
     **Arguments:**
 
-    - `rows`: pairs from `tokenize`, or a list of such dictionaries.
+    - `rows`: pairs or single completions from `tokenize`, or a list of such dictionaries. Below,
+        a single completion with its prompt is a pair.
     - `batch_size`: the average number of pairs in a *global* batch.
     - `length`: tokens in a row, at least as many as the longest prompt with both its completions.
         By default it is chosen from the data: the shortest with nearly the least padding.
@@ -106,6 +111,8 @@ def packed_batches(
         `batches.shapes()` says how many a step has.
     - `prefetch`: the number of batches made in advance; 0 makes each batch on request.
     - `dtype`: the dtype of weights and other numbers; float64 if the policy is float64.
+    - `average`: what the weighted means of a step run over, for single completions, as in
+        `batches`.
 
     **Returns:**
 
@@ -113,21 +120,24 @@ def packed_batches(
 
     **Raises:**
 
-    `ValueError` if there are no rows, if they are not pairs, if a pair is longer than `length`, if
-    a size is not positive, or if the processes do not divide the rows of a batch.
+    `ValueError` if there are no rows, if a pair is longer than `length`, if a size is not positive,
+    if the processes do not divide the rows of a batch, or if `average="tokens"` is given for pairs.
     """
     sizes = {"batch_size": batch_size, "multiple_of": multiple_of, "process_count": process_count}
     sizes |= {} if epochs is None else {"epochs": epochs}
     sizes |= {} if length is None else {"length": length}
     check_sizes(sizes, prefetch, seed)
     measured = measure(rows)
-    packing = place(rows, measured, length or _best_length(measured.needs), dtype=dtype)
+    length = length or _best_length(measured.needs)
+    packing = place(rows, measured, length, dtype=dtype, average=average)
     count = _rows_of_a_batch(len(packing.placed), len(rows), batch_size, multiple_of)
     order = Order(np.zeros(len(packing.placed), np.int64), count, shuffle, seed, window=1)
     share = share_of(count, process_index, process_count)
     tokens = int(measured.needs[:, 0].sum())
     batcher = PackedBatcher(packing, order, share, tokens, batch_size)
-    settings = digest("packed", measured.needs, packing.length, count, shuffle, seed)
+    # As in `batches`, positions stored before there was `average` stay valid.
+    averaged = () if average == "rows" else (average,)
+    settings = digest("packed", measured.needs, packing.length, count, shuffle, seed, *averaged)
     return Batches(batcher, epochs, prefetch, settings)
 
 

@@ -44,10 +44,10 @@ class MemoryFlags(CompilationFlags):
     """Number of widths that prompts are padded to, and completions likewise. Fewer widths compile
     less and pad more."""
     pack: bool = False
-    """Write several pairs into each row of a batch, which leaves almost no padding. A step then has
-    about `--batch-size` pairs, and one shape."""
+    """Write several pairs or completions into each row of a batch, which leaves almost no padding.
+    A step then has about `--batch-size` of them, and one shape."""
     pack_length: int | None = None
-    """Number of tokens in a packed row, at least as many as the longest prompt with both its
+    """Number of tokens in a packed row, at least as many as the longest prompt with all its
     completions (default: chosen from the data)."""
     cache: Path | None = None
     """A folder for tokens and reference log-probabilities (default: the user's cache folder, for
