@@ -27,7 +27,8 @@ from prose_text import Prose, markdown_prose, prose_lines, python_prose, sentenc
 
 ROOT = Path(__file__).resolve().parent.parent
 STYLES = ROOT / ".vale" / "styles"
-TRACKED = ("*.md", "dpo_eqx/*.py", "examples/*.py", "benchmarks/*.py", ".ci/*.py", ":!tests")
+FOLDERS = ("dpo_eqx", "examples", "benchmarks", ".ci", "docs")
+TRACKED = ("*.md", *(f"{folder}/*.py" for folder in FOLDERS), ":!tests")
 MAX_COLUMNS = 120
 
 # From a text on one line, and all prose of its file: the offset and the message of each finding.
