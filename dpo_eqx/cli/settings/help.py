@@ -6,6 +6,7 @@ are the bases of the dataclass, the last one first.
 
 import ast
 import dataclasses
+import functools
 import inspect
 import textwrap
 import types
@@ -19,6 +20,7 @@ from ..._extras import require
 _TAKES = {str: "TEXT", int: "N", float: "NUMBER", Path: "PATH"}
 
 
+@functools.cache
 def grouped(flags: type) -> type:
     """A dataclass for `tyro.cli` with the fields of `flags` in groups; `ungrouped` undoes it."""
     tyro = require("tyro", extra="train")
@@ -45,6 +47,7 @@ def ungrouped(parsed: Any) -> dict[str, Any]:
     return values
 
 
+@functools.cache  # parsing the sources for each flag would take a second
 def texts_of(flags: type) -> dict[str, str]:
     """The text below each field of a dataclass, or below that of a base, by the field's name."""
     texts: dict[str, str] = {}
