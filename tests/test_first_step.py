@@ -212,6 +212,7 @@ class OfEquinox(eqx.Module):
         return jax.vmap(self.head)(x)
 
 
+@pytest.mark.slow
 def test_log_ratios_in_bf16_are_zero_to_the_last_bit():
     policy = OfEquinox(jax.random.key(0))
     batch = random_batch(pairs=4, prompt=8, completion=20, weight=None)

@@ -83,7 +83,9 @@ def test_tokens_that_are_excluded():
     assert np.isnan(dpx.token_kl(jnp.full(3, jnp.nan), other))
 
 
-@pytest.mark.parametrize("softcaps", [(None, None), (2.0, None), (1.0, 3.0)])
+@pytest.mark.parametrize(
+    "softcaps", [(None, None), pytest.param((2.0, None), marks=pytest.mark.slow), (1.0, 3.0)]
+)
 def test_every_chunk_size_gives_the_same_value_and_gradient(softcaps):
     sides, slopes = example()
 

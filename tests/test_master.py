@@ -50,6 +50,7 @@ def assert_rounded(narrow, wide):
         np.testing.assert_array_equal(np.asarray(x), np.asarray(y.astype(x.dtype)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rate", "microbatches"), [(1e-6, 2), pytest.param(1e-3, 1, marks=pytest.mark.slow)]
 )

@@ -61,6 +61,7 @@ def test_the_page_trains_towards_the_reward():
     exec(noise, names | {"rewards": jnp.zeros((2, 3)), "key": jax.random.key(0)})
 
 
+@pytest.mark.slow
 def test_the_page_has_a_round_of_xpo():
     """One step of SGD, by hand: the gradient of DPO, and `alpha` times that of log pi(y_ref)."""
     block = re.findall(r"^```python\n(.*?)^```", PAGE, flags=re.M | re.S)[3]

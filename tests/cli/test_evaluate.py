@@ -198,6 +198,7 @@ def test_without_a_reference_what_needs_none(there, by_hand, tmp_path, capsys):
     assert [row["rejected_tokens"] for row in rows] == tokens[:, 1].tolist()
 
 
+@pytest.mark.slow
 def test_several_devices_measure_the_same(there, tmp_path, capsys):
     one, eight = tmp_path / "one.json", tmp_path / "eight.json"
     assert evaluate(capsys, there, one)[0] == 0

@@ -73,6 +73,7 @@ def whole(drawn, tmp_path):
     return tmp_path / "whole.jsonl"
 
 
+@pytest.mark.slow
 def test_several_devices_draw_the_same(whole, model, prompts, tmp_path, capsys):
     output = tmp_path / "mesh.jsonl"
     assert draw(capsys, model, prompts, output, "--mesh", "data=2,fsdp=1,tensor=4")[0] == 0

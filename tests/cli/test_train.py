@@ -149,6 +149,7 @@ def write_lengths(path, lengths, **columns):
     return path
 
 
+@pytest.mark.slow
 def test_learned_positions_bound_tokens_and_not_padding(tmp_path):
     """Together the widest prompt and the widest completion have more than the 256 positions."""
     write_lengths(tmp_path / "data.jsonl", [(90, 10, 9), (5, 90, 80), (90, 90, 90), (90, 1, 166)])

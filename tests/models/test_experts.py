@@ -179,6 +179,7 @@ def test_the_first_loss_is_log_2_and_microbatches_change_nothing():
         assert_close(one, np.asarray(other), 1e-11)
 
 
+@pytest.mark.slow
 def test_the_first_loss_is_log_2_in_bfloat16():
     """A router that saw other roundings would choose other experts for policy and reference."""
     policy = models.Transformer(MIXTURE, key=jax.random.key(0))

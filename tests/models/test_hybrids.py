@@ -42,6 +42,14 @@ def decoder(config, factor=3):
 
 POLICIES = {name: decoder(config) for name, config in CONFIGS.items()}
 BOTH = pytest.mark.parametrize("name", CONFIGS)
+# Compiling takes so long that each of two long tests runs one kind by default.
+FIRST, SECOND = (
+    pytest.mark.parametrize(
+        "name",
+        [pytest.param(name, marks=() if name == quick else pytest.mark.slow) for name in CONFIGS],
+    )
+    for quick in CONFIGS
+)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +99,7 @@ def test_program_does_not_grow_with_depth():
     assert equations(2) == equations(16)
 
 
-@BOTH
+@FIRST
 def test_prompts_with_forks_and_packed_rows(name):
     """In value and gradient as each sequence alone."""
     policy = POLICIES[name]
@@ -108,7 +116,7 @@ def test_prompts_with_forks_and_packed_rows(name):
         assert_close(got_slopes, want_slopes.policy, 1e-10)
 
 
-@BOTH
+@SECOND
 def test_a_cache_equals_whole_rows(name):
     rng = np.random.default_rng(0)
     prompt = dpx.Tokens(rng.integers(0, VOCAB, (3, 6)), np.arange(6) < np.array([[6], [1], [3]]))

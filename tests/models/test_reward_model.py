@@ -74,6 +74,7 @@ def trained(reward_model):
     return start, batch, run(1), run(3)
 
 
+@pytest.mark.slow
 def test_microbatches_train_what_the_whole_batch_trains(trained):
     start, batch, (whole, _, metrics), (parts, _, _) = trained
     for x, y in zip(*map(jax.tree.leaves, (whole, parts)), strict=True):

@@ -106,6 +106,7 @@ def test_bf16_keeps_its_residual_stream(policy):
     assert np.abs(logits - call(policy, IDS)).max() < 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "microbatches", "dtype"),
     [
