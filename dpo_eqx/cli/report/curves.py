@@ -118,6 +118,41 @@ def draw_gradient(axes: Any, records: Sequence[Record]) -> None:
         axes.set_yscale("log")
 
 
+def draw_sampled_reward(axes: Any, records: Sequence[Record]) -> None:
+    """The reward of the answers of each round."""
+    series = [
+        Series("reward", "all answers", BLUE, "-"),
+        Series("reward_best", "best of each prompt", GREEN, "--"),
+    ]
+    _curves(axes, records, series)
+    axes.set_ylabel("reward")
+
+
+def draw_kl(axes: Any, records: Sequence[Record]) -> None:
+    """The KL divergence of the policy to its reference, from the answers of each round."""
+    _curves(axes, records, [Series("kl", "training")])
+    _line(axes, 0, "as the reference")
+    axes.set_ylabel("KL (nats per answer)")
+
+
+def draw_length(axes: Any, records: Sequence[Record]) -> None:
+    """The length of the answers of each round."""
+    _curves(axes, records, [Series("length", "training")])
+    axes.set_ylabel("tokens per answer")
+
+
+def draw_token_accuracy(axes: Any, records: Sequence[Record]) -> None:
+    """The share of tokens that are the most likely one."""
+    _curves(axes, records, [Series("mean_token_accuracy", "training")])
+    axes.set_ylabel("tokens guessed right (share)")
+
+
+def draw_entropy(axes: Any, records: Sequence[Record]) -> None:
+    """The mean entropy of the next token."""
+    _curves(axes, records, [Series("entropy", "training")])
+    axes.set_ylabel("entropy (nats per token)")
+
+
 def _both(kind: str) -> list[Series]:
     return [
         Series(f"{kind}/chosen", "chosen", BLUE, "-"),

@@ -19,7 +19,7 @@ from ..settings.goal import Goal, prefix
 from ..settings.settings import Settings
 from ..terminal.texts import end_of, for_screen
 from . import curves as curves
-from .panels import CURVES, cards, pair_panels
+from .panels import cards, curve_panels, pair_panels
 from .read import Columns, Record, held_out_sets
 
 # The steps whose answers are shown, evenly spaced.
@@ -55,7 +55,7 @@ def _sections(records: Sequence[Record]) -> Iterator[str]:
         )
     if any(record.evaluations for record in records):
         note += f"Open {_points(records)} are the held-out pairs."
-    yield _section("Training", note, cards(CURVES, records))
+    yield _section("Training", note, cards(curve_panels(records), records))
     if panels := pair_panels(records):
         yield _section("Pairs", _about_pairs(records), cards(panels, records))
     for record in records:

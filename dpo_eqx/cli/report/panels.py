@@ -33,11 +33,15 @@ STYLE = {
 
 
 class Panel(NamedTuple):
-    """A picture in the report: its title, its caption, and the function that draws it."""
+    """A picture in the report: its title, its caption, and the function that draws it.
+
+    It is left out if no run has one of `metrics`, unless there are none: then it is always there.
+    """
 
     title: str
     words: str
     draw: Callable[[Any, Sequence[Record]], None]
+    metrics: tuple[str, ...] = ()
 
 
 CURVES = (
@@ -46,20 +50,62 @@ CURVES = (
         "Accuracy",
         "A tie counts one half. Before the first step the policy is its reference: all ties.",
         curves.draw_accuracy,
+        ("rewards/accuracies",),
     ),
-    Panel("Margin", "Implicit reward of the chosen minus the rejected answer.", curves.draw_margin),
+    Panel(
+        "Margin",
+        "Implicit reward of the chosen minus the rejected answer.",
+        curves.draw_margin,
+        ("rewards/margins",),
+    ),
     Panel(
         "Rewards",
         "Relative to the reference. If both fall, both answers have become less likely; the loss "
         "depends on their difference alone.",
         curves.draw_rewards,
+        ("rewards/chosen", "rewards/rejected"),
     ),
     Panel(
         "Log-probabilities",
         "Summed over the tokens of an answer: longer answers have lower values, so batches differ.",
         curves.draw_log_probs,
+        ("logps/chosen", "logps/rejected"),
     ),
     Panel("Gradient norm", "Before clipping.", curves.draw_gradient),
+)
+# What only some runs have: rounds of `online`, supervised training, `--metrics`.
+MORE_CURVES = (
+    Panel(
+        "Reward of samples",
+        "What `--reward` gave the answers of a round: the mean of all, and of the best for each "
+        "prompt.",
+        curves.draw_sampled_reward,
+        ("reward",),
+    ),
+    Panel(
+        "KL to the reference",
+        "Estimated from the answers of a round. It is the price of their reward.",
+        curves.draw_kl,
+        ("kl",),
+    ),
+    Panel(
+        "Length of samples",
+        "If it grows with the reward, the reward may pay for length.",
+        curves.draw_length,
+        ("length",),
+    ),
+    Panel(
+        "Token accuracy",
+        "The share of scored tokens that the policy holds for the most likely.",
+        curves.draw_token_accuracy,
+        ("mean_token_accuracy",),
+    ),
+    Panel(
+        "Entropy",
+        "How open the next token is. If it falls to 0, the policy has one answer left.",
+        curves.draw_entropy,
+        ("entropy",),
+    ),
 )
 PAIRS = (
     Panel("Margins of the same pairs", "Right of 0 the policy agrees.", pairs.draw_histogram),
@@ -80,7 +126,7 @@ PAIRS = (
 
 def picture(records: Sequence[Record]) -> bytes:
     """All panels as one PNG."""
-    panels = [*CURVES, *pair_panels(records)]
+    panels = [*curve_panels(records), *pair_panels(records)]
     rows = -(-len(panels) // 3)
     with require("matplotlib", extra="train").rc_context(STYLE):
         figure = _figure(3 * WIDTH, rows * (HEIGHT + 0.3))
@@ -89,6 +135,15 @@ def picture(records: Sequence[Record]) -> bytes:
         for part, panel in zip(grid, panels, strict=False):
             _draw(part, panel, records).set_title(panel.title, loc="left", fontweight="bold")
         return _saved(figure, "png")
+
+
+def curve_panels(records: Sequence[Record]) -> Sequence[Panel]:
+    """The panels of curves that some run has; before the first step, those of most runs."""
+    there = {name for record in records for name in record.metrics}
+    if not there:
+        return CURVES
+    panels = (*CURVES, *MORE_CURVES)
+    return [panel for panel in panels if not panel.metrics or there & {*panel.metrics}]
 
 
 def pair_panels(records: Sequence[Record]) -> Sequence[Panel]:
