@@ -9,6 +9,8 @@ import numpy as np
 
 from .hybrid_cases import HYBRIDS
 
+# The families whose other cases are in `compare_transformers.py`.
+OLDER = ("llama", "mistral", "qwen2", "qwen3", "gpt2", "phi", "gemma2")
 SMALL = {
     "vocab_size": 80,
     "hidden_size": 48,
@@ -236,8 +238,30 @@ DENSE = {
         },
     ),
 }
+# Options that were wrong or refused once; `option_cases.py` has many more.
+OPTIONS = {
+    "qwen3-moe-mixed": (
+        "qwen3_moe",
+        {
+            "num_hidden_layers": 6,
+            "decoder_sparse_step": 2,
+            "mlp_only_layers": [3],
+            "head_dim": 12,
+            "num_experts": 5,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 20,
+        },
+    ),
+    "qwen3-moe-dense": ("qwen3_moe", {"num_experts": 0, "num_experts_per_tok": 0}),
+    "stablelm-norms": ("stablelm", {"qk_layernorm": True, "num_key_value_heads": 3}),
+    "phi-tied": ("phi", {"tie_word_embeddings": True, "partial_rotary_factor": 0.25}),
+    "gptj-tied": (
+        "gptj",
+        {"tie_word_embeddings": True, "rotary_dim": 4, "activation_function": "mish"},
+    ),
+}
 # By the name of the file with their golden logits.
-GROUPS = {"families": DENSE, "hybrids": HYBRIDS}
+GROUPS = {"families": DENSE, "hybrids": HYBRIDS, "options": OPTIONS}
 CASES = {name: case for group in GROUPS.values() for name, case in group.items()}
 IDS = np.random.default_rng(0).integers(0, 80, (2, 40))
 # Where the logits are compared: more would only make the file larger.

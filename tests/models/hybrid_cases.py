@@ -6,7 +6,7 @@ Their layers repeat a block, have a rest behind the blocks, or have no order at 
 _IRREGULAR = ["conv", "full_attention", "conv", "conv", "full_attention"]
 # The types of the layers of LFM2-1.2B, whose blocks are of three layers and then of two.
 _PUBLISHED = [*["conv", "conv", "full_attention"] * 3, *["conv", "full_attention"] * 3, "conv"]
-_DELTA = {
+DELTA = {
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 12,
     "linear_num_key_heads": 2,
@@ -49,11 +49,11 @@ HYBRIDS = {
     ),
     "lfm2-convolutions": ("lfm2", {"layer_types": ["conv"] * 3, "conv_L_cache": 1}),
     "lfm2-attention": ("lfm2", {}),
-    "qwen3-5": ("qwen3_5_text", {**_DELTA, "num_hidden_layers": 8}),
+    "qwen3-5": ("qwen3_5_text", {**DELTA, "num_hidden_layers": 8}),
     "qwen3-5-rest": (
         "qwen3_5_text",
         {
-            **_DELTA,
+            **DELTA,
             "num_hidden_layers": 6,
             "full_attention_interval": 4,
             "linear_num_key_heads": 3,
@@ -75,6 +75,6 @@ HYBRIDS = {
     ),
     "qwen3-5-delta": (
         "qwen3_5_text",
-        {**_DELTA, "layer_types": ["linear_attention"] * 3, "linear_key_head_dim": 12},
+        {**DELTA, "layer_types": ["linear_attention"] * 3, "linear_key_head_dim": 12},
     ),
 }

@@ -1,12 +1,14 @@
 """Makes the golden logits of `family_cases.py` by `transformers`, and loads what we saved; by hand.
 
     python -m tests.models.make_families make families [NAME ...]  # with torch and transformers
-    python -m tests.models.make_families make hybrids
+    python -m tests.models.make_families make hybrids              # or options
+    python -m tests.models.make_families defaults
     python -m tests.models.make_families ours FOLDER               # with dpo_eqx
     python -m tests.models.make_families back FOLDER               # with torch and transformers
 
 `make` writes `tests/golden/models/families.json.gz`, or `hybrids.json.gz` for layers of two kinds,
-or only the named cases in it. `ours` saves each checkpoint again, and `back` checks that
+or `options.json.gz`, or only the named cases in it. `defaults` writes the classes and the default
+configuration of each family. `ours` saves each checkpoint again, and `back` checks that
 `transformers` loads it with the same bits and no complaint. `transformers` computes norms, rotary
 tables and delta rules in float32 for any weights. Here float32 stands for float64, so the logits
 are exact to 1e-12.
@@ -19,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .family_cases import GROUPS, IDS, POSITIONS, TOKENS, settings_of, weights_of
+from .family_cases import CASES, GROUPS, IDS, OLDER, POSITIONS, TOKENS, settings_of, weights_of
 
 FOLDER = Path(__file__).parents[1] / "golden" / "models"
 # PyTorch's grouped products have no float64.
@@ -40,8 +42,28 @@ def make(group: str, *names: str) -> None:
         model = transformers.AutoModelForCausalLM.from_config(config, **EAGER)
         cases[name] = one_case(model.double().eval())
         print(name, flush=True)
-    text = json.dumps(cases, indent=1, sort_keys=True)
-    (FOLDER / f"{group}.json.gz").write_bytes(gzip.compress(text.encode(), mtime=0))
+    write_golden(group, cases)
+
+
+def defaults() -> None:
+    import transformers
+
+    names = sorted({*OLDER, *(family for family, _ in CASES.values())})
+    auto = transformers.models.auto.modeling_auto
+    values = {
+        name: {
+            "config": transformers.AutoConfig.for_model(name).to_dict(),
+            "architecture": auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name],
+            "classifier": auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.get(name),
+        }
+        for name in names
+    }
+    write_golden("defaults", values)
+
+
+def write_golden(name: str, values: dict) -> None:
+    text = json.dumps(values, indent=1, sort_keys=True)
+    (FOLDER / f"{name}.json.gz").write_bytes(gzip.compress(text.encode(), mtime=0))
 
 
 def widen(torch) -> None:
@@ -102,6 +124,11 @@ def read_golden() -> dict:
     return {name: case for group in groups for name, case in group.items()}
 
 
+def read_defaults() -> dict:
+    """The classes and the default configuration of `transformers` by family."""
+    return json.loads(gzip.decompress((FOLDER / "defaults.json.gz").read_bytes()))
+
+
 def write_checkpoint(case: dict, folder: Path) -> Path:
     """Writes the checkpoint of a golden case."""
     folder.mkdir(parents=True)
@@ -141,7 +168,7 @@ def back(folder: Path) -> None:
 
 if __name__ == "__main__":
     task, *arguments = sys.argv[1:]
-    if task == "make":
-        make(*arguments)
+    if task in ("make", "defaults"):
+        {"make": make, "defaults": defaults}[task](*arguments)
     else:
         {"ours": ours, "back": back}[task](*map(Path, arguments))

@@ -272,9 +272,7 @@ def test_keys_of_other_families():
         ({"rope_scaling": {"rope_type": "dynamic"}}, "'dynamic' needs 'factor'"),
         ({"rope_scaling": {"rope_type": "su", "factor": 2.0}}, "'su'.*not supported"),
         ({"model_type": "phi3", "rope_scaling": {"type": "linear"}}, "'longrope'; got 'linear'"),
-        ({"model_type": "stablelm", "qk_layernorm": True}, "`qk_layernorm` .* not supported"),
         ({"model_type": "gptj", "rotary_dim": 300}, "at most the width of a head, 256; got 300"),
-        ({"model_type": "gptj", "tie_word_embeddings": True}, "`tie_word_embeddings` must be fal"),
         (
             {"model_type": "exaone4", "sliding_window_pattern": "LLLG"},
             "`sliding_window_pattern` .* positive integer .* no `layer_types`; got 'LLLG'",

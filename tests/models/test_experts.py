@@ -253,8 +253,6 @@ def test_adapters_are_for_attention_by_default():
 
 QWEN = {"model_type": "qwen3_moe", "num_hidden_layers": 4}
 REFUSED = [
-    ({**QWEN, "mlp_only_layers": [1]}, r"`mlp_only_layers` .*is \[1\].* 1 of 4 layers"),
-    ({**QWEN, "decoder_sparse_step": 2}, r"`decoder_sparse_step` .*is 2.* 2 of 4 layers"),
     ({**QWEN, "num_experts_per_tok": 200}, r"`num_experts_per_tok` must be from 1 to .* 128"),
     (
         {**QWEN, "use_sliding_window": True, "sliding_window": 9, "max_window_layers": 2},

@@ -17,15 +17,15 @@ from dpo_eqx.models._checkpoint.families import FAMILIES
 
 from ..policies import Plain, assert_close
 from ..test_packed import PACKED, PADDED, ROWS, in_order, value_and_gradient
-from .family_cases import CASES, DENSE, IDS, POSITIONS, TOKENS
+from .family_cases import CASES, DENSE, IDS, OLDER, POSITIONS, TOKENS
 from .golden import ragged_batch, shaken
-from .make_families import read_golden, save, write_checkpoint
+from .make_families import read_defaults, read_golden, save, write_checkpoint
 from .test_generate import Uncached
 
 GOLDEN = read_golden()
 # Each case compiles for a second or more: by default those with the most pieces of their own.
 DEFAULT = ("apertus", "cohere", "gemma3", "gpt-neox", "gpt-oss", "lfm2", "mixtral", "phi3-long")
-DEFAULT += ("qwen3-5-rest",)
+DEFAULT += ("qwen3-5-rest", "qwen3-moe-mixed")
 
 
 def cases(default=DEFAULT, of=CASES):
@@ -50,9 +50,22 @@ def apart(name, logits):
 
 
 def test_every_family_has_a_case():
-    older = {"llama", "mistral", "qwen2", "qwen3", "gpt2", "phi", "gemma2"}
-    assert FAMILIES.keys() - older <= {family for family, _ in CASES.values()}
+    assert FAMILIES.keys() == {*OLDER, *(family for family, _ in CASES.values())}
     assert GOLDEN.keys() == CASES.keys()
+
+
+def test_missing_keys_have_the_defaults_of_transformers():
+    defaults = read_defaults()
+    assert defaults.keys() == FAMILIES.keys()
+    for family, values in defaults.items():
+        config = models.read_config(values["config"])
+        assert models.read_config({"model_type": family}) == config, family
+
+
+def test_classes_are_those_of_transformers():
+    for name, values in read_defaults().items():
+        assert FAMILIES[name].architecture == values["architecture"]
+        assert FAMILIES[name].classifier == values["classifier"]
 
 
 @pytest.mark.parametrize("name", cases())

@@ -126,3 +126,12 @@ def test_averages_of_rewards_are_refused(reward_model):
     rewards = models.score_rewards(reward_model, ragged_batch(0))
     with pytest.raises(ValueError, match=r"needs `policy\.chosen_length`"):
         losses.simpo(rewards, None)
+
+
+def test_families_without_a_class_of_reward_models_are_not_saved(tmp_path):
+    config = models.Config(vocab=8, width=8, layers=1, heads=2, family="granite")
+    policy = models.Transformer(config, key=jax.random.key(0))
+    reward_model = models.RewardModel(policy, key=jax.random.key(1))
+    with pytest.raises(ValueError, match="'granite', for which `transformers` has no class"):
+        models.save(reward_model, tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()

@@ -84,7 +84,7 @@ KINDS = {
     **_each(optional(SIZE), "original_max_position_embeddings"),
     **_each(COUNT, "max_window_layers"),
     **_each(SIZE, "rotary_dim", "no_rope_layer_interval"),
-    **_each(SIZE, "num_experts", "num_local_experts", "num_experts_per_tok"),
+    **_each(COUNT, "num_experts", "num_local_experts", "num_experts_per_tok"),
     **_each(SIZE, "moe_intermediate_size", "decoder_sparse_step"),
     **_each(optional(COUNTS), "mlp_only_layers"),
     **_each(POSITIVE, "swiglu_limit", "swiglu_alpha"),

@@ -68,6 +68,7 @@ EXPERTS = {
     ),
     "olmoe": Family(
         architecture="OlmoeForCausalLM",
+        classifier=None,
         names=names.QWEN3_MOE,
         defaults={
             **DEFAULTS,

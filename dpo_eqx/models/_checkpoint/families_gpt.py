@@ -93,6 +93,7 @@ GPTS = {
     ),
     "codegen": Family(
         architecture="CodeGenForCausalLM",
+        classifier=None,
         names=names.CODEGEN,
         defaults=_GPTJ,
         keys=_GPT2_KEYS,

@@ -198,6 +198,7 @@ _QWEN3_5_NAMES = {
 HYBRIDS = {
     "lfm2": Family(
         architecture="Lfm2ForCausalLM",
+        classifier=None,
         names=_LFM2_NAMES,
         defaults={
             **without(DEFAULTS, "hidden_act", "rms_norm_eps", "attention_dropout"),
@@ -235,6 +236,7 @@ HYBRIDS = {
     ),
     "qwen3_5_text": Family(
         architecture="Qwen3_5ForCausalLM",
+        classifier="Qwen3_5TextForSequenceClassification",
         names=_QWEN3_5_NAMES,
         defaults={
             **DEFAULTS,

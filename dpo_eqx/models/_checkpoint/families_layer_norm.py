@@ -66,7 +66,7 @@ LAYER_NORM = {
     ),
     "stablelm": Family(
         architecture="StableLmForCausalLM",
-        names=names.LLAMA,
+        names=names.STABLELM,
         defaults={
             **without(_DEFAULTS, "head_dim"),
             "vocab_size": 50304,
@@ -84,10 +84,11 @@ LAYER_NORM = {
             **without(_KEYS, "head_dim"),
             "layer_norm_eps": "norm_eps",
             "use_qkv_bias": "query_bias",
+            "qk_layernorm": "query_key_norm",
             "use_parallel_residual": "parallel",
         },
-        fixed={"norm": "layer"},
-        traits=(traits.refusing("qk_layernorm"), traits.PARTIAL_ROTARY),
+        fixed={"norm": "layer", "query_key_norm_axes": "heads"},
+        traits=(traits.PARTIAL_ROTARY,),
     ),
     "starcoder2": Family(
         architecture="Starcoder2ForCausalLM",
@@ -169,14 +170,16 @@ LAYER_NORM = {
     ),
     "cohere": Family(
         architecture="CohereForCausalLM",
+        classifier=None,
         names=names.LLAMA,
-        defaults={**_COHERE, "use_qk_norm": False},
+        defaults={**_COHERE, "rope_theta": 500000.0, "use_qk_norm": False},
         keys={**_COHERE_KEYS, "use_qk_norm": "query_key_norm"},
         fixed={**_COHERE_FIXED, "query_key_norm_axes": "heads"},
         traits=(traits.OUTPUT_BIAS, traits.rotary(interleaved=True)),
     ),
     "cohere2": Family(
         architecture="Cohere2ForCausalLM",
+        classifier=None,
         names=names.LLAMA,
         defaults={
             **_COHERE,

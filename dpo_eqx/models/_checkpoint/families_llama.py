@@ -176,6 +176,7 @@ LLAMAS = {
     ),
     "granite": Family(
         architecture="GraniteForCausalLM",
+        classifier=None,
         names=names.LLAMA,
         defaults={
             **DEFAULTS,
@@ -210,6 +211,7 @@ LLAMAS = {
     ),
     "nanochat": Family(
         architecture="NanoChatForCausalLM",
+        classifier=None,
         names=names.NANOCHAT,
         defaults={
             **DEFAULTS,
@@ -234,6 +236,7 @@ LLAMAS = {
     ),
     "ernie4_5": Family(
         architecture="Ernie4_5ForCausalLM",
+        classifier=None,
         names=names.LLAMA,
         defaults={
             **{key: value for key, value in DEFAULTS.items() if key != "attention_dropout"},

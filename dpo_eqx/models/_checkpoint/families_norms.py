@@ -94,6 +94,7 @@ NORMS = {
     ),
     "gemma3_text": Family(
         architecture="Gemma3ForCausalLM",
+        classifier="Gemma3TextForSequenceClassification",
         names=names.GEMMA2,
         defaults={
             **_GEMMA2,
@@ -164,6 +165,7 @@ NORMS = {
     ),
     "apertus": Family(
         architecture="ApertusForCausalLM",
+        classifier=None,
         names=names.APERTUS,
         defaults={
             **DEFAULTS,

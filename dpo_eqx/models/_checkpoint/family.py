@@ -12,6 +12,8 @@ from . import tensor_names as names
 from .rotary_keys import ROTARY_KEYS
 
 Values = Mapping[str, Any]
+# What the names of classes of reward models end with.
+CLASSIFIER = "ForSequenceClassification"
 
 
 class Trait(NamedTuple):
@@ -35,6 +37,8 @@ class Family:
     **Arguments:**
 
     - `architecture`: the class that `transformers` loads it with.
+    - `classifier`: the class of its reward models; `None` if `transformers` has none (default: as
+        `architecture`, with another ending).
     - `names`: the module of a checkpoint that holds each parameter.
     - `defaults`: the default of each key of its `config.json`.
     - `keys`: the field of `Config` for each key.
@@ -50,6 +54,7 @@ class Family:
     """
 
     architecture: str
+    classifier: str | None = ""
     names: Mapping[str, names.Source]
     defaults: Values
     keys: Mapping[str, str]
@@ -59,6 +64,12 @@ class Family:
     neutral: Values = dataclasses.field(default_factory=dict)
     heads: str | None = None
     constants: Callable[[Config], Mapping[str, float]] = lambda config: {}
+
+    def __post_init__(self):
+        if self.classifier == "":
+            stem = self.architecture.removesuffix("ForCausalLM").removesuffix("LMHeadModel")
+            # A frozen dataclass can only be set this way.
+            object.__setattr__(self, "classifier", stem + CLASSIFIER)
 
     def read(self, values: Values) -> dict[str, Any]:
         """The fields of `Config` that the traits read."""

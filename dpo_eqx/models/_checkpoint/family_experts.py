@@ -13,22 +13,24 @@ from .rotary_keys import read_whole_rotary, write_rotary
 
 
 def read_sparse_layers(values: Values) -> dict[str, Any]:
-    """Qwen 3: the layers that have experts, which must be all of them."""
-    dense = set(values["mlp_only_layers"] or ())
-    step, layers = values["decoder_sparse_step"], values["num_hidden_layers"]
-    without = [i for i in range(layers) if i in dense or (i + 1) % step]
-    if without:
-        key = "mlp_only_layers" if dense else "decoder_sparse_step"
-        raise ValueError(
-            f"Every layer must have experts; `{key}` in config.json is {values[key]!r}, so that "
-            f"{len(without)} of {layers} layers have none, which is not supported."
-        )
-    return {}
+    """Qwen 3: the layers that have a dense block in place of experts."""
+    only, step = set(values["mlp_only_layers"] or ()), values["decoder_sparse_step"]
+    experts = values["num_experts"]
+    dense = [
+        not experts or layer in only or (layer + 1) % step != 0
+        for layer in range(values["num_hidden_layers"])
+    ]
+    chosen = {} if experts else {"experts_per_token": 0}
+    return {"dense": tuple(dense), **chosen}
 
 
-SPARSE_LAYERS = Trait(
-    read_sparse_layers, lambda config: {"mlp_only_layers": [], "decoder_sparse_step": 1}
-)
+def write_sparse_layers(config: Config) -> dict[str, Any]:
+    """The inverse of `read_sparse_layers`, in the form that lists the layers."""
+    dense = [layer for layer, own in enumerate(config.dense) if own]
+    return {"mlp_only_layers": dense, "decoder_sparse_step": 1}
+
+
+SPARSE_LAYERS = Trait(read_sparse_layers, write_sparse_layers)
 
 
 def switched_window(values: Values) -> dict[str, Any]:

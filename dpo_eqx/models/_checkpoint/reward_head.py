@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from .families import FAMILIES
+from .family import CLASSIFIER
 from .folder import Weights
 from .tensor_names import Index
 
-CLASSIFIER = "ForSequenceClassification"
 # The tensor of the head, and the path of our leaf.
 TENSOR, PATH = "score.weight", "head.weight"
 
@@ -41,17 +42,26 @@ def take_head(weights: Weights) -> tuple[str, Callable[[int, Index], np.ndarray]
     return dtype, lambda _, index: tensor[tuple(slice(*bounds) for bounds in index)]
 
 
-def reward_keys(architecture: str, loaded: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of `config.json` of a reward model, from the name of its family's policy.
+def reward_keys(model_type: str, loaded: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of `config.json` of a reward model of a family.
 
     `loaded` is the `config.json` that it was loaded from, whose names of labels stay.
+
+    **Raises:**
+
+    `ValueError` if `transformers` has no class for it.
     """
+    classifier = FAMILIES[model_type].classifier
+    if classifier is None:
+        raise ValueError(
+            f"`policy` is a reward model of the family {model_type!r}, for which `transformers` "
+            "has no class, so that nothing would load it. Write it with "
+            "`eqx.tree_serialise_leaves`, or its body alone with `models.save(policy.body, path)`."
+        )
     names = ("id2label", "label2id") if is_reward_model(loaded) else ()
     own = {key: loaded[key] for key in names if key in loaded}
-    # All families but GPT-2, whose policy is a `GPT2LMHeadModel`, are named `*ForCausalLM`.
-    family = architecture.removesuffix("ForCausalLM").removesuffix("LMHeadModel")
     return {
-        "architectures": [family + CLASSIFIER],
+        "architectures": [classifier],
         "id2label": {"0": "LABEL_0"},
         "label2id": {"LABEL_0": 0},
         **own,

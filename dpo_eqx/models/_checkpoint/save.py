@@ -65,7 +65,8 @@ def save(
     **Raises:**
 
     `ValueError` if `policy` is neither a `Transformer` nor a `RewardModel`, has quantised layers or
-    adapters, or has a configuration that its family's checkpoints cannot store.
+    adapters, or has a configuration that its family's checkpoints cannot store; or if it is a
+    reward model of a family for which `transformers` has none.
     """
     body = policy.body if isinstance(policy, RewardModel) else policy
     if not isinstance(body, Transformer):
@@ -91,7 +92,7 @@ def save(
         tensors.append(
             Tensor(TENSOR, policy.head.weight.nbytes, lambda: np.asarray(policy.head.weight))
         )
-        config |= reward_keys(config["architectures"][0], body.origin.config)
+        config |= reward_keys(body.config.family, body.origin.config)
     files = _companions(body, tokenizer_from)
     files = files if chat_template is None else _with_template(files, chat_template)
     if body.origin.outer is not None:

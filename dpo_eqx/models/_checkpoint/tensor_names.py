@@ -31,6 +31,8 @@ class Source:
     - `experts`: how it holds our module if that has a leading axis of experts. With `"each"`, every
         expert has a module of its own, and a second `{}` stands for its number. With `"stacked"`,
         one parameter holds all experts, and the name of a weight has no suffix.
+    - `count`: the field of `Config` that gives the number of modules with `"each"`: heads may have
+        modules of their own as experts do.
     """
 
     module: str
@@ -38,6 +40,7 @@ class Source:
     part: int = 0
     blocks: int | str = 1
     experts: Literal["each", "stacked"] | None = None
+    count: str = "experts"
 
     def tensor(self, layer: int, suffix: str, expert: int = 0) -> str:
         """The tensor's name: `suffix` is `"weight"` or `"bias"`."""
@@ -48,7 +51,7 @@ class Source:
 
     def tensors_in_layer(self, config: Config) -> int:
         """The number of tensors that hold the weight in one layer."""
-        return config.experts if self.experts == "each" else 1
+        return getattr(config, self.count) if self.experts == "each" else 1
 
     def transpose(self, weight: np.ndarray) -> np.ndarray:
         """A weight in our layout from the checkpoint's, or back; biases stay as they are."""
@@ -133,6 +136,13 @@ GEMMA2 = {
     "layers.attention_post_norm": Source("model.layers.{}.post_attention_layernorm"),
     "layers.feed_forward_norm": Source("model.layers.{}.pre_feedforward_layernorm"),
     "layers.feed_forward_post_norm": Source("model.layers.{}.post_feedforward_layernorm"),
+}
+
+_HEAD_NORMS = "model.layers.{}.self_attn.%s_layernorm.norms.{}"
+STABLELM = {
+    **LLAMA,
+    "layers.attention.query_norm": Source(_HEAD_NORMS % "q", experts="each", count="heads"),
+    "layers.attention.key_norm": Source(_HEAD_NORMS % "k", experts="each", count="key_heads"),
 }
 
 PHI = {
@@ -259,6 +269,10 @@ QWEN3_MOE = {
     "layers.feed_forward.gate": _expert("model.layers.{}.mlp.experts.{}.gate_proj"),
     "layers.feed_forward.up": _expert("model.layers.{}.mlp.experts.{}.up_proj"),
     "layers.feed_forward.down": _expert("model.layers.{}.mlp.experts.{}.down_proj"),
+    # Layers without experts.
+    "layers.dense_feed_forward.gate": LLAMA["layers.feed_forward.gate"],
+    "layers.dense_feed_forward.up": LLAMA["layers.feed_forward.up"],
+    "layers.dense_feed_forward.down": LLAMA["layers.feed_forward.down"],
 }
 
 # Gates and what they gate take turns among the outputs.

@@ -121,7 +121,7 @@ def _tied(
     embedding = sources["embedding.weight"]
     unembedding = FAMILIES[skeleton.config.family].names["head"].tensor(0, "weight")
     only = unembedding in weights.shapes and embedding.tensors[0] not in weights.shapes
-    if skeleton.head is not None or not only:
+    if not skeleton.config.tied or not only:
         return sources
     moved = dataclasses.replace(embedding, tensors=(unembedding,))
     return {**sources, "embedding.weight": moved}

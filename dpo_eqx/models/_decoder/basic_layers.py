@@ -43,6 +43,20 @@ class Linear(eqx.Module):
         return y if self.bias is None else y + jnp.broadcast_to(self.bias.astype(x.dtype), y.shape)
 
 
+class Bias(eqx.Module):
+    """What a tied unembedding has of its own: a bias of the logits, zero at first.
+
+    **Arguments:**
+
+    - `out`: the size of the vocabulary. `bias` has shape `(out,)`.
+    """
+
+    bias: Float[Array, " out"]
+
+    def __init__(self, out: int):
+        self.bias = jnp.zeros(out, jnp.float32)
+
+
 class Norm(eqx.Module):
     """Root-mean-square or layer normalisation of the last axis, computed in float32 or wider.
 
@@ -52,6 +66,7 @@ class Norm(eqx.Module):
         `weight`, and `bias` in layer normalisation, have this shape.
     - `config`: its `norm` chooses the kind, `norm_eps` is added to the mean square, and
         `norm_offset` to the weight. `norm_weight` and `norm_bias` say whether there are parameters.
+    - `bias`: whether it has a bias if other norms have one.
     """
 
     weight: Float[Array, "*axes width"] | None
@@ -60,9 +75,9 @@ class Norm(eqx.Module):
     eps: float = eqx.field(static=True)
     offset: float = eqx.field(static=True)
 
-    def __init__(self, shape: int | tuple[int, ...], config: Config):
+    def __init__(self, shape: int | tuple[int, ...], config: Config, *, bias: bool = True):
         self.centred = config.norm == "layer"
-        has_bias = self.centred and config.norm_bias and config.norm_weight
+        has_bias = bias and self.centred and config.norm_bias and config.norm_weight
         weight = jnp.full(shape, 1 - config.norm_offset, jnp.float32)
         self.weight = weight if config.norm_weight else None
         self.bias = jnp.zeros(shape, jnp.float32) if has_bias else None
@@ -162,6 +177,27 @@ def _quick_gelu(x: Array) -> Array:
     return x * jax.nn.sigmoid(1.702 * x)
 
 
+def _clipped_gelu(x: Array) -> Array:
+    return jnp.clip(_gelu(x), -10, 10)
+
+
+def _laplace(x: Array) -> Array:
+    # The rounded mean and standard deviation of the published code.
+    return jax.scipy.stats.norm.cdf((x - 0.707107) / 0.282095)
+
+
+def _leaky_relu(x: Array) -> Array:
+    return jax.nn.leaky_relu(x, 0.01)
+
+
+def _root_of_softplus(x: Array) -> Array:
+    return jnp.sqrt(jax.nn.softplus(x))
+
+
+def _identity(x: Array) -> Array:
+    return x
+
+
 def _gelu_tanh(x: Array) -> Array:
     return jax.nn.gelu(x, approximate=True)
 
@@ -181,4 +217,17 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu_new": _gelu_tanh,
     "gelu_fast": _gelu_tanh,
     "gelu_pytorch_tanh": _gelu_tanh,
+    "gelu_python_tanh": _gelu_tanh,
+    "gelu_accurate": _gelu_tanh,
+    "gelu_10": _clipped_gelu,
+    "hardswish": jax.nn.hard_swish,
+    "laplace": _laplace,
+    "leaky_relu": _leaky_relu,
+    "linear": _identity,
+    "mish": jax.nn.mish,
+    "relu6": jax.nn.relu6,
+    "sigmoid": jax.nn.sigmoid,
+    "sqrtsoftplus": _root_of_softplus,
+    "tanh": jnp.tanh,
 }
+"""The activations without parameters, by the names of `transformers`."""

@@ -1,7 +1,8 @@
 """Stacks of layers of several kinds, and the scans that run them.
 
-A part that all layers have, such as a norm, is stacked over all layers. Attention, and what
-replaces it, are stacked over the layers that have it. Nothing here knows what a layer computes.
+A part that all layers have, such as a norm, is stacked over all layers. Attention, what replaces
+it, and the kinds of feed-forward blocks are stacked over the layers that have them. Nothing here
+knows what a layer computes.
 """
 
 import re
@@ -18,8 +19,10 @@ from .config import Config
 from .residuals import CHOICES, KEPT
 
 MIXERS = ("attention", "recurrence")
-# The mixer at the front of a path, behind the name of the stack.
-_MIXER = re.compile(r"^\w+\.(attention|recurrence)(\.|$)")
+# The optional part at the front of a path, behind the name of the stack.
+_PART = re.compile(r"^\w+\.(attention|recurrence|feed_forward|dense_feed_forward)(\.|$)")
+# The optional parts that a layer has: what mixes its tokens, and its feed-forward block.
+Kind = tuple[str, ...]
 
 
 class Caches(NamedTuple):
@@ -35,24 +38,24 @@ class Run(NamedTuple):
     **Arguments:**
 
     - `start`: the number of the first layer.
-    - `block`: the mixer of each layer of the block.
+    - `block`: the kind of each layer of the block.
     - `repeats`: how often the block comes.
     """
 
     start: int
-    block: tuple[str, ...]
+    block: tuple[Kind, ...]
     repeats: int
 
 
 def layers_at(path: str, config: Config) -> tuple[int, ...]:
     """The numbers of the layers along the first axis of the leaf at a path below `layers`."""
-    mixer = mixer_of(path)
-    return tuple(i for i, own in enumerate(config.mixers) if mixer in (None, own))
+    part = part_of(path)
+    return tuple(i for i, kind in enumerate(config.kinds) if part is None or part in kind)
 
 
-def mixer_of(path: str) -> str | None:
-    """The mixer that a leaf is a part of; `None` for a part that all layers have."""
-    match = _MIXER.match(path)
+def part_of(path: str) -> str | None:
+    """The optional part that a leaf belongs to; `None` for a part that all layers have."""
+    match = _PART.match(path)
     return match[1] if match else None
 
 
@@ -66,19 +69,19 @@ def keep_own(layers: PyTree, config: Config) -> PyTree:
     return jax.tree_util.tree_map_with_path(own, layers)
 
 
-def runs_of(mixers: Sequence[str]) -> list[Run]:
+def runs_of(kinds: Sequence[Kind]) -> list[Run]:
     """Splits the layers into runs such that the blocks have the fewest layers in sum.
 
     A scan compiles the layers of its block once, so that is what a program grows with. Among equal
     sums the fewest runs win.
     """
     best: list[tuple[int, list[Run]]] = [(0, [])]
-    for stop in range(1, len(mixers) + 1):
+    for stop in range(1, len(kinds) + 1):
         options = []
         for size in range(1, stop + 1):
-            block = tuple(mixers[stop - size : stop])
+            block = tuple(kinds[stop - size : stop])
             start, repeats = stop, 0
-            while start >= size and tuple(mixers[start - size : start]) == block:
+            while start >= size and tuple(kinds[start - size : start]) == block:
                 start, repeats = start - size, repeats + 1
                 cost, runs = best[start]
                 options.append((cost + size, [*runs, Run(start, block, repeats)]))
@@ -87,10 +90,10 @@ def runs_of(mixers: Sequence[str]) -> list[Run]:
 
 
 def scan_layers(
-    body: Callable[[str, Array, Any], tuple[Array, Caches]],
+    body: Callable[[Kind, Array, Any], tuple[Array, Caches]],
     x: Array,
     stacks: PyTree,
-    mixers: Sequence[str],
+    kinds: Sequence[Kind],
     *,
     remat: bool,
 ) -> tuple[Array, Caches]:
@@ -98,25 +101,25 @@ def scan_layers(
 
     **Arguments:**
 
-    - `body`: `(mixer, x, inputs) -> (x, caches)` for one layer, with the caches of its own mixer.
+    - `body`: `(kind, x, inputs) -> (x, caches)` for one layer, with the caches of its own mixer.
     - `x`: the input of the first layer.
-    - `stacks`: a tuple of the layers' inputs, stacked. What is under an attribute `attention` or
-        `recurrence` of an entry is stacked over the layers with that mixer.
-    - `mixers`: the mixer of each layer.
+    - `stacks`: a tuple of the layers' inputs, stacked. What is under an attribute of an entry with
+        the name of an optional part is stacked over the layers that have the part.
+    - `kinds`: the kind of each layer.
     - `remat`: whether each layer is recomputed as a whole in the backward pass.
 
     **Returns:**
 
     The output of the last layer, and the caches of all layers.
     """
-    runs, caches = runs_of(mixers), []
+    runs, caches = runs_of(kinds), []
     for run in runs:
         # In a scan, common subexpressions cannot undo the recomputation, and preventing them is
         # slow. XLA turns a scan of one step into straight code, where they can.
-        alone = run.repeats == 1 and len(mixers) > 1
+        alone = run.repeats == 1 and len(kinds) > 1
         policy = CHOICES if remat else KEPT
         layer = partial(jax.checkpoint, prevent_cse=alone, policy=policy)
-        own = _take_run(stacks, run, mixers)
+        own = _take_run(stacks, run, kinds)
         x, new = jax.lax.scan(partial(_run_block, body, layer, run.block), x, own)
         caches.append(_flatten(new) if len(run.block) > 1 else new)
     return x, caches[0] if len(runs) == 1 else _joined(caches)
@@ -127,10 +130,11 @@ def _run_block(body, checkpoint, block, x, inputs) -> tuple[Array, Caches]:
     if len(block) == 1:
         return checkpoint(partial(body, block[0]))(x, inputs)
     new: dict[str, list[Any]] = {mixer: [] for mixer in MIXERS}
-    for place, mixer in enumerate(block):
-        own = _take_layer(inputs, mixer, place, block[:place].count(mixer))
-        x, caches = checkpoint(partial(body, mixer))(x, own)
-        new[mixer].append(getattr(caches, mixer))
+    for place, kind in enumerate(block):
+        x, caches = checkpoint(partial(body, kind))(x, _take_layer(inputs, block, place))
+        for mixer in MIXERS:
+            if (cache := getattr(caches, mixer)) is not None:
+                new[mixer].append(cache)
     stacked = {
         mixer: jax.tree.map(lambda *leaves: jnp.stack(leaves), *each) if each else None
         for mixer, each in new.items()
@@ -138,35 +142,36 @@ def _run_block(body, checkpoint, block, x, inputs) -> tuple[Array, Caches]:
     return x, Caches(**stacked)
 
 
-def _take_run(stacks: PyTree, run: Run, mixers: Sequence[str]) -> PyTree:
+def _take_run(stacks: PyTree, run: Run, kinds: Sequence[Kind]) -> PyTree:
     """The part of each stack that belongs to a run, with an axis of repeats and one of a block."""
 
     def take(path, leaf):
-        mixer = mixer_of(leaf_name(path))
-
-        def count(layers: Sequence[str]) -> int:
-            return len(layers) if mixer is None else list(layers).count(mixer)
-
-        start, size = count(mixers[: run.start]), count(run.block)
+        part = part_of(leaf_name(path))
+        start, size = count(part, kinds[: run.start]), count(part, run.block)
         stop = start + size * run.repeats
-        part = leaf if stop - start == len(leaf) else leaf[start:stop]
         if size == 0:
             return None
-        return part if len(run.block) == 1 else part.reshape(run.repeats, size, *leaf.shape[1:])
+        own = leaf if stop - start == len(leaf) else leaf[start:stop]
+        return own if len(run.block) == 1 else own.reshape(run.repeats, size, *leaf.shape[1:])
 
     return jax.tree_util.tree_map_with_path(take, stacks)
 
 
-def _take_layer(inputs: PyTree, mixer: str, place: int, own_place: int) -> PyTree:
-    """The inputs of one layer of a block, from its place and its place among those of its kind."""
+def _take_layer(inputs: PyTree, block: Sequence[Kind], place: int) -> PyTree:
+    """The inputs of one layer of a block, `None` for the parts that it does not have."""
 
     def take(path, leaf):
-        own = mixer_of(leaf_name(path))
-        if own is None:
-            return leaf[place]
-        return leaf[own_place] if own == mixer else None
+        part = part_of(leaf_name(path))
+        if part is not None and part not in block[place]:
+            return None
+        return leaf[count(part, block[:place])]
 
     return jax.tree_util.tree_map_with_path(take, inputs)
+
+
+def count(part: str | None, kinds: Sequence[Kind]) -> int:
+    """The number of layers with a part; all of them if `part` is `None`."""
+    return sum(part is None or part in kind for kind in kinds)
 
 
 def _flatten(caches: Caches) -> Caches:

@@ -85,15 +85,16 @@ class Config:
     - `feed_forward`: the inner width of the feed-forward block (default: `4 * width`).
     - `max_length`: the largest sequence length, in tokens; only enforced if positions are learned.
     - `family`: the family of checkpoints it belongs to, `model_type` in their `config.json`.
-    - `activation`: `"silu"`, `"gelu"`, `"gelu_new"`, `"gelu_pytorch_tanh"`, `"relu"`, `"relu2"`,
-        `"quick_gelu"`, or `"xielu"`, which has trained parameters.
+    - `activation`: `"silu"`, `"gelu"`, `"gelu_pytorch_tanh"`, `"relu"`, `"relu2"` or another one
+        without parameters, by its name in `transformers`; or `"xielu"`, which has trained
+        parameters.
     - `gated`: whether the activation gates a second projection.
     - `norm`: root-mean-square or layer normalisation. `norm_eps` is added to the mean square, and
         `norm_offset` to the weights.
     - `norm_weight`, `norm_bias`: whether norms have weights, and layer norms biases.
     - `query_key_norm`: whether queries and keys are normalised.
     - `query_key_norm_axes`: `"head"` normalises each head, with one weight for all; `"heads"` has
-        weights for each head; `"all"` normalises all heads at once.
+        weights for each head, and no biases; `"all"` normalises all heads at once.
     - `query_key_norm_last`: whether queries and keys are normalised after the rotation.
     - `parallel`: whether attention and feed-forward read the same input.
     - `parallel_norms`: whether parallel layers have a norm for each of the two.
@@ -106,7 +107,7 @@ class Config:
         `rotary` in each layer). They rotate the same part of each head in the same way.
     - `query_bias`, `output_bias`, `feed_forward_bias`, `unembedding_bias`: which projections have
         a bias; `query_bias` is for queries, keys and values.
-    - `tied`: whether the unembedding is the embedding.
+    - `tied`: whether the unembedding is the embedding; its bias is its own.
     - `windows`: for each layer, the number of positions that a token sees, itself included; `None`
         for all (default: `None` for each layer).
     - `projection_clip`: queries, keys and values are clipped to this absolute value, before the
@@ -124,6 +125,8 @@ class Config:
         `feed_forward_bias` is then for them.
     - `experts_per_token`: the number of experts that the router chooses for a token.
     - `expert_width`: the inner width of an expert (default: `feed_forward`).
+    - `dense`: for each layer, whether it has a dense block in place of experts, of the inner width
+        `feed_forward` (default: no layer has).
     - `normalised_routes`: whether the weights of the chosen experts sum to 1, rather than those of
         all experts.
     - `router_bias`: whether the router has a bias.
@@ -187,6 +190,7 @@ class Config:
     experts: int = 0
     experts_per_token: int = 0
     expert_width: int = 0
+    dense: tuple[bool, ...] = ()
     normalised_routes: bool = True
     router_bias: bool = False
     swiglu_limit: float | None = None
@@ -212,14 +216,23 @@ class Config:
             # One form for one meaning, whatever the number of layers.
             object.__setattr__(self, "rotaries", ())
         check_fit(self)
-        if not any(self.recurrent):
-            object.__setattr__(self, "recurrent", ())
+        # One form for one meaning, as above.
+        for name in ("recurrent", "dense"):
+            if not any(getattr(self, name)):
+                object.__setattr__(self, name, ())
 
     @property
     def mixers(self) -> tuple[str, ...]:
         """What mixes the tokens in each layer: `"attention"` or `"recurrence"`."""
         recurrent = self.recurrent or (False,) * self.layers
         return tuple("recurrence" if own else "attention" for own in recurrent)
+
+    @property
+    def kinds(self) -> tuple[tuple[str, str], ...]:
+        """The optional parts of each layer: what mixes its tokens, and its feed-forward block."""
+        dense = self.dense or (False,) * self.layers
+        blocks = ("dense_feed_forward" if own else "feed_forward" for own in dense)
+        return tuple(zip(self.mixers, blocks, strict=True))
 
     @property
     def layer_rotaries(self) -> tuple[Rotary | None, ...]:

@@ -27,6 +27,7 @@ def check_fit(config: Any) -> None:
     by_layer = {
         "windows": config.windows,
         "recurrent": config.mixers,
+        "dense": config.dense or config.mixers,
         "rotaries": config.layer_rotaries,
     }
     for name, entries in by_layer.items():
@@ -36,11 +37,6 @@ def check_fit(config: Any) -> None:
             )
     if any(config.recurrent) and config.recurrence is None:
         raise ValueError("`recurrence` is required if a layer is recurrent; got None.")
-    if config.tied and config.unembedding_bias:
-        raise ValueError(
-            "`tied` must be false if the logits have a bias (`unembedding_bias`), since a tied "
-            "unembedding has no place for it."
-        )
     check_rotary(config)
     check_experts(config)
 
@@ -51,6 +47,8 @@ def check_experts(config: Any) -> None:
     if not (1 <= count <= most if most else count == 0):
         wanted = f"from 1 to `experts`, {most}" if most else "0 if `experts` is 0"
         raise ValueError(f"`experts_per_token` must be {wanted}; got {count}.")
+    if not most and any(config.dense) and not all(config.dense):
+        raise ValueError("`dense` must be true for each layer, or for none, if `experts` is 0.")
     if most and (not config.gated or config.activation == "xielu"):
         raise ValueError(
             "`experts` must be 0 without a gate or with the activation 'xielu'; got "

@@ -117,7 +117,8 @@ def query_key_norm(heads: int, config: Config) -> Norm | None:
     """The norm of the queries or keys of this many heads, if there is one."""
     width = config.head_width
     shapes = {"head": (width,), "heads": (heads, width), "all": (heads * width,)}
-    return Norm(shapes[config.query_key_norm_axes], config) if config.query_key_norm else None
+    axes = config.query_key_norm_axes
+    return Norm(shapes[axes], config, bias=axes != "heads") if config.query_key_norm else None
 
 
 def clipped(x: Float[Array, "*shape"], largest: float | None) -> Float[Array, "*shape"]:
@@ -166,8 +167,8 @@ class FeedForward(eqx.Module):
 class Layer(eqx.Module):
     """Attention and feed-forward on the residual stream, in sequence or in parallel.
 
-    If `config` has layers with attention and recurrent layers, it has the parts of both, and the
-    caller chooses between them.
+    If `config` has layers of several kinds, it has the parts of all of them, and the caller chooses
+    between them: attention or recurrence, and experts or a dense feed-forward block.
 
     **Arguments:**
 
@@ -181,7 +182,8 @@ class Layer(eqx.Module):
     recurrence: ShortConvolution | DeltaNet | None
     attention_post_norm: Norm | None
     feed_forward_norm: Norm | None
-    feed_forward: FeedForward | RoutedFeedForward
+    feed_forward: FeedForward | RoutedFeedForward | None
+    dense_feed_forward: FeedForward | None
     feed_forward_post_norm: Norm | None
 
     def __init__(self, config: Config, *, key: PRNGKeyArray):
@@ -193,8 +195,12 @@ class Layer(eqx.Module):
         self.attention_post_norm = Norm(width, config) if config.post_norms else None
         own = config.pre_norms and not shared
         self.feed_forward_norm = Norm(width, config) if own else None
+        blocks = {block for _, block in config.kinds}
         block = RoutedFeedForward if config.experts else FeedForward
-        self.feed_forward = block(config, key=keys[1])
+        self.feed_forward = block(config, key=keys[1]) if "feed_forward" in blocks else None
+        # A key of its own, so that the experts are the same with dense layers and without.
+        dense = FeedForward(config, key=jax.random.fold_in(keys[1], 1))
+        self.dense_feed_forward = dense if "dense_feed_forward" in blocks else None
         self.feed_forward_post_norm = Norm(width, config) if config.post_norms else None
 
     def __call__(
@@ -203,6 +209,7 @@ class Layer(eqx.Module):
         mix: Mix,
         *,
         config: Config,
+        block: str,
         key: PRNGKeyArray | None,
         observe: Callable[["Layer", Array], Any] | None = None,
     ) -> tuple[Float[Array, "length width"], Any]:
@@ -220,7 +227,7 @@ class Layer(eqx.Module):
             normed = x
         # In a parallel layer without a second norm, the feed-forward reads attention's input.
         cache = cache if observe is None else observe(self, normed)
-        fed = self.feed_forward(normed, config=config)
+        fed = getattr(self, block)(normed, config=config)
         if self.feed_forward_post_norm is not None:
             fed = self.feed_forward_post_norm(fed)
         return x + dropout(scaled(fed, config.residual_scale), rate, keys[1]), cache

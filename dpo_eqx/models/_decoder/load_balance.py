@@ -21,7 +21,7 @@ def router_scores(
     ids: Integer[Array | np.ndarray, " length"],
     layout: Layout | PackedLayout | None = None,
 ) -> Float[Array, "layers length experts"]:
-    """The score of each expert for each token in each layer, before the softmax.
+    """The score of each expert for each token in each layer with experts, before the softmax.
 
     ```python
     scores = jax.vmap(lambda ids: models.router_scores(policy, ids))(ids)

@@ -22,7 +22,7 @@ from ..._jax.explicit_meshes import automatic
 from ..._jax.partitioning import keep_rows
 from . import incremental
 from .attention import attend_by_layout, masks
-from .basic_layers import Embedding, Linear, Norm, dropout, scaled
+from .basic_layers import Bias, Embedding, Linear, Norm, dropout, scaled
 from .blocks import Caches, keep_own, scan_layers
 from .by_layer import choose_masks, choose_tables
 from .companion_files import Origin
@@ -40,7 +40,8 @@ class Transformer(eqx.Module):
     It implements `FastPolicy`. Layers are stacked: each leaf of `layers` has a leading axis of
     size `config.layers`, and `lax.scan` runs them, so that compile time does not grow with depth.
     In a hybrid, leaves of `layers.attention` and `layers.recurrence` have only the layers with
-    attention and the recurrent layers along that axis.
+    attention and the recurrent layers along that axis. If some layers have no experts, the same
+    holds for `layers.feed_forward` and `layers.dense_feed_forward`.
     Dropout applies only if a key is given.
 
     ```python
@@ -52,7 +53,7 @@ class Transformer(eqx.Module):
     **Arguments:**
 
     - `config`: the architecture and all sizes. `embedding.weight` has shape `(vocab, width)`, and
-        so has `head.weight`, if the unembedding is not tied.
+        so has `head.weight`; if the unembedding is tied, `head` has at most a bias.
     - `key`: the random key of the initial parameters, which are float32.
     - `origin`: the tokenizer and other files of a checkpoint; `models.load` fills it.
     """
@@ -61,7 +62,7 @@ class Transformer(eqx.Module):
     positions: Embedding | None
     layers: Layer
     norm: Norm
-    head: Linear | None
+    head: Linear | Bias | None
     config: Config = eqx.field(static=True)
     origin: Origin = eqx.field(static=True)
 
@@ -76,7 +77,8 @@ class Transformer(eqx.Module):
         self.norm = Norm(config.width, config)
         bias = config.unembedding_bias
         head = Linear(config.vocab, config.width, bias=bias, scale=0.02, key=keys[3])
-        self.head = None if config.tied else head
+        of_tied = Bias(config.vocab) if bias else None
+        self.head = of_tied if config.tied else head
         self.config = config
         self.origin = Origin() if origin is None else origin
 
@@ -183,8 +185,8 @@ class Transformer(eqx.Module):
         - `caches`: what `attend` gets as `cache`, and the states of recurrent layers before the
             row (default: zeros); each layer gets its slice.
         - `key`: the random key of dropout; without it no dropout applies.
-        - `observe`: a function of a layer and the input of its feed-forward block, whose results
-            are returned in place of the caches.
+        - `observe`: a function of a layer and the input of its `feed_forward`, whose results are
+            returned in place of the caches.
 
         **Returns:**
 
@@ -202,7 +204,8 @@ class Transformer(eqx.Module):
         # Without rematerialisation, each layer would store a copy of what it reads from bits.
         bits = as_bits(arrays) if config.remat else None
 
-        def body(mixer, x, inputs):
+        def body(kind, x, inputs):
+            mixer, block = kind
             arrays, bits, which_masks, which_tables, caches, key = inputs
             key, rng = (None, None) if key is None else jax.random.split(key)
 
@@ -222,11 +225,14 @@ class Transformer(eqx.Module):
                 own_links = one_sequence(ids.size) if links is None else links
                 return layer.recurrence(x, own_links, caches.recurrence, config=config)
 
-            x, cache = layer(keep_rows(x), mix, config=config, key=key, observe=observe)
+            seen_by = observe if block == "feed_forward" else None
+            x, cache = layer(
+                keep_rows(x), mix, config=config, block=block, key=key, observe=seen_by
+            )
             return keep_rows(x), Caches(**{mixer: cache})
 
         stacks = (arrays, bits, which_masks, which_tables, caches or Caches(), keys)
-        x, new_caches = scan_layers(body, x, stacks, config.mixers, remat=config.remat)
+        x, new_caches = scan_layers(body, x, stacks, config.kinds, remat=config.remat)
         # In half precision the norm is recomputed too: nothing that it keeps for the backward pass
         # then changes how the forward pass rounds.
         norm = eqx.filter_checkpoint(self.norm) if is_narrow(x) else self.norm
@@ -244,7 +250,7 @@ class Transformer(eqx.Module):
     @property
     def unembedding(self) -> Float[Array, "vocab width"]:
         """The output embedding of each token; if they are tied, the embedding itself."""
-        return self.embedding.weight if self.head is None else self.head.weight
+        return self.embedding.weight if self.config.tied else self.head.weight
 
     @property
     def unembedding_bias(self) -> Float[Array, " vocab"] | None:
