@@ -8,7 +8,7 @@ import dataclasses
 
 import numpy as np
 
-from .models import SHAPE as QWEN3
+from .models import DENSE as QWEN3
 
 LLAMA = {
     "model_type": "llama",

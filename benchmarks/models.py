@@ -1,10 +1,13 @@
-"""Load time, compile time, step time and peak memory of a decoder of Qwen3-0.6B's shape.
+"""Load time, compile time, step time and peak memory of decoders of 0.4 to 0.6 B active parameters.
 
-    python -m benchmarks.models              # everything; needs 14 GB of memory
-    python -m benchmarks.models lora compile # some parts
+    python -m benchmarks.models                       # everything; needs 14 GB of memory
+    python -m benchmarks.models lora compile          # some parts
+    python -m benchmarks.models --shape mixture full  # about 18 GB
 
-The weights are random, and are first written as a checkpoint. Each row is a process of its own, so
-its peak resident memory covers only loading and training.
+The dense shape is Qwen3-0.6B's, the hybrid has gated delta rules in three of four layers, and the
+mixture has 16 experts. The weights are random, and are first written as a checkpoint of several
+files. Each row is a process of its own, so its peak resident memory covers only loading and
+training.
 """
 
 import argparse
@@ -17,9 +20,10 @@ import time
 from functools import partial
 from pathlib import Path
 
-SHAPE = {
+VOCAB = 151936
+DENSE = {
     "model_type": "qwen3",
-    "vocab_size": 151936,
+    "vocab_size": VOCAB,
     "hidden_size": 1024,
     "num_hidden_layers": 28,
     "num_attention_heads": 16,
@@ -30,12 +34,56 @@ SHAPE = {
     "rope_theta": 1e6,
     "tie_word_embeddings": True,
 }
+SHAPES = {
+    "dense": DENSE,
+    "hybrid": {
+        **DENSE,
+        "model_type": "qwen3_5_text",
+        "num_hidden_layers": 24,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 256,
+        "linear_num_key_heads": 16,
+        "linear_num_value_heads": 16,
+        "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128,
+    },
+    "mixture": {
+        **DENSE,
+        "model_type": "qwen3_moe",
+        "num_hidden_layers": 16,
+        "num_experts": 16,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 768,
+        "norm_topk_prob": True,
+    },
+}
+# The sizes of the policies whose compilation is timed.
+SMALL = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 16,
+    "intermediate_size": 256,
+}
+SMALL_PARTS = {
+    "dense": {},
+    "hybrid": {
+        "linear_num_key_heads": 4,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+    },
+    "mixture": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+}
+SHARD = 300_000_000  # Bytes, so that the checkpoint has several files.
 PAIRS, PROMPT, COMPLETION = 2, 256, 128
 RANK = 16
 STEPS = 3
 
 
-def write(folder: Path) -> dict:
+def write(folder: Path, shape: str) -> dict:
     """Writes a random checkpoint in bfloat16, the dtype of the real checkpoint."""
     import equinox as eqx
     import jax
@@ -45,14 +93,35 @@ def write(folder: Path) -> dict:
 
     @eqx.filter_jit
     def make(key):
-        policy = models.Transformer(models.read_config(SHAPE), key=key)
+        policy = models.Transformer(models.read_config(SHAPES[shape]), key=key)
         return jax.tree.map(lambda x: x.astype(jnp.bfloat16), policy)
 
-    models.save(make(jax.random.key(0)), folder)
+    models.save(make(jax.random.key(0)), folder, max_shard_size=SHARD)
     return {}
 
 
-def full(folder: Path) -> dict:
+def load(folder: Path, shape: str) -> dict:
+    """The peak of resident memory while loading, above what the process had before, in GB."""
+    import jax
+    import jax.numpy as jnp
+
+    from dpo_eqx import models
+
+    jnp.zeros(1).block_until_ready()
+    before = _resident()
+    policy = models.load(folder)
+    sizes = [leaf.nbytes for leaf in jax.tree.leaves(policy)]
+    layers = policy.config.layers
+    stacked = [leaf.nbytes / layers for leaf in jax.tree.leaves(policy.layers)]
+    return {
+        "files": len(list(folder.glob("*.safetensors"))),
+        "weights": sum(sizes) / 1e9,
+        "largest tensor": max(policy.embedding.weight.nbytes, *stacked) / 1e9,
+        "peak above start": _peak() - before,
+    }
+
+
+def full(folder: Path, shape: str) -> dict:
     """Trains all weights in float32 by AdamW, with a live reference."""
     import jax.numpy as jnp
     import optax
@@ -66,7 +135,7 @@ def full(folder: Path) -> dict:
     return {"load": load, **_measure(policy, reference, optax.adamw(1e-6))}
 
 
-def lora(folder: Path, quantize: str | None = None) -> dict:
+def lora(folder: Path, shape: str, quantize: str | None = None) -> dict:
     """Trains adapters of rank 16 on a frozen base (the reference), in bfloat16 or quantised."""
     import jax
     import optax
@@ -81,7 +150,7 @@ def lora(folder: Path, quantize: str | None = None) -> dict:
     return {"load": load, **_measure(policy, None, optax.adamw(1e-5), **settings)}
 
 
-def compile_times(folder: Path) -> dict:
+def compile_times(folder: Path, shape: str) -> dict:
     """Seconds to compile the step of a small policy at 4 and at 28 layers."""
     import equinox as eqx
     import jax
@@ -92,7 +161,8 @@ def compile_times(folder: Path) -> dict:
 
     times = {}
     for layers in (4, 28):
-        config = models.Config(vocab=512, width=64, layers=layers, heads=4)
+        sizes = {**SMALL, **SMALL_PARTS[shape], "num_hidden_layers": layers}
+        config = models.read_config({**SHAPES[shape], **sizes})
         policy = models.Transformer(config, key=jax.random.key(0))
         optimizer = optax.adamw(1e-4)
         step = eqx.filter_jit(dpx.make_step(losses.dpo, optimizer))
@@ -119,7 +189,7 @@ def _measure(policy, reference, optimizer, **settings) -> dict:
         batch, reference = frozen
         return step(policy, opt_state, batch, reference)
 
-    frozen = (_batch(SHAPE["vocab_size"]), reference)
+    frozen = (_batch(VOCAB), reference)
     started = time.perf_counter()
     compiled = train.lower(frozen, policy, opt_state).compile()
     compiling = time.perf_counter() - started
@@ -162,8 +232,15 @@ def _peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
+def _resident() -> float:
+    """The resident memory of this process now, in GB."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 1e9
+
+
 PARTS = {
     "write": write,
+    "load": load,
     "lora": lora,
     "int8": partial(lora, quantize="int8"),
     "nf4": partial(lora, quantize="nf4"),
@@ -174,16 +251,20 @@ PARTS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("parts", nargs="*", default=["lora", "int8", "nf4", "full", "compile"])
+    parser.add_argument(
+        "parts", nargs="*", default=["load", "lora", "int8", "nf4", "full", "compile"]
+    )
+    parser.add_argument("--shape", choices=SHAPES, default="dense")
     parser.add_argument("--inside", metavar="FOLDER", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.inside:
         (part,) = arguments.parts
-        print(json.dumps(PARTS[part](Path(arguments.inside))))
+        print(json.dumps(PARTS[part](Path(arguments.inside), arguments.shape)))
         return
     with tempfile.TemporaryDirectory() as folder:
         for part in ["write", *arguments.parts]:
-            command = [sys.executable, "-m", "benchmarks.models", part, "--inside", folder + "/it"]
+            command = [sys.executable, "-m", "benchmarks.models", part]
+            command += ["--shape", arguments.shape, "--inside", folder + "/it"]
             output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             for name, value in json.loads(output.splitlines()[-1]).items():
                 print(f"{part:8} {name:24} {value:8.2f}", flush=True)

@@ -250,7 +250,9 @@ class Transformer(eqx.Module):
     @property
     def unembedding(self) -> Float[Array, "vocab width"]:
         """The output embedding of each token; if they are tied, the embedding itself."""
-        return self.embedding.weight if self.config.tied else self.head.weight
+        if self.head is None or isinstance(self.head, Bias):
+            return self.embedding.weight
+        return self.head.weight
 
     @property
     def unembedding_bias(self) -> Float[Array, " vocab"] | None:
