@@ -1,0 +1,82 @@
+"""The guides: each block of Python and each command that they show runs; no link is broken.
+
+A guide is a page of `docs/howto/`, `docs/coming_from/`, the list of frequent questions, and what
+lies beside README. The tests of the other pages check what their examples compute.
+"""
+
+import shutil
+
+import jax
+import pytest
+
+from dpo_eqx.cli import main
+
+from ..cli.runs import DATA, TRACES
+from .fences import DOCS, KINDS, ROOT, anchors, blocks, commands, kinds_of, links
+
+GUIDES = [
+    *sorted((DOCS / "howto").glob("*.md")),
+    *sorted((DOCS / "coming_from").glob("*.md")),
+    *(
+        page
+        for page in (DOCS / "faq.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md")
+        if page.exists()
+    ),
+]
+PYTHON = [page for page in GUIDES if blocks(page, "python")]
+SHELL = [page for page in GUIDES if blocks(page, "sh")]
+
+
+def named(page):
+    return str(page.relative_to(ROOT).with_suffix(""))
+
+
+@pytest.mark.parametrize("page", PYTHON, ids=named)
+def test_the_python_of_the_page_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"):
+        for block in blocks(page, "python"):
+            exec(compile(block, str(page), "exec"), names)
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """A folder with a tiny model and preferences, under the names that the pages use."""
+    model = tmp_path / "Qwen" / "Qwen3-0.6B"
+    shutil.copytree(TRACES / "qwen3" / "model", model)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(DATA / "qwen3" / name, model)
+    lines = (DATA / "qwen3" / "dataset.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "preferences.jsonl").write_text("".join(lines[:12]))
+    (tmp_path / "held-out.jsonl").write_text("".join(lines[12:16]))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DPO_EQX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
+    return tmp_path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", SHELL, ids=named)
+def test_the_commands_of_the_page_run(page, workplace, capsys):
+    with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"):
+        for arguments in commands(page):
+            status = main(arguments)
+            assert status == 0, f"dpo-eqx {' '.join(arguments)}: {capsys.readouterr().err}"
+
+
+@pytest.mark.parametrize("page", GUIDES, ids=named)
+def test_each_block_has_a_kind(page):
+    """A block without a kind would run nowhere."""
+    assert kinds_of(page) <= KINDS
+    commands(page)
+
+
+@pytest.mark.parametrize("page", GUIDES, ids=named)
+def test_the_links_of_the_page_lead_somewhere(page):
+    for target in links(page):
+        path, _, anchor = target.partition("#")
+        other = (page.parent / path).resolve() if path else page
+        assert other.exists(), f"{target} does not exist"
+        if anchor:
+            assert anchor in anchors(other), f"{target}: no such heading"
