@@ -20,7 +20,7 @@ from .runs import DATA
 
 
 def generate(capsys, model, *flags):
-    return run(capsys, "generate", "--model", model, "--max-tokens", "6", *flags)
+    return run(capsys, "generate", "--model", model, "--max-new-tokens", "6", *flags)
 
 
 def test_an_answer_to_each_prompt(models, tmp_path, capsys):
@@ -227,7 +227,10 @@ BAD = {
     "an empty file of records": (["--data", "empty.jsonl"], "empty.jsonl holds none"),
     "a record without": (["--data", "odd.jsonl"], "must have a `prompt`, or `chosen`"),
     "turns without a template": (["--data", "turns.jsonl"], "the tokenizer has no chat template"),
-    "tokens": (["--prompt", "a", "--max-tokens", "0"], "`--max-tokens` must be positive; got 0"),
+    "tokens": (
+        ["--prompt", "a", "--max_tokens", "0"],
+        "`--max-new-tokens` must be positive; got 0",
+    ),
     "temperature": (["--prompt", "a", "--temperature", "-1"], "`temperature` must not be negative"),
     "top p": (["--prompt", "a", "--top-p", "2"], "`top_p` must be in (0, 1]; got 2.0"),
 }

@@ -19,7 +19,7 @@ from ..run.compilation_cache import use_compilation_cache
 from ..run.folder import replace_text
 from ..settings.check import flag
 from ..settings.groups.reading import RecordFlags, TextFlags
-from ..settings.shared_flags import Loading, check_writable, parse_flags
+from ..settings.shared_flags import Loading, check_writable, in_shared_names, parse_flags
 from ..terminal.answers import Answer, draw_answers
 from ..terminal.display import say
 from ..terminal.prompts import Prompt, Reading, encode_prompt, read_prompts, shown, stored
@@ -45,7 +45,7 @@ class Generate(Loading, TextFlags, RecordFlags):
     training."""
     as_chat: bool = False
     """Make a turn of the user from a text that is the prompt of preferences, too."""
-    max_tokens: int = 128
+    max_new_tokens: int = 128
     """Largest number of tokens in an answer, which ends at the EOS if that is sampled first."""
     temperature: float = 1.0
     """Sampling temperature, by which logits are divided; 0 takes the likeliest token."""
@@ -69,7 +69,7 @@ def generate(arguments: Sequence[str]) -> None:
 
     `ValueError`, `OSError` or `ImportError` with a message for the user.
     """
-    flags = parse_flags(Generate, "generate", arguments)
+    flags = parse_flags(Generate, "generate", in_shared_names(arguments))
     use_compilation_cache(flags.compilation_cache)
     _check(flags)
     vocab_size(flags.model)  # raises if there is no model
@@ -103,7 +103,7 @@ def _answers_of(
         batch_size=flags.batch_size,
         seed=flags.seed,
         mesh=flags.devices(),
-        max_new_tokens=flags.max_tokens,
+        max_new_tokens=flags.max_new_tokens,
         temperature=flags.temperature,
         top_k=flags.top_k,
         top_p=flags.top_p,
@@ -149,7 +149,7 @@ def _check(flags: Generate) -> None:
         raise ValueError("`--as-chat` and `--no-chat` contradict each other; leave out one.")
     if flags.as_chat and flags.chat_template == NONE:
         raise ValueError("`--as-chat` needs a chat template; leave out `--chat-template none`.")
-    for name in ("max_tokens", "batch_size", "limit"):
+    for name in ("max_new_tokens", "batch_size", "limit"):
         value = getattr(flags, name)
         if value is not None and value < 1:
             raise ValueError(f"{flag(name)} must be positive; got {value}.")

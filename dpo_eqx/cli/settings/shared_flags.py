@@ -104,14 +104,21 @@ def parse_flags(
     return kind(**ungrouped(made))
 
 
-# What the commands that draw from a policy call two flags, besides their names in all commands.
-OTHER_NAMES = {"--policy": "--model", "--prompts": "--data"}
+# Other names of flags in the commands that draw from a policy.
+OTHER_NAMES = {
+    "--policy": "--model",
+    "--prompts": "--data",
+    "--max-tokens": "--max-new-tokens",
+}
 
 
 def in_shared_names(arguments: Sequence[str]) -> list[str]:
-    """The arguments with `--model` for `--policy`, and with `--data` for `--prompts`."""
+    """The arguments with each of `OTHER_NAMES` replaced by the name that all commands share."""
     parts = (word.partition("=") for word in arguments)
-    return [OTHER_NAMES.get(name, name) + equals + value for name, equals, value in parts]
+    return [
+        OTHER_NAMES.get(name.replace("_", "-"), name) + equals + value
+        for name, equals, value in parts
+    ]
 
 
 def check_writable(flag: str, path: Path | None) -> None:
