@@ -28,6 +28,9 @@ PAGES = {
 }
 LINK = re.compile(r"(\]\()([^)\s#]+)(#[^)\s]*)?(\))")
 INLINE = re.compile(r'<span class="arithmatex">\\\((.*?)\\\)</span>', re.S)
+# Functions whose argument follows without a parenthesis, and a minus that is a sign.
+APPLIED = re.compile(r"(<mi>(?:log|exp|max|min)</mi>)(?=<m(?:i|sub|frac|row|o>&#x02212;))")
+SIGN = re.compile(r"(<mo[^>]*>(?:\[|&#x00028;|&#x0005B;|&#x0003D;)</mo>)<mo>(&#x02212;)</mo>")
 BLOCK = re.compile(r'<div class="arithmatex">\\\[(.*?)\\\]</div>', re.S)
 # What a browser loads by itself, unlike the targets of links.
 LOADED = re.compile(
@@ -92,9 +95,10 @@ def mathml(tex: str, display: str, place: str) -> str:
     written = convert(tex, display=display)
     if "\\" in written:
         raise PluginError(f"{place}: no MathML for the LaTeX {tex!r}.")
-    if display == "block":
-        return f'<div class="math">{written}</div>'
-    return written
+    written = APPLIED.sub(r'\1<mspace width="0.167em"/>', written)
+    written = SIGN.sub(r'\1<mo form="prefix">\2</mo>', written)
+    kind = "div" if display == "block" else "span"
+    return f'<{kind} class="math">{written}</{kind}>'
 
 
 def add(files: Files, config: MkDocsConfig, place: str, source: str) -> None:
