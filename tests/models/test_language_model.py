@@ -11,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from dpo_eqx import models
 
+from .golden import shaken
 from .make_families import read_golden, write_checkpoint
 
 GOLDEN = read_golden()
@@ -136,3 +137,44 @@ def test_qwen_with_images_and_with_a_head_for_a_second_token(tmp_path):
     saved = json.loads((tmp_path / "saved" / "config.json").read_text())
     assert saved["architectures"] == ["Qwen3_5ForCausalLM"]
     assert saved["model_type"] == "qwen3_5_text"
+
+
+@pytest.fixture(scope="module")
+def with_adapters(tmp_path_factory):
+    """The language model of a checkpoint with images, and its adapters."""
+    folder = tmp_path_factory.mktemp("vision")
+    inner = write_checkpoint(GOLDEN["gemma3"], folder / "inner")
+    with pytest.warns(UserWarning, match="2 tensors of other parts"):
+        base = models.load(outer_folder(inner, "gemma3", "newer", folder / "outer"))
+    target = r"attention\.(query|value)"
+    return base, shaken(models.add_lora(base, rank=2, target=target, key=jax.random.key(0)))
+
+
+def test_adapters_have_the_names_of_the_whole_checkpoint(with_adapters, tmp_path):
+    base, policy = with_adapters
+    models.save_lora(policy, tmp_path)
+    names = load_file(tmp_path / "adapter_model.safetensors").keys()
+    front = "base_model.model.model.language_model.layers."
+    assert len(names) == 12
+    assert all(name.startswith(front) for name in names)
+    targets = json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]
+    # No name may be the end of a name in the vision tower.
+    assert all(name.startswith("model.language_model.layers.") for name in targets)
+    assert eqx.tree_equal(models.load_lora(base, tmp_path), policy)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_adapters_of_the_whole_checkpoint_are_read(with_adapters, form, tmp_path):
+    base, policy = with_adapters
+    models.save_lora(policy, tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    front, prefix = "base_model.model.", FORMS[form][0]
+    renamed = {k.replace("model.language_model.", prefix): x for k, x in tensors.items()}
+    vision = f"{front}vision_tower.layers.0.self_attn.q_proj.lora_A.weight"
+    renamed |= {vision: np.ones((2, 3), np.float32)}
+    save_file(renamed, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
+    values = json.loads((tmp_path / "adapter_config.json").read_text())
+    values["target_modules"] = r".*language_model.*\.(q_proj|v_proj)|.*vision_tower.*\.q_proj"
+    (tmp_path / "adapter_config.json").write_text(json.dumps(values))
+    with pytest.warns(UserWarning, match="1 tensors of other parts"):
+        assert eqx.tree_equal(models.load_lora(base, tmp_path), policy)

@@ -61,19 +61,38 @@ def inner_origin(origin: Origin) -> Origin:
     return Origin(files, inner_config(origin.config), origin.config["model_type"])
 
 
-def keep_language_model(weights: Weights) -> None:
-    """Keeps only the language model's tensors, under plain names; a warning counts the rest."""
-    others = _leave_out(weights, _OTHER_PARTS)
+def keep_language_model(weights: Weights, front: str = "") -> str:
+    """Keeps only the language model's tensors, under plain names; a warning counts the rest.
+
+    **Arguments:**
+
+    - `weights`: the tensors of a checkpoint, or of an adapter.
+    - `front`: what stands in front of each name, also of the plain ones.
+
+    **Returns:**
+
+    What the names had in place of `model.`; `""` if they were plain.
+    """
+    others = _leave_out(weights, _OTHER_PARTS, front)
+    prefix = ""
     for name in list(weights.shapes):
-        plain = _PREFIX.sub("", name)
-        if plain != name:
-            weights.rename(name, plain if plain.startswith("lm_head.") else f"model.{plain}")
+        if match := _PREFIX.match(name.removeprefix(front)):
+            plain = name.removeprefix(front)[match.end() :]
+            plain = plain if plain.startswith("lm_head.") else f"model.{plain}"
+            weights.rename(name, front + plain)
+            prefix = max(prefix, match[0], key=len)
     if others:
         warnings.warn(
             f"{weights.folder} holds a language model and {len(others)} tensors of other parts, "
             f"such as {min(others)}. Only the language model is loaded.",
             stacklevel=3,
         )
+    return prefix
+
+
+def outer_name(name: str) -> str:
+    """The name of a module of the language model in the whole checkpoint, in the newer form."""
+    return re.sub(r"^model\.", "model.language_model.", name)
 
 
 def leave_out_heads(weights: Weights, pattern: str) -> None:
@@ -93,9 +112,9 @@ def leave_out_heads(weights: Weights, pattern: str) -> None:
         )
 
 
-def _leave_out(weights: Weights, pattern: re.Pattern[str]) -> list[str]:
-    """Leaves out the tensors whose name matches; returns their names."""
-    names = [name for name in weights.shapes if pattern.search(name)]
+def _leave_out(weights: Weights, pattern: re.Pattern[str], front: str = "") -> list[str]:
+    """Leaves out the tensors whose name matches behind `front`; returns their names."""
+    names = [name for name in weights.shapes if pattern.search(name.removeprefix(front))]
     for name in names:
         weights.drop(name)
     return names

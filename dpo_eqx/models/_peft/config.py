@@ -72,6 +72,8 @@ class PeftConfig:
     - `layers`: the numbers of the layers with adapters; `None` for all.
     - `layer_names`: the names of the lists that `layers` counts in.
     - `ranks`, `alphas`: ranks and alphas by regular expressions for the ends of names.
+    - `outer`: what names have in place of `model.`, if the adapter is one of a checkpoint that
+        holds more than a language model; `""` if it is not.
     """
 
     rank: int
@@ -87,9 +89,11 @@ class PeftConfig:
     layer_names: tuple[str, ...] = ()
     ranks: Mapping[str, int] = dataclasses.field(default_factory=dict)
     alphas: Mapping[str, float | int] = dataclasses.field(default_factory=dict)
+    outer: str = ""
 
     def has(self, module: str) -> bool:
         """Whether the module of this name has an adapter."""
+        module = self._in_file(module)
         if _named(self.excluded, module):
             return False
         if self.targets == "all-linear":
@@ -100,13 +104,17 @@ class PeftConfig:
 
     def rank_of(self, module: str) -> int:
         """The rank of the module's adapter."""
-        return _by_pattern(self.ranks, module, self.rank)
+        return _by_pattern(self.ranks, self._in_file(module), self.rank)
 
     def scale_of(self, module: str) -> float:
         """The factor of the adapter's term."""
         rank = self.rank_of(module)
-        alpha = _by_pattern(self.alphas, module, self.alpha)
+        alpha = _by_pattern(self.alphas, self._in_file(module), self.alpha)
         return lora_scale(alpha, rank, rank_stabilised=self.rank_stabilised)
+
+    def _in_file(self, module: str) -> str:
+        """The name of a module in the checkpoint that the adapter was trained on."""
+        return re.sub(r"^model\.", self.outer, module) if self.outer else module
 
     def _layer(self, module: str) -> int | None:
         patterns = [rf"(?:^|.*?\.){name}\.(\d+)\." for name in self.layer_names]

@@ -26,10 +26,11 @@ from .._adapters.quantize import is_linear, weight_shape
 from .._adapters.whole_module import WholeModule
 from .._checkpoint.families import FAMILIES
 from .._checkpoint.folder import ADAPTER, ADAPTER_CONFIG, Weights, read_json, resolve
+from .._checkpoint.language_model import keep_language_model, outer_name
 from .._decoder.transformer import Transformer
 from .adapter_paths import is_by_path, read_by_path, write_by_path
 from .checkpoint_layers import Pair, Site, join, linear_shapes, short_names, sites_of, split
-from .checks import check_sites, check_tensors, magnitude_name, tensor_name
+from .checks import PREFIX, check_sites, check_tensors, magnitude_name, tensor_name
 from .config import PeftConfig, read_peft, write_peft
 from .magnitudes import Lengths, read_lengths, with_lengths, write_lengths
 from .whole_modules import (
@@ -53,7 +54,8 @@ def load_lora(
     They compute the same as in PEFT, except that an adapter of the unembedding has no dropout. If
     only some layers of a stack have an adapter, the others get one with $A$ and $B$ zero, which no
     gradient changes. GPT-2's queries, keys and values are one layer in its checkpoints; each gets
-    its own adapter.
+    its own adapter. Of an adapter of a model with images, the language model's part is read, and a
+    warning counts the other tensors.
 
     Adapters of any other Equinox module, which `save_lora` wrote, are found by the paths of its
     layers and loaded bit for bit. Such a module may already have the same adapters, which are
@@ -103,6 +105,7 @@ def load_lora(
 def _load_peft(policy: Transformer, folder: Path, config: PeftConfig) -> Transformer:
     check_no_adapters(policy)
     weights = Weights(folder, ADAPTER)
+    config = dataclasses.replace(config, outer=keep_language_model(weights, PREFIX))
     shapes = linear_shapes(policy)
     sites = [site for site in sites_of(policy, shapes) if any(map(config.has, site.names()))]
     check_sites(config, sites_of(policy, shapes), sites)
@@ -143,7 +146,8 @@ def save_lora(policy: PyTree, path: str | os.PathLike[str], *, base: str | None 
 
     The file is exactly equivalent to the policy's adapters. GPT-2's queries, keys and values are
     one layer in its checkpoints: if their adapters do not share $A$, that layer's adapter has the
-    sum of their ranks.
+    sum of their ranks. If the policy is the language model of a checkpoint with images, the adapter
+    is one of that whole checkpoint.
 
     PEFT has names only for the layers of a `Transformer`. The adapters of any other Equinox module
     are written by the paths of their layers, such as `"mlp.layers.0"`, for `load_lora`.
@@ -182,7 +186,7 @@ def _in_peft(
     tensors, modules = write_modules(policy, whole)
     ranks: dict[str, int] = {}
     scales: dict[str, float] = {}
-    sites = sites_of(policy, pairs)
+    sites, is_inner = sites_of(policy, pairs), policy.origin.outer is not None
     dora = any(lora.magnitude is not None for lora in found.values())
     for site in sites:
         pair = join(site, pairs)
@@ -196,7 +200,11 @@ def _in_peft(
                 tensors[tensor_name(name, "B")] = np.ascontiguousarray(pair.up[layer])
                 if lengths is not None:
                     tensors[magnitude_name(name)] = np.ascontiguousarray(lengths[layer])
-                name = short_names(policy)[site.module] if all_layers else name
+                if is_inner:
+                    # A short name could be one of another part, such as a vision tower.
+                    name = outer_name(name)
+                elif all_layers:
+                    name = short_names(policy)[site.module]
                 ranks[name], scales[name] = pair.down.shape[1], pair.scale
     transposed = any(site.transposed for site in sites)
     config = write_peft(
@@ -212,6 +220,8 @@ def _in_peft(
         transposed=transposed,
         base=base,
     )
+    if is_inner:
+        tensors = {PREFIX + outer_name(k.removeprefix(PREFIX)): x for k, x in tensors.items()}
     return tensors, config
 
 
