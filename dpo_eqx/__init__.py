@@ -13,6 +13,7 @@ from ._arrays.loss_values import PairLoss as PairLoss, UnpairedLoss as UnpairedL
 from ._arrays.metrics import Metrics as Metrics
 from ._arrays.packed import PackedBatch as PackedBatch, PackedLayout as PackedLayout
 from ._arrays.tokens import Tokens as Tokens
+from ._diagnosis.ches import ches as ches
 from ._diagnosis.compare import (
     Comparison as Comparison,
     ScoredComparison as ScoredComparison,
