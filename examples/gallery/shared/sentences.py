@@ -101,6 +101,25 @@ class Table(eqx.Module):
         return self.logits.at[jnp.stack(prefixes)].get(mode="clip")
 
 
+class Chain(eqx.Module):
+    """A policy whose next token depends on its position and on the last token.
+
+    It has far fewer parameters than a `Table`, so it needs fewer pairs. If the reference is a
+    chain and the reward is `random_reward`, the optimum is a chain, too.
+    """
+
+    logits: Float[Array, "length vocab vocab"]
+
+    def __call__(self, ids: Int[Array, " length"]) -> Float[Array, "length vocab"]:
+        # The last position predicts nothing if the row is the prompt and `length` tokens.
+        return self.logits.at[jnp.arange(len(ids)), ids].get(mode="clip")
+
+    @staticmethod
+    def uniform(language: Language) -> "Chain":
+        """The chain that draws the next token uniformly."""
+        return Chain(jnp.zeros((language.length, language.vocab, language.vocab)))
+
+
 class Network(eqx.Module):
     """A policy with one hidden layer on the one-hot prefix, so that prefixes share parameters."""
 
@@ -155,6 +174,14 @@ def fit(policy: PyTree, language: Language, target: PerSentence, steps: int, rat
 
     fitted, _ = jax.lax.scan(step, (params, optimizer.init(params)), length=steps)
     return eqx.combine(fitted[0], static)
+
+
+def random_task(language: Language, key: PRNGKeyArray) -> tuple[Chain, PerSentence]:
+    """A reference, which is a chain fitted to a random grammar, and a random reward."""
+    for_grammar, for_reward = jax.random.split(key)
+    grammar = jax.jit(language.log_probs)(bigrams(language, for_grammar))
+    fitted = jax.jit(lambda target: fit(Chain.uniform(language), language, target, 500, rate=0.2))
+    return fitted(grammar), random_reward(language, for_reward)
 
 
 def random_reward(language: Language, key: PRNGKeyArray) -> PerSentence:
