@@ -23,10 +23,12 @@ from jaxtyping import Array, PyTree
 from .dtypes import at_least_float32
 from .mapped_axes import vary
 
-# The axes over which the rows of a batch are split, together; and all axes. The last axis varies
-# fastest over the devices, so that it stays within a host if it can.
+# The axes over which the rows of a batch are split, together; the axis over which heads and wide
+# layers are split; and all axes. The last axis varies fastest over the devices, so that it stays
+# within a host if it can.
 ROWS = ("data", "fsdp")
-AXES = (*ROWS, "tensor")
+TENSOR = "tensor"
+AXES = (*ROWS, TENSOR)
 
 Arguments = ParamSpec("Arguments")
 Returned = TypeVar("Returned")

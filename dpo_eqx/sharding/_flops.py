@@ -9,6 +9,9 @@ from typing import Any
 
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
+from .._jax.by_platform import CUDA, OTHER
+from .._jax.platform_rules import RULE, traced_rule
+
 
 def flops(program: Any, platform: str) -> int:
     """The operations of a program on all of its devices together.
@@ -27,6 +30,9 @@ def _of(equation: Any, platform: str) -> int:
     inner = [flops(program, platform) for program in _programs(parameters)]
     if name == "dot_general":
         return _of_dot(equation)
+    if name == RULE:
+        # Splash attention counts as the blocks that it stands for.
+        return flops(traced_rule(equation, platform if platform == CUDA else OTHER), platform)
     if name in ("ragged_dot", "ragged_dot_general"):
         # (rows, width) by (groups, width, out): each row meets the matrix of its group.
         return 2 * math.prod(equation.outvars[0].aval.shape) * equation.invars[1].aval.shape[-2]

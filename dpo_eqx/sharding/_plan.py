@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from jaxtyping import PyTree
 
-from .._jax.by_platform import assume_kernel
+from .._jax.gpus import assume
 from .._jax.partitioning import ROWS
 from .._jax.paths import leaf_name
 from .._scoring.score import score_pairs
@@ -26,6 +26,12 @@ from ._mesh import make_mesh
 from ._policy import placement
 from ._rules import Rules
 from ._targets import Target, find_target
+
+_ATTENTION = {
+    "cudnn": "cuDNN's kernel",
+    "splash": "JAX's splash kernel",
+    "blocks": "in blocks of queries",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +47,7 @@ class Plan:
     - `flops_needed`: operations of a step that computes nothing twice; `flops_done`: those of this
         one. Products count, and nothing else. Both are those of the whole step over the number of
         devices.
-    - `attention`: `"cudnn"` if the program calls cuDNN's kernel, otherwise `"blocks"`.
+    - `attention`: the kernel that the program calls, `"cudnn"` or `"splash"`, or `"blocks"`.
     - `seconds`: the least time for arithmetic, memory (each argument read and each result written
         once) and links, at the full rates of the chip; empty if they are not known.
     - `compile_seconds`: how long XLA took.
@@ -86,9 +92,7 @@ class Plan:
             "sent to others": in_bytes(self.collective_bytes),
             "operations": f"{self.flops_done:.3g} done, {self.flops_needed:.3g} needed "
             f"({ratio:.2f} times)",
-            "attention": {"cudnn": "cuDNN's kernel", "blocks": "in blocks of queries"}[
-                self.attention
-            ],
+            "attention": _ATTENTION[self.attention],
         }
         lines |= {
             f"least time, {name}": f"{seconds * 1e3:.3g} ms" + self._binds(name)
@@ -161,7 +165,7 @@ def plan(
         return eqx.filter(step(*arguments), eqx.is_array)
 
     policy_arrays, state_arrays, *rest = dynamic
-    with assume_kernel(chips.has_kernel):
+    with assume(chips.capability):
         traced = jax.jit(run, donate_argnums=(0, 1)).trace(policy_arrays, state_arrays, rest)
         needed = _needed(score, placed, trainable, reference_of, chips.platform)
         started = time.perf_counter()
@@ -196,10 +200,16 @@ def _read(
         collective_bytes=sent,
         flops_needed=needed // count,
         flops_done=work,
-        attention="cudnn" if "__cudnn$fmha" in text else "blocks",
+        attention=_attention_of(text),
         seconds=times,
         compile_seconds=seconds,
     )
+
+
+def _attention_of(text: str) -> str:
+    if "__cudnn$fmha" in text:
+        return "cudnn"
+    return "splash" if "splash_mha" in text else "blocks"
 
 
 def _needed(score: Score, placed: Any, trainable: PyTree, reference_of: Any, platform: str) -> int:

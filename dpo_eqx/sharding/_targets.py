@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 import jax
 from jax.experimental import topologies
 
+from .._jax.gpus import Capability
+
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
@@ -32,18 +34,18 @@ class Chip:
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """Some devices of one kind. `name` is as the user gave it, and `platform` as JAX names it."""
+    """Some devices of one kind.
+
+    - `name`: as the user gave it.
+    - `platform`: as JAX names it.
+    - `capability`: of NVIDIA GPUs that are not here.
+    """
 
     name: str
     chip: Chip
     platform: str
     devices: Sequence[jax.Device]
-    is_here: bool = False
-
-    @property
-    def has_kernel(self) -> bool | None:
-        """Whether the devices have cuDNN's attention kernel; `None` if they can be asked."""
-        return None if self.is_here else self.platform == "cuda"
+    capability: Capability | None = None
 
 
 # From the vendors' data sheets. NVLink and PCIe are counted in one direction, and the links between
@@ -67,7 +69,13 @@ _GPUS = {
     "b200": {"core_count": 148, "l2_cache_size": 132644864, "clock_rate_ghz": 1.965},
     "l4": {"core_count": 58, "l2_cache_size": 50331648, "clock_rate_ghz": 2.04},
 }
-_CAPABILITY = {"a100": (8, 0), "h100": (9, 0), "h200": (9, 0), "b200": (10, 0), "l4": (8, 9)}
+_CAPABILITY = {
+    "a100": Capability(8, 0),
+    "h100": Capability(9, 0),
+    "h200": Capability(9, 0),
+    "b200": Capability(10, 0),
+    "l4": Capability(8, 9),
+}
 # Bytes of shared memory in a core, for chips that differ from Hopper and Blackwell.
 _SHARED_MEMORY = {"a100": 167936, "l4": 102400}
 _GPUS_OF_A_HOST = 8
@@ -99,7 +107,8 @@ def find_target(name: str) -> Target:
             f"for TPUs, a topology, such as 'h100:8' or 'v5e:2x2'; got {name!r}."
         )
     if chip in _GPUS:
-        return Target(name, CHIPS[chip], "cuda", _gpus(name, chip, _count(name, size)))
+        gpus = _gpus(name, chip, _count(name, size))
+        return Target(name, CHIPS[chip], "cuda", gpus, _CAPABILITY[chip])
     return Target(name, CHIPS[chip], "tpu", _tpus(name, chip, size))
 
 
@@ -130,12 +139,12 @@ def _here(name: str, count: int) -> Target:
         raise ValueError(f"`target` needs {count} devices; there are {len(devices)} here.")
     first = devices[0]
     if first.platform == "cpu":
-        return dataclasses.replace(_cpus(name, count), devices=devices[:count], is_here=True)
+        return dataclasses.replace(_cpus(name, count), devices=devices[:count])
     chip = _of_kind(first.device_kind)
     memory = (first.memory_stats() or {}).get("bytes_limit") or chip.memory
     platform = "cuda" if first.platform == "gpu" else first.platform
     chip = dataclasses.replace(chip, memory=memory)
-    return Target(name, chip, platform, devices[:count], is_here=True)
+    return Target(name, chip, platform, devices[:count])
 
 
 def _of_kind(kind: str) -> Chip:

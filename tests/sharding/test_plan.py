@@ -13,8 +13,8 @@ from jax.experimental import topologies
 
 import dpo_eqx as dpx
 from dpo_eqx import models, sharding
-from dpo_eqx._jax.by_platform import assume_kernel
 from dpo_eqx.cli._main import main
+from dpo_eqx.models._decoder.attention import attend
 from dpo_eqx.sharding._collectives import _lines, _times, collectives
 from dpo_eqx.sharding._flops import flops
 from dpo_eqx.sharding._plan import Plan, _needed
@@ -111,25 +111,18 @@ def test_operations_of_each_kind_of_product():
     assert counted(chosen, (3, 5), (5, 5), platform="tpu") == 2 * 2 * 3 * 5 * 5
 
 
-def test_the_kernel_is_in_a_program_for_a_gpu_that_is_not_here():
-    """It is not in the same program for a device without it."""
-    config = dataclasses.replace(CONFIG, remat=False)
-    policy = eqx.filter_eval_shape(models.Transformer, config, key=jax.random.key(0))
-    arrays, static = eqx.partition(policy, lambda x: isinstance(x, jax.ShapeDtypeStruct))
+def test_operations_of_attention_on_each_platform():
+    """The backward pass of cuDNN's kernel runs its forward pass again."""
+    config = models.Config(vocab=1, width=1, layers=1, heads=4, key_heads=2, head_width=16)
+    shapes = [jax.ShapeDtypeStruct((2, 8, heads, 16), jnp.bfloat16) for heads in (4, 2, 2)]
 
-    def total(arrays, ids):
-        narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), arrays)
-        return eqx.combine(narrow, static)(ids).sum()
+    def total(*operands):
+        return attend(*operands, None, config=config).sum()
 
-    ids = jax.ShapeDtypeStruct((16,), jnp.int32)
-    for is_there in (True, False):
-        with assume_kernel(is_there):
-            # Another function each time, since JAX keeps what it traced.
-            traced = jax.jit(jax.grad(lambda arrays, ids: total(arrays, ids))).trace(arrays, ids)
-            text = traced.lower(lowering_platforms=("cuda",)).as_text()
-        assert ("__cudnn$fmha" in text) == is_there
-        done, without = (flops(traced.jaxpr, platform) for platform in ("cuda", "cpu"))
-        assert done == without > 0
+    program = jax.jit(jax.grad(total, (0, 1, 2))).trace(*shapes).jaxpr
+    product = 2 * 2 * 4 * 8 * 8 * 16
+    assert flops(program, "cpu") == flops(program, "tpu") == (2 + 5) * product
+    assert flops(program, "cuda") == (2 + 2 + 5) * product
 
 
 PLAN = Plan("h100", "data=1", 60, 30, 100, 90, 7, 10, 12, "cudnn", {}, 1.0)
@@ -287,9 +280,7 @@ def test_the_devices_of_this_process_are_a_target():
     assert list(found.devices) == jax.devices()[:2]
     assert found.platform == "cpu"
     assert found.chip.memory > 0
-    # They can be asked for the kernel, so nothing is assumed.
-    assert found.has_kernel is None
-    assert find_target("cpu:2").has_kernel is False
+    assert found.capability is None
 
 
 @pytest.mark.parametrize(

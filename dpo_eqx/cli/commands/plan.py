@@ -79,7 +79,7 @@ class PlanFlags:
     remat: bool = False
     """Recompute each layer in the backward pass, which saves memory."""
     fused: bool = True
-    """Use cuDNN's attention kernel in half precision on a GPU that has it."""
+    """Use the attention kernel of the GPU or the TPU, if there is one that fits."""
     precompute_reference: bool = False
     """The reference's log-probabilities are computed once, before training."""
     largest_batch: bool = False

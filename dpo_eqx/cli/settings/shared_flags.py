@@ -49,7 +49,7 @@ class Loading(CompilationFlags):
     dtype: Dtype | None = None
     """Parameter dtype (default: as stored in the checkpoint)."""
     fused: bool = True
-    """Use cuDNN's attention kernel in half precision on a GPU that has it."""
+    """Use the attention kernel of the GPU or the TPU, if there is one that fits."""
     mesh: str | None = None
     """The mesh of devices, `data=4,fsdp=2,tensor=1`. Rows are split over data and fsdp, parameters
     over fsdp and tensor (default: one device)."""

@@ -16,10 +16,11 @@ from jaxtyping import Array, Bool, Float, Integer, PRNGKeyArray
 from ..._arrays.layout import Layout
 from ..._arrays.packed import PackedLayout
 from ..._arrays.tokens import as_ids
+from .attended import attended, attended_and_normaliser
 from .basic_layers import dropout
-from .blockwise import blockwise, blockwise_and_normaliser, scores_of
+from .blockwise import scores_of
 from .config import Config
-from .fused import fits, fused
+from .how import Form, How
 
 # Number of blocks of queries in a packed row. More blocks skip more keys that no query sees, but
 # take longer to compile.
@@ -90,6 +91,8 @@ def attend_by_layout(
         )
     width = layout.prompt_width
     keys = iter(_split(rng, 1 + len(masks.completions)))
+    # A window hides other keys from each query.
+    form: Form = "any" if any(config.windows) else "keys"
     prompt_key, prompt_value = key[None, :width], value[None, :width]
     outputs = [
         attend(
@@ -114,6 +117,7 @@ def attend_by_layout(
             mask,
             sinks=sinks,
             config=config,
+            form=form,
             rng=next(keys),
         )
         outputs.append(output.reshape(-1, *output.shape[2:]))
@@ -137,8 +141,7 @@ def _attend_packed(
     outputs = []
     for start, block_rng in zip(starts, _split(rng, len(starts)), strict=True):
         queries = slice(start, min(start + block, layout.length))
-        # Start at an even key: the fused kernel has a gradient only for an even number of keys.
-        first = max(start + 1 - layout.longest_pair, 0) // 2 * 2
+        first = max(start + 1 - layout.longest_pair, 0)
         keys = slice(first, queries.stop)
         parts = query[None, queries], key[None, keys], value[None, keys]
         seen = mask[queries, keys]
@@ -154,28 +157,26 @@ def attend(
     *,
     sinks: Float[Array, " heads"] | None = None,
     config: Config,
+    form: Form = "any",
     rng: PRNGKeyArray | None = None,
 ) -> Float[Array, "batch query heads head_width"]:
     """Attention with grouped heads; causal without a mask.
 
     Scores and their softmax are in float32 or wider. Each head's sink is one more score of the
-    softmax, without a value.
+    softmax, without a value. `form` describes the mask, if there is one.
     """
-    scale, softcap = config.attention_scale, config.attention_softcap
     rng = rng if config.dropout_rate("attention") > 0 else None
-    # The kernel has no sinks, nor the normaliser that they need.
-    if rng is None and sinks is None and config.fused and fits(query, key, softcap):
-        return fused(scale, query, key, value, mask)
-    if mask is None:
-        mask = jnp.tri(query.shape[1], dtype=bool)
     groups = query.shape[2] // key.shape[2]
     # (batch, query, key_heads, groups, head_width): the heads of a group share keys and values.
     grouped = query.reshape(*query.shape[:2], key.shape[2], groups, query.shape[3])
     if rng is not None:
-        return _dropped(grouped, key, value, sinks, mask, config, rng).reshape(query.shape)
+        seen = jnp.tri(query.shape[1], dtype=bool) if mask is None else mask
+        return _dropped(grouped, key, value, sinks, seen, config, rng).reshape(query.shape)
+    form = "causal" if mask is None else form
+    how = How(config.attention_scale, config.attention_softcap, form, config.fused)
     if sinks is None:
-        return blockwise(scale, softcap, grouped, key, value, mask).reshape(query.shape)
-    output, normaliser = blockwise_and_normaliser(scale, softcap, grouped, key, value, mask)
+        return attended(how, grouped, key, value, mask).reshape(query.shape)
+    output, normaliser = attended_and_normaliser(how, grouped, key, value, mask)
     share = share_beside(sinks.reshape(*grouped.shape[2:4], 1), normaliser)
     return (output * share.astype(output.dtype)).reshape(query.shape)
 

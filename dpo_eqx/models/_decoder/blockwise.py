@@ -1,59 +1,43 @@
 """The products of attention and their derivatives, a block of queries at a time.
 
-`attention.py` makes the mask, and applies dropout to the weights.
+`attended.py` makes one function of them, and `attention.py` makes the mask.
 """
-
-from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
+from ..._jax.by_platform import CPU
 from ..._jax.dtypes import at_least_float32
-from ..._jax.linear_map import per_tile, with_transpose
+from ..._jax.linear_map import per_tile
 from ..._jax.mapped_axes import vary_alike
 from ..._jax.microbatches import nearest_divisor
 
-# The name of the residuals of attention's backward pass, for a policy of `jax.checkpoint`.
-ATTENDED = "attended"
 # Scores of one row held at once; there are as many rows as pairs. On a CPU they fit its cache,
 # elsewhere they take 64 MiB of float32.
-SCORES_AT_ONCE = {"cpu": 2**19}
+SCORES_AT_ONCE = {CPU: 2**19}
 SCORES_AT_ONCE_ELSEWHERE = 2**24
 
 
-def blockwise(
-    scale: float,
-    softcap: float | None,
+def block_size(
+    platform: str,
     query: Float[Array, "batch query key_heads groups head_width"],
     key: Float[Array, "batch key key_heads head_width"],
-    value: Float[Array, "batch key key_heads head_width"],
-    mask: Bool[Array, "query key"],
-) -> Float[Array, "batch query key_heads groups head_width"]:
-    """Attention with grouped heads: the heads of a group share a key and a value.
-
-    The backward pass computes the weights again from each query's normaliser. Storing them would
-    cost more memory and more time.
-
-    **Arguments:**
-
-    - `scale`: the factor of the scores.
-    - `softcap`: the soft cap of the scaled scores, or `None`.
-    - `query`, `key`, `value`: shapes `(batch, query, key_heads, groups, head_width)` and, for the
-        last two, `(batch, key, key_heads, head_width)`.
-    - `mask`: true where a query sees a key. Shape `(query, key)`.
-
-    **Returns:**
-
-    The weighted sums of values, in the shape of `query`.
-    """
-    return blockwise_and_normaliser(scale, softcap, query, key, value, mask)[0]
+) -> int:
+    """The number of queries in a block, which bounds the scores held at once."""
+    length = query.shape[1]
+    heads = query.shape[0] * query.shape[2] * query.shape[3]
+    at_once = SCORES_AT_ONCE.get(platform, SCORES_AT_ONCE_ELSEWHERE)
+    wanted = max(1.0, heads * length * key.shape[1] / at_once)
+    count = nearest_divisor(length, wanted)
+    # A length with few divisors is padded.
+    return length // count if count / 2 <= wanted <= count * 2 else -(-length // round(wanted))
 
 
-def blockwise_and_normaliser(
+def forward(
     scale: float,
     softcap: float | None,
+    size: int,
     query: Float[Array, "batch query key_heads groups head_width"],
     key: Float[Array, "batch key key_heads head_width"],
     value: Float[Array, "batch key key_heads head_width"],
@@ -62,17 +46,11 @@ def blockwise_and_normaliser(
     Float[Array, "batch query key_heads groups head_width"],
     Float[Array, "batch query key_heads groups 1"],
 ]:
-    """What `blockwise` returns, and the logarithm of the sum over the keys, in float32 or wider.
+    """The output and the normaliser of each query's scores, in float32 or wider.
 
-    The arguments are as there.
+    The arguments are those of `attended`, and the number of queries in a block.
     """
-    return _attended(scale, softcap, query, key, value, mask)
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _attended(scale, softcap, query, key, value, mask):
-    """The output, and the normaliser of each query's scores for the derivatives."""
-    size, length = _block_size(query, key), query.shape[1]
+    length = query.shape[1]
 
     def block(operands):
         query, mask = operands
@@ -84,24 +62,11 @@ def _attended(scale, softcap, query, key, value, mask):
         normaliser = factor * jnp.moveaxis(peak, 3, 1) + jnp.log(total)
         return (product / total).astype(value.dtype), normaliser
 
-    blocks = jax.lax.map(block, (_blocks(query, size, 1), _blocks(mask, size, 0)))
-    return tuple(_unblocked(x, length) for x in blocks)
+    output, normaliser = jax.lax.map(block, (_blocks(query, size, 1), _blocks(mask, size, 0)))
+    return _unblocked(output, length), _unblocked(normaliser, length)
 
 
-@_attended.defjvp
-def _attended_jvp(scale, softcap, primals, tangents):
-    # Named here: a policy of `jax.checkpoint` does not look into a `custom_jvp`.
-    results = checkpoint_name(_attended(scale, softcap, *primals), ATTENDED)
-    operands = vary_alike(tuple(tangents[:3]), primals)[0]
-    return results, with_transpose(
-        partial(_push, scale, softcap, primals, results),
-        partial(_pull, scale, softcap, primals, results),
-        operands,
-        results,
-    )
-
-
-def _push(scale, softcap, primals, results, tangents):
+def push(scale, softcap, size, primals, results, tangents):
     r"""The tangents of the output and the normalisers, from those of query, key and value.
 
     With weights $P$ and tangents $dS$ of the scores, the tangent of a normaliser is the mean of
@@ -127,14 +92,14 @@ def _push(scale, softcap, primals, results, tangents):
         moved = moved + _product("bskh,bkgts->btkgh", in_value, weights.astype(narrow))
         return (moved - mean * output.astype(wide)).astype(output.dtype), mean
 
-    size, length = _block_size(query, key), query.shape[1]
+    length = query.shape[1]
     operands = [_blocks(x, size, 1) for x in (in_query, query, output, normaliser)]
     blocks = jax.lax.map(block, (*operands, _blocks(mask, size, 0)))
     return tuple(_unblocked(x, length) for x in blocks)
 
 
-def _pull(scale, softcap, primals, results, cotangents):
-    r"""The transpose of `_push`.
+def pull(scale, softcap, size, primals, results, cotangents):
+    r"""The transpose of `push`.
 
     With $P$ the weights, $O$ the output and $dN$ the normaliser's cotangent, the slope in a score
     is $P (dO V^T - dO \cdot O + dN)$.
@@ -165,7 +130,7 @@ def _pull(scale, softcap, primals, results, cotangents):
         in_value = _product("btkgh,bksgt->bskh", cotangent, weights)
         return jax.tree.map(jnp.add, sums, (in_key, in_value)), in_query
 
-    size, length = _block_size(query, key), query.shape[1]
+    length = query.shape[1]
     operands = [_blocks(x, size, 1) for x in (query, cotangent, mean, normaliser)]
     zeros = jnp.zeros_like(key, wide), jnp.zeros_like(value, wide)
     sums, in_query = jax.lax.scan(
@@ -179,7 +144,7 @@ def scores_of(scale, softcap, query, key, mask, *, keys_first=False) -> tuple[Ar
 
     The caller multiplies by the factor after it subtracts the largest score. XLA may or may not
     fuse an earlier product with the subtraction, so that its rounding would differ from program to
-    program. The other arguments are those of `blockwise`.
+    program. The other arguments are those of `attended`.
 
     **Returns:**
 
@@ -187,7 +152,7 @@ def scores_of(scale, softcap, query, key, mask, *, keys_first=False) -> tuple[Ar
     `(batch, key_heads, key, groups, query)` with `keys_first`, as the backward pass needs them; and
     the factor.
     """
-    # This order of the operands, here and in `blockwise`, avoids copies that transpose the scores.
+    # This order of the operands, here and in `forward`, avoids copies that transpose the scores.
     if keys_first:
         scores, mask = _product("btkgh,bskh->bksgt", query, key), mask.T[:, None]
     else:
@@ -213,17 +178,6 @@ def _at_most_zero(x: Array) -> Array:
 def _product(form: str, one: Array, other: Array) -> Array:
     """An einsum that is accumulated and returned in float32 or wider."""
     return jnp.einsum(form, one, other, preferred_element_type=at_least_float32(one.dtype))
-
-
-def _block_size(query: Array, key: Array) -> int:
-    """The number of queries in a block, which bounds the scores held at once."""
-    length = query.shape[1]
-    heads = query.shape[0] * query.shape[2] * query.shape[3]
-    at_once = SCORES_AT_ONCE.get(jax.default_backend(), SCORES_AT_ONCE_ELSEWHERE)
-    wanted = max(1.0, heads * length * key.shape[1] / at_once)
-    count = nearest_divisor(length, wanted)
-    # A length with few divisors is padded.
-    return length // count if count / 2 <= wanted <= count * 2 else -(-length // round(wanted))
 
 
 def _blocks(x: Array, size: int, axis: int) -> Array:

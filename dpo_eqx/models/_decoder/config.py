@@ -137,7 +137,7 @@ class Config:
         applies only if the policy is called with a key.
     - `dropout`: whether it then applies. If not, a key only serves the dropout of adapters.
     - `remat`: whether each layer is recomputed in the backward pass rather than stored.
-    - `fused`: whether half-precision attention uses cuDNN's kernel on a GPU that has it.
+    - `fused`: whether attention uses a kernel of the GPU or the TPU, if there is one that fits.
 
     **Raises:**
 

@@ -1,145 +1,70 @@
 """Attention with cuDNN's fused kernel, which keeps no scores in memory.
 
-For all other devices, dtypes and shapes, `blockwise.py` computes the same function.
+`kernels.py` chooses it, and runs it on a mesh.
 """
 
-from collections.abc import Callable
-from functools import partial
+import contextlib
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
-from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Bool, Float
 
-from ..._jax.by_platform import assumed_kernel
-from ..._jax.linear_map import with_transpose
-from ..._jax.partitioning import mesh_of
-from .blockwise import ATTENDED, blockwise
+from ..._jax.gpus import as_if_cudnn_were_here, capability
+from .how import How
 
-KERNEL = "cudnn"
-# The widest head for which cuDNN has a gradient on every GPU since Ampere.
-WIDEST_HEAD = 128
+IMPLEMENTATION = "cudnn"
+# cuDNN has a gradient for heads of 256 on Hopper, and of 128 on every GPU since Ampere.
+_HOPPER = 9
+_WIDEST_HEAD_OF_HOPPER, _WIDEST_HEAD = 256, 128
 
 
-def fits(query: Array, key: Array, softcap: float | None) -> bool:
-    """Whether the kernel supports these arrays: half precision, even lengths, no soft cap, NVIDIA.
-
-    It is false under automatic partitioning over several devices: JAX then requires one sharding
-    for queries and keys, which grouped heads need not have. The shapes are as in `fused`.
-    """
-    (length, _, head_width), keys = query.shape[1:], key.shape[1]
-    mesh = mesh_of(query)
+def fits(how: How, query: Array | jax.ShapeDtypeStruct) -> bool:
+    """Whether the kernel supports arrays of these shapes, as in `attended`, on the GPU."""
+    head_width, (generation, _) = query.shape[-1], capability()
+    widest = _WIDEST_HEAD_OF_HOPPER if generation == _HOPPER else _WIDEST_HEAD
     return (
-        has_kernel()
-        and (mesh is None or mesh.size == 1)
+        generation >= 8
         and query.dtype in (jnp.bfloat16, jnp.float16)
-        and softcap is None
+        and how.softcap is None
         and head_width % 8 == 0
-        and head_width <= WIDEST_HEAD
-        # With a mask, the kernel's gradient requires even lengths.
-        and length % 2 == keys % 2 == 0
+        and head_width <= widest
     )
 
 
-def has_kernel() -> bool:
-    """Whether the default device of JAX is an NVIDIA GPU of the Ampere generation or later.
-
-    Inside `assume_kernel`, that decides.
-    """
-    assumed = assumed_kernel()
-    if assumed is not None:
-        return assumed
-    device = jax.devices()[0]
-    on_cuda = jax.default_backend() == "gpu" and "cuda" in device.client.platform_version
-    return on_cuda and float(device.compute_capability) >= 8
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
-def fused(
-    scale: float,
+def attention(
+    how: How,
     query: Float[Array, "batch query heads head_width"],
     key: Float[Array, "batch key key_heads head_width"],
     value: Float[Array, "batch key key_heads head_width"],
-    mask: Bool[Array, "query key"] | None,
+    *mask: Bool[Array, "batch query key"],
 ) -> Float[Array, "batch query heads head_width"]:
-    """Attention with grouped heads.
-
-    The gradient runs the kernel's forward pass again, since the kernel's backward pass needs its
-    residuals. The kernel has no forward mode and no second derivative: `blockwise` computes those.
-
-    **Arguments:**
-
-    - `scale`: the factor of the scores.
-    - `query`, `key`, `value`: in half precision. `heads` is a multiple of `key_heads`.
-    - `mask`: true where a query sees a key; `None` for a causal mask.
-    """
-    return _merging(partial(_attention, scale))(_batched(mask, query), query, key, value)
-
-
-@fused.defjvp
-def _fused_jvp(scale, primals, tangents):
-    operands, mask = primals[:3], primals[3]
-    output = checkpoint_name(fused(scale, *primals), ATTENDED)
-
-    def push(tangents):
-        return jax.jvp(partial(_unfused, scale, mask), operands, tangents)[1]
-
-    def pull(cotangent):
-        def of_kernel(cotangent, mask, *operands):
-            return jax.vjp(partial(_attention, scale, mask), *operands)[1](cotangent)
-
-        return tuple(_merging(of_kernel)(cotangent, _batched(mask, operands[0]), *operands))
-
-    return output, with_transpose(push, pull, tuple(tangents[:3]), output)
-
-
-def _unfused(
-    scale: float,
-    mask: Bool[Array, "query key"] | None,
-    query: Float[Array, "batch query heads head_width"],
-    key: Float[Array, "batch key key_heads head_width"],
-    value: Float[Array, "batch key key_heads head_width"],
-) -> Float[Array, "batch query heads head_width"]:
-    if mask is None:
-        mask = jnp.tri(query.shape[1], dtype=bool)
-    grouped = query.reshape(*query.shape[:2], key.shape[2], -1, query.shape[3])
-    return blockwise(scale, None, grouped, key, value, mask).reshape(query.shape)
-
-
-def _batched(
-    mask: Bool[Array, "query key"] | None, query: Float[Array, "batch query heads head_width"]
-) -> Bool[Array, "batch 1 query key"] | None:
-    return None if mask is None else jnp.broadcast_to(mask, (query.shape[0], 1, *mask.shape))
-
-
-def _attention(
-    scale: float,
-    mask: Bool[Array, "batch 1 query key"] | None,
-    query: Float[Array, "batch query heads head_width"],
-    key: Float[Array, "batch key key_heads head_width"],
-    value: Float[Array, "batch key key_heads head_width"],
-) -> Float[Array, "batch query heads head_width"]:
-    return jax.nn.dot_product_attention(
-        query, key, value, mask=mask, is_causal=mask is None, scale=scale, implementation=KERNEL
+    """Attention with grouped heads, on one device."""
+    length = query.shape[1]
+    # With a mask, the kernel's gradient requires even lengths.
+    query, key, value = (_padded(x, (1,)) for x in (query, key, value))
+    # No query sees the key behind the last, and nobody reads the query behind the last.
+    masks = [_padded(x, (1, 2))[:, None] for x in mask]
+    output = jax.nn.dot_product_attention(
+        query,
+        key,
+        value,
+        mask=masks[0] if masks else None,
+        is_causal=not masks,
+        scale=how.scale,
+        implementation=IMPLEMENTATION,
     )
+    return output[:, :length]
 
 
-def _merging(function: Callable) -> Callable:
-    """`function` of arrays with a batch axis, whose `vmap` rule merges the new axis into it.
+@contextlib.contextmanager
+def tracing() -> Iterator[None]:
+    """Where the kernel is traced: its own code mixes dtypes, and asks for the GPU."""
+    with as_if_cudnn_were_here(), jax.numpy_dtype_promotion("standard"):
+        yield
 
-    JAX's own rule for the kernel fails on a mask.
-    """
-    merging = custom_vmap(function)
 
-    @merging.def_vmap
-    def of_more(count, is_batched, *operands):
-        def merged(x, is_batched):
-            x = x if is_batched else jnp.broadcast_to(x, (count, *x.shape))
-            return x.reshape(-1, *x.shape[2:])
-
-        results = merging(*jax.tree.map(merged, operands, tuple(is_batched)))
-        split = jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), results)
-        return split, jax.tree.map(lambda _: True, results)
-
-    return merging
+def _padded(x: Array, axes: tuple[int, ...]) -> Array:
+    """`x` with zeros behind it along axes of odd length."""
+    behind = [(0, x.shape[axis] % 2 if axis in axes else 0) for axis in range(x.ndim)]
+    return jnp.pad(x, behind) if any(odd for _, odd in behind) else x

@@ -5,7 +5,7 @@
 
 import jax
 
-from .blockwise import ATTENDED
+from .attended import ATTENDED
 from .experts import CHOSEN, PRODUCTS
 
 # The outputs of its matrix products with weights, and of its attention. Everything in between is

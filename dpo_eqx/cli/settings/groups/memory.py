@@ -32,7 +32,7 @@ class MemoryFlags(CompilationFlags):
     remat: bool = False
     """Recompute each layer in the backward pass, which saves memory."""
     fused: bool = True
-    """Use cuDNN's attention kernel in half precision on a GPU that has it."""
+    """Use the attention kernel of the GPU or the TPU, if there is one that fits."""
     reference_offload: bool = False
     """Keep the reference in the memory of the host. Each step copies it to the device, and the
     backward pass has its room."""

@@ -1,0 +1,156 @@
+"""Attention and its derivatives as one function, by the kernels of the platform or in blocks.
+
+`blockwise.py` has the blocks, and `kernels.py` the kernels. `attention.py` makes the mask.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Float
+
+from ..._jax.by_platform import by_platform
+from ..._jax.dtypes import at_least_float32
+from ..._jax.linear_map import with_transpose
+from ..._jax.mapped_axes import vary_alike
+from ..._jax.platform_rules import Where, by_rule
+from . import blockwise, kernels
+from .how import How
+
+# The name of the residuals of attention's backward pass, for a policy of `jax.checkpoint`.
+ATTENDED = "attended"
+
+
+def attended(
+    how: How,
+    query: Float[Array, "batch query key_heads groups head_width"],
+    key: Float[Array, "batch key key_heads head_width"],
+    value: Float[Array, "batch key key_heads head_width"],
+    mask: Bool[Array, "query key"] | None,
+) -> Float[Array, "batch query key_heads groups head_width"]:
+    """Attention with grouped heads: the heads of a group share a key and a value.
+
+    The backward pass computes the weights again. Storing them would cost more memory and more time.
+
+    **Arguments:**
+
+    - `how`: the scale, the soft cap and the form of the mask.
+    - `query`, `key`, `value`: shapes `(batch, query, key_heads, groups, head_width)` and, for the
+        last two, `(batch, key, key_heads, head_width)`.
+    - `mask`: true where a query sees a key, of shape `(query, key)`; `None` if the form is
+        `"causal"`.
+
+    **Returns:**
+
+    The weighted sums of values, in the shape of `query`.
+    """
+    return _attended(how, query, key, value, *_operands(mask))[0]
+
+
+def attended_and_normaliser(
+    how: How,
+    query: Float[Array, "batch query key_heads groups head_width"],
+    key: Float[Array, "batch key key_heads head_width"],
+    value: Float[Array, "batch key key_heads head_width"],
+    mask: Bool[Array, "query key"] | None,
+) -> tuple[
+    Float[Array, "batch query key_heads groups head_width"],
+    Float[Array, "batch query key_heads groups 1"],
+]:
+    """What `attended` returns, and the logarithm of the sum over the keys, in float32 or wider.
+
+    The arguments are as there. It runs in blocks, since kernels do not return the sum.
+    """
+    in_blocks = dataclasses.replace(how, use_kernels=False)
+    return _attended(in_blocks, query, key, value, *_operands(mask))
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _attended(how, *operands):
+    """The output, and the normaliser of each query's scores; zeros if a kernel ran."""
+    return tuple(by_rule(_Forward(how), *operands))
+
+
+@_attended.defjvp
+def _attended_jvp(how, primals, tangents):
+    # Named here: a policy of `jax.checkpoint` does not look into a `custom_jvp`.
+    results = checkpoint_name(_attended(how, *primals), ATTENDED)
+    tangents = vary_alike(tuple(tangents[:3]), primals)[0]
+
+    def push(tangents):
+        # Kernels have no forward mode, and no normaliser, without which blocks have none either.
+        in_blocks = dataclasses.replace(how, use_kernels=False)
+        may_be_zeros = how.use_kernels and kernels.on_some_platform(how, primals[0])
+        known = _attended(in_blocks, *primals) if may_be_zeros else results
+        operands = (*primals[:3], _mask_of(primals))
+        return by_platform(
+            lambda platform: blockwise.block_size(platform, *primals[:2]),
+            lambda size, *arrays: blockwise.push(how.scale, how.softcap, size, *arrays),
+            operands,
+            known,
+            tangents,
+        )
+
+    def pull(cotangents):
+        return tuple(by_rule(_Pull(how), *cotangents, *results, *primals))
+
+    return results, with_transpose(push, pull, tangents, results)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Forward:
+    """The output and the normaliser, from query, key, value and the mask if there is one."""
+
+    how: How
+
+    def shapes(self, *operands: jax.ShapeDtypeStruct) -> Sequence[jax.ShapeDtypeStruct]:
+        query = operands[0]
+        return query, _normaliser_of(query)
+
+    def run(self, where: Where, *operands: Array) -> Sequence[Array]:
+        how, (query, key) = self.how, operands[:2]
+        kernel = kernels.find(where, how, query) if how.use_kernels else None
+        if kernel is not None:
+            shape = _normaliser_of(query)
+            return kernel.forward(*operands), jnp.zeros(shape.shape, shape.dtype)
+        size = blockwise.block_size(where.platform, query, key)
+        value, seen = operands[2], _mask_of(operands)
+        return blockwise.forward(how.scale, how.softcap, size, query, key, value, seen)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pull:
+    """The cotangents of query, key and value, from those of the results, and from both."""
+
+    how: How
+
+    def shapes(self, *operands: jax.ShapeDtypeStruct) -> Sequence[jax.ShapeDtypeStruct]:
+        return operands[4:7]
+
+    def run(self, where: Where, *operands: Array) -> Sequence[Array]:
+        how, cotangents, results, primals = self.how, operands[:2], operands[2:4], operands[4:]
+        query, key = primals[:2]
+        # It finds one if the forward pass found one: the `vmap`s around that are around this, too.
+        kernel = kernels.find(where, how, query) if how.use_kernels else None
+        if kernel is not None:
+            return kernel.pull(cotangents[0], *primals)
+        size = blockwise.block_size(where.platform, query, key)
+        known = (*primals[:3], _mask_of(primals)), results
+        return blockwise.pull(how.scale, how.softcap, size, *known, cotangents)
+
+
+def _mask_of(operands: Sequence[Array]) -> Bool[Array, "query key"]:
+    """The mask as an array, from query, key, value and the mask if there is one."""
+    query, key, _, *mask = operands
+    return mask[0] if mask else jnp.tri(query.shape[1], key.shape[1], dtype=bool)
+
+
+def _operands(mask: Array | None) -> tuple[Array, ...]:
+    return () if mask is None else (mask,)
+
+
+def _normaliser_of(query: jax.ShapeDtypeStruct | Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((*query.shape[:-1], 1), at_least_float32(query.dtype))

@@ -1,0 +1,176 @@
+"""Which kernel computes attention on a platform, and how it runs on a mesh.
+
+The kernels are in `fused.py` (NVIDIA) and `splash.py` (TPU). Each module has three functions:
+`fits(how, query)`, `attention(how, query, key, value, *mask)` for one device, and `tracing()`,
+a context in which the kernel and its gradient are traced.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec as P
+from jaxtyping import Array, Bool, Float
+
+from ..._jax.by_platform import CUDA, TPU
+from ..._jax.dtypes import at_least_float32
+from ..._jax.partitioning import TENSOR
+from ..._jax.platform_rules import Where
+from . import fused, splash
+from .how import How
+
+KERNELS: dict[str, ModuleType] = {CUDA: fused, TPU: splash}
+# JAX partitions neither kernel, so that a device by itself is a mesh of one.
+_ALONE = AbstractMesh((1,), ("device",), axis_types=(AxisType.Auto,))
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """A kernel for arrays of certain shapes, on all devices of a mesh.
+
+    - `module`: has the kernel of one device.
+    - `how`: what it computes.
+    - `mesh`: the mesh; `None` inside a `shard_map`, where the code is that of one device.
+    - `axes`: the axes of the mesh that are automatic.
+    - `heads`: how arrays are split. A `vmap` around adds its own axis.
+    - `repeats`: how often keys are repeated, so that each part of the heads has its own.
+    """
+
+    module: ModuleType
+    how: How
+    mesh: AbstractMesh | None
+    axes: frozenset[Any]
+    heads: P
+    repeats: int
+
+    def forward(
+        self,
+        query: Float[Array, "batch query key_heads groups head_width"],
+        key: Float[Array, "batch key key_heads head_width"],
+        value: Float[Array, "batch key key_heads head_width"],
+        *mask: Bool[Array, "query key"],
+    ) -> Float[Array, "batch query key_heads groups head_width"]:
+        """The weighted sums of values. The arguments are as in `attended`."""
+        arrays = self._apart(query), *map(self._repeated, (key, value))
+        (output,) = self._on_mesh(self._forward, arrays, _batched(query, *mask), results=1)
+        return output.reshape(query.shape)
+
+    def pull(
+        self,
+        cotangent: Float[Array, "batch query key_heads groups head_width"],
+        query: Float[Array, "batch query key_heads groups head_width"],
+        key: Float[Array, "batch key key_heads head_width"],
+        value: Float[Array, "batch key key_heads head_width"],
+        *mask: Bool[Array, "query key"],
+    ) -> tuple[Array, Array, Array]:
+        """The cotangents of query, key and value.
+
+        The kernel's forward pass runs again, since its backward pass needs its residuals.
+        """
+        arrays = *map(self._apart, (cotangent, query)), *map(self._repeated, (key, value))
+        masks = _batched(query, *mask)
+        in_query, in_key, in_value = self._on_mesh(self._backward, arrays, masks, results=3)
+        return in_query.reshape(query.shape), self._summed(in_key), self._summed(in_value)
+
+    def _forward(self, query, key, value, *mask):
+        flat = query.reshape(*query.shape[:2], -1, query.shape[-1])
+        return (self.module.attention(self.how, flat, key, value, *mask).reshape(query.shape),)
+
+    def _backward(self, cotangent, query, key, value, *mask):
+        def forward(*operands):
+            return self._forward(*operands, *mask)
+
+        return jax.vjp(forward, query, key, value)[1]((cotangent,))
+
+    def _on_mesh(self, function, arrays, masks, *, results: int):
+        """`function` on each device. `arrays` have heads along their third axis."""
+        function = _merging(function)
+        if self.mesh is not None:
+            function = jax.shard_map(
+                function,
+                mesh=self.mesh,
+                in_specs=(self.heads,) * len(arrays) + (P(),) * len(masks),
+                out_specs=(self.heads,) * results,
+                axis_names=set(self.axes),
+                check_vma=False,
+            )
+        with self.module.tracing():
+            return function(*arrays, *masks)
+
+    def _apart(self, x: Array) -> Array:
+        """Queries as those of `repeats` times as many keys."""
+        if self.repeats == 1:
+            return x
+        return x.reshape(*x.shape[:2], x.shape[2] * self.repeats, -1, x.shape[4])
+
+    def _repeated(self, x: Array) -> Array:
+        return x if self.repeats == 1 else jnp.repeat(x, self.repeats, axis=2)
+
+    def _summed(self, x: Array) -> Array:
+        """The transpose of `_repeated`."""
+        if self.repeats == 1:
+            return x
+        apart = x.reshape(*x.shape[:2], -1, self.repeats, x.shape[3])
+        return apart.sum(axis=3, dtype=at_least_float32(x.dtype)).astype(x.dtype)
+
+
+def on_some_platform(how: How, query: Array) -> bool:
+    """Whether there is a platform with a kernel for arrays of these shapes."""
+    return any(kernel.fits(how, query) for kernel in KERNELS.values())
+
+
+def find(where: Where, how: How, query: Array) -> Kernel | None:
+    """The kernel for arrays as in `attended`; `None` if there is none.
+
+    On a mesh with automatic axes, `vmap`s around must split over all of them but `tensor`, as the
+    scores do. Otherwise each device would compute all rows.
+    """
+    module = KERNELS.get(where.platform)
+    if module is None or not module.fits(how, query):
+        return None
+    make = partial(Kernel, module, how)
+    mesh = jax.typeof(query).sharding.mesh
+    if mesh.empty:
+        alone = make(_ALONE, frozenset(_ALONE.axis_names), P(), 1)
+        return alone if where.devices == 1 else None
+    axes = frozenset(mesh.auto_axes)
+    if mesh.explicit_axes or any(mesh.shape[name] > 1 for name in axes - where.axes - {TENSOR}):
+        return None
+    parts = mesh.shape[TENSOR] if TENSOR in axes - where.axes else 1
+    key_heads, groups = query.shape[2:4]
+    repeats = math.lcm(key_heads, parts) // key_heads
+    heads = P(None, None, TENSOR) if parts > 1 else P()
+    return make(mesh if axes else None, axes, heads, repeats) if groups % repeats == 0 else None
+
+
+def _batched(
+    query: Float[Array, "batch query key_heads groups head_width"],
+    *mask: Bool[Array, "query key"],
+) -> tuple[Bool[Array, "batch query key"], ...]:
+    return tuple(jnp.broadcast_to(x, (query.shape[0], *x.shape)) for x in mask)
+
+
+def _merging(function: Callable) -> Callable:
+    """`function` of arrays with a batch axis, whose `vmap` rule merges the new axis into it.
+
+    JAX's own rules for the kernels fail on a mask, or run row by row.
+    """
+    merging = custom_vmap(function)
+
+    @merging.def_vmap
+    def of_more(count, is_batched, *operands):
+        def merged(x, is_batched):
+            x = x if is_batched else jnp.broadcast_to(x, (count, *x.shape))
+            return x.reshape(-1, *x.shape[2:])
+
+        results = merging(*jax.tree.map(merged, operands, tuple(is_batched)))
+        split = jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), results)
+        return split, jax.tree.map(lambda _: True, results)
+
+    return merging
