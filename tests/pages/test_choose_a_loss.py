@@ -1,0 +1,25 @@
+"""The table of pushes in `docs/howto/choose_a_loss.md` is what the block above it computes."""
+
+import re
+
+import jax
+import pytest
+
+from .fences import DOCS, blocks
+
+PAGE = DOCS / "howto" / "choose_a_loss.md"
+
+
+def test_the_table_is_what_the_block_computes():
+    names = {}
+    with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"):
+        for block in blocks(PAGE, "python"):
+            exec(compile(block, str(PAGE), "exec"), names)
+    header, *rows = re.findall(r"^\| (?:`(.*?)`|loss) \| (.*) \|$", PAGE.read_text(), flags=re.M)
+    rows = dict([row for row in rows if re.match(r"-?\d", row[1])])
+    assert rows.keys() == names["table"].keys()
+    assert header[1].split(" | ") == list(names["states"])
+    for name, cells in rows.items():
+        shown = [[float(x) for x in cell.split(", ")] for cell in cells.split(" | ")]
+        for pair, want in zip(shown, names["table"][name], strict=True):
+            assert pair == pytest.approx(want, abs=6e-4), name
