@@ -1,7 +1,7 @@
 """What MkDocs does not do by itself: pages from the root of the repository, links to it, MathML.
 
-It also checks that no page loads anything from another host. It is a hook of `mkdocs.yml`. It
-never runs the library, and it writes nothing into the repository.
+It also puts folders into the navigation, and checks that no page loads anything from another host.
+It is a hook of `mkdocs.yml`. It never runs the library, and it writes nothing into the repository.
 """
 
 import html
@@ -9,6 +9,7 @@ import os
 import posixpath
 import re
 from pathlib import Path
+from typing import Any
 
 from latex2mathml.converter import convert
 from mkdocs.config.defaults import MkDocsConfig
@@ -28,7 +29,8 @@ PAGES = {
 }
 LINK = re.compile(r"(\]\()([^)\s#]+)(#[^)\s]*)?(\))")
 INLINE = re.compile(r'<span class="arithmatex">\\\((.*?)\\\)</span>', re.S)
-# Functions whose argument follows without a parenthesis, and a minus that is a sign.
+# A function after a factor, one whose argument has no parentheses, and a minus that is a sign.
+FACTOR = re.compile(r"(&#x00029;</mo>|</m[in]>|</msub>|</mfrac>)(?=<mi>(?:log|exp|max|min)</mi>)")
 APPLIED = re.compile(r"(<mi>(?:log|exp|max|min)</mi>)(?=<m(?:i|sub|frac|row|o>&#x02212;))")
 SIGN = re.compile(r"(<mo[^>]*>(?:\[|&#x00028;|&#x0005B;|&#x0003D;)</mo>)<mo>(&#x02212;)</mo>")
 BLOCK = re.compile(r'<div class="arithmatex">\\\[(.*?)\\\]</div>', re.S)
@@ -43,6 +45,27 @@ LOADED = re.compile(
 def on_startup(**_) -> None:
     """Fixes the time of the build, so that two builds of one commit are the same bytes."""
     os.environ.setdefault("SOURCE_DATE_EPOCH", "0")
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Puts the pages of a folder into the navigation in place of a pattern, such as `howto/*`."""
+    config.nav = expanded(config.nav, Path(config.docs_dir))
+    return config
+
+
+def expanded(nav: list[Any], docs: Path) -> list[Any]:
+    """The navigation with the pages that its patterns match. It leaves out empty sections."""
+    entries = []
+    for entry in nav:
+        if isinstance(entry, dict):
+            ((title, inner),) = entry.items()
+            inner = expanded(inner, docs) if isinstance(inner, list) else inner
+            entries += [{title: inner}] if inner else []
+        elif "*" in entry:
+            entries += sorted(path.relative_to(docs).as_posix() for path in docs.glob(entry))
+        else:
+            entries.append(entry)
+    return entries
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -62,6 +85,8 @@ def on_page_markdown(markdown: str, page: Page, **_) -> str:
     """Turns links as they stand in the repository into links as they stand on the site."""
     place = page.file.src_uri
     source = source_of(place)
+    if place == "reference/errors.md":  # whoever searches for a message wants its remedy first
+        page.meta["search"] = {"boost": 4}
 
     def moved(match: re.Match[str]) -> str:
         target = resolved(source, match[2])
@@ -95,7 +120,8 @@ def mathml(tex: str, display: str, place: str) -> str:
     written = convert(tex, display=display)
     if "\\" in written:
         raise PluginError(f"{place}: no MathML for the LaTeX {tex!r}.")
-    written = APPLIED.sub(r'\1<mspace width="0.167em"/>', written)
+    for place in (FACTOR, APPLIED):
+        written = place.sub(r'\1<mspace width="0.167em"/>', written)
     written = SIGN.sub(r'\1<mo form="prefix">\2</mo>', written)
     kind = "div" if display == "block" else "span"
     return f'<{kind} class="math">{written}</{kind}>'

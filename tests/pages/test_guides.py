@@ -1,7 +1,7 @@
 """The guides: each block of Python and each command that they show runs; no link is broken.
 
-A guide is a page of `docs/howto/`, `docs/coming_from/`, the list of frequent questions, and what
-lies beside README. The tests of the other pages check what their examples compute.
+A guide is a page of the folders in `FOLDERS`, the list of frequent questions, and what lies beside
+README. The tests of the other pages check what their examples compute.
 """
 
 import shutil
@@ -14,9 +14,9 @@ from dpo_eqx.cli import main
 from ..cli.runs import DATA, TRACES
 from .fences import DOCS, KINDS, ROOT, anchors, blocks, commands, kinds_of, links
 
+FOLDERS = ("start", "howto", "coming_from", "explanation")
 GUIDES = [
-    *sorted((DOCS / "howto").glob("*.md")),
-    *sorted((DOCS / "coming_from").glob("*.md")),
+    *sorted(page for folder in FOLDERS for page in (DOCS / folder).glob("*.md")),
     *(
         page
         for page in (DOCS / "faq.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md")
