@@ -12,7 +12,7 @@ import pytest
 import dpo_eqx as dpx
 from dpo_eqx import losses, models
 from dpo_eqx._jax.grouped_dot import grouped_dot
-from dpo_eqx.models._decoder import attention
+from dpo_eqx.models._decoder import attention, kernels
 from dpo_eqx.models._decoder.experts import RoutedFeedForward
 
 from ..policies import assert_close
@@ -210,8 +210,8 @@ def softmax_with_a_sink(query, key, value, mask, sinks, scale):
 
 
 def test_sinks_are_keys_without_values(monkeypatch):
-    """In the plain and the cached road and under dropout; the fused kernel is never asked."""
-    monkeypatch.setattr(attention, "fits", lambda *_: pytest.fail("the kernel has no sinks"))
+    """In the plain and the cached road and under dropout; no kernel is asked for."""
+    monkeypatch.setattr(kernels, "find", lambda *_: pytest.fail("kernels have no sinks"))
     query = jnp.asarray(RNG.normal(size=(2, 5, 4, 6)))
     key, value = (jnp.asarray(RNG.normal(size=(2, 5, 2, 6))) for _ in range(2))
     sinks, mask = jnp.asarray(RNG.normal(size=4)), jnp.tri(5, dtype=bool)

@@ -262,7 +262,7 @@ def on_mesh(sizes, *, rows="data", axes=None, **settings):
     [
         ("data=8", {}, set()),  # Nothing says that the `vmap` splits.
         ("data=4,tensor=2", {"axes": {"data", "fsdp", "tensor"}}, CAUSAL),
-        ("data=4,tensor=2", {"axes": {"data"}}, CAUSAL),
+        ("data=4,tensor=2", {"axes": {"data"}}, set()),
         ("tensor=8", {"rows": None, "heads": 8}, CAUSAL),
         ("tensor=8", {"rows": None, "heads": 4}, set()),  # They do not split over 8 devices.
     ],

@@ -129,7 +129,8 @@ def find(where: Where, how: How, query: Array) -> Kernel | None:
     """The kernel for arrays as in `attended`; `None` if there is none.
 
     On a mesh with automatic axes, `vmap`s around must split over all of them but `tensor`, as the
-    scores do. Otherwise each device would compute all rows.
+    scores do. Otherwise each device would compute all rows. A `shard_map` around must be over all
+    axes.
     """
     module = KERNELS.get(where.platform)
     if module is None or not module.fits(how, query):
@@ -140,13 +141,17 @@ def find(where: Where, how: How, query: Array) -> Kernel | None:
         alone = make(_ALONE, frozenset(_ALONE.axis_names), P(), 1)
         return alone if where.devices == 1 else None
     axes = frozenset(mesh.auto_axes)
-    if mesh.explicit_axes or any(mesh.shape[name] > 1 for name in axes - where.axes - {TENSOR}):
+    if not axes and not mesh.explicit_axes:
+        return make(None, axes, P(), 1)
+    # Inside a `shard_map` over some axes, JAX loses which of them the results vary over.
+    is_whole = len(axes) == len(mesh.axis_names)
+    if not is_whole or any(mesh.shape[name] > 1 for name in axes - where.axes - {TENSOR}):
         return None
     parts = mesh.shape[TENSOR] if TENSOR in axes - where.axes else 1
     key_heads, groups = query.shape[2:4]
     repeats = math.lcm(key_heads, parts) // key_heads
     heads = P(None, None, TENSOR) if parts > 1 else P()
-    return make(mesh if axes else None, axes, heads, repeats) if groups % repeats == 0 else None
+    return make(mesh, axes, heads, repeats) if groups % repeats == 0 else None
 
 
 def _batched(
