@@ -28,8 +28,9 @@ def rows(step: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """The ids of the prompts and of both completions of a step, right-padded, and their lengths."""
     rng = np.random.default_rng(step)
     widths = {"prompt": PROMPT, "chosen": COMPLETION, "rejected": COMPLETION}
+    # Not 0, the padding: PyTorch's embedding has no gradient there.
     return {
-        name: (rng.integers(0, 80, (PAIRS, width)), rng.integers(1, width + 1, PAIRS))
+        name: (rng.integers(1, 80, (PAIRS, width)), rng.integers(1, width + 1, PAIRS))
         for name, width in widths.items()
     }
 

@@ -66,8 +66,8 @@ FIRST, SECOND = (
     ],
 )
 def test_layers_are_split_into_few_blocks(types, blocks):
-    runs = runs_of(types)
-    assert "".join("".join(run.block) * run.repeats for run in runs) == types
+    runs = runs_of([(kind,) for kind in types])
+    assert "".join("".join(kind for (kind,) in run.block) * run.repeats for run in runs) == types
     starts = np.cumsum([0, *(len(run.block) * run.repeats for run in runs)])
     assert [run.start for run in runs] == starts[:-1].tolist()
     # Other blocks of the same size are as good.
