@@ -47,6 +47,13 @@ def test_a_precomputed_reference_drops_nothing_out():
     assert_close(dpx.precompute_reference(dropping, BATCH), want, 1e-15)
 
 
+def test_a_precomputed_reference_of_single_completions_is_their_score():
+    label = np.arange(BATCH.pairs) % 2 == 0
+    batch = dpx.UnpairedBatch(BATCH.prompt, BATCH.chosen, label, kl=BATCH.rejected)
+    stored = dpx.precompute_reference(REFERENCE, batch, score=dpx.score_unpaired)
+    assert_close(stored, dpx.score_unpaired(REFERENCE, batch), 1e-15)
+
+
 def test_a_view_of_the_policy_is_its_reference():
     """The first layer trains; the view puts the old one in its place, the rest is shared."""
     first = POLICY.mlp.layers[0]

@@ -6,14 +6,14 @@ log-probabilities.
 
 from collections.abc import Callable
 from numbers import Real
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, PyTree
 
-from .._arrays.log_probs import PairLogProbs
+from .._arrays.log_probs import PairLogProbs, UnpairedLogProbs
 from .._arrays.packed import rows_of
 from .._jax.dtypes import at_least_float32, cast, in_dtype
 from .._jax.inference_mode import in_inference
@@ -71,6 +71,28 @@ def sync_reference(reference: Policy, policy: Policy, alpha: Number) -> Policy:
     return eqx.combine(moved, eqx.filter(reference, eqx.is_array, inverse=True))
 
 
+@overload
+def precompute_reference(
+    reference: PyTree,
+    batch: Any,
+    *,
+    score: Score[PairLogProbs] = score_pairs,
+    compute_dtype: DTypeLike | None = None,
+    microbatches: int = 1,
+) -> PairLogProbs: ...
+
+
+@overload
+def precompute_reference(
+    reference: PyTree,
+    batch: Any,
+    *,
+    score: Score[UnpairedLogProbs],
+    compute_dtype: DTypeLike | None = None,
+    microbatches: int = 1,
+) -> UnpairedLogProbs: ...
+
+
 @beside_sweeps
 def precompute_reference(
     reference: PyTree,
@@ -79,7 +101,7 @@ def precompute_reference(
     score: Score = score_pairs,
     compute_dtype: DTypeLike | None = None,
     microbatches: int = 1,
-) -> PairLogProbs:
+) -> PairLogProbs | UnpairedLogProbs:
     """The reference's log-probabilities of `batch`, to be passed as `batch.reference` later.
 
     They equal those that a step with the same `score` and `compute_dtype` would compute, because
@@ -96,7 +118,7 @@ def precompute_reference(
 
     **Returns:**
 
-    The result of `score`: `PairLogProbs`, each array of shape `(pairs,)`.
+    The result of `score`: `PairLogProbs` or `UnpairedLogProbs`, each array of shape `(pairs,)`.
 
     **Raises:**
 
