@@ -17,6 +17,7 @@
 from functools import partial
 from typing import NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -69,15 +70,17 @@ def one_seed(key, loss, size):
         evaluate = dpx.make_eval(partial(loss, beta=beta), score=score)
 
         def one_step(carry, _):
-            log_probs = LANGUAGE.log_probs(carry[0])
+            policy, opt_state = carry
+            log_probs = LANGUAGE.log_probs(policy)
             look = (
                 sentences.expectation(log_probs, reward),
                 sentences.kl(log_probs, before),
-                evaluate(carry[0], held_out, reference).mean()["loss"],
+                evaluate(policy, held_out, reference).mean()["loss"],
             )
-            return step(*carry, seen, reference)[:2], look
+            policy, opt_state, _ = step(policy, opt_state, seen, reference)
+            return (policy, opt_state), look
 
-        start = (reference, optimizer.init(reference))
+        start = reference, optimizer.init(eqx.filter(reference, eqx.is_array))
         return jax.lax.scan(one_step, start, length=size.steps)[1]
 
     return jax.vmap(run)(jnp.array(BETAS))
