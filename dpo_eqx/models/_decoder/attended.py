@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float
 
 from ..._jax.by_platform import by_platform
 from ..._jax.dtypes import at_least_float32
-from ..._jax.linear_map import with_transpose
+from ..._jax.linear_map import per_tile, with_transpose
 from ..._jax.mapped_axes import vary_alike
 from ..._jax.platform_rules import Where, by_rule
 from . import blockwise, kernels
@@ -81,23 +81,34 @@ def _attended_jvp(how, primals, tangents):
     tangents = vary_alike(tuple(tangents[:3]), primals)[0]
 
     def push(tangents):
-        # Kernels have no forward mode, and no normaliser, without which blocks have none either.
-        in_blocks = dataclasses.replace(how, use_kernels=False)
-        may_be_zeros = how.use_kernels and kernels.on_some_platform(how, primals[0])
-        known = _attended(in_blocks, *primals) if may_be_zeros else results
-        operands = (*primals[:3], _mask_of(primals))
-        return by_platform(
-            lambda platform: blockwise.block_size(platform, *primals[:2]),
-            lambda size, *arrays: blockwise.push(how.scale, how.softcap, size, *arrays),
-            operands,
-            known,
-            tangents,
-        )
+        if how.use_kernels and kernels.on_some_platform(how, primals[0]):
+            return per_tile(partial(_push_from_scratch, how))(primals, tangents)
+        return _push(how, primals, results, tangents)
 
     def pull(cotangents):
         return tuple(by_rule(_Pull(how), *cotangents, *results, *primals))
 
     return results, with_transpose(push, pull, tangents, results)
+
+
+def _push(how, primals, results, tangents):
+    """The tangents of the results, in blocks: kernels have no forward mode."""
+    return by_platform(
+        lambda platform: blockwise.block_size(platform, *primals[:2]),
+        lambda size, *arrays: blockwise.push(how.scale, how.softcap, size, *arrays),
+        (*primals[:3], _mask_of(primals)),
+        results,
+        tangents,
+    )
+
+
+def _push_from_scratch(how, primals, tangents):
+    """The same without the results, whose normaliser may be that of a kernel.
+
+    Reverse mode would run the forward pass twice if this were not in a `jax.checkpoint`.
+    """
+    in_blocks = dataclasses.replace(how, use_kernels=False)
+    return _push(how, primals, _attended(in_blocks, *primals), tangents)
 
 
 @dataclasses.dataclass(frozen=True)
