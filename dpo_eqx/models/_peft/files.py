@@ -54,8 +54,8 @@ def load_lora(
     They compute the same as in PEFT, except that an adapter of the unembedding has no dropout. If
     only some layers of a stack have an adapter, the others get one with $A$ and $B$ zero, which no
     gradient changes. GPT-2's queries, keys and values are one layer in its checkpoints; each gets
-    its own adapter. Of an adapter of a model with images, the language model's part is read, and a
-    warning counts the other tensors.
+    its own adapter. If an adapter is of a model with images, the language model's part is read, and
+    a warning counts the other tensors.
 
     Adapters of any other Equinox module, which `save_lora` wrote, are found by the paths of its
     layers and loaded bit for bit. Such a module may already have the same adapters, which are
