@@ -14,7 +14,7 @@ from typing import Any
 from latex2mathml.converter import convert
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
-from mkdocs.structure.files import File, Files
+from mkdocs.structure.files import File, Files, InclusionLevel
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[2]
@@ -134,7 +134,8 @@ def add(files: Files, config: MkDocsConfig, place: str, source: str) -> None:
         text = path.read_text(encoding="utf-8")
         fence = "~" * 10
         content = f"# `{source}`\n\n{fence}{path.suffix.lstrip('.')}\n{text}\n{fence}\n"
-        files.append(File.generated(config, place, content=content))
+        hidden = InclusionLevel.NOT_IN_NAV  # only links lead to it
+        files.append(File.generated(config, place, content=content, inclusion=hidden))
     else:
         files.append(File.generated(config, place, abs_src_path=str(path)))
 
