@@ -10,6 +10,12 @@ import jax
 import pytest
 
 from dpo_eqx.cli import main
+from dpo_eqx.cli.commands.evaluate import Evaluate
+from dpo_eqx.cli.commands.generate import Generate
+from dpo_eqx.cli.commands.inspect import Inspect
+from dpo_eqx.cli.commands.plan import PlanFlags
+from dpo_eqx.cli.settings.settings import Settings
+from dpo_eqx.cli.settings.shared_flags import parse_flags
 
 from ..cli.runs import DATA, TRACES
 from .fences import DOCS, KINDS, ROOT, anchors, blocks, commands, kinds_of, links
@@ -23,6 +29,13 @@ GUIDES = [
         if page.exists()
     ),
 ]
+FLAGS = {
+    "train": Settings,
+    "evaluate": Evaluate,
+    "generate": Generate,
+    "inspect": Inspect,
+    "plan": PlanFlags,
+}
 PYTHON = [page for page in GUIDES if blocks(page, "python")]
 SHELL = [page for page in GUIDES if blocks(page, "sh")]
 
@@ -63,6 +76,16 @@ def test_the_commands_of_the_page_run(page, workplace, capsys):
         for arguments in commands(page):
             status = main(arguments)
             assert status == 0, f"dpo-eqx {' '.join(arguments)}: {capsys.readouterr().err}"
+
+
+@pytest.mark.parametrize("page", SHELL, ids=named)
+def test_the_flags_of_the_page_exist(page, capsys):
+    """Quickly, what running the commands would also find."""
+    for name, *arguments in commands(page):
+        try:
+            parse_flags(FLAGS[name], name, arguments)
+        except SystemExit:
+            pytest.fail(f"dpo-eqx {name}: {capsys.readouterr().err}")
 
 
 @pytest.mark.parametrize("page", GUIDES, ids=named)
