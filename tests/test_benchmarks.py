@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from benchmarks import accelerator, large, lengths, memory, parts, recurrent, sample, step
+from benchmarks import accelerator, compiled, large, lengths, memory, parts, recurrent, sample, step
 from benchmarks.peers import ours, plain_jax
 from benchmarks.problem import (
     Problem,
@@ -153,6 +153,17 @@ def test_accelerator_prints_tokens_per_second(capsys):
     assert "| tiny-qwen3 | ours_unfused | " in out
     assert "| tiny-qwen3 | plain_jax    | " in out
     assert "Not measured" not in out
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("implicit_ranks")
+def test_compiled_prints_a_row_for_each_system(capsys):
+    compiled.main(["--quick"])
+    head, _, *rows = capsys.readouterr().out.splitlines()[-4:]
+    ours, plain = (dict(zip(head.split(" | "), row.split(" | "), strict=True)) for row in rows)
+    assert float(plain["of plain"]) == 1
+    # Both prompts of a pair are computed, and the logits of all positions.
+    assert 1 < float(ours["done / needed"]) < float(plain["done / needed"])
 
 
 @pytest.mark.slow
