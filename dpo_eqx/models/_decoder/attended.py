@@ -47,7 +47,7 @@ def attended(
 
     The weighted sums of values, in the shape of `query`.
     """
-    return _attended(how, query, key, value, *_operands(mask))[0]
+    return _attended(how, *_operands(query, key, value, mask))[0]
 
 
 def attended_and_normaliser(
@@ -65,7 +65,7 @@ def attended_and_normaliser(
     The arguments are as there. It runs in blocks, since kernels do not return the sum.
     """
     in_blocks = dataclasses.replace(how, use_kernels=False)
-    return _attended(in_blocks, query, key, value, *_operands(mask))
+    return _attended(in_blocks, *_operands(query, key, value, mask))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -159,8 +159,9 @@ def _mask_of(operands: Sequence[Array]) -> Bool[Array, "query key"]:
     return mask[0] if mask else jnp.tri(query.shape[1], key.shape[1], dtype=bool)
 
 
-def _operands(mask: Array | None) -> tuple[Array, ...]:
-    return () if mask is None else (mask,)
+def _operands(query: Array, key: Array, value: Array, mask: Array | None) -> tuple[Array, ...]:
+    # Before the `custom_jvp`, whose body JAX runs again on arrays that vary already.
+    return vary_alike(query, key, value, *(() if mask is None else (mask,)))
 
 
 def _normaliser_of(query: jax.ShapeDtypeStruct | Array) -> jax.ShapeDtypeStruct:
