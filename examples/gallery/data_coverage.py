@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -93,7 +94,8 @@ def run(key, slope, writer, steps: int):
         gap = objective(optimum) - objective(LANGUAGE.log_probs(policy))
         return (policy, opt_state, seen), (gap, jnp.exp(2 * optimum - written_by).sum())
 
-    carry = reference, optimizer.init(reference), jnp.zeros(LANGUAGE.sentences, bool)
+    opt_state = optimizer.init(eqx.filter(reference, eqx.is_array))
+    carry = reference, opt_state, jnp.zeros(LANGUAGE.sentences, bool)
     (_, _, seen), (gap, coverage) = jax.lax.scan(
         one_step, carry, jax.random.split(for_steps, steps)
     )

@@ -108,7 +108,7 @@ def compute(size: Size) -> Results:
     keys = jax.vmap(jax.random.key)(jnp.arange(size.seeds))
     drawn = np.asarray(jax.jit(jax.vmap(one_seed))(keys))
     names = ["reference", "SFT", *(f"DPO, beta {beta:g}" for beta in size.betas)]
-    return Results(names, drawn, digits.ink(drawn), digits.classify(drawn))
+    return Results(names, drawn, np.asarray(digits.ink(drawn)), digits.classify(drawn))
 
 
 def measures(results: Results) -> dict[str, Float[np.ndarray, "seeds models"]]:

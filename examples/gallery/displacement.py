@@ -66,7 +66,7 @@ def train(reference, batch, loss, optimizer, steps):
     step = dpx.make_step(loss, optimizer)
 
     def one_step(carry, _):
-        policy, opt_state, metrics = step(*carry, batch, reference)
+        policy, opt_state, metrics = step(carry[0], carry[1], batch, reference)
         return (policy, opt_state), (metrics["logps/chosen"], metrics["logps/rejected"])
 
     (policy, _), sides = jax.lax.scan(

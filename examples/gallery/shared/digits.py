@@ -38,15 +38,15 @@ def schedule(time: Float[Array, ""]) -> tuple[Float[Array, ""], Float[Array, ""]
 
 def load() -> tuple[Float[Array, "digits pixels"], Int[np.ndarray, " digits"]]:
     """All images, with pixels from -1 to 1, and their classes."""
-    data = load_digits()
-    return jnp.asarray(data.data / 8 - 1), data.target
+    images, classes = load_digits(return_X_y=True)
+    return jnp.asarray(images) / 8 - 1, np.asarray(classes)
 
 
 def classify(images: Float[np.ndarray, "*n pixels"]) -> Int[np.ndarray, "*n"]:
     """The digit that a support vector machine, fitted to all digits, sees in each image."""
-    data = load_digits()
     flat = (images.clip(-1, 1) + 1).reshape(-1, PIXELS) * 8
-    return SVC().fit(data.data, data.target).predict(flat).reshape(images.shape[:-1])
+    seen = SVC().fit(*load_digits(return_X_y=True)).predict(flat)
+    return seen.reshape(images.shape[:-1])
 
 
 def ink(images: Float[Array | np.ndarray, "*n pixels"]) -> Float[Array | np.ndarray, "*n"]:
