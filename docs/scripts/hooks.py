@@ -54,7 +54,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 
 def expanded(nav: list[Any], docs: Path) -> list[Any]:
-    """The navigation with the pages that its patterns match. It leaves out empty sections."""
+    """The navigation with the pages that its patterns match, an index first; no empty sections."""
     entries = []
     for entry in nav:
         if isinstance(entry, dict):
@@ -62,7 +62,8 @@ def expanded(nav: list[Any], docs: Path) -> list[Any]:
             inner = expanded(inner, docs) if isinstance(inner, list) else inner
             entries += [{title: inner}] if inner else []
         elif "*" in entry:
-            entries += sorted(path.relative_to(docs).as_posix() for path in docs.glob(entry))
+            pages = (path.relative_to(docs).as_posix() for path in docs.glob(entry))
+            entries += sorted(pages, key=lambda page: (not page.endswith("index.md"), page))
         else:
             entries.append(entry)
     return entries
