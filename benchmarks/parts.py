@@ -11,6 +11,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -50,13 +51,14 @@ def parts_of(problem: Problem) -> list[Part]:
     arrays, static = eqx.partition(policy, eqx.is_array)
     optimizer = optax.adamw(problem.learning_rate, weight_decay=problem.weight_decay)
     state = optimizer.init(arrays)
-    step = dpx.make_step(losses.dpo, optimizer)
+    measured = partial(dpx.score_pairs, metrics=("entropy", "accuracy", "logits"))
     rows = jnp.concatenate([batch.prompt.ids, batch.chosen.ids, batch.rejected.ids], axis=1)
     targets = rows[:, problem.prompt :]
     hidden = jax.random.normal(jax.random.key(1), (*targets.shape, problem.width))
     widths = (problem.completion, problem.completion)
 
-    def whole(arrays, state, batch):
+    def whole(score, arrays, state, batch):
+        step = dpx.make_step(losses.dpo, optimizer, score=score)
         policy, state, metrics = step(eqx.combine(arrays, static), state, batch, reference)
         return eqx.filter(policy, eqx.is_array), state, metrics
 
@@ -78,7 +80,10 @@ def parts_of(problem: Problem) -> list[Part]:
     body, head = forward_flops(problem)
     given = hidden, policy.unembedding
     return [
-        Part("step", jax.jit(whole), (arrays, state, batch), 4 * (body + head)),
+        *(
+            Part(name, jax.jit(partial(whole, by)), (arrays, state, batch), 4 * (body + head))
+            for name, by in {"step": dpx.score_pairs, "step, with token metrics": measured}.items()
+        ),
         Part("score, as of the reference", jax.jit(score), (arrays, batch), body + head),
         Part("layers, forward", jax.jit(layers), (arrays, rows), body),
         Part("layers, and backward", jax.jit(slope(layers, 0)), (arrays, rows), 3 * body),

@@ -86,6 +86,7 @@ def test_what_waits_in_host_memory_gives_the_same_run(optimizer, tmp_path):
     assert plain == [line for line in other if line["step"] != 4]
 
 
+@pytest.mark.slow
 def test_a_step_leaves_in_host_memory_what_was_there(tmp_path, monkeypatch):
     kinds, make = [], loop.make_advance
 
@@ -126,6 +127,7 @@ def test_versions(capsys):
     assert capsys.readouterr().out == first
 
 
+@pytest.mark.slow
 def test_a_dry_run_says_what_a_step_needs_and_writes_nothing(tmp_path, capsys):
     assert small(tmp_path, dry_run=True) == 0
     told = capsys.readouterr().out

@@ -140,14 +140,13 @@ def completions(path, rows, seed=0, labelled=False):
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [
         {"loss": ["sft"], "metrics": ["entropy", "num_tokens"]},
-        pytest.param({"loss": ["bco"]}, marks=pytest.mark.slow),
-        pytest.param(
-            {"loss": ["sft"], "mesh": "data=4,tensor=2", "microbatches": 2}, marks=pytest.mark.slow
-        ),
+        {"loss": ["bco"]},
+        {"loss": ["sft"], "mesh": "data=4,tensor=2", "microbatches": 2},
     ],
 )
 def test_packed_completions_have_the_numbers_of_padded_ones(flags, tmp_path):

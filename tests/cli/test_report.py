@@ -230,6 +230,7 @@ def test_bad_input(case, tmp_path, capsys, monkeypatch):
     one_message(status, err, "report", words)
 
 
+@pytest.mark.slow
 def test_train_keeps_what_the_report_needs(tmp_path, capsys):
     """Margins before are 0 where policy and reference are one; after they are those of `eval`."""
     held_out = write_data(tmp_path / "eval.jsonl", 5, 1)

@@ -46,10 +46,8 @@ def completions(tmp_path_factory):
 
 
 # Microbatches and devices hold different numbers of tokens: a mean of means would be wrong.
-@pytest.mark.parametrize(
-    "split",
-    [pytest.param({}, marks=pytest.mark.slow), {"microbatches": 2, "mesh": "data=2,tensor=4"}],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("split", [{}, {"microbatches": 2, "mesh": "data=2,tensor=4"}])
 def test_it_is_a_plain_pytorch_loop(split, completions, models, tmp_path):
     output = tmp_path / "run"
     assert train(model=models("llama"), data=completions, output=output, **TRAINING, **split) == 0
@@ -84,7 +82,7 @@ def ids_of(rows=10, seed=0):
 QUICK = {"loss": "sft", "dropout": False, "schedule": "constant", "warmup_steps": 0}
 
 
-@pytest.mark.parametrize("average", ["tokens", "rows"])
+@pytest.mark.parametrize("average", ["tokens", pytest.param("rows", marks=pytest.mark.slow)])
 def test_what_the_mean_runs_over(average, tmp_path):
     path = write(tmp_path / "data.jsonl", *ids_of(4))
     assert small(tmp_path, **QUICK, average=average, steps=1, shuffle=False) == 0
@@ -191,7 +189,9 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", [pytest.param("merged", marks=pytest.mark.slow), "adapter", "base"])
+@pytest.mark.parametrize(
+    "way", ["adapter", *(pytest.param(way, marks=pytest.mark.slow) for way in ("merged", "base"))]
+)
 def test_from_demonstrations_to_preferences(way, taught):
     """Which policy is the reference decides the first loss; the finished model has both runs."""
     paths = {n: taught / v if n in ("lora", "model") else v for n, v in WAYS[way].items()}

@@ -209,6 +209,7 @@ def softmax_with_a_sink(query, key, value, mask, sinks, scale):
     return jnp.einsum("bhqk,bkhd->bqhd", weights, value)
 
 
+@pytest.mark.slow
 def test_sinks_are_keys_without_values(monkeypatch):
     """In the plain and the cached road and under dropout; no kernel is asked for."""
     monkeypatch.setattr(kernels, "find", lambda *_: pytest.fail("kernels have no sinks"))

@@ -113,9 +113,8 @@ def accuracies(step):
     return np.mean((margins > 0) + 0.5 * (margins == 0)), np.mean(np.abs(margins) < 1e-5)
 
 
-@pytest.mark.parametrize(
-    ("model", "name"), DEFAULT + [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW]
-)
+@pytest.mark.slow  # tests/cli/test_traces.py replays one of them by default
+@pytest.mark.parametrize(("model", "name"), DEFAULT + SLOW)
 def test_replays(model, name):
     trace = Trace(model, name)
     metrics, policy = replay(trace)

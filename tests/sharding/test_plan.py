@@ -211,6 +211,7 @@ def run(tmp_path, *flags):
 SIZE = 2 * 64 * 16 + 4 * 16**2 + 3 * 16 * 32 + 3 * 16
 
 
+@pytest.mark.slow
 def test_the_command_counts_parameters_moments_and_a_reference(tmp_path, capsys):
     found = run(tmp_path, "--target", "cpu:2", "--mesh", "data=2")
     batch = found["arguments"] - (4 + 4 + 4 + 2) * SIZE
