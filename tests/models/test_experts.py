@@ -263,7 +263,14 @@ REFUSED = [
         {"model_type": "gpt_oss", "quantization_config": {"quant_method": "mxfp4"}},
         r"`quantization_config`: .*mxfp4.*Mxfp4Config\(dequantize=True\)",
     ),
-    ({"model_type": "mixtral", "num_local_experts": 0}, "`num_local_experts` .*positive integer"),
+    *(
+        ({"model_type": family, key: 0}, f"`{key}` .*positive integer")
+        for family, key in {
+            "mixtral": "num_local_experts",
+            "gpt_oss": "num_local_experts",
+            "olmoe": "num_experts",
+        }.items()
+    ),
 ]
 
 

@@ -28,7 +28,7 @@ EXPERTS = {
             "num_experts_per_tok": 2,
         },
         keys={**_EXPERT_KEYS, "num_local_experts": "experts"},
-        traits=(traits.ONE_WINDOW, traits.ROTARY),
+        traits=(experts.EXPERTS_IN_ALL_LAYERS, traits.ONE_WINDOW, traits.ROTARY),
     ),
     "qwen3_moe": Family(
         architecture="Qwen3MoeForCausalLM",
@@ -93,7 +93,7 @@ EXPERTS = {
             "norm_topk_prob": "normalised_routes",
         },
         fixed={"query_key_norm": True, "query_key_norm_axes": "all"},
-        traits=(traits.OUTPUT_BIAS, traits.ROTARY),
+        traits=(experts.EXPERTS_IN_ALL_LAYERS, traits.OUTPUT_BIAS, traits.ROTARY),
     ),
     "gpt_oss": Family(
         architecture="GptOssForCausalLM",
@@ -126,7 +126,12 @@ EXPERTS = {
             "swiglu_limit": "swiglu_limit",
         },
         fixed={"feed_forward_bias": True, "router_bias": True, "attention_sinks": True},
-        traits=(traits.OUTPUT_BIAS, traits.GEMMA2_WINDOWS, experts.GPT_OSS_ROTARY),
+        traits=(
+            experts.EXPERTS_IN_ALL_LAYERS,
+            traits.OUTPUT_BIAS,
+            traits.GEMMA2_WINDOWS,
+            experts.GPT_OSS_ROTARY,
+        ),
         # The length before YaRN, which `rope_scaling` repeats.
         neutral={"initial_context_length": ...},
     ),

@@ -33,6 +33,17 @@ def write_sparse_layers(config: Config) -> dict[str, Any]:
 SPARSE_LAYERS = Trait(read_sparse_layers, write_sparse_layers)
 
 
+def need_experts(values: Values) -> dict[str, Any]:
+    """Raises if there are no experts: all families but Qwen 3 have some in each layer."""
+    key = "num_experts" if "num_experts" in values else "num_local_experts"
+    if not values[key]:
+        raise ValueError(f"`{key}` in config.json must be a positive integer; got {values[key]}.")
+    return {}
+
+
+EXPERTS_IN_ALL_LAYERS = Trait(need_experts, lambda config: {})
+
+
 def switched_window(values: Values) -> dict[str, Any]:
     """One window for all layers, if `use_sliding_window`."""
     window = values["sliding_window"] if values["use_sliding_window"] else None
