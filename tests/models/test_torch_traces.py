@@ -37,6 +37,7 @@ def batch_of(step):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize("name", CASES)
 def test_twenty_steps(name, tmp_path):
     folder = write_checkpoint(read_golden()[name], tmp_path / name)
