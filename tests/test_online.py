@@ -1,9 +1,7 @@
 """On-policy training: the page's example, and a bandit whose optimum is known."""
 
 import dataclasses
-import re
 from functools import partial
-from pathlib import Path
 
 import equinox as eqx
 import jax
@@ -16,10 +14,11 @@ import dpo_eqx as dpx
 from benchmarks import bandit
 from dpo_eqx import losses, models
 
+from .pages.fences import DOCS, blocks
 from .policies import Perceptron, assert_close, random_batch
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
-PAGE = (Path(__file__).parents[1] / "docs" / "online.md").read_text()
+PAGE = DOCS / "online.md"
 
 
 @pytest.fixture
@@ -30,7 +29,7 @@ def standard_promotion():
 
 
 def test_the_page_trains_towards_the_reward():
-    first, _, _, _, noise = re.findall(r"^```python\n(.*?)^```", PAGE, flags=re.M | re.S)
+    first, _, _, _, noise = blocks(PAGE, "python")
     optimizer = optax.adam(0.03)
     names = {
         "dpx": dpx,
@@ -64,7 +63,7 @@ def test_the_page_trains_towards_the_reward():
 @pytest.mark.slow
 def test_the_page_has_a_round_of_xpo():
     """One step of SGD, by hand: the gradient of DPO, and `alpha` times that of log pi(y_ref)."""
-    block = re.findall(r"^```python\n(.*?)^```", PAGE, flags=re.M | re.S)[3]
+    block = blocks(PAGE, "python")[3]
     drawn, alpha = [], 0.5
 
     def reward(prompt, tokens):

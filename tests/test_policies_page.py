@@ -1,23 +1,23 @@
 """The examples of `docs/policies.md`, run as they stand there."""
 
 import re
-from pathlib import Path
 
 import equinox as eqx
 import jax
 import numpy as np
 import pytest
 
-PAGE = Path(__file__).parents[1] / "docs" / "policies.md"
+from .pages.fences import DOCS, blocks
+
+PAGE = DOCS / "policies.md"
 
 
 @pytest.mark.slow
 def test_the_page_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = {}
-    blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), flags=re.M | re.S)
     with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"):
-        for block in blocks:
+        for block in blocks(PAGE, "python"):
             exec(compile(block, str(PAGE), "exec"), names)
     shown = re.search(r"shows this:\n\n```\n(.*?)    \.\.\.\n```", PAGE.read_text(), flags=re.S)
     assert str(names["report"]).startswith(shown[1])

@@ -1,17 +1,14 @@
 """README's examples, run as they stand there."""
 
-import re
 import textwrap
 from pathlib import Path
 
 import jax
 import pytest
 
+from .pages.fences import blocks
+
 README = Path(__file__).parents[1] / "README.md"
-
-
-def blocks():
-    return re.findall(r"^```python\n(.*?)^```", README.read_text(), flags=re.M | re.S)
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +16,7 @@ def ran():
     """All of README's Python in one namespace, as a reader would type it."""
     namespace = {}
     with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"):
-        for block in blocks():
+        for block in blocks(README, "python"):
             exec(compile(textwrap.dedent(block), str(README), "exec"), namespace)
     return namespace
 
@@ -31,7 +28,7 @@ def test_the_loop_learns_the_preferences(ran):
 
 
 def test_the_first_example_has_about_twenty_lines():
-    lines = [line for line in blocks()[0].splitlines() if line.strip()]
+    lines = [line for line in blocks(README, "python")[0].splitlines() if line.strip()]
     assert len(lines) <= 40
 
 

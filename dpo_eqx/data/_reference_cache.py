@@ -21,7 +21,7 @@ from ..protocols import Score
 from ..sharding import batch_share, gather, shard_batch
 from ._batches.batches import batches
 from ._fingerprint import digest
-from ._tokens.rows import Row, Rows, completions_of, lengths_of
+from ._tokens.rows import Row, Rows, is_single, lengths_of
 from ._tokens.store import aside, default_folder, digest_ids, settle
 
 logger = logging.getLogger("dpo_eqx.data")
@@ -89,7 +89,7 @@ def cache_reference(
 
     `ValueError` for unpaired rows: KTO's reference depends on the completions drawn for a run.
     """
-    if len(rows) and "completion_ids" in completions_of(rows[0]):
+    if len(rows) and is_single(rows[0]):
         raise ValueError(
             "`rows` must be pairs, with `chosen_ids` and `rejected_ids`; got unpaired rows. Give "
             "the step a `reference` instead."

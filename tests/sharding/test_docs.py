@@ -1,27 +1,25 @@
 """The examples of the page on devices, run as they stand there."""
 
-import re
-from pathlib import Path
-
 import equinox as eqx
 import jax
 import pytest
 
+from ..pages.fences import DOCS, blocks
 from ..policies import assert_close
 
 pytestmark = pytest.mark.slow  # the page runs one step in many ways, each compiled by itself
-PAGE = Path(__file__).parents[2] / "docs" / "devices.md"
+PAGE = DOCS / "devices.md"
 
 
 @pytest.fixture(scope="module")
 def ran():
     namespace = {}
-    blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), flags=re.M | re.S)
+    *roads, last = blocks(PAGE, "python")
     with jax.numpy_dtype_promotion("standard"):
-        for block in blocks[:-1]:
+        for block in roads:
             exec(compile(block, str(PAGE), "exec"), namespace)
         namespace["first"] = namespace["trained"], namespace["metrics"]
-        exec(compile(blocks[-1], str(PAGE), "exec"), namespace)
+        exec(compile(last, str(PAGE), "exec"), namespace)
     return namespace
 
 

@@ -4,6 +4,7 @@
 """
 
 from ... import data
+from ...data._batches.pack import kept_together
 from ...data._records.records import Form
 from ...data._tokens.rows import Rows, lengths_of
 from ..settings.settings import Settings
@@ -84,11 +85,8 @@ def check_packable(
     tokens = lengths_of(rows).sum(axis=1)
     too_long = int((tokens > settings.pack_length).sum())
     if too_long:
-        held = "completion with its prompt"
-        if not form.unpaired:
-            held = "pair, its prompt once and both completions"
         raise ValueError(
-            f"`--pack-length` must hold each {held}; got {settings.pack_length}, and {too_long} of "
-            f"{len(tokens)} rows of {path} have more tokens. Give {tokens.max()} or more, or cut "
-            "rows by `--max-length`."
+            f"`--pack-length` must hold each {kept_together(form.unpaired)}; got "
+            f"{settings.pack_length}, and {too_long} of {len(tokens)} rows of {path} have more "
+            f"tokens. Give {tokens.max()} or more, or cut rows by `--max-length`."
         )

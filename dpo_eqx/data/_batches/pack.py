@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, DTypeLike, Int
 
 from ..._arrays.packed import PackedBatch
-from .._tokens.rows import PER_PAIR, Row, Rows, completions_of, scored_of, start_of
+from .._tokens.rows import PER_PAIR, Row, Rows, completions_of, is_single, scored_of, start_of
 from .average import Average, check_average
 from .first_fit import GROUP, first_fit
 
@@ -171,7 +171,7 @@ def place(
     average: Average = "rows",
 ) -> Packing:
     """Places all pairs in rows; the arguments and errors are those of `pack`."""
-    single = len(completions_of(rows[0])) == 1
+    single = is_single(rows[0])
     check_average(average, single=single)
     needs = measured.needs
     limits = zip((length, scored, slots), needs.sum(axis=0), strict=True)
@@ -195,6 +195,11 @@ def place(
         dtype=dtype,
         tokens=needs[:, 1] if average == "tokens" else None,
     )
+
+
+def kept_together(single: bool) -> str:
+    """In words, what a packed row must have room for, if rows are single completions or pairs."""
+    return "completion with its prompt" if single else "pair, its prompt once and both completions"
 
 
 def _parts(row: Row) -> Parts:
@@ -253,7 +258,7 @@ def _numbers(
         {name: by_slot(of) for name, of in references.items()} if has_reference else None,
         {name: by_slot(name) for name in PER_PAIR if name in present[0]} or None,
         # As in `unpaired_batch`: a completion without a label is one to learn.
-        by_slot("label", True, bool) if len(completions) == 1 else None,
+        by_slot("label", True, bool) if is_single(present[0]) else None,
     )
 
 
@@ -273,14 +278,13 @@ def _check_fit(
     needs: Int[np.ndarray, "pairs 3"], room: Int[np.ndarray, " 3"], single: bool
 ) -> None:
     """Raises `ValueError`, naming the pairs, if some do not fit even in an empty row."""
-    held = "completion with its prompt" if single else "pair, its prompt once and both completions"
     for column, name, what in ((0, "length", "tokens"), (1, "scored", "scored tokens")):
         over = np.flatnonzero(needs[:, column] > room[column])
         if over.size:
             first = ", ".join(f"{i} ({needs[i, column]})" for i in over[:5])
             more = f" and {over.size - 5} more" if over.size > 5 else ""
             raise ValueError(
-                f"`{name}` must hold each {held}; "
-                f"{room[column]} {what} do not hold rows {first}{more}. Take "
-                f"{needs[over, column].max()} or more, or cut rows by `max_length` of `tokenize`."
+                f"`{name}` must hold each {kept_together(single)}; {room[column]} {what} do not "
+                f"hold rows {first}{more}. Take {needs[over, column].max()} or more, or cut rows "
+                "by `max_length` of `tokenize`."
             )

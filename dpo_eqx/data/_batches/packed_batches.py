@@ -11,7 +11,7 @@ from jaxtyping import DTypeLike, Int
 
 from ..._arrays.packed import PackedBatch
 from .._fingerprint import digest
-from .._tokens.rows import Rows, completions_of
+from .._tokens.rows import Rows, is_single
 from .average import Average
 from .batches import Batches, batches, check_sizes, share_of
 from .buckets import PackedShapes
@@ -68,7 +68,7 @@ class PackedBatcher:
                 pairs=len(self.rows),
                 tokens=self.tokens,
                 unpacked=unpacked.shapes().padding,
-                unit="pairs" if len(completions_of(self.rows[0])) == 2 else "completions",
+                unit="completions" if is_single(self.rows[0]) else "pairs",
             )
 
 

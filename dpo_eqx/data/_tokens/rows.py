@@ -44,6 +44,11 @@ def completions_of(row: Row) -> list[str]:
     return ["completion_ids"] if "completion_ids" in row else ["chosen_ids", "rejected_ids"]
 
 
+def is_single(row: Row) -> bool:
+    """Whether the row is a single completion, and not a pair."""
+    return len(completions_of(row)) == 1
+
+
 def mask_name(completion: str) -> str:
     """The name of the column that says which tokens of a completion are scored."""
     return completion.replace("_ids", "_mask")
