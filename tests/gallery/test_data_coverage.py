@@ -1,10 +1,11 @@
 """The entry on coverage: who writes the pairs matters if the reference covers the optimum badly."""
 
 import data_coverage
-import jax
 import numpy as np
 import pytest
 from shared import intervals
+
+from .as_users import computed
 
 REFERENCE, UNIFORM, POLICY = range(3)
 
@@ -12,8 +13,7 @@ REFERENCE, UNIFORM, POLICY = range(3)
 @pytest.fixture(scope="module")
 def quick():
     # Optax's schedules mix integers and floats.
-    with jax.numpy_dtype_promotion("standard"):
-        return data_coverage.compute(data_coverage.QUICK)
+    return computed(data_coverage, data_coverage.QUICK)
 
 
 def test_the_policy_is_the_better_writer_if_the_reference_covers_badly(quick):
@@ -27,8 +27,8 @@ def test_the_policy_is_the_better_writer_if_the_reference_covers_badly(quick):
 
 
 @pytest.mark.slow
-def test_the_claims(standard_promotion):
-    results = data_coverage.compute(data_coverage.FULL)
+def test_the_claims():
+    results = computed(data_coverage, data_coverage.FULL)
     often, seldom = np.moveaxis(results.gap[..., -1], 1, 0)
     mean, half = intervals.interval(seldom[:, REFERENCE] - seldom[:, POLICY])
     assert mean - half > 0

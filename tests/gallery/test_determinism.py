@@ -1,10 +1,11 @@
 """IPO holds on to the reference if labels are certain, and DPO does not."""
 
 import determinism
-import jax
 import numpy as np
 import pytest
 from shared import intervals
+
+from .as_users import computed
 
 CERTAIN, BETAS = 1, np.array(determinism.BETAS)
 DPO, IPO = range(2)
@@ -12,8 +13,7 @@ DPO, IPO = range(2)
 
 @pytest.fixture(scope="module")
 def quick():
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        return determinism.compute(determinism.QUICK)
+    return computed(determinism, determinism.QUICK)
 
 
 def test_dpo_ignores_beta_if_labels_are_certain(quick):
@@ -33,11 +33,8 @@ def test_ipo_reaches_its_limit_if_labels_are_certain(quick):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("standard_promotion")
 def test_the_claim_holds_with_its_intervals():
-    # As users run it: in float64 the same keys would draw another task.
-    with jax.enable_x64(False), jax.numpy_rank_promotion("allow"):
-        results = determinism.compute(determinism.FULL)
+    results = computed(determinism, determinism.FULL)
     mean, half = intervals.interval(results.kl[:, :, CERTAIN, :, -1])
     assert (mean[DPO] - half[DPO] > 0.8).all()
     assert (mean[DPO, BETAS <= 1] > 0.99).all()

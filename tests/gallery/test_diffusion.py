@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 from shared import digits, intervals
 
+from .as_users import computed
+
 
 @pytest.fixture(scope="module")
 def quick():
     # Optax's schedules mix integers and floats.
-    with jax.numpy_dtype_promotion("standard"):
-        return diffusion.compute(diffusion.QUICK)
+    return computed(diffusion, diffusion.QUICK)
 
 
 def test_dpo_follows_the_preference_further_than_sft(quick):
@@ -39,8 +40,8 @@ def test_the_pairs_are_what_the_reader_says():
 
 
 @pytest.mark.slow
-def test_the_claims(standard_promotion):
-    results = diffusion.compute(diffusion.FULL)
+def test_the_claims():
+    results = computed(diffusion, diffusion.FULL)
     found = {name: intervals.interval(x) for name, x in diffusion.measures(results).items()}
     low = {name: mean - half for name, (mean, half) in found.items()}
     high = {name: mean + half for name, (mean, half) in found.items()}

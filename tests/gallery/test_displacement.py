@@ -1,16 +1,16 @@
 """Likelihood displacement: what the entry claims, on few seeds in the default suite."""
 
 import displacement
-import jax
 import numpy as np
 import pytest
 from shared.intervals import interval
 
+from .as_users import computed
+
 
 @pytest.fixture(scope="module")
 def quick():
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        return displacement.compute(displacement.QUICK)
+    return computed(displacement, displacement.QUICK)
 
 
 def ends(results):
@@ -39,8 +39,8 @@ def test_the_table_and_the_picture_hold_every_run(quick):
 
 
 @pytest.mark.slow
-def test_the_claims_hold_with_their_intervals(standard_promotion):
-    results = displacement.compute(displacement.FULL)
+def test_the_claims_hold_with_their_intervals():
+    results = computed(displacement, displacement.FULL)
     low, high = (x[..., -1] for x in (results.chosen[:, 2], results.chosen[:, 1]))
     for negative in (results.chosen[:, 0, -1], results.predicts[:, 0], high - low):
         mean, half = interval(negative)

@@ -9,17 +9,14 @@ from shared.intervals import interval
 
 import dpo_eqx as dpx
 
+from .as_users import computed
+
 DPO, CDPO, ROBUST, ROPO = range(4)
-
-
-def compute(size):
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        return noisy_labels.compute(size)
 
 
 @pytest.fixture(scope="module")
 def quick():
-    return compute(noisy_labels.QUICK)
+    return computed(noisy_labels, noisy_labels.QUICK)
 
 
 def test_margins_shrink_unless_the_loss_is_robust(quick):
@@ -51,7 +48,7 @@ def test_the_table_and_the_picture_hold_every_loss(quick):
 
 @pytest.mark.slow
 def test_the_claims_hold_with_their_intervals():
-    slope = compute(noisy_labels.FULL).slope[:, :, 3]  # 30% flipped
+    slope = computed(noisy_labels, noisy_labels.FULL).slope[:, :, 3]  # 30% flipped
     for positive in (slope[ROBUST] - slope[DPO], slope[DPO] - slope[CDPO]):
         mean, half = interval(positive)
         assert mean - half > 0

@@ -1,20 +1,16 @@
 """Over-optimisation: what the entry claims, on few seeds in the default suite."""
 
-import jax
 import numpy as np
 import over_optimisation
 import pytest
 from shared.intervals import interval
 
-
-def compute(size):
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        return over_optimisation.compute(size)
+from .as_users import computed
 
 
 @pytest.fixture(scope="module")
 def quick():
-    return compute(over_optimisation.QUICK)
+    return computed(over_optimisation, over_optimisation.QUICK)
 
 
 BETA = over_optimisation.BETAS.index(0.2)
@@ -45,7 +41,7 @@ def test_the_table_and_the_picture_hold_every_run(quick):
 
 @pytest.mark.slow
 def test_the_mean_reward_falls_but_not_in_every_seed():
-    results = compute(over_optimisation.FULL)
+    results = computed(over_optimisation, over_optimisation.FULL)
     dpo, chi_po = results.reward[:, :, BETA]
     assert fall(dpo.mean(axis=0)) > 0.1 > fall(chi_po.mean(axis=0))
     mean, half = interval(fall(dpo))

@@ -1,18 +1,18 @@
 """MODPO lies on the exact Pareto front, and the weighted losses lie below it."""
 
-import jax
 import numpy as np
 import pytest
 import two_rewards
 from shared import intervals
+
+from .as_users import computed
 
 MODPO, LOSS_WEIGHTING = two_rewards.METHODS
 
 
 @pytest.fixture(scope="module")
 def quick():
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        return two_rewards.compute(two_rewards.QUICK)
+    return computed(two_rewards, two_rewards.QUICK)
 
 
 def test_modpo_gets_nearly_all_of_the_gain_for_every_weight(quick):
@@ -27,11 +27,8 @@ def test_the_weights_trade_one_reward_for_the_other(quick):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("standard_promotion")
 def test_the_claim_holds_with_its_intervals():
-    # As users run it: in float64 the same keys would draw another task.
-    with jax.enable_x64(False), jax.numpy_rank_promotion("allow"):
-        results = two_rewards.compute(two_rewards.FULL)
+    results = computed(two_rewards, two_rewards.FULL)
     mean, half = intervals.interval(results.share[MODPO])
     assert (mean - half > 0.9).all()
     conflict = slice(1, 3)  # weights 0.3 and 0.5, where neither reward dominates

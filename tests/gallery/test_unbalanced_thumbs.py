@@ -1,20 +1,16 @@
 """KTO with few desirable labels: what the entry claims, on few seeds in the default suite."""
 
-import jax
 import numpy as np
 import pytest
 import unbalanced_thumbs
 from shared.intervals import interval
 
-
-def compute(size):
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        return unbalanced_thumbs.compute(size)
+from .as_users import computed
 
 
 @pytest.fixture(scope="module")
 def quick():
-    return compute(unbalanced_thumbs.QUICK)
+    return computed(unbalanced_thumbs, unbalanced_thumbs.QUICK)
 
 
 KTO, RULE, DPO, REFERENCE = range(4)
@@ -40,7 +36,7 @@ def test_the_table_and_the_picture_hold_every_run(quick):
 
 @pytest.mark.slow
 def test_the_claim_holds_with_its_interval():
-    results = compute(unbalanced_thumbs.FULL)
+    results = computed(unbalanced_thumbs, unbalanced_thumbs.FULL)
     mean, half = interval(results.reward[:, KTO, 0] - results.reward[:, REFERENCE, 0])
     assert mean - half > 0
     mean, half = interval(results.reward[:, RULE, 0] - results.reward[:, KTO, 0])

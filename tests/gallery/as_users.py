@@ -1,0 +1,10 @@
+"""An entry of the gallery, computed as users run it, and not in the settings of the tests."""
+
+import jax
+
+
+def computed(entry, size):
+    """The results of an entry. In float64 the same keys would draw another task."""
+    promotion = jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow")
+    with jax.enable_x64(False), promotion[0], promotion[1]:
+        return entry.compute(size)
