@@ -1,5 +1,6 @@
 """Settings of every test: eight virtual CPU devices, float64, shapes checked, nothing promoted."""
 
+import functools
 import gc
 import os
 from importlib.metadata import version
@@ -22,12 +23,17 @@ import chex
 import jax
 import jaxtyping
 import pytest
+from jax._src.interpreters import mlir
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 chex.set_n_cpu_devices(8)
+
+# JAX gives each program that it lowers a new MLIR context, which stays alive with the program: half
+# of the memory of a process that compiles thousands of them. Contexts are made to be shared.
+mlir.make_ir_context = functools.cache(mlir.make_ir_context)
 
 jaxtyping.install_import_hook("dpo_eqx", "beartype.beartype")
 

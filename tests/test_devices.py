@@ -166,6 +166,7 @@ def test_automatic_partitioning_does_not_gather_the_batch():
     assert not re.search(r"f64\[8,2,11,", text)
 
 
+@pytest.mark.slow
 def test_a_recurrent_policy_under_shard_map():
     """Its scan must trace where what varies is tracked."""
     policy = Recurrent(jax.random.key(0))

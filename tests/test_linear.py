@@ -217,6 +217,7 @@ def test_both_modes_of_both_orders(tiny_tiles):
     jax.test_util.check_grads(jax.jit(chunked), operands, order=2, modes=("fwd", "rev"))
 
 
+@pytest.mark.slow
 def test_under_vmap_scan_and_remat():
     operands, targets, slopes = example()
     plain, chunked = objectives(targets[0], slopes[0], 2.0, chunk_size=3)
@@ -283,6 +284,7 @@ def test_targets_outside_the_vocabulary_are_nan():
     assert np.isnan(dpx.linear_token_log_probs(hidden, unembedding, targets - VOCAB)).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "bound"), [(jnp.float32, 1e-6), (jnp.bfloat16, 1e-6)])
 def test_narrow_inputs_are_summed_in_float32(dtype, bound):
     (hidden, unembedding, bias), targets, _ = example(dtype=dtype)

@@ -61,6 +61,7 @@ def test_three_orders_in_both_modes_and_under_transformations():
     check(jax.jit(scanned), (weight,), order=2)
 
 
+@pytest.mark.slow
 def test_a_gradient_is_differentiated_in_what_scales_it():
     """As in the `beta` of a loss: the operands stay, only the cotangents move."""
     weight, hidden = (jnp.cos(7.0 * jnp.arange(n * 3.0).reshape(n, 3)) for n in (4, 5))

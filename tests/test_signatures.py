@@ -173,6 +173,7 @@ def test_the_line_of_the_message_repairs_the_policy(kind):
     assert_close(score(policy, jax.random.key(1)), score(PLAIN), 1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_message_says_whether_the_reference_was_run(kind):
     grad = eqx.filter_jit(dpx.make_grad(losses.dpo))

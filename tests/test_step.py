@@ -167,6 +167,7 @@ def test_vmap_over_seeds_and_over_beta(batch):
         assert_close(jax.tree.map(lambda x, i=i: x[i], got), want, 1e-12)
 
 
+@pytest.mark.slow
 def test_a_gradient_flows_through_a_step(batch):
     """The loss after a step, differentiated with respect to `beta` of that step."""
     opt_state = SGD.init(arrays(POLICY))
@@ -313,6 +314,7 @@ def test_compute_dtype_leaves_parameters_and_gradients_wide(batch, standard_prom
     assert cosine > 0.999
 
 
+@pytest.mark.slow
 def test_narrow_parameters_keep_their_dtype_and_their_gradients_are_float32(
     batch, standard_promotion
 ):
@@ -364,6 +366,7 @@ def test_the_update_fraction_counts_the_trained_numbers_that_changed(batch, step
     assert metrics.keys() == {*stepped[1], "update_fraction"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "low", "high"), [("float32", 0.7, 1), ("bfloat16", 0, 0.05)])
 def test_the_update_fraction_shows_updates_that_are_rounded_away(
     batch, dtype, low, high, standard_promotion

@@ -137,6 +137,7 @@ def test_a_step_averages_over_tokens(policy, microbatches):
         assert np.abs(one - other).max() < 1e-14
 
 
+@pytest.mark.slow
 def test_packed_rows_have_the_same_metrics():
     rows = [
         {

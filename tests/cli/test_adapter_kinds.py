@@ -44,6 +44,7 @@ def whole(tmp_path_factory):
     return folder / "run"
 
 
+@pytest.mark.slow
 def test_kinds_are_in_the_file_and_the_first_loss_is_log_2(whole):
     config = json.loads((whole / "adapter" / "adapter_config.json").read_text())
     assert config["use_rslora"]

@@ -45,6 +45,7 @@ def log_probs(policy, folder):
     return float(score(policy, batch).chosen.mean())
 
 
+@pytest.mark.slow
 def test_adapter_and_model_are_the_same_policy(first):
     run = first / "run"
     config = json.loads((run / "adapter" / "adapter_config.json").read_text())

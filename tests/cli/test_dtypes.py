@@ -78,6 +78,7 @@ def kinds(arrays):
     return {str(x.dtype) for x in jax.tree.leaves(arrays)}
 
 
+@pytest.mark.slow
 def test_what_is_trained_is_kept_in_float32(narrow, whole):
     run = whole / "run"
     lines = lines_of(run)

@@ -67,6 +67,7 @@ def quantities(path):
     return {name: value for name, value in written(path).items() if isinstance(value, float)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [4, 10])
 def test_quantities(there, by_hand, tmp_path, capsys, batch_size):
     files = tmp_path / "out.json", tmp_path / "pairs.jsonl"
@@ -130,6 +131,7 @@ def test_beside_itself(there, tmp_path, capsys):
     assert result["beta"] == 0.1
 
 
+@pytest.mark.slow
 def test_adapters_beside_their_base_are_the_merged_model_beside_it(there, tmp_path, capsys):
     outputs = tmp_path / "merged.json", tmp_path / "adapter.json"
     assert evaluate(capsys, there, outputs[0], model=there / "model")[0] == 0
@@ -141,6 +143,7 @@ def test_adapters_beside_their_base_are_the_merged_model_beside_it(there, tmp_pa
     assert written(outputs[1])["reference"] == f"{MODEL} without adapters"
 
 
+@pytest.mark.slow
 def test_adapters_on_a_quantised_base(there, tmp_path, capsys):
     """The base is quantised on both sides: what differs is the adapters alone."""
     flags = ("--lora", there / "adapter", "--quantize", "nf4", "--per-pair", tmp_path / "pairs")

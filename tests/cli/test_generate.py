@@ -44,6 +44,7 @@ def test_an_answer_to_each_prompt(models, tmp_path, capsys):
     assert rows[0]["answer"] in out
 
 
+@pytest.mark.slow
 def test_two_models_side_by_side(models, tmp_path, capsys, monkeypatch):
     other = moved(models("llama"), tmp_path / "other", scale=0.5)
     flags = ("--prompt", "Why?", "--temperature", "0", "--compare", other)
@@ -72,6 +73,7 @@ def test_several_devices_give_the_same_answers(models, tmp_path, capsys):
     one_message(status, err, "generate", "`--batch-size` must be a multiple of data * fsdp = 8")
 
 
+@pytest.mark.slow
 def test_adapters_answer_as_the_merged_model(models, tmp_path, capsys):
     folder = adapted(models("llama"), tmp_path, scale=0.3)
     flags = ("--lora", folder / "adapter", "--prompt", "Why?", "--temperature", "0")

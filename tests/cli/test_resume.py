@@ -41,6 +41,7 @@ def go_on(folder, whole):
     check_each_step_once(folder / "run")
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_exits(tmp_path, whole, monkeypatch, capsys):
     write_data(tmp_path / "eval.jsonl", 5, 1)
     with monkeypatch.context() as patch:

@@ -82,6 +82,7 @@ def test_several_devices_draw_the_same(whole, model, prompts, tmp_path, capsys):
         assert other["log_probs"] == pytest.approx(one["log_probs"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_each_prompt_is_drawn_as_if_alone(whole, model):
     tokenizer, policy = data.load_tokenizer(model), load(model)
     found = lines(whole)

@@ -17,6 +17,7 @@ CHAIN = sentences.Chain(jax.random.normal(jax.random.key(0), (2, 3, 3)))
 CHOSEN, REJECTED = np.array([6, 0, 3]), np.array([1, 4, 2])
 
 
+@pytest.mark.slow
 def test_pairs_by_number_have_the_librarys_scores():
     weight = jnp.array([1.0, 0.5, 2.0])
     expected = dpx.score_pairs(CHAIN, LANGUAGE.pairs(CHOSEN, REJECTED, weight=weight))
@@ -34,6 +35,7 @@ def test_thumbs_by_number_have_the_librarys_scores():
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-12), got, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("standard_promotion")
 def test_training_raises_what_is_chosen():
     batch, score = by_number.Pairs(CHOSEN, REJECTED), by_number.score_pairs(LANGUAGE)

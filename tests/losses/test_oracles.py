@@ -42,6 +42,7 @@ def test_float32_is_kept_and_agrees(case):
     close(result.loss, case.oracle(p, **case.hyper)[0], 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
     [case for case in CASES if case.smooth],

@@ -168,6 +168,7 @@ def test_a_row_has_the_same_log_probabilities_whatever_else_is_in_the_batch():
         assert_close(alone.rejected[0], np.asarray(together.rejected[pair]), 1e-12)
 
 
+@pytest.mark.slow
 def test_the_first_loss_is_log_2_and_microbatches_change_nothing():
     batch = ragged_batch(0, vocab=40)
     whole, parts = (

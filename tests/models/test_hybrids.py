@@ -196,6 +196,7 @@ def test_what_is_split_over_devices():
     assert spec("value.weight", np.zeros((2, 8))) == P()
 
 
+@pytest.mark.slow
 @BOTH
 def test_traces_where_what_varies_is_tracked(name):
     policy, batch = POLICIES[name], random_batch(seed=3)

@@ -92,6 +92,7 @@ def test_each_adapter_of_each_layer_has_its_own_key(base):
     assert models.keyed_lora(policy, None) is policy
 
 
+@pytest.mark.slow
 def test_a_pair_draws_the_same_in_every_batch(base):
     policy, batch = with_dropout(base), ragged_batch(0)
     keys = jax.random.split(KEY, 3)

@@ -124,6 +124,7 @@ def shortened(policy, limit):
     return jax.tree.unflatten(jax.tree.structure(make), jax.tree.leaves(policy))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", cases(default=("phi3-long",), of=("phi3-long", "llama-dynamic")))
 def test_the_real_length_of_a_sequence_decides(name, checkpoint):
     """Not padding, nor the other completion of the pair: here one is short, the other long."""

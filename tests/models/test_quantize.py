@@ -168,6 +168,7 @@ def gradients_of(policy, batch):
     return grad(policy, batch)
 
 
+@pytest.mark.slow
 def test_gradients_are_those_on_the_decoded_weights(quantised):
     batch = ragged_batch(0)
     got, metrics = gradients_of(quantised, batch)

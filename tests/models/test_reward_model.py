@@ -87,6 +87,7 @@ def test_microbatches_train_what_the_whole_batch_trains(trained):
     assert losses.bradley_terry(after).loss.mean() < losses.bradley_terry(rewards).loss.mean()
 
 
+@pytest.mark.slow
 def test_a_trained_one_is_saved_and_loaded(trained, tmp_path):
     _, batch, (whole, _, _), _ = trained
     models.save(whole, tmp_path)

@@ -175,6 +175,7 @@ def test_first_step_in_bf16_compute_is_log_2(policy):
     assert abs(metrics["loss"] - np.log(2)) < 1e-5
 
 
+@pytest.mark.slow
 def test_traces_inside_shard_map(policy):
     """Also with the check of what varies; gradients of replicated parameters are then summed."""
     batch = jax.tree.map(lambda *rows: jnp.concatenate(rows), *(ragged_batch(i) for i in range(8)))

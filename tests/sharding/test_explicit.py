@@ -77,6 +77,7 @@ def test_a_fast_policy(loss, microbatches, shape, names, types, in_context):
     assert all(value.sharding.is_fully_replicated for value in got[1].values())
 
 
+@pytest.mark.slow
 def test_a_plain_policy_runs_under_explicit_axes_itself():
     """With dropout, a coupled loss and microbatches."""
     policy = OneHot(jax.random.normal(jax.random.key(0), (VOCAB, VOCAB)))

@@ -45,6 +45,7 @@ def run(page, names):
     return names
 
 
+@pytest.mark.slow
 def test_the_first_page_with_a_policy_of_the_reader(as_users):
     policy = Perceptron(jax.random.key(0))
     optimizer = optax.sgd(0.1)
