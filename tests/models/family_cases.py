@@ -254,6 +254,19 @@ OPTIONS = {
     ),
     "qwen3-moe-dense": ("qwen3_moe", {"num_experts": 0, "num_experts_per_tok": 0}),
     "stablelm-norms": ("stablelm", {"qk_layernorm": True, "num_key_value_heads": 3}),
+    # Parts of a head of 7 and of 3 places are rotated, rounded up.
+    "glm-odd": ("glm", {"head_dim": 14}),
+    "gpt-neox-odd": ("gpt_neox", {"num_attention_heads": 4, "rotary_pct": 0.25}),
+    "gpt-neox-odd-dynamic": (
+        "gpt_neox",
+        {
+            "num_attention_heads": 4,
+            "rotary_pct": 0.5,
+            "hidden_size": 40,
+            "max_position_embeddings": 16,
+            "rope_scaling": {"rope_type": "dynamic", "factor": 3.0},
+        },
+    ),
     "phi-tied": ("phi", {"tie_word_embeddings": True, "partial_rotary_factor": 0.25}),
     "gptj-tied": (
         "gptj",

@@ -1,9 +1,11 @@
 """Options of the families' configurations, one or a few at a time; `sweep_options.py` runs them.
 
-The table is legal input for `transformers`, in the forms of old and new files. Cases whose logits
-are golden values are in `family_cases.py`.
+The table is legal input for `transformers`, in the forms of old and new files. Behind its cases are
+random ones: other sizes, and several options at once. Cases whose logits are golden values are in
+`family_cases.py`.
 """
 
+import random
 from collections.abc import Iterator
 from typing import Any
 
@@ -331,6 +333,51 @@ def cases() -> Iterator[tuple[str, dict[str, Any]]]:
             options = {"plain": {}, **options_of_gpt(options), **OWN[family]}
         for name, settings in options.items():
             yield f"{family}/{name}", {**base, **settings}
+        for i in range(RANDOM):
+            yield f"{family}/random-{i}", random_case(random.Random(f"{family} {i}"), base, options)
+
+
+# The number of random cases of each family.
+RANDOM = 20
+# Keys with an entry for each layer, so that the number of layers stays.
+BY_LAYER = ("layer_types", "no_rope_layers", "mlp_only_layers", "full_attn_idxs")
+
+
+def random_case(
+    rng: random.Random, base: dict[str, Any], options: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
+    """Random sizes, and up to four of the options, all of whose keys `base` or one of them has."""
+    heads, width = rng.choice([1, 2, 3, 4, 6, 8]), 2 * rng.randint(2, 10)
+    keys = rng.choice([count for count in range(1, heads + 1) if heads % count == 0])
+    experts = rng.randint(2, 9)
+    sizes = {
+        "vocab_size": rng.randint(80, 120),
+        "hidden_size": heads * width,
+        "num_hidden_layers": rng.randint(1, 6),
+        "num_attention_heads": heads,
+        "num_key_value_heads": keys,
+        "intermediate_size": rng.randint(20, 90),
+        "max_position_embeddings": rng.choice([16, 32, 64, 200]),
+        "head_dim": rng.choice([width, 2 * rng.randint(3, 12)]),
+        "n_embd": heads * width,
+        "n_layer": rng.randint(1, 5),
+        "n_head": heads,
+        "n_inner": rng.randint(20, 90),
+        "n_positions": rng.randint(40, 90),
+        "rotary_dim": 2 * rng.randint(1, width // 2),
+        "moe_intermediate_size": rng.randint(10, 40),
+        "num_experts": experts,
+        "num_local_experts": experts,
+        "num_experts_per_tok": rng.randint(1, experts),
+        "linear_key_head_dim": rng.randint(2, 12),
+        "linear_value_head_dim": rng.randint(2, 12),
+        "sliding_window": rng.randint(1, 20),
+    }
+    chosen = rng.sample(sorted(options), rng.randint(0, 4))
+    settings = {key: value for name in chosen for key, value in options[name].items()}
+    kept = ("num_hidden_layers", "n_layer") if settings.keys() & set(BY_LAYER) else ()
+    sizes = {key: size for key, size in sizes.items() if key in base and key not in kept}
+    return {**base, **sizes, **settings}
 
 
 def options_of_gpt(options: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:

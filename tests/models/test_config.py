@@ -273,6 +273,20 @@ def test_keys_of_other_families():
         ({"rope_scaling": {"rope_type": "su", "factor": 2.0}}, "'su'.*not supported"),
         ({"model_type": "phi3", "rope_scaling": {"type": "linear"}}, "'longrope'; got 'linear'"),
         ({"model_type": "gptj", "rotary_dim": 300}, "at most the width of a head, 256; got 300"),
+        ({"model_type": "gptj", "rotary_dim": 3}, "`rotary_dim` .* must be even"),
+        (
+            {"model_type": "stablelm", "hidden_size": 48, "num_attention_heads": 4},
+            "an even part of each head .*'stablelm'; got 0.25 of 12",
+        ),
+        (
+            {"model_type": "gpt_neox", "hidden_size": 48, "num_attention_heads": 4}
+            | {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
+            "must be even for the rotary embedding of type 'yarn'",
+        ),
+        (
+            {"model_type": "olmo3", "rope_scaling": {"type": "yarn", "factor": 2.0}},
+            "`type` 'yarn', which `transformers` ignores in the family 'olmo3'",
+        ),
         (
             {"model_type": "exaone4", "sliding_window_pattern": "LLLG"},
             "`sliding_window_pattern` .* positive integer .* no `layer_types`; got 'LLLG'",

@@ -88,6 +88,14 @@ def test_configurations_are_written_as_they_were_read(name):
     assert models.read_config(write_config(config)) == config
 
 
+def test_families_that_need_a_window_are_written_with_one():
+    for family in ("ministral", "gemma2", "gemma3_text", "olmo3", "cohere2", "gpt_oss"):
+        keys = {"model_type": family, "num_hidden_layers": 2, "max_position_embeddings": 99}
+        config = models.read_config({**keys, "layer_types": ["full_attention"] * 2})
+        assert config.windows == (None, None)
+        assert write_config(config)["sliding_window"] == 99
+
+
 @pytest.mark.parametrize("name", cases(default=("apertus", "codegen", "qwen3-5-rest")))
 def test_round_trip_is_bit_identical(name, checkpoint, tmp_path):
     folder = checkpoint(name)

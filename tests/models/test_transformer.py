@@ -263,7 +263,9 @@ def test_errors():
         models.Config(**sizes, key_heads=3)
     with pytest.raises(ValueError, match="`windows` must have one entry per layer, 2; got 1"):
         models.Config(**sizes, windows=(3,))
-    with pytest.raises(ValueError, match="rotated part of a head must be even; got `head_width` 3"):
+    with pytest.raises(
+        ValueError, match="`head_width` must be even if the whole of a head is rotated; got 3"
+    ):
         models.Config(**sizes, head_width=3)
 
 

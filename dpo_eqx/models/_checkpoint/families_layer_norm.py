@@ -62,7 +62,7 @@ LAYER_NORM = {
             "feed_forward_bias": True,
             "unembedding_bias": True,
         },
-        traits=(traits.half_rotary(0.5),),
+        traits=(traits.even_rotation(traits.half_rotary(0.5)),),
     ),
     "stablelm": Family(
         architecture="StableLmForCausalLM",
@@ -88,7 +88,7 @@ LAYER_NORM = {
             "use_parallel_residual": "parallel",
         },
         fixed={"norm": "layer", "query_key_norm_axes": "heads"},
-        traits=(traits.PARTIAL_ROTARY,),
+        traits=(traits.even_rotation(traits.PARTIAL_ROTARY),),
     ),
     "starcoder2": Family(
         architecture="Starcoder2ForCausalLM",

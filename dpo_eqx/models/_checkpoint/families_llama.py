@@ -54,7 +54,7 @@ LLAMAS = {
         names=names.LLAMA,
         defaults=_MISTRAL,
         keys=KEYS,
-        traits=(traits.MISTRAL_WINDOWS, traits.ROTARY),
+        traits=(traits.MINISTRAL_WINDOWS, traits.ROTARY),
     ),
     "ministral3": Family(
         architecture="Ministral3ForCausalLM",

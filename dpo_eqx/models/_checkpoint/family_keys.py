@@ -57,6 +57,26 @@ def half_rotary(fraction: float) -> Trait:
     return Trait(read, PARTIAL_ROTARY.write)
 
 
+def even_rotation(trait: Trait) -> Trait:
+    """A trait of rotary embeddings whose family only rotates an even part of each head.
+
+    In other families an odd part is rounded up.
+    """
+
+    def read(values: Values) -> dict[str, Any]:
+        fields = trait.read(values)
+        head = values["hidden_size"] // values["num_attention_heads"]
+        fraction = fields["rotary"].fraction
+        if int(head * fraction) % 2:
+            raise ValueError(
+                "`partial_rotary_factor` in config.json must be the fraction of an even part of "
+                f"each head in the family {values['model_type']!r}; got {fraction} of {head}."
+            )
+        return fields
+
+    return Trait(read, trait.write)
+
+
 def refusing(*keys: str) -> Trait:
     """Keys whose feature is not supported."""
 
@@ -106,6 +126,16 @@ def write_windows(config: Config) -> dict[str, Any]:
     return {"layer_types": types, "sliding_window": window}
 
 
+def write_some_window(config: Config) -> dict[str, Any]:
+    """The keys for `config.windows` in families for which `transformers` needs a window.
+
+    If no layer has one, it is a window that takes no effect.
+    """
+    keys = write_windows(config)
+    window = keys["sliding_window"]
+    return {**keys, "sliding_window": config.max_length if window is None else window}
+
+
 def one_window(values: Values) -> dict[str, Any]:
     """One window for all layers."""
     return {"windows": (values["sliding_window"],) * values["num_hidden_layers"]}
@@ -132,6 +162,7 @@ def write_mistral(config: Config) -> dict[str, Any]:
 
 
 MISTRAL_WINDOWS = Trait(read_mistral, write_mistral)
+MINISTRAL_WINDOWS = Trait(read_mistral, write_some_window)
 
 
 def read_qwen(values: Values) -> dict[str, Any]:
@@ -168,7 +199,10 @@ def window_pattern(period: int) -> Trait:
     def read(values: Values) -> dict[str, Any]:
         return {"windows": read_windows(types_of(values), values["sliding_window"], values)}
 
-    return Trait(read, lambda config: {**write_windows(config), "sliding_window_pattern": period})
+    def write(config: Config) -> dict[str, Any]:
+        return {**write_some_window(config), "sliding_window_pattern": period}
+
+    return Trait(read, write)
 
 
 def types_of(values: Values) -> Sequence[str]:
@@ -195,7 +229,7 @@ def read_gemma2(values: Values) -> dict[str, Any]:
     return {"windows": read_windows(types, values["sliding_window"], values)}
 
 
-GEMMA2_WINDOWS = Trait(read_gemma2, write_windows)
+GEMMA2_WINDOWS = Trait(read_gemma2, write_some_window)
 
 
 def query_scalar(values: Values) -> dict[str, Any]:

@@ -114,6 +114,7 @@ def rotary_by_type(theta: float, sliding_theta: float, sliding_key: str | None) 
     def read(values: Values) -> dict[str, Any]:
         newer = values.get("rope_parameters") or {}
         check_nested(newer)
+        check_older(values)
         older = {"rope_theta": values.get("rope_theta") or theta}
         full = {**older, **_given(newer.get(FULL)), **_given(values.get("rope_scaling"))}
         base = values.get(sliding_key) if sliding_key else None
@@ -134,6 +135,18 @@ def rotary_by_type(theta: float, sliding_theta: float, sliding_key: str | None) 
         return {**write_rotary(full), **keys, "rope_parameters": nested}
 
     return Trait(read, write)
+
+
+def check_older(values: Values) -> None:
+    """Raises if `rope_scaling` names its type in a way that `transformers` ignores here."""
+    scaling = values.get("rope_scaling") or {}
+    kind = scaling.get("type")
+    if scaling.get("rope_type") is None and kind not in (None, "default"):
+        raise ValueError(
+            f"`rope_scaling` in config.json has `type` {kind!r}, which `transformers` ignores in "
+            f"the family {values['model_type']!r}. Name it `rope_type` if the model was trained "
+            "with it, and remove `rope_scaling` otherwise."
+        )
 
 
 def check_nested(parameters: Mapping[str, Any]) -> None:

@@ -69,9 +69,10 @@ GPT_NEOX = Trait(read_gpt_neox, write_gpt_neox)
 def read_gptj(values: Values) -> dict[str, Any]:
     """GPT-J and CodeGen: the rotated width, of which neighbours are rotated against each other."""
     head, width = values["n_embd"] // values["n_head"], values["rotary_dim"]
-    if width > head:
+    if width > head or width % 2:
         raise ValueError(
-            f"`rotary_dim` in config.json must be at most the width of a head, {head}; got {width}."
+            "`rotary_dim` in config.json must be even, and at most the width of a head, "
+            f"{head}; got {width}."
         )
     fraction = width / head
     while int(head * fraction) < width:

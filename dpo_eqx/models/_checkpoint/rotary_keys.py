@@ -106,7 +106,8 @@ def read_whole_rotary(values: Mapping[str, Any], **form: Any) -> Rotary:
     if rotary.fraction != 1 and rotary.kind != "proportional":
         raise ValueError(
             f"`partial_rotary_factor` must be 1 in the family {values['model_type']!r}; got "
-            f"{rotary.fraction}, which is not supported."
+            f"{rotary.fraction}. `transformers` rotates whole heads nevertheless. Remove the key "
+            "from config.json if that is what the model was trained with."
         )
     return rotary
 

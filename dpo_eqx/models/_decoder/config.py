@@ -62,7 +62,9 @@ class Rotary:
     def rotated_width(self, head_width: int) -> int:
         """The width of the rotated part of a head."""
         # `"proportional"` has frequencies of zero instead of a part that is not rotated.
-        return head_width if self.kind == "proportional" else int(head_width * self.fraction)
+        width = head_width if self.kind == "proportional" else int(head_width * self.fraction)
+        # Rounded up to an even number, as in `transformers`: each frequency rotates a pair.
+        return width + width % 2
 
     @property
     def limit(self) -> int | None:

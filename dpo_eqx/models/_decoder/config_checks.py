@@ -64,12 +64,16 @@ def check_rotary(config: Any) -> None:
         if others:
             raise ValueError("`rotaries` must be `None` in each layer if positions are learned.")
         return
-    if rotary.rotated_width(config.head_width) % 2:
+    if rotary.rotated_width(config.head_width) > config.head_width:
         raise ValueError(
-            f"The rotated part of a head must be even; got `head_width` {config.head_width} and "
-            f"`rotary.fraction` {rotary.fraction}."
+            f"`head_width` must be even if the whole of a head is rotated; got {config.head_width}."
         )
     for other in {rotary, *others}:
+        if other.kind == "yarn" and int(other.fraction * config.head_width) % 2:
+            raise ValueError(
+                "The rotated part of a head must be even for the rotary embedding of type 'yarn'; "
+                f"got `head_width` {config.head_width} and the fraction {other.fraction}."
+            )
         half = rotary.rotated_width(config.head_width) // 2
         if _form(other, config) != _form(rotary, config):
             raise ValueError(
