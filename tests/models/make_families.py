@@ -2,16 +2,16 @@
 
     python -m tests.models.make_families make families [NAME ...]  # with torch and transformers
     python -m tests.models.make_families make hybrids              # or options
-    python -m tests.models.make_families defaults
+    python -m tests.models.make_families defaults                  # or activations
     python -m tests.models.make_families ours FOLDER               # with dpo_eqx
     python -m tests.models.make_families back FOLDER               # with torch and transformers
 
 `make` writes `tests/golden/models/families.json.gz`, or `hybrids.json.gz` for layers of two kinds,
 or `options.json.gz`, or only the named cases in it. `defaults` writes the classes and the default
-configuration of each family. `ours` saves each checkpoint again, and `back` checks that
-`transformers` loads it with the same bits and no complaint. `transformers` computes norms, rotary
-tables and delta rules in float32 for any weights. Here float32 stands for float64, so the logits
-are exact to 1e-12.
+configuration of each family, and `activations` the values of each activation. `ours` saves each
+checkpoint again, and `back` checks that `transformers` loads it with the same bits and no
+complaint. `transformers` computes norms, rotary tables and delta rules in float32 for any weights.
+Here float32 stands for float64, so the logits are exact to 1e-12.
 """
 
 import gzip
@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from .family_cases import CASES, GROUPS, IDS, OLDER, POSITIONS, TOKENS, settings_of, weights_of
+from .option_cases import ACTIVATIONS
 
 FOLDER = Path(__file__).parents[1] / "golden" / "models"
 # PyTorch's grouped products have no float64.
@@ -59,6 +60,21 @@ def defaults() -> None:
         for name in names
     }
     write_golden("defaults", values)
+
+
+def activations() -> None:
+    import torch
+
+    widen(torch)
+    import transformers
+
+    x = [-30.0, -11.0, -4.0, -1.3, -0.2, 0.0, 0.1, 0.8, 1.0, 2.5, 7.0, 12.0]
+    values = {
+        name: transformers.activations.ACT2FN[name](torch.tensor(x)).tolist()
+        for name in ACTIVATIONS
+    }
+    text = json.dumps({"x": x, "values": values}, indent=1, sort_keys=True)
+    (FOLDER / "activations.json").write_text(text + "\n")
 
 
 def write_golden(name: str, values: dict) -> None:
@@ -168,7 +184,7 @@ def back(folder: Path) -> None:
 
 if __name__ == "__main__":
     task, *arguments = sys.argv[1:]
-    if task in ("make", "defaults"):
-        {"make": make, "defaults": defaults}[task](*arguments)
+    if task in ("make", "defaults", "activations"):
+        {"make": make, "defaults": defaults, "activations": activations}[task](*arguments)
     else:
         {"ours": ours, "back": back}[task](*map(Path, arguments))
