@@ -1,4 +1,4 @@
-"""Our adapters against PEFT's, both ways, on the golden checkpoints of all families; run by hand.
+"""Our adapters against PEFT's, both ways, on golden checkpoints of many families; run by hand.
 
 The two may live in different environments, so it has three parts, run one after the other:
 
@@ -7,8 +7,9 @@ The two may live in different environments, so it has three parts, run one after
     python -m tests.models.compare_peft back FOLDER     # with torch, transformers and peft
 
 `make` writes adapters and the logits with them, which are also the golden ones in
-`tests/golden/models/peft`; `ours` compares, and saves what it loaded and adapters of its own;
-`back` loads these in PEFT and compares again. A deviation of 1e-4 fails.
+`tests/golden/models/peft` and `peft_experts`; `ours` compares, and saves what it loaded and
+adapters of its own; `back` loads these in PEFT and compares again. A deviation of 1e-4 fails. Names
+of cases behind FOLDER select these.
 """
 
 import sys
@@ -16,7 +17,11 @@ from pathlib import Path
 
 import numpy as np
 
+from .family_cases import IDS
+from .make_families import EAGER, read_golden, write_checkpoint
+
 BASES = Path(__file__).parents[1] / "golden" / "models" / "families"
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 # By name, the checkpoint and what PEFT's `LoraConfig` is given.
 CASES = {
     "llama": ("llama", {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}),
@@ -71,23 +76,75 @@ CASES = {
         },
     ),
     "gemma2": ("gemma2", {"r": 2, "init_lora_weights": "gaussian", "target_modules": ["o_proj"]}),
+    "experts": (
+        "mixtral",
+        {
+            "r": 2,
+            "target_modules": ["q_proj"],
+            "target_parameters": EXPERTS,
+            "rank_pattern": {"mlp.experts.down_proj": 3},
+            "alpha_pattern": {"mlp.experts.gate_up_proj": 5},
+        },
+    ),
+    "experts-interleaved": (
+        "gpt-oss",
+        {"r": 2, "target_modules": [], "target_parameters": ["1.mlp.experts.gate_up_proj"]},
+    ),
+    "experts-and-router": ("olmoe", {"r": 2, "target_modules": "all-linear"}),
+    "experts-and-dense": (
+        "qwen3-moe-mixed",
+        {
+            "r": 2,
+            "use_rslora": True,
+            "target_modules": ["o_proj"],
+            "target_parameters": [*EXPERTS, "mlp.up_proj.weight"],
+        },
+    ),
+}
+# The names of layers in families whose adapters are no golden values.
+CASES |= {
+    name: (name, {"r": 2, "target_modules": modules, **others})
+    for name, modules, others in [
+        ("qwen3-moe", ["o_proj"], {"target_parameters": EXPERTS, "use_rslora": True}),
+        ("mixtral", "all-linear", {}),
+        ("gpt-oss-plain", ["k_proj"], {"target_parameters": EXPERTS}),
+        *(
+            (base, "all-linear", {})
+            for base in [
+                *("ministral3", "gemma", "gemma3", "arcee", "smollm3", "seed-oss", "starcoder2"),
+                *("stablelm", "helium", "granite", "nemotron", "hunyuan", "nanochat", "ernie"),
+                *("phi3", "glm", "glm4", "gpt-neox", "gptj", "codegen", "olmo", "olmo2", "olmo3"),
+                *("cohere", "cohere2", "exaone4", "apertus", "lfm2", "qwen3-5"),
+            ]
+        ),
+    ]
 }
 LENGTH = 12
 
 
 def ids_of(base: str) -> np.ndarray:
     """A row of the checkpoint's golden ids."""
+    if not (BASES / base).exists():
+        return IDS[0, :LENGTH]
     return np.load(BASES / base / "expected.npz")["ids"][0, :LENGTH].astype(np.int64)
 
 
-def make(folder: Path) -> None:
+def base_folder(folder: Path, base: str) -> Path:
+    """The folder of a checkpoint, which is written if it is none of the golden ones."""
+    path = folder / "bases" / base
+    if (BASES / base).exists():
+        return BASES / base
+    return path if path.exists() else write_checkpoint(read_golden()[base], path)
+
+
+def make(folder: Path, cases: dict) -> None:
     import peft
     import torch
 
-    for name, (base, settings) in CASES.items():
+    for name, (base, settings) in cases.items():
         torch.manual_seed(0)
         config = peft.LoraConfig(task_type="CAUSAL_LM", **settings)
-        model = peft.get_peft_model(_base(base), config)
+        model = peft.get_peft_model(_base(base_folder(folder, base)), config)
         for key, parameter in model.named_parameters():
             if "lora_magnitude_vector" in key:
                 parameter.data *= 0.5 + torch.rand_like(parameter)
@@ -101,14 +158,14 @@ def make(folder: Path) -> None:
         np.save(folder / name / "logits.npy", _logits(model.eval(), base))
 
 
-def ours(folder: Path) -> None:
+def ours(folder: Path, cases: dict) -> None:
     import jax
 
     from dpo_eqx import models
 
     worst = 0.0
-    for name, (base, _) in CASES.items():
-        plain = models.load(BASES / base)
+    for name, (base, _) in cases.items():
+        plain = models.load(base_folder(folder, base))
         loaded = models.load_lora(plain, folder / name)
         want = np.load(folder / name / "logits.npy")
         without = np.asarray(plain(ids_of(base)))
@@ -118,6 +175,7 @@ def ours(folder: Path) -> None:
             plain,
             rank=3,
             alpha=4.5,
+            target=None if plain.config.experts == 0 else "attention|feed_forward",
             dora="dora" in name,
             modules_to_save="^(embedding|head|norm)" if "modules" in name else None,
             key=jax.random.key(0),
@@ -142,14 +200,14 @@ def _shaken(policy, chosen):
     )
 
 
-def back(folder: Path) -> None:
+def back(folder: Path, cases: dict) -> None:
     import peft
 
     worst = 0.0
-    for name, (base, _) in CASES.items():
+    for name, (base, _) in cases.items():
         for kind in ("again", "fresh"):
             path = folder / "back" / f"{name}-{kind}"
-            model = peft.PeftModel.from_pretrained(_base(base), path)
+            model = peft.PeftModel.from_pretrained(_base(base_folder(folder, base)), path)
             want = np.load(path / "logits.npy")
             worst = max(worst, _report(f"{name}-{kind}", _logits(model.eval(), base), want))
             _check_the_same_tensors(model, path)
@@ -172,18 +230,18 @@ def _check_the_same_tensors(model, path: Path) -> None:
     assert names == known, names ^ known
 
 
-def _base(name: str):
+def _base(path: Path):
     import torch
     import transformers
 
-    return transformers.AutoModelForCausalLM.from_pretrained(BASES / name, dtype=torch.float32)
+    return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **EAGER)
 
 
 def _logits(model, base: str) -> np.ndarray:
     import torch
 
     with torch.no_grad():
-        return model(torch.tensor(ids_of(base)[None])).logits[0].numpy()
+        return model(torch.tensor(ids_of(base)[None]), use_cache=False).logits[0].numpy()
 
 
 def _report(name: str, got: np.ndarray, want: np.ndarray) -> float:
@@ -193,4 +251,6 @@ def _report(name: str, got: np.ndarray, want: np.ndarray) -> float:
 
 
 if __name__ == "__main__":
-    {"make": make, "ours": ours, "back": back}[sys.argv[1]](Path(sys.argv[2]))
+    task, place, *names = sys.argv[1:]
+    chosen = {name: case for name, case in CASES.items() if not names or name in names}
+    {"make": make, "ours": ours, "back": back}[task](Path(place), chosen)

@@ -245,14 +245,6 @@ def test_sinks_are_keys_without_values(monkeypatch):
     assert_close(last, np.asarray(want[0, 4:]), 1e-12)
 
 
-def test_adapters_are_for_attention_by_default():
-    adapted = models.add_lora(POLICY, rank=2, key=jax.random.key(0))
-    assert isinstance(adapted.layers.attention.query, models.LoRA)
-    assert eqx.tree_equal(adapted.layers.feed_forward, POLICY.layers.feed_forward)
-    with pytest.raises(ValueError, match=r"`target` must match .* 'feed_forward' matches none"):
-        models.add_lora(POLICY, rank=2, target="feed_forward", key=jax.random.key(0))
-
-
 QWEN = {"model_type": "qwen3_moe", "num_hidden_layers": 4}
 REFUSED = [
     ({**QWEN, "num_experts_per_tok": 200}, r"`num_experts_per_tok` must be from 1 to .* 128"),

@@ -13,18 +13,35 @@ from jaxtyping import PyTree
 
 from ..._jax.paths import leaf_name
 from .._decoder.basic_layers import Linear
+from .._decoder.experts import ExpertLinear, Router
 
 Policy = TypeVar("Policy")
 
 
 def is_plain_linear(node: Any) -> bool:
-    """Whether `node` is a linear layer whose weight is a matrix."""
+    """Whether `node` is a linear layer whose weight is a matrix, or one for each expert."""
     if isinstance(node, eqx.nn.Linear) and "scalar" in (node.in_features, node.out_features):
         return False
-    return isinstance(node, eqx.nn.Linear | Linear) and node.weight is not None
+    return isinstance(node, eqx.nn.Linear | Linear | ExpertLinear) and node.weight is not None
 
 
-def linear_paths(policy: PyTree, target: str | None, is_linear: Callable[[Any], bool]) -> set[str]:
+def is_router(node: Any) -> bool:
+    """Whether `node` is the router of a mixture of experts, with its weight."""
+    return isinstance(node, Router) and node.weight is not None
+
+
+def is_of_mixture(node: Any) -> bool:
+    """Whether `node` is a linear layer of experts, quantised or not, or their router."""
+    return isinstance(getattr(node, "layer", node), ExpertLinear | Router)
+
+
+def linear_paths(
+    policy: PyTree,
+    target: str | None,
+    is_linear: Callable[[Any], bool],
+    *,
+    is_default: Callable[[Any], bool] = lambda node: True,
+) -> set[str]:
     """The paths of the linear layers that `target` selects.
 
     **Arguments:**
@@ -33,6 +50,7 @@ def linear_paths(policy: PyTree, target: str | None, is_linear: Callable[[Any], 
     - `target`: a regular expression, searched in the path of each layer's weight; `None` selects
         every linear layer but the unembedding.
     - `is_linear`: whether a node is a linear layer.
+    - `is_default`: which linear layers `None` selects.
 
     **Raises:**
 
@@ -41,7 +59,8 @@ def linear_paths(policy: PyTree, target: str | None, is_linear: Callable[[Any], 
     nodes = jax.tree_util.tree_leaves_with_path(policy, is_leaf=is_linear)
     layers = {leaf_name(path): node for path, node in nodes if is_linear(node)}
     if target is None:
-        chosen = layers.keys() - {unembedding_of(policy)}
+        chosen = {name for name, node in layers.items() if is_default(node)}
+        chosen -= {unembedding_of(policy)}
     else:
         chosen = {name for name in layers if re.search(target, _weight_of(name))}
     if not chosen:

@@ -16,7 +16,7 @@ from jaxtyping import PRNGKeyArray, PyTree
 from ..._jax.paths import leaf_name
 from .._decoder.random_parts import with_keys
 from .first_values import first_magnitude, first_matrices, lora_scale
-from .linear_layers import linear_paths, replace_at, unembedding_of
+from .linear_layers import is_of_mixture, linear_paths, replace_at, unembedding_of
 from .lora_layer import LoRA
 from .quantize import dequantize, is_linear
 from .whole_module import WholeModule, can_be_whole, module_paths
@@ -58,7 +58,8 @@ def add_lora(
     - `alpha`: the term is scaled by `alpha / rank` (default: `2 * rank`).
     - `target`: a regular expression, searched in the path of each layer's weight as
         `jax.tree_util.keystr(path, simple=True, separator=".")` writes it, such as
-        `"layers.attention.query.weight"` (default: every linear layer but the unembedding).
+        `"layers.attention.query.weight"` (default: every linear layer but the unembedding, experts
+        and routers). Each expert of a layer has an adapter of its own.
     - `rank_stabilised`: whether the term is scaled by `alpha / sqrt(rank)` instead, which is
         `use_rslora` in PEFT. Adapters of high rank then learn no slower than those of low rank.
     - `dropout`: the probability of dropout of the adapters' inputs. It applies only in training,
@@ -81,6 +82,7 @@ def add_lora(
         candidates), or both match one layer;
     - `rank` or `alpha` is not positive, or `dropout` is not in `[0, 1)`;
     - `dropout` is positive and `target` matches the unembedding, which is used as a matrix;
+    - there is dropout or `dora`, and `target` matches experts or routers;
     - `policy` already has adapters.
 
     ??? cite
@@ -94,7 +96,7 @@ def add_lora(
     _check_positive(rank=rank, alpha=alpha)
     check_dropout(dropout)
     check_no_adapters(policy)
-    paths = linear_paths(policy, target, is_linear)
+    paths = linear_paths(policy, target, is_linear, is_default=lambda node: not is_of_mixture(node))
     if dropout:
         _check_without_unembedding(policy, paths)
     whole = set() if modules_to_save is None else module_paths(policy, modules_to_save)
@@ -107,7 +109,9 @@ def add_lora(
     alpha = 2 * rank if alpha is None else alpha
     keys = iter(jax.random.split(key, len(paths)))
 
-    def adapted(_: str, layer: Any) -> LoRA:
+    def adapted(path: str, layer: Any) -> LoRA:
+        if dropout or dora:
+            check_not_of_mixture(path, layer)
         down, up = first_matrices(layer, rank, next(keys))
         return LoRA(
             layer,
@@ -287,6 +291,16 @@ def _check_without_unembedding(policy: PyTree, paths: set[str]) -> None:
             "`dropout` must be 0 if `target` matches the unembedding, which is used as a matrix "
             f"and not called with an input to drop from; got `target` with {unembedding!r}. Leave "
             "it out of `target`, or add the adapters without `dropout`."
+        )
+
+
+def check_not_of_mixture(path: str, layer: Any) -> None:
+    """Raises for experts and routers, whose adapters have no dropout and no magnitudes."""
+    if is_of_mixture(layer):
+        raise ValueError(
+            "Adapters of experts and routers have neither `dropout` nor magnitudes (`dora`), as in "
+            f"PEFT; got one for {path!r}. Add the adapters without these two, or leave that layer "
+            "out."
         )
 
 

@@ -10,9 +10,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Key, PRNGKeyArray, UInt32
+from jaxtyping import Array, Float, Int, Key, PRNGKeyArray, UInt32
 
 from ..._jax.dtypes import at_least_float32
+from ..._jax.grouped_dot import grouped_dot
 from ..._jax.rounding import rounded
 from .._decoder.basic_layers import dropout
 from .._decoder.random_parts import AbstractRandomPart
@@ -27,13 +28,13 @@ class LoRA(AbstractRandomPart):
     $m\,(W + s\,B A) / \Vert W + s\,B A \Vert$. No gradient flows through the norm.
 
     It is called like the layer. Layers that are stacked along leading axes have adapters stacked
-    in the same way.
+    in the same way. A layer of experts has an adapter for each expert.
 
     **Arguments:**
 
     - `base`: the linear layer, which `lora_filter` freezes.
-    - `down`: $A$. Shape `(*layers, rank, in)`.
-    - `up`: $B$. Shape `(*layers, out, rank)`.
+    - `down`: $A$. Shape `(*layers, rank, in)`; for experts `(*layers, experts, rank, in)`.
+    - `up`: $B$. Shape `(*layers, out, rank)`; for experts `(*layers, experts, out, rank)`.
     - `scale`: $s$, which is `alpha / rank`, or `alpha / sqrt(rank)` if it is rank-stabilised.
     - `dropout`: the probability of dropout of the input of $A$; the layer reads the whole input.
     - `pinned`: the copy of what is trained that `pin_lora` stored, or `None`; `lora_filter` freezes
@@ -55,11 +56,14 @@ class LoRA(AbstractRandomPart):
     key: Key[Array, "*layers"] | UInt32[Array, "*layers words"] | None = None
 
     def __call__(
-        self, x: Float[Array, "*batch in"], *, key: PRNGKeyArray | None = None
+        self,
+        x: Float[Array, "*batch in"],
+        *expert: Int[Array, " rows"],
+        key: PRNGKeyArray | None = None,
     ) -> Float[Array, "*batch out"]:
         read = dropout(x, self.dropout, self.key if key is None else key)
-        low = rounded(read @ self.down.astype(x.dtype).T)
-        y, term = self.base(x), self.scale * rounded(low @ self.up.astype(x.dtype).T)
+        low = times(read, self.down, *expert)
+        y, term = self.base(x, *expert), self.scale * times(low, self.up, *expert)
         if self.magnitude is None:
             return y + term
         # As in PEFT: the layer itself reads the whole input, and what DoRA adds reads the same
@@ -130,3 +134,13 @@ class LoRA(AbstractRandomPart):
         """The trained length of each row of the weight, divided by its length without DoRA."""
         assert self.magnitude is not None
         return self.magnitude.ratio(row_norms(self.base.weight), row_norms(self._sum()))
+
+
+def times(
+    x: Float[Array, "*batch in"],
+    matrix: Float[Array, "*experts out in"],
+    *expert: Int[Array, " rows"],
+) -> Float[Array, "*batch out"]:
+    """Each row of `x` times the matrix, or times the matrix of its expert, in the dtype of `x`."""
+    matrix = matrix.astype(x.dtype)
+    return rounded(grouped_dot(x, matrix, *expert) if expert else x @ matrix.T)

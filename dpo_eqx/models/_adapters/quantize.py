@@ -8,10 +8,10 @@ from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from .formats import FORMATS, Int8Weight, NF4Weight
-from .linear_layers import is_plain_linear, linear_paths, replace_at
+from .linear_layers import is_plain_linear, is_router, linear_paths, replace_at
 
 Policy = TypeVar("Policy")
 
@@ -21,8 +21,8 @@ class Quantized(eqx.Module):
 
     It is called like the layer, and computes in the dtype of its input. The decoded weight is not
     stored for the backward pass, which decodes it again: if `lax.scan` runs stacked layers, only
-    one layer's decoded weight exists at a time. Gradients flow to the input and the bias, but not
-    to the weight.
+    one layer's decoded weight exists at a time, with all its experts if it is a layer of experts.
+    Gradients flow to the input and the bias, but not to the weight.
 
     **Arguments:**
 
@@ -34,10 +34,13 @@ class Quantized(eqx.Module):
     stored: Int8Weight | NF4Weight
 
     def __call__(
-        self, x: Float[Array, "*batch in"], *, key: PRNGKeyArray | None = None
+        self,
+        x: Float[Array, "*batch in"],
+        *expert: Int[Array, " rows"],
+        key: PRNGKeyArray | None = None,
     ) -> Float[Array, "*batch out"]:
         # Without the checkpoint, the decoded weight would be a residual of the product.
-        return eqx.filter_checkpoint(_call)(self, x)
+        return eqx.filter_checkpoint(_call)(self, x, *expert)
 
     @staticmethod
     def of(layer: Any) -> "Quantized":
@@ -74,7 +77,7 @@ def quantize(policy: Policy, format: str, *, target: str | None = None) -> Polic
     **Arguments:**
 
     - `policy`: a pytree with linear layers, this library's or `eqx.nn.Linear`, stacked along
-        leading axes or not, with adapters or without.
+        leading axes or not, with adapters or without. Experts are such layers; routers are not.
     - `format`: `"int8"`, with one scale per output, or `"nf4"`, 4-bit NormalFloats with one scale
         per 64 weights. They take 1 and 0.56 bytes per weight.
     - `target`: a regular expression, searched in the path of each layer's weight as in
@@ -123,7 +126,7 @@ def is_quantized(node: Any) -> bool:
 
 def is_linear(node: Any) -> bool:
     """Whether `node` is a linear layer that can have an adapter, quantised or not."""
-    return is_plain_linear(node) or is_quantized(node)
+    return is_plain_linear(node) or is_quantized(node) or is_router(node)
 
 
 def weight_shape(layer: Any) -> jax.ShapeDtypeStruct:
@@ -150,8 +153,8 @@ def _paths(policy: PyTree, target: str | None) -> set[str]:
         raise ValueError(f"There is nothing to quantise in `policy`. {error}") from None
 
 
-def _call(layer: Quantized, x: Array) -> Array:
-    return _with_weight(layer.layer, layer.weight.astype(x.dtype))(x)
+def _call(layer: Quantized, x: Array, *expert: Array) -> Array:
+    return _with_weight(layer.layer, layer.weight.astype(x.dtype))(x, *expert)
 
 
 def _with_weight(layer: Any, weight: Any) -> Any:

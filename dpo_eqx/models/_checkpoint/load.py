@@ -67,8 +67,8 @@ def load(
         `lambda path, leaf: NamedSharding(mesh, spec)`. Each device reads only its own shard. If a
         layer is quantised, its leaves are `"layers.attention.query.stored.codes"` and
         `".stored.scales"`, and each device reads the whole tensor of one layer at a time.
-    - `quantize`: `"int8"` or `"nf4"` quantises every linear layer but the unembedding, as
-        `models.quantize` does.
+    - `quantize`: `"int8"` or `"nf4"` quantises every linear layer but the unembedding, and experts,
+        as `models.quantize` does.
     - `dropout`: whether the dropout of `config.json` applies if the policy is called with a key. If
         not, a key only serves the dropout of adapters.
     - `remat`: whether each layer is recomputed in the backward pass rather than stored.

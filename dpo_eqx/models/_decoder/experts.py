@@ -76,8 +76,7 @@ class ExpertLinear(eqx.Module):
         self, x: Float[Array, "rows in"], expert: Int[Array, " rows"]
     ) -> Float[Array, "rows out"]:
         y = rounded(grouped_dot(x, self.weight.astype(x.dtype), expert))
-        y = y if self.bias is None else y + self.bias.astype(x.dtype)[expert]
-        return checkpoint_name(y, PRODUCTS)
+        return y if self.bias is None else y + self.bias.astype(x.dtype)[expert]
 
 
 class RoutedFeedForward(eqx.Module):
@@ -109,14 +108,22 @@ class RoutedFeedForward(eqx.Module):
     def __call__(
         self, x: Float[Array, "length width"], *, config: Config
     ) -> Float[Array, "length width"]:
-        chosen, weights = route(self.router(x), config)
+        chosen, weights = route(self.scores(x), config)
         length, count = chosen.shape
         expert = chosen.reshape(-1)
         copies = jnp.broadcast_to(x[:, None], (length, count, x.shape[1])).reshape(-1, x.shape[1])
-        inner = gated(self.gate(copies, expert), self.up(copies, expert), config)
-        y = self.down(inner, expert).reshape(length, count, -1)
+        # Each of the three may have an adapter or a quantised weight.
+        gate, up = (
+            checkpoint_name(part(copies, expert), PRODUCTS) for part in (self.gate, self.up)
+        )
+        y = checkpoint_name(self.down(gated(gate, up, config), expert), PRODUCTS)
+        y = y.reshape(length, count, -1)
         y = (weights[..., None] * y.astype(weights.dtype)).sum(axis=1)
         return rounded(y.astype(x.dtype))
+
+    def scores(self, x: Float[Array, "length width"]) -> Float[Array, "length experts"]:
+        """The scores of the router, of which an adapter computes in float32, too."""
+        return self.router(x.astype(at_least_float32(x.dtype)))
 
 
 def route(

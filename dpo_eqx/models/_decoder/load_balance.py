@@ -46,7 +46,7 @@ def router_scores(
 
     def scores(layer: Layer, x: Array) -> Array | None:
         block = layer.feed_forward
-        return block.router(x) if isinstance(block, RoutedFeedForward) else None
+        return block.scores(x) if isinstance(block, RoutedFeedForward) else None
 
     return policy.run_row(as_ids(ids), layout, observe=scores)[1].attention
 

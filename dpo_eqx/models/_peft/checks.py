@@ -13,7 +13,7 @@ from .._checkpoint.families import FAMILIES
 from .._checkpoint.folder import ADAPTER_CONFIG, DTYPES, Weights
 from .._checkpoint.tensor_names import source_of
 from .._decoder.transformer import Transformer
-from .checkpoint_layers import Site
+from .checkpoint_layers import Site, stored_name
 from .config import PeftConfig
 
 PREFIX = "base_model.model."
@@ -32,17 +32,18 @@ def magnitude_name(module: str) -> str:
 def check_sites(config: PeftConfig, known: list[Site], sites: list[Site]) -> None:
     """Raises if no layer has an adapter, or if rank or scale differ within a stack of layers."""
     if not sites:
-        names = ", ".join(site.module.format("*") for site in known)
+        names = ", ".join(site.pattern for site in known)
+        nor = f", nor do `target_parameters`, {config.parameters!r}" if config.parameters else ""
         raise ValueError(
             f"`target_modules` of the adapter, {config.targets!r}, match no linear layer of "
-            f"`policy`, which has {names}. Give the base that the adapter was trained on."
+            f"`policy`{nor}. It has {names}. Give the base that the adapter was trained on."
         )
     for site in sites:
-        kinds = {(config.rank_of(n), config.scale_of(n)) for n in site.names() if config.has(n)}
+        kinds = {(config.rank_of(name), config.scale_of(name)) for name in config.names_in(site)}
         if len(kinds) > 1:
             raise ValueError(
                 "`rank_pattern` and `alpha_pattern` must give all layers of "
-                f"{site.module.format('*')} one rank and scale, since they are stacked; got "
+                f"{site.pattern} one rank and scale, since they are stacked; got "
                 f"{sorted(kinds)}. Merge the adapter into its base with PEFT, and load the result."
             )
 
@@ -63,12 +64,14 @@ def check_tensors(
     """
     expected = dict(modules)
     copies = {n: is_same for n, is_same in _copies(weights, policy).items() if n not in modules}
+    adapted = {name for site in sites for name in config.names_in(site)}
     for site in sites:
         width = shapes[next(filter(None, site.parts))].shape[-1]
-        for name in filter(config.has, site.names()):
-            rank = config.rank_of(name)
-            expected[tensor_name(name, "A")] = rank, width
-            expected[tensor_name(name, "B")] = site.outputs, rank
+        for name in config.names_in(site):
+            rank = config.rank_of(name) * site.experts_at_once
+            module = stored_name(name, adapted)
+            expected[tensor_name(module, "A")] = rank, width
+            expected[tensor_name(module, "B")] = site.outputs, rank
             if config.dora:
                 expected[magnitude_name(name)] = (site.outputs,)
     stored = weights.shapes

@@ -5,12 +5,13 @@
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
 from .._adapters.first_values import lora_scale
 from .._checkpoint.config_values import RATE, check_kinds
 from .._checkpoint.folder import ADAPTER_CONFIG
+from .checkpoint_layers import Site
 
 # Keys about how an adapter was trained or is run. None changes what it computes.
 _WITHOUT_EFFECT = frozenset(
@@ -47,6 +48,7 @@ _READ = frozenset(
         "r",
         "rank_pattern",
         "target_modules",
+        "target_parameters",
         "use_dora",
         "use_rslora",
     ]
@@ -68,6 +70,7 @@ class PeftConfig:
     - `modules`: the ends of names of modules that are trained whole.
     - `tied`: whether the embedding and the unembedding among them stay one array.
     - `targets`: the ends of names of modules, or a regular expression for whole names.
+    - `parameters`: the ends of names of parameters with an adapter, such as those of experts.
     - `excluded`: modules without an adapter, in the same form.
     - `layers`: the numbers of the layers with adapters; `None` for all.
     - `layer_names`: the names of the lists that `layers` counts in.
@@ -79,6 +82,7 @@ class PeftConfig:
     rank: int
     alpha: float | int
     targets: tuple[str, ...] | str
+    parameters: tuple[str, ...] = ()
     rank_stabilised: bool = False
     dropout: float = 0.0
     dora: bool = False
@@ -101,6 +105,12 @@ class PeftConfig:
         if isinstance(self.targets, str) or self.layers is None:
             return _named(self.targets, module)
         return _named(self.targets, module) and self._layer(module) in self.layers
+
+    def names_in(self, site: Site) -> list[str]:
+        """The names of a layer of the checkpoint that have an adapter."""
+        if site.parameter:
+            return [name for name in site.names() if _named(self.parameters, name)]
+        return [name for name in site.names() if self.has(name)]
 
     def rank_of(self, module: str) -> int:
         """The rank of the module's adapter."""
@@ -141,8 +151,8 @@ def read_peft(values: Mapping[str, Any]) -> PeftConfig:
     )
     dropout = values.get("lora_dropout") or 0.0
     check_kinds({"lora_dropout": dropout}, {"lora_dropout": RATE}, ADAPTER_CONFIG)
-    targets = values.get("target_modules")
-    if not targets:
+    targets, parameters = values.get("target_modules"), values.get("target_parameters")
+    if not targets and not parameters:
         raise ValueError(
             "`target_modules` of the adapter's configuration must name the modules that have an "
             f"adapter; got {targets!r}."
@@ -151,7 +161,8 @@ def read_peft(values: Mapping[str, Any]) -> PeftConfig:
     return PeftConfig(
         rank=rank,
         alpha=alpha,
-        targets=_names(targets),
+        targets=_names(targets or ()),
+        parameters=_listed(parameters or ()),
         rank_stabilised=bool(values.get("use_rslora")),
         dropout=dropout,
         dora=bool(values.get("use_dora")),
@@ -169,6 +180,7 @@ def write_peft(
     ranks: Mapping[str, int],
     scales: Mapping[str, float],
     *,
+    parameters: Set[str],
     rank_stabilised: bool,
     dropout: float,
     dora: bool,
@@ -177,8 +189,12 @@ def write_peft(
     transposed: bool,
     base: str | None,
 ) -> dict[str, Any]:
-    """The contents of an `adapter_config.json` for adapters by modules' names or ends of names."""
+    """The contents of an `adapter_config.json` for adapters by modules' names or ends of names.
+
+    `parameters` are the names among them that are of parameters rather than of modules.
+    """
     names = sorted(ranks)
+    experts = [name for name in names if name in parameters]
     alphas = {
         name: _plain(scales[name] / lora_scale(1, ranks[name], rank_stabilised=rank_stabilised))
         for name in names
@@ -193,7 +209,8 @@ def write_peft(
         "lora_alpha": alpha,
         "rank_pattern": {n: ranks[n] for n in names if ranks[n] != rank},
         "alpha_pattern": {n: alphas[n] for n in names if alphas[n] != alpha},
-        "target_modules": names,
+        "target_modules": [name for name in names if name not in parameters],
+        **({"target_parameters": experts} if experts else {}),
         "lora_dropout": dropout,
         "bias": "none",
         "fan_in_fan_out": transposed,

@@ -9,7 +9,7 @@ import dataclasses
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,14 @@ from jaxtyping import PyTree
 
 from ..._extras import require
 from ..._jax.dtypes import at_least_float32
-from .._adapters.linear_layers import Policy, replace_at, unembedding_of
-from .._adapters.lora import adapters, check_dropout, check_no_adapters, modules_of
+from .._adapters.linear_layers import Policy, is_of_mixture, replace_at, unembedding_of
+from .._adapters.lora import (
+    adapters,
+    check_dropout,
+    check_no_adapters,
+    check_not_of_mixture,
+    modules_of,
+)
 from .._adapters.lora_layer import LoRA
 from .._adapters.quantize import is_linear, weight_shape
 from .._adapters.whole_module import WholeModule
@@ -29,7 +35,17 @@ from .._checkpoint.folder import ADAPTER, ADAPTER_CONFIG, Weights, read_json, re
 from .._checkpoint.language_model import keep_language_model, outer_name
 from .._decoder.transformer import Transformer
 from .adapter_paths import is_by_path, read_by_path, write_by_path
-from .checkpoint_layers import Pair, Site, join, linear_shapes, short_names, sites_of, split
+from .checkpoint_layers import (
+    Pair,
+    Site,
+    join,
+    linear_shapes,
+    older_sites,
+    short_name,
+    sites_of,
+    split,
+    stored_name,
+)
 from .checks import PREFIX, check_sites, check_tensors, magnitude_name, tensor_name
 from .config import PeftConfig, read_peft, write_peft
 from .magnitudes import Lengths, read_lengths, with_lengths, write_lengths
@@ -51,11 +67,11 @@ def load_lora(
     policy = models.load_lora(models.load("Qwen/Qwen3-0.6B", quantize="nf4"), "run/adapter")
     ```
 
-    They compute the same as in PEFT, except that an adapter of the unembedding has no dropout. If
-    only some layers of a stack have an adapter, the others get one with $A$ and $B$ zero, which no
-    gradient changes. GPT-2's queries, keys and values are one layer in its checkpoints; each gets
-    its own adapter. If an adapter is of a model with images, the language model's part is read, and
-    a warning counts the other tensors.
+    They compute the same as in PEFT, except that an adapter of the unembedding, of experts or of a
+    router has no dropout. If only some layers of a stack have an adapter, the others get one with
+    $A$ and $B$ zero, which no gradient changes. GPT-2's queries, keys and values are one layer in
+    its checkpoints; each gets its own adapter. If an adapter is of a model with images, the
+    language model's part is read, and a warning counts the other tensors.
 
     Adapters of any other Equinox module, which `save_lora` wrote, are found by the paths of its
     layers and loaded bit for bit. Such a module may already have the same adapters, which are
@@ -107,8 +123,10 @@ def _load_peft(policy: Transformer, folder: Path, config: PeftConfig) -> Transfo
     weights = Weights(folder, ADAPTER)
     config = dataclasses.replace(config, outer=keep_language_model(weights, PREFIX))
     shapes = linear_shapes(policy)
-    sites = [site for site in sites_of(policy, shapes) if any(map(config.has, site.names()))]
-    check_sites(config, sites_of(policy, shapes), sites)
+    known = sites_of(policy, shapes)
+    own = [*known, *older_sites(policy)]
+    sites = [site for site in own if config.names_in(site)]
+    check_sites(config, known, sites)
     chosen = chosen_modules(policy, config)
     modules = expected_shapes(policy, chosen)
     second = tied_copy(policy, chosen)
@@ -117,23 +135,27 @@ def _load_peft(policy: Transformer, folder: Path, config: PeftConfig) -> Transfo
     check_tensors(weights, config, sites, shapes, policy, modules)
     pairs: dict[str, Pair] = {}
     lengths: dict[str, Lengths] = {}
+    adapted = {name for site in sites for name in config.names_in(site)}
     for site in sites:
-        pairs |= split(site, _read(weights, config, site))
+        pairs |= split(site, _read(weights, config, site, adapted))
         if config.dora:
             lengths |= read_lengths(weights, config, site)
     unembedding = unembedding_of(policy)
 
-    def adapted(path: str, layer: Any) -> Any:
-        lora = _lora(layer, path, pairs[path]) if path in pairs else None
+    def with_adapter(path: str, layer: Any) -> Any:
+        if config.dora:
+            check_not_of_mixture(path, layer)
+        lora = _lora(layer, pairs[path]) if path in pairs else None
         if path in lengths:
             lora = with_lengths(layer, lora, lengths[path])
         if not isinstance(lora, LoRA):
             return layer
         # The unembedding is used as a matrix, so it has no input to drop from.
-        dropout = 0.0 if path == unembedding else config.dropout
+        without = path == unembedding or is_of_mixture(layer)
+        dropout = 0.0 if without else config.dropout
         return dataclasses.replace(lora, dropout=dropout, rank_stabilised=config.rank_stabilised)
 
-    adapted_policy = replace_at(policy, {*pairs, *lengths}, is_linear, adapted)
+    adapted_policy = replace_at(policy, {*pairs, *lengths}, is_linear, with_adapter)
     return read_modules(adapted_policy, weights, chosen)
 
 
@@ -188,32 +210,38 @@ def _in_peft(
     scales: dict[str, float] = {}
     sites, is_inner = sites_of(policy, pairs), policy.origin.outer is not None
     dora = any(lora.magnitude is not None for lora in found.values())
+    parameters: set[str] = set()
+    joined = {site.pattern: join(site, pairs) for site in sites}
+    live = {name for site in sites for name in _live(site, joined[site.pattern])}
     for site in sites:
-        pair = join(site, pairs)
+        pair = joined[site.pattern]
         lengths = write_lengths(policy, found, site) if dora else None
-        live = [bool(down.any() or up.any()) for down, up in zip(*pair[:2], strict=True)]
-        # Adapters of zeros stand for layers that had none, unless all are zero.
-        all_layers = all(live) or not any(live)
-        for layer, name in enumerate(site.names()):
-            if all_layers or live[layer]:
-                tensors[tensor_name(name, "A")] = np.ascontiguousarray(pair.down[layer])
-                tensors[tensor_name(name, "B")] = np.ascontiguousarray(pair.up[layer])
+        names = site.names()
+        downs, ups = (x.reshape(len(names), -1, *x.shape[1:]) for x in pair[:2])
+        for layer, name in enumerate(names):
+            if name in live:
+                module = stored_name(name, live)
+                for letter, x in zip("AB", site.to_file(downs[layer], ups[layer]), strict=True):
+                    tensors[tensor_name(module, letter)] = np.ascontiguousarray(x)
                 if lengths is not None:
                     tensors[magnitude_name(name)] = np.ascontiguousarray(lengths[layer])
                 if is_inner:
                     # A short name could be one of another part, such as a vision tower.
                     name = outer_name(name)
-                elif all_layers:
-                    name = short_names(policy)[site.module]
+                elif live.issuperset(names):
+                    name = short_name(policy, site)
                 ranks[name], scales[name] = pair.down.shape[1], pair.scale
+                parameters |= {name} if site.parameter else set()
     transposed = any(site.transposed for site in sites)
     config = write_peft(
         ranks,
         scales,
+        parameters=parameters,
         # PEFT has one form of scales, and one dropout, for all adapters. The scales are exact in
-        # either form. An adapter of the unembedding has no dropout beside others with dropout.
+        # either form. An adapter of the unembedding has no dropout beside others with dropout, and
+        # beside adapters of parameters PEFT refuses it.
         rank_stabilised=all(lora.rank_stabilised for lora in found.values()),
-        dropout=max(lora.dropout for lora in found.values()),
+        dropout=0.0 if parameters else max(lora.dropout for lora in found.values()),
         dora=dora,
         modules=modules,
         tied=tied_copy(policy, whole) is not None,
@@ -225,20 +253,35 @@ def _in_peft(
     return tensors, config
 
 
-def _read(weights: Weights, config: PeftConfig, site: Site) -> Pair:
-    """The adapters of a site in all layers; zeros for a layer without one."""
+def _live(site: Site, pair: Pair) -> list[str]:
+    """The names of a site of which a file has adapters.
+
+    Adapters of zeros stand for layers that had none, unless all are zero.
+    """
     names = site.names()
-    has = [config.has(name) for name in names]
-    first = names[has.index(True)]
+    parts = (x.reshape(len(names), -1) for x in pair[:2])
+    live = [bool(down.any() or up.any()) for down, up in zip(*parts, strict=True)]
+    return [name for name, is_live in zip(names, live, strict=True) if is_live or not any(live)]
+
+
+def _read(weights: Weights, config: PeftConfig, site: Site, adapted: Set[str]) -> Pair:
+    """The adapters of a site in all layers; zeros for a layer without one.
+
+    `adapted` has the names of all modules and parameters with an adapter.
+    """
+    own = config.names_in(site)
+    first = own[0]
+
+    def stored(name: str, letter: str) -> str:
+        return tensor_name(stored_name(name, adapted), letter)
 
     def stack(letter: str) -> np.ndarray:
-        nothing = np.zeros(weights.shapes[tensor_name(first, letter)], np.float32)
-        return np.stack(
-            [
-                _wide(weights.read(tensor_name(name, letter))) if has_adapter else nothing
-                for name, has_adapter in zip(names, has, strict=True)
-            ]
-        )
+        nothing = np.zeros(weights.shapes[stored(first, letter)], np.float32)
+        read = [
+            _wide(weights.read(stored(name, letter))) if name in own else nothing
+            for name in site.names()
+        ]
+        return np.concatenate([site.from_file(letter, x) for x in read])
 
     return Pair(stack("A"), stack("B"), config.scale_of(first))
 
@@ -247,15 +290,16 @@ def _wide(x: np.ndarray) -> np.ndarray:
     return x.astype(at_least_float32(x.dtype))
 
 
-def _lora(layer: Any, path: str, pair: Pair) -> LoRA:
-    dtype = at_least_float32(weight_shape(layer).dtype)
-    down, up = (x if path.startswith("layers.") else x[0] for x in pair[:2])
+def _lora(layer: Any, pair: Pair) -> LoRA:
+    weight = weight_shape(layer)
+    dtype, lead = at_least_float32(weight.dtype), weight.shape[:-2]
+    down, up = (x.reshape(*lead, *x.shape[1:]) for x in pair[:2])
     return LoRA(layer, jnp.asarray(down, dtype), jnp.asarray(up, dtype), pair.scale)
 
 
 def _pair(lora: LoRA) -> Pair:
-    down, up = np.asarray(lora.down), np.asarray(lora.up)
-    return Pair(down, up, lora.scale) if down.ndim == 3 else Pair(down[None], up[None], lora.scale)
+    down, up = (np.asarray(x).reshape(-1, *x.shape[-2:]) for x in (lora.down, lora.up))
+    return Pair(down, up, lora.scale)
 
 
 def _write(folder: Path, tensors: dict[str, np.ndarray], config: dict[str, Any]) -> None:

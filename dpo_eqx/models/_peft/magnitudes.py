@@ -29,10 +29,10 @@ Lengths = Float[np.ndarray, "layers out"]
 
 def read_lengths(weights: Weights, config: PeftConfig, site: Site) -> dict[str, Lengths]:
     """The lengths of the rows of each of our layers; infinity in a layer without an adapter."""
-    nothing = np.full(site.outputs, np.inf, np.float32)
+    nothing, adapted = np.full(site.outputs, np.inf, np.float32), config.names_in(site)
     whole = np.stack(
         [
-            weights.read(magnitude_name(name)) if config.has(name) else nothing
+            weights.read(magnitude_name(name)) if name in adapted else nothing
             for name in site.names()
         ]
     )
