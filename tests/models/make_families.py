@@ -22,7 +22,6 @@ from pathlib import Path
 import numpy as np
 
 from .family_cases import CASES, GROUPS, IDS, OLDER, POSITIONS, TOKENS, settings_of, weights_of
-from .option_cases import ACTIVATIONS
 
 FOLDER = Path(__file__).parents[1] / "golden" / "models"
 # PyTorch's grouped products have no float64.
@@ -67,6 +66,8 @@ def activations() -> None:
 
     widen(torch)
     import transformers
+
+    from .option_cases import ACTIVATIONS
 
     x = [-30.0, -11.0, -4.0, -1.3, -0.2, 0.0, 0.1, 0.8, 1.0, 2.5, 7.0, 12.0]
     values = {

@@ -11,6 +11,7 @@ from typing import Any
 
 from .family_cases import GPTJ, LONG, MIXED, SMALL, YARN
 from .hybrid_cases import DELTA
+from .make_families import read_defaults
 
 MOE = {"num_experts": 5, "num_experts_per_tok": 2}
 # The keys of each family that differ from `SMALL`.
@@ -312,6 +313,7 @@ OWN: dict[str, dict[str, dict[str, Any]]] = {
 
 def cases() -> Iterator[tuple[str, dict[str, Any]]]:
     """Each case: its name, and all keys of its `config.json`."""
+    defaults = read_defaults()
     for family, keys in FAMILIES.items():
         base = {} if family in ("gpt2", "gptj", "codegen") else SMALL
         base = {**base, **keys, **TOKENS, "model_type": family}
@@ -333,8 +335,11 @@ def cases() -> Iterator[tuple[str, dict[str, Any]]]:
             options = {"plain": {}, **options_of_gpt(options), **OWN[family]}
         for name, settings in options.items():
             yield f"{family}/{name}", {**base, **settings}
+        known = {*defaults[family]["config"], "rope_theta", "rope_scaling"}
+        known |= {key for settings in OWN.get(family, {}).values() for key in settings}
+        read = {name: keys for name, keys in options.items() if keys.keys() <= known}
         for i in range(RANDOM):
-            yield f"{family}/random-{i}", random_case(random.Random(f"{family} {i}"), base, options)
+            yield f"{family}/random-{i}", random_case(random.Random(f"{family} {i}"), base, read)
 
 
 # The number of random cases of each family.
@@ -346,7 +351,7 @@ BY_LAYER = ("layer_types", "no_rope_layers", "mlp_only_layers", "full_attn_idxs"
 def random_case(
     rng: random.Random, base: dict[str, Any], options: dict[str, dict[str, Any]]
 ) -> dict[str, Any]:
-    """Random sizes, and up to four of the options, all of whose keys `base` or one of them has."""
+    """Random sizes of the keys that `base` has, and up to four of the options."""
     heads, width = rng.choice([1, 2, 3, 4, 6, 8]), 2 * rng.randint(2, 10)
     keys = rng.choice([count for count in range(1, heads + 1) if heads % count == 0])
     experts = rng.randint(2, 9)

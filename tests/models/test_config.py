@@ -275,6 +275,10 @@ def test_keys_of_other_families():
         ({"model_type": "gptj", "rotary_dim": 300}, "at most the width of a head, 256; got 300"),
         ({"model_type": "gptj", "rotary_dim": 3}, "`rotary_dim` .* must be even"),
         (
+            {"model_type": "codegen", "n_embd": 54, "n_head": 1, "rotary_dim": 4},
+            "`n_embd` .* multiple of 4 in the family 'codegen'; got 54",
+        ),
+        (
             {"model_type": "stablelm", "hidden_size": 48, "num_attention_heads": 4},
             "an even part of each head .*'stablelm'; got 0.25 of 12",
         ),

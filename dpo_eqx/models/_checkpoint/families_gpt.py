@@ -98,7 +98,8 @@ GPTS = {
         defaults=_GPTJ,
         keys=_GPT2_KEYS,
         fixed=_GPTJ_FIXED,
-        traits=(rotary.GPTJ,),
+        # Queries, keys and values are in four blocks.
+        traits=(rotary.GPTJ, traits.multiple_of(4, "n_embd")),
         rotary_keys=(),
         neutral=_GPTJ_NEUTRAL,
     ),

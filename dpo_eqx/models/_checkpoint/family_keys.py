@@ -77,6 +77,20 @@ def even_rotation(trait: Trait) -> Trait:
     return Trait(read, trait.write)
 
 
+def multiple_of(count: int, key: str) -> Trait:
+    """A size that must be a multiple of a number."""
+
+    def read(values: Values) -> dict[str, Any]:
+        if values[key] % count:
+            raise ValueError(
+                f"`{key}` in config.json must be a multiple of {count} in the family "
+                f"{values['model_type']!r}; got {values[key]}."
+            )
+        return {}
+
+    return Trait(read, lambda config: {})
+
+
 def refusing(*keys: str) -> Trait:
     """Keys whose feature is not supported."""
 
