@@ -63,6 +63,31 @@ def test_a_run_from_a_reward_model_begins_with_its_head(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("start", ["policy", "reward model"])
+def test_adapters_and_the_head_are_trained(tmp_path, start):
+    if start == "reward model":
+        models.save(models.RewardModel(models.load(MODEL), key=jax.random.key(1)), tmp_path / "m")
+    base = MODEL if start == "policy" else tmp_path / "m"
+    options = {**REWARDS, "model": base, "lora_rank": 2, "lora_modules_to_save": "^positions"}
+    assert small(tmp_path, **options, save_every=2) == 0
+    run, first = tmp_path / "run", models.load(base)
+    loaded, merged = models.load_lora(first, run / "adapter"), models.load(run / "model")
+    rows, _ = data.tokenize(data.read(tmp_path / "data.jsonl"), None)
+    batch = next(data.batches(rows, batch_size=2))
+    got, want = rewards_of(loaded, batch), rewards_of(merged, batch)
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max())
+    # The head is trained in full, and what has no adapter is as it was.
+    head = models.RewardModel(first, key=jax.random.key(7)) if start == "policy" else first
+    assert np.abs(merged.head.weight - head.head.weight).max() > 1e-3
+    assert eqx.tree_equal(merged.body.embedding, head.body.embedding)
+    again = {**options, "output": tmp_path / "parts", "schedule": "constant", "warmup_steps": 0}
+    for steps in (2, 3):
+        assert small(tmp_path, **again | {"steps": steps, "resume": True}) == 0
+    assert small(tmp_path, **again | {"output": tmp_path / "whole"}) == 0
+    assert same_weights(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.slow
 def test_stopped_and_continued(tmp_path):
     constant = {**REWARDS, "schedule": "constant", "warmup_steps": 0}
     for name, parts in (("one", [4]), ("two", [2, 4])):
@@ -78,7 +103,7 @@ def test_stopped_and_continued(tmp_path):
         ({"reward_head": True}, "got `--loss sigmoid` with `--reward-head`"),
         ({"loss": ("bradley_terry",)}, "got `--loss bradley_terry` without `--reward-head`"),
         ({"loss": ("bradley_terry", "sft"), "reward_head": True}, "alone, the loss of reward"),
-        ({"loss": ("bradley_terry",), "reward_head": True, "lora_rank": 2}, "contradict each oth"),
+        ({"loss": ("bradley_terry",), "reward_head": True, "lora": "a"}, "contradict each other"),
     ],
 )
 def test_bad_input(changed, words):

@@ -7,9 +7,9 @@ The two may live in different environments, so it has three parts, run one after
     python -m tests.models.compare_peft back FOLDER     # with torch, transformers and peft
 
 `make` writes adapters and the logits with them, which are also the golden ones in
-`tests/golden/models/peft` and `peft_experts`; `ours` compares, and saves what it loaded and
-adapters of its own; `back` loads these in PEFT and compares again. A deviation of 1e-4 fails. Names
-of cases behind FOLDER select these.
+`tests/golden/models/peft`, `peft_experts` and `peft_reward`, where the one logit is a reward;
+`ours` compares, and saves what it loaded and adapters of its own; `back` loads these in PEFT and
+compares again. A deviation of 1e-4 fails. Names of cases behind FOLDER select these.
 """
 
 import sys
@@ -74,6 +74,11 @@ CASES = {
             "modules_to_save": ["embed_tokens"],
             "ensure_weight_tying": True,
         },
+    ),
+    "reward": ("gpt2", {"r": 2, "target_modules": ["c_attn", "c_fc"], "modules_to_save": ["wpe"]}),
+    "reward-tied": (
+        "qwen2-tied",
+        {"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
     ),
     "gemma2": ("gemma2", {"r": 2, "init_lora_weights": "gaussian", "target_modules": ["o_proj"]}),
     "experts": (
@@ -143,8 +148,9 @@ def make(folder: Path, cases: dict) -> None:
 
     for name, (base, settings) in cases.items():
         torch.manual_seed(0)
-        config = peft.LoraConfig(task_type="CAUSAL_LM", **settings)
-        model = peft.get_peft_model(_base(base_folder(folder, base)), config)
+        task = "SEQ_CLS" if _is_reward(name) else "CAUSAL_LM"
+        config = peft.LoraConfig(task_type=task, **settings)
+        model = peft.get_peft_model(_base(base_folder(folder, base), name), config)
         for key, parameter in model.named_parameters():
             if "lora_magnitude_vector" in key:
                 parameter.data *= 0.5 + torch.rand_like(parameter)
@@ -168,16 +174,16 @@ def ours(folder: Path, cases: dict) -> None:
         plain = models.load(base_folder(folder, base))
         loaded = models.load_lora(plain, folder / name)
         want = np.load(folder / name / "logits.npy")
-        without = np.asarray(plain(ids_of(base)))
+        without = np.asarray(models.without_lora(loaded)(ids_of(base)))
         print(f"{name}: the adapter moves logits by {np.abs(want - without).max():.2f}")
         worst = max(worst, _report(name, np.asarray(loaded(ids_of(base))), want))
         fresh = models.add_lora(
-            plain,
+            models.RewardModel(plain, key=jax.random.key(2)) if _is_reward(name) else plain,
             rank=3,
             alpha=4.5,
             target=None if plain.config.experts == 0 else "attention|feed_forward",
             dora="dora" in name,
-            modules_to_save="^(embedding|head|norm)" if "modules" in name else None,
+            modules_to_save=_whole(name),
             key=jax.random.key(0),
         )
         fresh = _shaken(fresh, models.lora_filter(fresh))
@@ -186,6 +192,18 @@ def ours(folder: Path, cases: dict) -> None:
             models.save_lora(policy, path, base=base)
             np.save(path / "logits.npy", np.asarray(policy(ids_of(base))))
     sys.exit(worst > 1e-4)
+
+
+def _is_reward(name: str) -> bool:
+    """Whether the base of a case is a reward model, whose one logit is the reward."""
+    return name.startswith("reward")
+
+
+def _whole(name: str) -> str | None:
+    """Which modules our own adapters of a case have whole."""
+    if _is_reward(name):
+        return r"^(head|body\.embedding|body\.norm)"
+    return "^(embedding|head|norm)" if "modules" in name else None
 
 
 def _shaken(policy, chosen):
@@ -207,7 +225,7 @@ def back(folder: Path, cases: dict) -> None:
     for name, (base, _) in cases.items():
         for kind in ("again", "fresh"):
             path = folder / "back" / f"{name}-{kind}"
-            model = peft.PeftModel.from_pretrained(_base(base_folder(folder, base)), path)
+            model = peft.PeftModel.from_pretrained(_base(base_folder(folder, base), name), path)
             want = np.load(path / "logits.npy")
             worst = max(worst, _report(f"{name}-{kind}", _logits(model.eval(), base), want))
             _check_the_same_tensors(model, path)
@@ -230,10 +248,13 @@ def _check_the_same_tensors(model, path: Path) -> None:
     assert names == known, names ^ known
 
 
-def _base(path: Path):
+def _base(path: Path, name: str):
     import torch
     import transformers
 
+    if _is_reward(name):
+        kind = transformers.AutoModelForSequenceClassification
+        return kind.from_pretrained(path, dtype=torch.float32, num_labels=1, **EAGER)
     return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **EAGER)
 
 

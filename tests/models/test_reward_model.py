@@ -109,6 +109,38 @@ def test_the_body_may_be_quantised():
     assert not isinstance(reward_model.head, models.Quantized)
 
 
+def test_an_adapter_of_peft_makes_a_reward_model(tmp_path):
+    # Written by PEFT 0.21, see `compare_peft.py`. It also has the embedding of positions.
+    adapter, base = FOLDER / "peft_reward" / "gpt2", models.load(FOLDER / "families" / "gpt2")
+    ids = np.load(FOLDER / "families" / "gpt2" / "expected.npz")["ids"][0, :12].astype(int)
+    loaded = models.load_lora(base, adapter)
+    assert isinstance(loaded, models.RewardModel)
+    got = eqx.filter_jit(loaded)(ids)
+    # 0.09 apart without $A$ and $B$.
+    np.testing.assert_allclose(got, np.load(adapter / "logits.npy")[0], rtol=0, atol=1e-6)
+
+    models.save_lora(loaded, tmp_path, base="gpt2")
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["task_type"] == "SEQ_CLS"
+    names = [set(load_file(x / "adapter_model.safetensors")) for x in (tmp_path, adapter)]
+    assert names[0] == names[1]
+    start = models.RewardModel(base, key=jax.random.key(0))
+    again = models.load_lora(start, tmp_path)
+    assert eqx.tree_equal(again.head.original, start.head)
+    found = (eqx.filter(x, models.lora_filter(x)) for x in (again, loaded))
+    assert eqx.tree_equal(*found)
+
+
+def test_an_adapter_of_several_labels_is_refused(tmp_path):
+    source = FOLDER / "peft_reward" / "gpt2"
+    tensors = load_file(source / "adapter_model.safetensors")
+    name = "base_model.model.score.weight"
+    tensors[name] = np.concatenate([tensors[name]] * 3)
+    (tmp_path / "adapter_config.json").write_bytes((source / "adapter_config.json").read_bytes())
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=r"one label, shape \(1, 32\); it has shape \(3, 32\)"):
+        models.load_lora(models.load(FOLDER / "families" / "gpt2"), tmp_path)
+
+
 def test_errors(tmp_path):
     source = REWARD_MODELS / "llama"
     tensors = load_file(source / "model.safetensors")

@@ -18,6 +18,7 @@ from ... import data, models, sharding
 from ..._policies.trainable import trainable
 from ..._training.reference import snapshot
 from ...models._adapters.lora import adapters
+from ...models._adapters.whole_module import WholeModule
 from ..settings.options import dtype_of
 from ..settings.settings import Settings
 from ..settings.shared_flags import language_model
@@ -45,19 +46,30 @@ def load_policy(
     """The model to train, with the adapters that the settings ask for, new or from `--lora`.
 
     With `--reward-head` it is a reward model: that of the checkpoint, or the checkpoint's policy
-    with a new head. Its parameters are in `--dtype`, or as stored in the checkpoint.
+    with a new head, which is trained whole beside adapters. Its parameters are in `--dtype`, or as
+    stored in the checkpoint.
     """
     if settings.reward_head:
-        model = _load_any(settings.model, settings, mesh, remat=settings.remat)
-        if isinstance(model, models.RewardModel):
-            return model
-        return models.RewardModel(model, key=jax.random.key(settings.seed))
+        return _load_reward_model(settings, mesh)
     policy = _load(settings.model, settings, mesh, remat=settings.remat)
     if settings.lora is not None:
         policy = models.load_lora(policy, settings.lora, dropout=settings.lora_dropout)
+        policy = language_model(policy, settings.lora)
         # The reference needs the adapters as they are now, and training changes them.
         return models.pin_lora(policy) if settings.lora_reference == "adapter" else policy
     return with_new_adapters(policy, settings)
+
+
+def _load_reward_model(settings: Settings, mesh: Mesh | None) -> models.RewardModel:
+    model = _load_any(settings.model, settings, mesh, remat=settings.remat)
+    if not isinstance(model, models.RewardModel):
+        model = models.RewardModel(model, key=jax.random.key(settings.seed))
+    if not settings.lora_rank:
+        return model
+    # The patterns of the flags are for paths in the decoder.
+    body = with_new_adapters(model.body, settings)
+    parts = (body, WholeModule.of(model.head))
+    return eqx.tree_at(lambda model: (model.body, model.head), model, parts)
 
 
 def with_new_adapters(policy: models.Transformer, settings: Settings) -> models.Transformer:

@@ -155,7 +155,6 @@ def _contradictions(settings: Settings) -> Iterator[str]:
         ("lora_reference", s.lora_reference is not None, "reference_free", s.reference_free),
         ("reward_head", s.reward_head, "reference_free", s.reference_free),
         ("reward_head", s.reward_head, "metrics", bool({*s.metrics} - {"num_tokens"})),
-        ("reward_head", s.reward_head, "lora_rank", lora),
         ("reward_head", s.reward_head, "pack", s.pack),
         ("pack", s.pack, "no_shuffle", not s.shuffle),
         ("pack", s.pack, "wpo", s.wpo),

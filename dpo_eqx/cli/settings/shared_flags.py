@@ -65,7 +65,7 @@ class Loading(CompilationFlags):
             sharding=None if mesh is None else sharding.placement(mesh),
         )
         policy = language_model(model, path)
-        return policy if lora is None else models.load_lora(policy, lora)
+        return policy if lora is None else language_model(models.load_lora(policy, lora), lora)
 
     def devices(self) -> Mesh | None:
         """The mesh that `--mesh` asks for, if it is given."""

@@ -53,6 +53,8 @@ _READ = frozenset(
         "use_rslora",
     ]
 )
+# What PEFT adds to `modules_to_save` for the task `SEQ_CLS`: every classifier has one of the two.
+HEADS = ("classifier", "score")
 # Other initialisations modify the base weights, so their adapters only fit that modified base.
 _STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
 
@@ -75,6 +77,7 @@ class PeftConfig:
     - `layers`: the numbers of the layers with adapters; `None` for all.
     - `layer_names`: the names of the lists that `layers` counts in.
     - `ranks`, `alphas`: ranks and alphas by regular expressions for the ends of names.
+    - `reward`: whether the adapter is one of a reward model, which has no unembedding.
     - `outer`: what names have in place of `model.`, if the adapter is one of a checkpoint that
         holds more than a language model; `""` if it is not.
     """
@@ -93,6 +96,7 @@ class PeftConfig:
     layer_names: tuple[str, ...] = ()
     ranks: Mapping[str, int] = dataclasses.field(default_factory=dict)
     alphas: Mapping[str, float | int] = dataclasses.field(default_factory=dict)
+    reward: bool = False
     outer: str = ""
 
     def has(self, module: str) -> bool:
@@ -188,10 +192,12 @@ def write_peft(
     tied: bool,
     transposed: bool,
     base: str | None,
+    reward: bool = False,
 ) -> dict[str, Any]:
     """The contents of an `adapter_config.json` for adapters by modules' names or ends of names.
 
-    `parameters` are the names among them that are of parameters rather than of modules.
+    `parameters` are the names among them that are of parameters rather than of modules; `reward`
+    says whether they are of a reward model.
     """
     names = sorted(ranks)
     experts = [name for name in names if name in parameters]
@@ -202,7 +208,7 @@ def write_peft(
     rank, alpha = ranks[names[0]], alphas[names[0]]
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "SEQ_CLS" if reward else "CAUSAL_LM",
         "base_model_name_or_path": base,
         "inference_mode": True,
         "r": rank,
@@ -215,7 +221,7 @@ def write_peft(
         "bias": "none",
         "fan_in_fan_out": transposed,
         "init_lora_weights": True,
-        "modules_to_save": list(modules) or None,
+        "modules_to_save": [*modules, *(HEADS if reward else ())] or None,
         "ensure_weight_tying": tied,
         "use_rslora": rank_stabilised,
         "use_dora": dora,

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
+import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
@@ -33,6 +34,7 @@ from .._adapters.whole_module import WholeModule
 from .._checkpoint.families import FAMILIES
 from .._checkpoint.folder import ADAPTER, ADAPTER_CONFIG, Weights, read_json, resolve
 from .._checkpoint.language_model import keep_language_model, outer_name
+from .._decoder.reward_model import RewardModel
 from .._decoder.transformer import Transformer
 from .adapter_paths import is_by_path, read_by_path, write_by_path
 from .checkpoint_layers import (
@@ -47,8 +49,9 @@ from .checkpoint_layers import (
     stored_name,
 )
 from .checks import PREFIX, check_sites, check_tensors, magnitude_name, tensor_name
-from .config import PeftConfig, read_peft, write_peft
+from .config import HEADS, PeftConfig, read_peft, write_peft
 from .magnitudes import Lengths, read_lengths, with_lengths, write_lengths
+from .reward_head import has_names, head_tensor, take_head, with_head
 from .whole_modules import (
     chosen_modules,
     expected_shapes,
@@ -60,7 +63,7 @@ from .whole_modules import (
 
 def load_lora(
     policy: Policy, path: str | os.PathLike[str], *, dropout: float | None = None
-) -> Policy:
+) -> Policy | RewardModel:
     """Adds the adapters of a folder, which PEFT or `save_lora` wrote, to the layers of a policy.
 
     ```python
@@ -73,6 +76,9 @@ def load_lora(
     its checkpoints; each gets its own adapter. If an adapter is of a model with images, the
     language model's part is read, and a warning counts the other tensors.
 
+    An adapter of a reward model (the task `SEQ_CLS` in PEFT) holds its head, which is trained
+    whole. On a `Transformer` it makes a `RewardModel`.
+
     Adapters of any other Equinox module, which `save_lora` wrote, are found by the paths of its
     layers and loaded bit for bit. Such a module may already have the same adapters, which are
     replaced.
@@ -80,14 +86,14 @@ def load_lora(
     **Arguments:**
 
     - `policy`: the base that the adapter was trained on, quantised or not, without adapters. For
-        an adapter of PEFT it must be a `Transformer`.
+        an adapter of PEFT it must be a `Transformer` or a `RewardModel`.
     - `path`: a folder with `adapter_config.json` and `adapter_model.safetensors`; or a name on
         the Hugging Face hub.
     - `dropout`: as in `add_lora` (default: the `lora_dropout` of the folder).
 
     **Returns:**
 
-    The policy with adapters, in float32 or wider.
+    The policy with adapters, in float32 or wider; a `RewardModel` if the folder has its head.
 
     **Raises:**
 
@@ -107,20 +113,27 @@ def load_lora(
     values = read_json(folder / ADAPTER_CONFIG)
     if is_by_path(values):
         return read_by_path(policy, values, Weights(folder, ADAPTER), dropout)
-    if not isinstance(policy, Transformer):
+    if not isinstance(policy, Transformer | RewardModel):
         raise ValueError(
-            "`policy` must be a `models.Transformer` for an adapter of PEFT, which names layers of "
-            f"its checkpoints; got {type(policy).__name__}. For another Equinox module give a "
-            "folder that `models.save_lora` wrote."
+            "`policy` must be a `models.Transformer` or a `models.RewardModel` for an adapter of "
+            f"PEFT, which names layers of its checkpoints; got {type(policy).__name__}. For "
+            "another Equinox module give a folder that `models.save_lora` wrote."
         )
+    check_no_adapters(policy)
     config = read_peft(values)
     config = config if dropout is None else dataclasses.replace(config, dropout=dropout)
-    return _load_peft(policy, folder, config)
-
-
-def _load_peft(policy: Transformer, folder: Path, config: PeftConfig) -> Transformer:
-    check_no_adapters(policy)
     weights = Weights(folder, ADAPTER)
+    decoder = policy.body if isinstance(policy, RewardModel) else policy
+    head = take_head(weights, decoder.config.width)
+    if head is None and isinstance(policy, Transformer):
+        return _load_peft(policy, weights, config)
+    modules = tuple(name for name in config.modules if name not in HEADS)
+    config = dataclasses.replace(config, modules=modules, reward=True)
+    model = with_head(policy, head)
+    return eqx.tree_at(lambda m: m.body, model, _load_peft(model.body, weights, config))
+
+
+def _load_peft(policy: Transformer, weights: Weights, config: PeftConfig) -> Transformer:
     config = dataclasses.replace(config, outer=keep_language_model(weights, PREFIX))
     shapes = linear_shapes(policy)
     known = sites_of(policy, shapes)
@@ -129,7 +142,7 @@ def _load_peft(policy: Transformer, folder: Path, config: PeftConfig) -> Transfo
     check_sites(config, known, sites)
     chosen = chosen_modules(policy, config)
     modules = expected_shapes(policy, chosen)
-    second = tied_copy(policy, chosen)
+    second = None if config.reward else tied_copy(policy, chosen)
     if second is not None:
         modules[second] = policy.embedding.weight.shape
     check_tensors(weights, config, sites, shapes, policy, modules)
@@ -171,8 +184,11 @@ def save_lora(policy: PyTree, path: str | os.PathLike[str], *, base: str | None 
     sum of their ranks. If the policy is the language model of a checkpoint with images, the adapter
     is one of that whole checkpoint.
 
-    PEFT has names only for the layers of a `Transformer`. The adapters of any other Equinox module
-    are written by the paths of their layers, such as `"mlp.layers.0"`, for `load_lora`.
+    A reward model's head is written whole, whether it was trained or not.
+
+    PEFT has names only for the layers of a `Transformer` and of a `RewardModel`. The adapters of
+    any other Equinox module are written by the paths of their layers, such as `"mlp.layers.0"`, for
+    `load_lora`.
 
     **Arguments:**
 
@@ -184,16 +200,18 @@ def save_lora(policy: PyTree, path: str | os.PathLike[str], *, base: str | None 
 
     `ValueError` if the policy has no adapters, or two adapters with one path.
     """
-    by_path, whole = adapters(policy), modules_of(policy)
-    if not by_path:
+    if not adapters(policy):
         raise ValueError("`policy` has no adapters to save; add them with `add_lora`.")
+    body = policy.body if has_names(policy) else policy
+    by_path, whole = adapters(body), modules_of(body)
     if (
-        isinstance(policy, Transformer)
-        and by_path.keys() <= FAMILIES[policy.config.family].names.keys()
+        isinstance(body, Transformer)
+        and by_path.keys() <= FAMILIES[body.config.family].names.keys()
     ):
-        tensors, config = _in_peft(policy, by_path, whole, base)
+        tensors, config = _in_peft(body, by_path, whole, base, reward=body is not policy)
+        tensors |= head_tensor(policy) if body is not policy else {}
     else:
-        tensors, config = write_by_path(by_path, whole, base)
+        tensors, config = write_by_path(adapters(policy), modules_of(policy), base)
     _write(Path(path), tensors, config)
 
 
@@ -202,10 +220,16 @@ def _in_peft(
     found: Mapping[str, LoRA],
     whole: Mapping[str, WholeModule],
     base: str | None,
+    *,
+    reward: bool,
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """The tensors and the contents of `adapter_config.json`, in PEFT's format."""
+    """The tensors and the contents of `adapter_config.json`, in PEFT's format.
+
+    `reward` says whether the policy is the body of a reward model, whose head is left out here.
+    """
     pairs = {name: _pair(lora) for name, lora in found.items()}
-    tensors, modules = write_modules(policy, whole)
+    tied = not reward and tied_copy(policy, whole) is not None
+    tensors, modules = write_modules(policy, whole, tied=tied)
     ranks: dict[str, int] = {}
     scales: dict[str, float] = {}
     sites, is_inner = sites_of(policy, pairs), policy.origin.outer is not None
@@ -244,9 +268,10 @@ def _in_peft(
         dropout=0.0 if parameters else max(lora.dropout for lora in found.values()),
         dora=dora,
         modules=modules,
-        tied=tied_copy(policy, whole) is not None,
+        tied=tied,
         transposed=transposed,
         base=base,
+        reward=reward,
     )
     if is_inner:
         tensors = {PREFIX + outer_name(k.removeprefix(PREFIX)): x for k, x in tensors.items()}

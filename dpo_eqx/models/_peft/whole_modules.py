@@ -46,7 +46,7 @@ def chosen_modules(policy: Transformer, config: PeftConfig) -> dict[str, Any]:
         if any(by):
             found[path] = module
             matched |= set().union(*by)
-    if policy.config.tied and "embedding" in known:
+    if policy.config.tied and "embedding" in known and not config.reward:
         head = FAMILIES[policy.config.family].names["head"].module
         ends = {end for end in config.modules if head.endswith(end)}
         if (ends or "embedding" in found) and not config.tied:
@@ -102,9 +102,12 @@ def read_modules(policy: Transformer, weights: Weights, chosen: Mapping[str, Any
 
 
 def write_modules(
-    policy: Transformer, found: Mapping[str, WholeModule]
+    policy: Transformer, found: Mapping[str, WholeModule], *, tied: bool
 ) -> tuple[dict[str, np.ndarray], list[str]]:
-    """The tensors of modules that are trained whole, and the contents of `modules_to_save`."""
+    """The tensors of modules that are trained whole, and the contents of `modules_to_save`.
+
+    `tied` says whether the embedding is among them and is the unembedding, too.
+    """
     tensors: dict[str, np.ndarray] = {}
     ends: list[str] = []
     for path, whole in found.items():
@@ -114,7 +117,7 @@ def write_modules(
             tensors |= dict(zip(names, map(np.ascontiguousarray, layers), strict=True))
         ends += _ends(policy, path)
     second = tied_copy(policy, found)
-    if second is not None:
+    if tied and second is not None:
         tensors[second] = np.ascontiguousarray(found["embedding"].weight)
     return tensors, sorted(ends)
 
