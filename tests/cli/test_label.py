@@ -94,6 +94,19 @@ def test_pairs_are_those_of_a_loop(how, min_gap, folder, capsys):
     assert words[how, min_gap].format("of 12 answers to 4 prompts", equal) in out
 
 
+def test_answers_that_were_cut_are_left_out(folder, capsys):
+    ended = [[False, True, True], [True] * 3, [True] * 3, [False, True, False]]
+    rows = [{**line, "ended": e} for line, e in zip(lines(folder / "s.jsonl"), ended, strict=True)]
+    (folder / "s.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    status, out, _ = label(capsys, "judges.py:length", "--drop-cut")
+    assert status == 0
+    assert "pairs: 2, of 9 answers to 4 prompts; answers that were cut off, left out: 3" in out
+    sides = [(p["chosen"], p["rejected"]) for p in lines(folder / "p.jsonl")]
+    assert sides == [("cc", "b"), ("yy", "x")]
+    # The rewards of all answers are kept, for another call without the flag.
+    assert len(lines(folder / "p.rewards.jsonl")[0]["rewards"]) == 3
+
+
 def test_train_reads_them(folder, capsys):
     assert label(capsys, "judges.py:length")[0] == 0
     records = data.read(folder / "p.jsonl")
@@ -189,6 +202,7 @@ BAD = {
     "all equal": ("judges.py:equal", [], "No pair is left of s.jsonl, so p.jsonl is not written"),
     "gap": ("judges.py:length", ["--min-gap", "nan"], "`--min-gap` must not be negative; got nan"),
     "foreign": ("judges.py:length", ["--output", "mine.jsonl"], "has no mine.run.json beside it"),
+    "no ends": ("judges.py:length", ["--drop-cut"], "record 1 of s.jsonl does not have it"),
     "itself": ("judges.py:length", ["--output", "s.jsonl"], "must be another file than"),
     "one answer": ("judges.py:length", ["--samples", "one.jsonl"], "several answers to a prompt"),
     "no answers": ("judges.py:length", ["--samples", "mine.jsonl"], "record 1 of mine.jsonl does"),

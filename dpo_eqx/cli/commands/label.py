@@ -13,7 +13,7 @@ from typing import Any
 
 from ...data._fingerprint import digest_files
 from ..compose.functions import load_function
-from ..compose.pairing import Account, How, preferences
+from ..compose.pairing import Account, How, preferences, without_cut
 from ..compose.rewards import (
     Asked,
     Judge,
@@ -48,6 +48,8 @@ class Label:
     """The pairs of a prompt: its best and its worst answer, all pairs, or one random pair."""
     min_gap: float = 0.0
     """Leave out pairs whose rewards differ by less. Equal rewards are no pair in any case."""
+    drop_cut: bool = False
+    """Leave out answers that were cut off by `--max-new-tokens` of `dpo-eqx sample`."""
     seed: int = 0
     """Seed of the random pairs."""
     batch_size: int = 8
@@ -74,6 +76,8 @@ def label(arguments: Sequence[str]) -> None:
     flags = parse_flags(Label, "label", arguments)
     _check(flags)
     lines = _read(flags.samples)
+    if flags.drop_cut:
+        _check_ended(lines, flags.samples)
     function = load_function(flags.reward, "--reward") if is_function(flags.reward) else None
     rewards_file = growing.beside(flags.output, "rewards.jsonl")
     growing.begin(
@@ -89,6 +93,8 @@ def label(arguments: Sequence[str]) -> None:
     found = growing.read_objects(rewards_file, "--output")
     rewards = [line["rewards"] for line in found]
     account = Account()
+    if flags.drop_cut:
+        lines, rewards = without_cut(lines, rewards, account)
     pairs = preferences(
         lines, rewards, how=flags.how, min_gap=flags.min_gap, seed=flags.seed, account=account
     )
@@ -163,6 +169,16 @@ def _read(path: Path) -> list[dict[str, Any]]:
             f"{len(lines)} prompts and no such one. Draw more with `dpo-eqx sample --samples`."
         )
     return lines
+
+
+def _check_ended(lines: Sequence[dict[str, Any]], path: Path) -> None:
+    for number, line in enumerate(lines, 1):
+        ended = line.get("ended")
+        if not isinstance(ended, list) or [type(e) for e in ended] != [bool] * len(line["answers"]):
+            raise ValueError(
+                f"`--drop-cut` needs `ended`, whether each answer ended by itself, in each line; "
+                f"record {number} of {path} does not have it. `dpo-eqx sample` writes it."
+            )
 
 
 def _facts(flags: Label, function: Any) -> dict[str, Any]:

@@ -268,12 +268,13 @@ def carry_out(
 def _watch(run: Run, state: State) -> UpdateWatch:
     """A watch over the size of updates; it warns at once if parameters have half precision."""
     params = eqx.filter(state.policy, run.trainable)
+    warn = functools.partial(hosts.warn, run.settings.command)
     warning = narrow_warning(params, run.settings)
     if warning is not None:
-        hosts.warn(warning)
+        warn(warning)
     kinds = {str(leaf.dtype) for leaf in jax.tree.leaves(params)}
     return UpdateWatch(
-        float(run.rates.max()), " or ".join(sorted(kinds)), hosts.warn, narrow=bool(warning)
+        float(run.rates.max()), " or ".join(sorted(kinds)), warn, narrow=bool(warning)
     )
 
 

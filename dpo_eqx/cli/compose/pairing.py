@@ -26,6 +26,7 @@ class Account:
     - `prompts`, `answers`, `pairs`: their numbers.
     - `all_equal`: prompts whose answers all have one reward.
     - `without`: prompts without a pair, those of `all_equal` included.
+    - `cut`: answers left out, since they were cut off.
     - `ties`: other pairs of equal rewards; `below`: pairs that differ by less than `--min-gap`.
     """
 
@@ -36,16 +37,35 @@ class Account:
     without: int = 0
     ties: int = 0
     below: int = 0
+    cut: int = 0
 
     def __str__(self):
         words = [f"pairs: {self.pairs}, of {self.answers} answers to {self.prompts} prompts"]
         left_out = {
+            "answers that were cut off, left out": self.cut,
             "prompts without a pair": self.without,
             "prompts whose answers all have one reward": self.all_equal,
             "other pairs of equal rewards, left out": self.ties,
             "pairs whose rewards differ by less than `--min-gap`, left out": self.below,
         }
         return "; ".join([*words, *(f"{what}: {n}" for what, n in left_out.items() if n)])
+
+
+def without_cut(
+    lines: Sequence[Mapping[str, Any]], rewards: Sequence[Sequence[float]], account: Account
+) -> tuple[list[dict[str, Any]], list[list[float]]]:
+    """The lines and rewards of the answers that ended by themselves; `account` counts the others.
+
+    No line is left out, so that a prompt keeps its number.
+    """
+    columns = ("answers", "answer_ids")
+    kept = [[i for i, is_ended in enumerate(line["ended"]) if is_ended] for line in lines]
+    account.cut += sum(len(line["ended"]) for line in lines) - sum(map(len, kept))
+    shorter = [
+        {**line, **{name: [line[name][i] for i in own] for name in columns if name in line}}
+        for line, own in zip(lines, kept, strict=True)
+    ]
+    return shorter, [[row[i] for i in own] for row, own in zip(rewards, kept, strict=True)]
 
 
 def preferences(

@@ -66,10 +66,10 @@ def say(text: str) -> None:
         display.say(text)
 
 
-def warn(text: str) -> None:
-    """Prints a warning on stderr, on the first process only."""
+def warn(command: str, text: str) -> None:
+    """Prints a warning of a command on stderr, on the first process only."""
     if is_first():
-        print(f"dpo-eqx train: warning: {text}", file=sys.stderr, flush=True)
+        print(f"dpo-eqx {command}: warning: {text}", file=sys.stderr, flush=True)
 
 
 def on_first(function: Callable[..., object], *args: Any, **options: Any) -> None:

@@ -6,7 +6,7 @@
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from .check import check_positive, flag
 from .settings import Settings
@@ -21,6 +21,8 @@ def _unused(default: Any = None) -> Any:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Online(Settings):
     """Trains a policy on pairs of its own answers, which a reward judges, in rounds."""
+
+    command: ClassVar[str] = "online"
 
     model: str
     """The policy to train: a folder with `config.json`, safetensors and a tokenizer, or a hub name.

@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+from typing import ClassVar
 
 from .groups.adapters import AdapterFlags
 from .groups.data import DataFlags
@@ -28,6 +29,9 @@ class Settings(
     ModelFlags,
 ):
     """Trains a policy on preferences, from text files to a checkpoint that `transformers` loads."""
+
+    # The command, for its warnings; not a flag.
+    command: ClassVar[str] = "train"
 
 
 # These belong to one invocation, not to the run, so `config.yaml` does not keep them.
