@@ -1,7 +1,10 @@
 """`online`: rounds against the library's functions by hand, and runs that go on bit for bit."""
 
+import collections
 import json
+import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -159,11 +162,27 @@ def test_another_reward_is_not_continued(whole, models, capsys):
 def test_equal_rewards_train_nothing_and_are_told_of(models, tmp_path, capsys):
     flags = {"reward": f"{tmp_path / 'judges.py'}:equal", "steps": 2}
     assert online(tmp_path, models("llama"), **flags) == 0
-    assert capsys.readouterr().out.count("no pair to train on") == 2
+    said = capsys.readouterr()
+    assert said.out.count("no pair to train on") == 2
+    assert said.err.startswith("dpo-eqx online: warning: At most 0.0%")
     assert [line["ties"] for line in lines_of(tmp_path / "run")] == [1.0, 1.0]
     before, after = load(models("llama")), load(tmp_path / "run" / "model")
     same = jax.tree.map(lambda one, other: bool((one == other).all()), before, after)
     assert all(jax.tree.leaves(same))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("buckets", [1, 2])
+def test_a_program_of_each_kind_is_compiled_once_for_each_width(buckets, models, tmp_path, caplog):
+    # Seven rounds are three passes, and the last round of a pass is short of prompts.
+    prompts = tmp_path / "long.txt"
+    prompts.write_text("Why?\n" * 3 + "A prompt of another width? " * 3 + "\nSo\n")
+    more = {"prompts": prompts, "steps": 7, "buckets": buckets}
+    jax.clear_caches()
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        assert online(tmp_path, models("llama"), **more) == 0
+    found = re.findall(r"Finished XLA compilation of jit\((draw|pair|train)\)", caplog.text)
+    assert collections.Counter(found) == dict.fromkeys(("draw", "pair", "train"), buckets)
 
 
 @pytest.mark.slow
