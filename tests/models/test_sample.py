@@ -8,7 +8,7 @@ import optax
 import pytest
 
 import dpo_eqx as dpx
-from dpo_eqx import losses, models
+from dpo_eqx import losses, models, sharding
 from dpo_eqx.models._decoder import decode
 from dpo_eqx.models._decoder.sample import choose, keep_min_p
 
@@ -312,6 +312,19 @@ def test_eight_devices_are_one(start, after):
     prompt = jax.device_put(prompt, over)
     got, _, _ = eqx.filter_jit(one_round)(policy, reference, opt_state, prompt, key)
     close(got, after[0], 1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", ["data=1,tensor=2", "data=3,tensor=2"])
+def test_layers_split_over_devices_draw_the_same(sizes, policy, prompt, drawn):
+    mesh = sharding.make_mesh(sizes, devices=jax.devices()[: 6 if "3" in sizes else 2])
+    split = sharding.shard_policy(policy, mesh)
+    weight = split.layers.attention.query.weight
+    assert weight.sharding.shard_shape(weight.shape)[1] == weight.shape[1] // 2
+    got = models.sample(split, sharding.shard_batch(prompt, mesh), **OPTIONS)
+    np.testing.assert_array_equal(got.tokens.mask, drawn.tokens.mask)
+    np.testing.assert_array_equal(got.tokens.ids, drawn.tokens.ids)
+    np.testing.assert_allclose(got.log_probs, drawn.log_probs, rtol=0, atol=1e-10)
 
 
 def test_errors(policy, prompt):
