@@ -172,6 +172,19 @@ def test_equal_rewards_train_nothing_and_are_told_of(models, tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["data=4,fsdp=2", "data=2,fsdp=2,tensor=2"])
+def test_a_mesh_makes_the_same_rounds(mesh, models, tmp_path):
+    more = {"batch_size": 8, "how": "all", "steps": 3, "lora_rank": 2, "dtype": "float32"}
+    for name, flags in (("one", {}), ("mesh", {"mesh": mesh})):
+        assert online(tmp_path, models("llama"), output=tmp_path / name, **more, **flags) == 0
+    for one, other in zip(*(lines_of(tmp_path / name) for name in ("one", "mesh")), strict=True):
+        for name in ("loss", "reward", "reward_best", "length", "kl", "ties"):
+            assert abs(one[name] - other[name]) < 1e-4, name
+    one, other = (weights_of(tmp_path / name) for name in ("one", "mesh"))
+    assert all(np.abs(one[name] - other[name]).max() < 1e-4 for name in one)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("buckets", [1, 2])
 def test_a_program_of_each_kind_is_compiled_once_for_each_width(buckets, models, tmp_path, caplog):
     # Seven rounds are three passes, and the last round of a pass is short of prompts.

@@ -58,6 +58,7 @@ def online(arguments: Sequence[str]) -> None:
     folder = Folder(settings.output)
     check(settings)
     check_online(settings)
+    mesh = devices.mesh_of(settings)
     folder.check(settings)
     loss = _loss(settings)
     template, tokenizer = template_in_file(settings.chat_template), tokenizer_of(settings)
@@ -67,10 +68,10 @@ def online(arguments: Sequence[str]) -> None:
     judge, of_reward = _reward(settings)
 
     policy, reference, trainable, dtypes, finish = load_all(
-        settings, prepared, needs_reference(loss), None
+        settings, prepared, needs_reference(loss), mesh
     )
     inputs = digests_of(settings, [prepared]) | {"--reward": of_reward}
-    batches = make_batches(prepared, settings, training=True)
+    batches = make_batches(prepared, settings, training=True, **devices.parts(mesh))
     steps = total_steps(settings, batches.steps_per_epoch)
     schedule = compose_schedule(settings, steps)
     optimizer = compose_optimizer(settings, schedule)
@@ -87,14 +88,15 @@ def online(arguments: Sequence[str]) -> None:
     )
     ends = ends_of(policy, tokenizer)
     one_round = rounds.make_round(
-        make_advance(step, dropout=policies.draws_numbers(settings)),
+        make_advance(step, dropout=policies.draws_numbers(settings), mesh=mesh),
         rounds.make_draw(settings, ends=ends, needs_reference=needs_reference(loss), **options),
         rounds.make_pair(settings, offset=_needs_offset(settings)),
         rounds.Judging(encoded, tokenizer, ends, judge),
+        mesh,
     )
     opt_state = optimizer.init(eqx.filter(policy, trainable))
     state = State(policy, opt_state, reference.policy, jax.random.key(settings.seed))
-    state = devices.put(state, None)
+    state = devices.put(state, mesh)
     run = Run(
         settings=settings,
         steps=steps,
@@ -105,7 +107,7 @@ def online(arguments: Sequence[str]) -> None:
         checkpoints=Checkpoints(folder.checkpoints, settings.keep),
         trainable=trainable,
         rates=learning_rates(schedule, steps),
-        restart=functools.partial(policies.starting_policy, settings, None, trainable),
+        restart=functools.partial(policies.starting_policy, settings, mesh, trainable),
         finish=finish,
         chat_template=template,
     )

@@ -12,6 +12,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, DTypeLike, Float, Int, PyTree
 
 from ... import models
@@ -27,6 +28,7 @@ from ..compose.draws import Encoded, answers_of, carried
 from ..compose.rewards import Asked, Judge
 from ..settings.online import Online
 from ..terminal.prompts import stored
+from .devices import put_batch
 from .hosts import say
 from .loop import Advance
 from .state import State
@@ -69,7 +71,9 @@ class Judging:
         return rewards
 
 
-def make_round(advance: Advance, draw: Draw, pair: Pair, judging: Judging) -> Advance:
+def make_round(
+    advance: Advance, draw: Draw, pair: Pair, judging: Judging, mesh: Mesh | None = None
+) -> Advance:
     """A function of a state, a batch of prompts, and the number of the round.
 
     The keys of a round come from the state's key and the round's number, and a prompt's key from
@@ -80,6 +84,7 @@ def make_round(advance: Advance, draw: Draw, pair: Pair, judging: Judging) -> Ad
     - `advance`: a training step on pairs; see `make_advance`.
     - `draw`, `pair`: see `make_draw` and `make_pair`.
     - `judging`: the reward.
+    - `mesh`: the devices that the policy and the prompts are split over, if there are several.
     """
 
     def one_round(state: State, batch: UnpairedBatch, number: int) -> tuple[State, dict[str, Any]]:
@@ -87,10 +92,11 @@ def make_round(advance: Advance, draw: Draw, pair: Pair, judging: Judging) -> Ad
         is_real = np.asarray(batch.weight) > 0
         numbers = np.asarray(batch.completion.ids)[:, 0]
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, numbers.astype(np.uint32))
-        samples, log_ratios = draw(state, batch.prompt, keys)
+        prompt, keys = put_batch((batch.prompt, keys), mesh)
+        samples, log_ratios = draw(state, prompt, keys)
         # Real prompts come first: a short batch is filled up at its end.
         rewards = judging.rewards(numbers[is_real], samples)
-        pairs = pair(batch.prompt, samples, rewards, keys)
+        pairs = pair(prompt, samples, rewards, keys)
         found = _metrics(samples, log_ratios, np.asarray(rewards), pairs, is_real)
         if not float(jnp.sum(jnp.asarray(pairs.weight))) > 0:
             say(f"round {number}: no pair to train on, since no two rewards differ enough")

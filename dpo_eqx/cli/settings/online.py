@@ -72,6 +72,9 @@ class Online(Settings):
     """Largest number of tokens of a prompt; a longer prompt loses its start."""
     sync_reference_every: int = 0
     """Number of rounds between moves of the reference towards the policy; 0 keeps it fixed."""
+    mesh: str | None = None
+    """The mesh of devices, `data=4,fsdp=2,tensor=1`. Prompts are split over data and fsdp,
+    parameters over fsdp and tensor (default: one device)."""
     report: bool = True
     """Keep some answers from the start and the end, and write `report.html`."""
 
@@ -104,7 +107,6 @@ class Online(Settings):
     reference_offload: bool = _unused(False)
     optimizer_offload: bool = _unused(False)
     cache: Path | None = dataclasses.field(init=False, default=None)
-    mesh: str | None = _unused()
     coordinator: str | None = _unused()
     num_processes: int | None = _unused()
     process_id: int | None = _unused()
