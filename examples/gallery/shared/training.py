@@ -1,11 +1,13 @@
-"""Training on one batch from the reference, as most entries do it. The losses are the library's."""
+"""Training from the reference, on one batch or on drawn ones. The losses are the library's."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import TypeVar
 
 import equinox as eqx
 import jax
 import optax
+from jaxtyping import PRNGKeyArray
 
 import dpo_eqx as dpx
 
@@ -31,3 +33,30 @@ def from_reference(
 
     start = reference, optimizer.init(eqx.filter(reference, eqx.is_array))
     return jax.lax.scan(one_step, start, length=steps)[0][0]
+
+
+def on_batches(
+    loss: dpx.Loss,
+    reference: Policy,
+    draw: Callable,
+    key: PRNGKeyArray,
+    *,
+    score: dpx.Score,
+    rate: float,
+    steps: int,
+) -> Policy:
+    """The policy after steps of Adam on a batch each, `draw(key)`, with a rate as above.
+
+    Leaves of `reference` that are not arrays stay as they are. Call it under `jit`.
+    """
+    optimizer = optax.adam(optax.cosine_decay_schedule(rate, steps))
+    step = dpx.make_step(loss, optimizer, score=score)
+    params, static = eqx.partition(reference, eqx.is_array)
+
+    def one_step(state, key):
+        policy, opt_state, _ = step(eqx.combine(state[0], static), state[1], draw(key), reference)
+        return (eqx.filter(policy, eqx.is_array), opt_state), None
+
+    start = params, optimizer.init(params)
+    trained, _ = jax.lax.scan(one_step, start, jax.random.split(key, steps))
+    return eqx.combine(trained[0], static)
