@@ -49,7 +49,7 @@ def on_startup(**_) -> None:
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Puts the pages of a folder into the navigation in place of a pattern, such as `howto/*`."""
-    config.nav = expanded(config.nav, Path(config.docs_dir))
+    config.nav = expanded(config.nav or [], Path(config.docs_dir))
     return config
 
 
@@ -121,8 +121,8 @@ def mathml(tex: str, display: str, place: str) -> str:
     written = convert(tex, display=display)
     if "\\" in written:
         raise PluginError(f"{place}: no MathML for the LaTeX {tex!r}.")
-    for place in (FACTOR, APPLIED):
-        written = place.sub(r'\1<mspace width="0.167em"/>', written)
+    for before in (FACTOR, APPLIED):
+        written = before.sub(r'\1<mspace width="0.167em"/>', written)
     written = SIGN.sub(r'\1<mo form="prefix">\2</mo>', written)
     kind = "div" if display == "block" else "span"
     return f'<{kind} class="math">{written}</{kind}>'
