@@ -2,8 +2,8 @@
 
     python docs/scripts/drawings.py
 
-The masks are those of the library's own layouts. Pictures of results are not here: the scripts that
-compute the results draw them.
+The masks are those of the library's own layouts. Pictures of results are not here: `plots.py` draws
+the benchmarks, and the scripts that compute other results draw them.
 """
 
 import math

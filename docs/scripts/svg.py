@@ -18,6 +18,7 @@ text { font: 14px sans-serif; fill: #20242c }
 .box { fill: #eef1fb; stroke: #5c6bc0 }
 .cell { stroke: #ffffff; stroke-width: 1 }
 .empty { fill: #e7e9ee }
+.other { fill: #c3c8d4 }
 .first { fill: #8c9eff }
 .second { fill: #4db6ac }
 .third { fill: #ff9e80 }
@@ -31,6 +32,7 @@ text { fill: #e4e6ee }
 .box { fill: #2b3047; stroke: #9fa8da }
 .cell { stroke: #1e2129 }
 .empty { fill: #3a3f4e }
+.other { fill: #596175 }
 .first { fill: #6f7fe0 }
 .second { fill: #26a69a }
 .third { fill: #e07a5a }

@@ -70,9 +70,12 @@ def test_each_quoted_message_stands_in_the_code():
         assert re.search(".*".join(parts), known), f"no message of the code has {message!r}"
 
 
-@pytest.mark.parametrize("name", script("drawings").DRAWINGS)
-def test_each_drawing_is_up_to_date(name):
-    drawings = script("drawings")
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [(source, name) for source in ("drawings", "plots") for name in script(source).DRAWINGS],
+)
+def test_each_drawing_is_up_to_date(source, name):
+    drawings = script(source)
     drawn = drawings.DRAWINGS[name]().svg()
     path = drawings.FOLDER / f"{name}.svg"
-    assert drawn == path.read_text(), "run: python docs/scripts/drawings.py"
+    assert drawn == path.read_text(), f"run: python docs/scripts/{source}.py"
