@@ -4,8 +4,6 @@ A guide is a page of the folders in `FOLDERS`, the list of frequent questions, a
 README. The tests of the other pages check what their examples compute.
 """
 
-import shutil
-
 import jax
 import pytest
 
@@ -17,7 +15,6 @@ from dpo_eqx.cli.commands.plan import PlanFlags
 from dpo_eqx.cli.settings.settings import Settings
 from dpo_eqx.cli.settings.shared_flags import parse_flags
 
-from ..cli.runs import DATA, TRACES
 from .fences import DOCS, KINDS, ROOT, anchors, blocks, commands, kinds_of, links
 
 FOLDERS = ("start", "howto", "coming_from", "explanation")
@@ -51,22 +48,6 @@ def test_the_python_of_the_page_runs(page, tmp_path, monkeypatch):
     with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"):
         for block in blocks(page, "python"):
             exec(compile(block, str(page), "exec"), names)
-
-
-@pytest.fixture
-def workplace(tmp_path, monkeypatch):
-    """A folder with a tiny model and preferences, under the names that the pages use."""
-    model = tmp_path / "Qwen" / "Qwen3-0.6B"
-    shutil.copytree(TRACES / "qwen3" / "model", model)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(DATA / "qwen3" / name, model)
-    lines = (DATA / "qwen3" / "dataset.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "preferences.jsonl").write_text("".join(lines[:12]))
-    (tmp_path / "held-out.jsonl").write_text("".join(lines[12:16]))
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("DPO_EQX_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
-    return tmp_path
 
 
 @pytest.mark.slow

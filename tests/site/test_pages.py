@@ -19,16 +19,20 @@ RUN_BY = {
     "coming_from": "pages/test_guides.py",
     "devices.md": "sharding/test_docs.py",
     "explanation": "pages/test_guides.py",
+    "data.md": "pages/test_fragments.py",
     "faq.md": "pages/test_guides.py",
     "howto": "pages/test_guides.py",
     "index.md": "site/test_pages.py",
     "losses.md": "losses/test_docs.py",
+    "models.md": "pages/test_fragments.py",
     "online.md": "test_online.py",
+    "online_command.md": "pages/test_fragments.py",
     "policies.md": "test_policies_page.py",
+    "seeing.md": "pages/test_fragments.py",
+    "sft.md": "pages/test_fragments.py",
     "start": "pages/test_guides.py",
+    "tutorials": "site/test_tutorials.py",
 }
-# Their blocks are fragments around a checkpoint of the hub.
-NOT_RUN = {"data.md", "models.md", "online_command.md", "seeing.md", "sft.md"}
 
 
 @pytest.fixture
@@ -72,7 +76,7 @@ def test_what_dpo_md_prints_is_what_its_comments_say(as_users):
 def test_no_page_is_left_out():
     for page in DOCS.rglob("*.md"):
         place = page.relative_to(DOCS)
-        if blocks(page, "python") and str(place) not in NOT_RUN:
+        if blocks(page, "python"):
             by = RUN_BY.get(str(place)) or RUN_BY.get(place.parts[0])
             assert by is not None, f"no test runs the blocks of docs/{place}"
             assert (ROOT / "tests" / by).exists()
