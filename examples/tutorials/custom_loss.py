@@ -35,8 +35,12 @@ def squared_hinge(policy, reference, *, beta=0.1, target=1.0):
     return losses.PairLoss(shortfall**2, chosen, rejected)
 
 
-policy = dpx.PairLogProbs(chosen=jnp.array([-4.0, -9.0]), rejected=jnp.array([-7.0, -5.0]))
-reference = dpx.PairLogProbs(chosen=jnp.array([-6.0, -6.0]), rejected=jnp.array([-6.0, -6.0]))
+policy = dpx.PairLogProbs(
+    chosen=jnp.array([-4.0, -9.0]), rejected=jnp.array([-7.0, -5.0])
+)
+reference = dpx.PairLogProbs(
+    chosen=jnp.array([-6.0, -6.0]), rejected=jnp.array([-6.0, -6.0])
+)
 result = squared_hinge(policy, reference)
 print("loss of each pair:", result.loss)
 print("margin:           ", result.chosen_reward - result.rejected_reward)
@@ -56,7 +60,9 @@ def pull(loss, margin):
     """The weight of each pair in the gradient, if policy and reference differ by a margin."""
     zeros = jnp.zeros_like(margin)
     ours = dpx.PairLogProbs(margin, zeros)
-    return dpx.diagnose(loss, ours, dpx.PairLogProbs(zeros, zeros)).chosen_gradient_weight
+    return dpx.diagnose(
+        loss, ours, dpx.PairLogProbs(zeros, zeros)
+    ).chosen_gradient_weight
 
 
 margin = jnp.linspace(-3, 3, 121)
@@ -119,7 +125,9 @@ batch = make_batch(jax.random.key(0))
 for name, loss in {"squared hinge": squared_hinge, "dpo": losses.dpo}.items():
     trained, metrics = train(loss, batch)
     margins = dpx.diagnose(
-        loss, dpx.score_pairs(trained, batch), dpx.score_pairs(Table(jnp.zeros((9, 9))), batch)
+        loss,
+        dpx.score_pairs(trained, batch),
+        dpx.score_pairs(Table(jnp.zeros((9, 9))), batch),
     ).margin
     print(
         f"{name:13}  loss {metrics['loss']:.3f}  margins {margins.min():.2f} to {margins.max():.2f}"
@@ -160,13 +168,22 @@ print(f"loss {metrics['loss']:.2f}, which is the mean of 0.04 and 1")
 far = dpx.PairLogProbs(jnp.array([-1e4]), jnp.array([0.0]))
 none = dpx.PairLogProbs(jnp.zeros(1), jnp.zeros(1))
 print(
-    "far from the reference:", squared_hinge(far, none).loss, pull(squared_hinge, jnp.array([-1e4]))
+    "far from the reference:",
+    squared_hinge(far, none).loss,
+    pull(squared_hinge, jnp.array([-1e4])),
 )
 
-by_hand = 2 * 0.1 * (1.0 - 0.1 * margin)  # for margins below the target, in nats
-print("derivative agrees:", bool(jnp.allclose(pull(squared_hinge, margin), by_hand, atol=1e-6)))
+by_hand = (
+    2 * 0.1 * (1.0 - 0.1 * margin)
+)  # for margins below the target, in nats
+print(
+    "derivative agrees:",
+    bool(jnp.allclose(pull(squared_hinge, margin), by_hand, atol=1e-6)),
+)
 
-alone = squared_hinge(*jax.tree.map(lambda x: x[:1], (policy, reference))).loss[0]
+alone = squared_hinge(*jax.tree.map(lambda x: x[:1], (policy, reference))).loss[
+    0
+]
 print("a pair alone agrees:", bool(alone == result.loss[0]))
 
 # %% [markdown]

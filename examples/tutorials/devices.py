@@ -29,7 +29,9 @@ print(len(jax.devices()), "devices")
 config = models.Config(vocab=64, width=32, layers=2, heads=4)
 policy = models.Transformer(config, key=jax.random.key(0))
 keys = jax.random.split(jax.random.key(1), 3)
-prompt, chosen, rejected = (jax.random.randint(key, (8, 6), 0, 64) for key in keys)
+prompt, chosen, rejected = (
+    jax.random.randint(key, (8, 6), 0, 64) for key in keys
+)
 real = jnp.arange(6) < jnp.array([6, 5, 4, 6, 3, 2, 6, 1])[:, None]
 batch = dpx.PreferenceBatch(
     prompt=dpx.Tokens(prompt, real),
@@ -57,7 +59,9 @@ sharded_batch = sharding.shard_batch(batch, mesh)
 sharded_state = sharding.shard_policy(opt_state, mesh)
 
 ids = sharded_batch.chosen.ids
-print(f"ids: {ids.shape}, on each device {ids.addressable_shards[0].data.shape}")
+print(
+    f"ids: {ids.shape}, on each device {ids.addressable_shards[0].data.shape}"
+)
 weight = sharded.layers.attention.query.weight
 print(
     f"queries of all layers: {weight.shape}, on each device "
@@ -74,12 +78,17 @@ print(
 trained, _, metrics = step(sharded, sharded_state, sharded_batch, sharded)
 
 for name in ("loss", "rewards/accuracies", "logps/chosen"):
-    print(f"{name:20} one device {metrics_alone[name]:9.4f}  four devices {metrics[name]:9.4f}")
+    print(
+        f"{name:20} one device {metrics_alone[name]:9.4f}  four devices {metrics[name]:9.4f}"
+    )
 
 
 def largest(one, other):
     """The largest difference between the parameters of two policies."""
-    parts = (jax.tree.leaves(eqx.filter(x, eqx.is_inexact_array)) for x in (one, other))
+    parts = (
+        jax.tree.leaves(eqx.filter(x, eqx.is_inexact_array))
+        for x in (one, other)
+    )
     return max(float(jnp.abs(a - b).max()) for a, b in zip(*parts, strict=True))
 
 
@@ -98,9 +107,15 @@ print("one and four agree:", largest(alone, gathered) < 1e-6)
 # sums gradients. No pair goes to another device: there is no `all-to-all`.
 
 # %%
-program = step.lower(sharded, sharded_state, sharded_batch, sharded).compile().compiled.as_text()
+program = (
+    step.lower(sharded, sharded_state, sharded_batch, sharded)
+    .compile()
+    .compiled.as_text()
+)
 for collective in ("all-gather", "all-reduce", "all-to-all"):
-    found = program.count(f" {collective}(") + program.count(f" {collective}-start(")
+    found = program.count(f" {collective}(") + program.count(
+        f" {collective}-start("
+    )
     print(f"{collective:15} {'yes' if found else 'no'}")
 
 # %% [markdown]
@@ -112,14 +127,21 @@ for collective in ("all-gather", "all-reduce", "all-to-all"):
 # %%
 def held(tree, device):
     arrays = jax.tree.leaves(eqx.filter(tree, eqx.is_array))
-    shards = [s for x in arrays for s in x.addressable_shards if s.device == device]
+    shards = [
+        s for x in arrays for s in x.addressable_shards if s.device == device
+    ]
     return sum(shard.data.nbytes for shard in shards)
 
 
-whole = held(sharding.shard_policy(policy, sharding.make_mesh("data=4")), jax.devices()[0])
+whole = held(
+    sharding.shard_policy(policy, sharding.make_mesh("data=4")),
+    jax.devices()[0],
+)
 for axes in ("data=4", "data=2,fsdp=2", "fsdp=4", "fsdp=2,tensor=2"):
     placed = sharding.shard_policy(policy, sharding.make_mesh(axes))
-    print(f"{axes:16} {held(placed, jax.devices()[0]) / whole:.2f} of the parameters on a device")
+    print(
+        f"{axes:16} {held(placed, jax.devices()[0]) / whole:.2f} of the parameters on a device"
+    )
 
 # %% [markdown]
 # `data` alone saves no memory for parameters, `fsdp` and `tensor` do.

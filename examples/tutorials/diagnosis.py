@@ -45,8 +45,12 @@ def make_pairs(key, pairs):
     for_prompts, for_samples = jax.random.split(key)
     ids = jax.random.randint(for_prompts, (3 * pairs, 1), 0, 16)
     prompt = dpx.Tokens(ids, jnp.ones(ids.shape, bool))
-    drawn = models.sample(reference, prompt, samples=2, max_new_tokens=6, key=for_samples)
-    batch = dpx.pair_samples(prompt, drawn, VOWELS[drawn.tokens.ids].sum(-1).astype(float))
+    drawn = models.sample(
+        reference, prompt, samples=2, max_new_tokens=6, key=for_samples
+    )
+    batch = dpx.pair_samples(
+        prompt, drawn, VOWELS[drawn.tokens.ids].sum(-1).astype(float)
+    )
     untied = np.flatnonzero(np.asarray(batch.weight))[:pairs]
     return jax.tree.map(lambda x: x[untied], batch)
 
@@ -55,11 +59,18 @@ def text(ids):
     return "".join(LETTERS[i] for i in np.asarray(ids))
 
 
-clean, held_out = make_pairs(jax.random.key(1), PAIRS), make_pairs(jax.random.key(2), 512)
+clean, held_out = (
+    make_pairs(jax.random.key(1), PAIRS),
+    make_pairs(jax.random.key(2), 512),
+)
 flipped = np.random.default_rng(0).random(PAIRS) < FLIPPED
-swapped = dpx.PreferenceBatch(clean.prompt, clean.rejected, clean.chosen, clean.weight)
+swapped = dpx.PreferenceBatch(
+    clean.prompt, clean.rejected, clean.chosen, clean.weight
+)
 train = jax.tree.map(
-    lambda a, b: jnp.where(flipped.reshape(-1, *[1] * (a.ndim - 1)), b, a), clean, swapped
+    lambda a, b: jnp.where(flipped.reshape(-1, *[1] * (a.ndim - 1)), b, a),
+    clean,
+    swapped,
 )
 print(f"{flipped.sum()} of {PAIRS} labels are flipped")
 
@@ -81,14 +92,18 @@ def run(train, key):
 
     rows = jax.random.randint(key, (150, 64), 0, PAIRS)
     (policy, _), history = jax.lax.scan(
-        advance, (reference, optimizer.init(eqx.filter(reference, eqx.is_array))), rows
+        advance,
+        (reference, optimizer.init(eqx.filter(reference, eqx.is_array))),
+        rows,
     )
     return policy, history
 
 
 policy, history = run(train, jax.random.key(3))
 for name in ("loss", "rewards/accuracies", "rewards/margins"):
-    print(f"{name:20} first {history[name][0]:.2f}, last {history[name][-20:].mean():.2f}")
+    print(
+        f"{name:20} first {history[name][0]:.2f}, last {history[name][-20:].mean():.2f}"
+    )
 
 # %% [markdown]
 # Nothing is wrong with these curves. The accuracy is high, and the loss has fallen.
@@ -111,10 +126,17 @@ pairs, sides = examine(policy, train)
 margin = np.asarray(pairs.margin)
 print("margins:", margin.shape)
 for quantile in (0.01, 0.1, 0.5, 0.9):
-    print(f"{quantile:4.0%} of the margins are below {np.quantile(margin, quantile):5.2f}")
+    print(
+        f"{quantile:4.0%} of the margins are below {np.quantile(margin, quantile):5.2f}"
+    )
 
 bins = np.linspace(margin.min(), margin.max(), 40)
-plt.hist([margin[~flipped], margin[flipped]], bins, stacked=True, label=["right", "flipped"])
+plt.hist(
+    [margin[~flipped], margin[flipped]],
+    bins,
+    stacked=True,
+    label=["right", "flipped"],
+)
 plt.xlabel("margin (nats)")
 plt.ylabel("pairs")
 plt.legend(frameon=False)
@@ -128,9 +150,13 @@ plt.show()
 lowest = np.argsort(margin)
 for count in (50, 100, 200):
     share = flipped[lowest[:count]].mean()
-    print(f"of the {count:3d} lowest margins, {share:4.0%} have a flipped label")
+    print(
+        f"of the {count:3d} lowest margins, {share:4.0%} have a flipped label"
+    )
 negative = margin < 0
-print(f"margins below 0 find {flipped[negative].sum()} of {flipped.sum()} flipped labels")
+print(
+    f"margins below 0 find {flipped[negative].sum()} of {flipped.sum()} flipped labels"
+)
 
 # %% [markdown]
 # ## Single tokens
@@ -146,7 +172,10 @@ for place in lowest[:3]:
         letters = text(getattr(train, side).ids[place])
         values = getattr(sides, f"{side}_tokens")[place]
         print(
-            f"  {side:8}", "  ".join(f"{a} {v:+.1f}" for a, v in zip(letters, values, strict=True))
+            f"  {side:8}",
+            "  ".join(
+                f"{a} {v:+.1f}" for a, v in zip(letters, values, strict=True)
+            ),
         )
 
 # %% [markdown]
@@ -184,11 +213,15 @@ for name, batch in {
 # A weight of 0 takes a pair out of the loss, and leaves all shapes as they are.
 
 # %%
-train = eqx.tree_at(lambda b: b.weight, train, jnp.where(negative, 0.0, train.weight))
+train = eqx.tree_at(
+    lambda b: b.weight, train, jnp.where(negative, 0.0, train.weight)
+)
 second, _ = run(train, jax.random.key(3))
 for name, model in {"first run": policy, "second run": second}.items():
     seen = examine(model, held_out)[0]
-    print(f"{name:11} held-out loss {seen.loss.mean():.3f}, margin {seen.margin.mean():.2f}")
+    print(
+        f"{name:11} held-out loss {seen.loss.mean():.3f}, margin {seen.margin.mean():.2f}"
+    )
 
 # %% [markdown]
 # Fewer wrong labels, a lower loss on pairs that are right. In real work, read the suspects before

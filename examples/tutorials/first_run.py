@@ -54,7 +54,9 @@ def draw(policy, key, prompts, samples):
     for_prompts, for_samples = jax.random.split(key)
     ids = jax.random.randint(for_prompts, (prompts, 1), 0, len(LETTERS))
     prompt = dpx.Tokens(ids, jnp.ones(ids.shape, bool))
-    return prompt, models.sample(policy, prompt, samples=samples, max_new_tokens=4, key=for_samples)
+    return prompt, models.sample(
+        policy, prompt, samples=samples, max_new_tokens=4, key=for_samples
+    )
 
 
 @eqx.filter_jit
@@ -63,17 +65,25 @@ def make_pairs(key, pairs):
     for_draws, for_reader = jax.random.split(key)
     prompt, drawn = draw(reference, for_draws, pairs, samples=2)
     reward = vowels(prompt, drawn.tokens)
-    return dpx.pair_samples(prompt, drawn, reward + jax.random.gumbel(for_reader, reward.shape))
+    return dpx.pair_samples(
+        prompt, drawn, reward + jax.random.gumbel(for_reader, reward.shape)
+    )
 
 
 def text(ids):
     return "".join(LETTERS[i] for i in np.asarray(ids))
 
 
-train, held_out = make_pairs(jax.random.key(1), 4096), make_pairs(jax.random.key(2), 512)
+train, held_out = (
+    make_pairs(jax.random.key(1), 4096),
+    make_pairs(jax.random.key(2), 512),
+)
 print("prompt", train.prompt.ids.shape, " chosen", train.chosen.ids.shape)
 for row in range(4):
-    chosen, rejected = text(train.chosen.ids[row]), text(train.rejected.ids[row])
+    chosen, rejected = (
+        text(train.chosen.ids[row]),
+        text(train.rejected.ids[row]),
+    )
     print(f"{text(train.prompt.ids[row])}: {chosen} is preferred to {rejected}")
 
 # %% [markdown]
@@ -118,7 +128,11 @@ for number, seen in looks:
 
 # %%
 plt.plot(history, color="0.7", label="training, each step")
-plt.plot(*zip(*[(n, x["loss"]) for n, x in looks], strict=True), "o-", label="held out")
+plt.plot(
+    *zip(*[(n, x["loss"]) for n, x in looks], strict=True),
+    "o-",
+    label="held out",
+)
 plt.xlabel("step")
 plt.ylabel("loss")
 plt.legend(frameon=False)
@@ -139,7 +153,11 @@ def look(policy, key):
     reward = vowels(prompt, drawn.tokens)
     pairs = dpx.pair_samples(prompt, drawn, reward.astype(float), how="all")
     sides = dpx.compare(policy, reference, pairs)
-    return reward.mean(), (sides.chosen_kl.mean() + sides.rejected_kl.mean()) / 2, drawn
+    return (
+        reward.mean(),
+        (sides.chosen_kl.mean() + sides.rejected_kl.mean()) / 2,
+        drawn,
+    )
 
 
 for name, model in {"reference": reference, "policy": policy}.items():

@@ -37,7 +37,9 @@ print(sorted(path.name for path in (folder / "base").iterdir()))
 
 # %%
 base = models.load(folder / "base")
-policy = models.add_lora(base, rank=4, target=r"attention|feed_forward", key=jax.random.key(1))
+policy = models.add_lora(
+    base, rank=4, target=r"attention|feed_forward", key=jax.random.key(1)
+)
 trainable = models.lora_filter(policy)
 
 
@@ -46,7 +48,9 @@ def count(tree):
 
 
 ids = jnp.array([3, 1, 4, 1, 5])
-print(f"all numbers: {count(policy):,}, trained: {count(eqx.filter(policy, trainable)):,}")
+print(
+    f"all numbers: {count(policy):,}, trained: {count(eqx.filter(policy, trainable)):,}"
+)
 print("still the base:", bool((policy(ids) == base(ids)).all()))
 
 # %% [markdown]
@@ -63,17 +67,26 @@ def make_batch(key, pairs):
     prompt = jax.random.randint(for_prompts, (pairs, 3), 0, 64)
     both = jax.random.randint(for_completions, (2, pairs, 5), 0, 64)
     low = (both < 32).sum(axis=-1)
-    chosen, rejected = jnp.where((low[0] >= low[1])[None, :, None], both, both[::-1])
+    chosen, rejected = jnp.where(
+        (low[0] >= low[1])[None, :, None], both, both[::-1]
+    )
 
     def tokens(ids):
         return dpx.Tokens(ids, jnp.ones(ids.shape, bool))
 
     weight = (low[0] != low[1]).astype(jnp.float32)  # a tie says nothing
-    return dpx.PreferenceBatch(tokens(prompt), tokens(chosen), tokens(rejected), weight)
+    return dpx.PreferenceBatch(
+        tokens(prompt), tokens(chosen), tokens(rejected), weight
+    )
 
 
-train, held_out = make_batch(jax.random.key(2), 8192), make_batch(jax.random.key(3), 256)
-print(f"ties, which have weight 0: {(train.weight == 0).sum()} of {train.pairs}")
+train, held_out = (
+    make_batch(jax.random.key(2), 8192),
+    make_batch(jax.random.key(3), 256),
+)
+print(
+    f"ties, which have weight 0: {(train.weight == 0).sum()} of {train.pairs}"
+)
 
 # %% [markdown]
 # ## Train the adapters only
@@ -86,7 +99,9 @@ print(f"ties, which have weight 0: {(train.weight == 0).sum()} of {train.pairs}"
 loss = partial(losses.dpo, beta=0.5)
 optimizer = optax.adam(1e-3)
 opt_state = optimizer.init(eqx.filter(policy, trainable))
-step = dpx.make_step(loss, optimizer, trainable=trainable, reference_of=models.without_lora)
+step = dpx.make_step(
+    loss, optimizer, trainable=trainable, reference_of=models.without_lora
+)
 step = eqx.filter_jit(step)
 evaluate = eqx.filter_jit(dpx.make_eval(loss, reference_of=models.without_lora))
 print(f"numbers in the optimiser's state: {count(opt_state):,}")
@@ -95,7 +110,9 @@ rng = np.random.default_rng(0)
 for number in range(121):
     if number % 40 == 0:
         seen = evaluate(policy, held_out).mean()
-        print(f"{number:3d}  loss {seen['loss']:.3f}  accuracy {seen['rewards/accuracies']:.2f}")
+        print(
+            f"{number:3d}  loss {seen['loss']:.3f}  accuracy {seen['rewards/accuracies']:.2f}"
+        )
     rows = rng.choice(train.pairs, size=64, replace=False)
     batch = jax.tree.map(lambda x, rows=rows: x[rows], train)
     policy, opt_state, metrics = step(policy, opt_state, batch)
@@ -109,7 +126,8 @@ for number in range(121):
 # %%
 left = models.without_lora(policy)
 same = jax.tree.map(
-    lambda a, b: bool((a == b).all()), *(eqx.filter(x, eqx.is_array) for x in (left, base))
+    lambda a, b: bool((a == b).all()),
+    *(eqx.filter(x, eqx.is_array) for x in (left, base)),
 )
 print("base unchanged:", all(jax.tree.leaves(same)))
 
@@ -136,7 +154,9 @@ print("the same logits:", bool((again(ids) == policy(ids)).all()))
 merged = models.merge_lora(policy)
 models.save(merged, folder / "merged")
 served = models.load(folder / "merged")
-difference = jnp.abs(served(ids) - policy(ids)).max() / jnp.abs(policy(ids)).max()
+difference = (
+    jnp.abs(served(ids) - policy(ids)).max() / jnp.abs(policy(ids)).max()
+)
 print("numbers in the merged model:", f"{count(served):,}")
 print("logits agree:", bool(difference < 1e-5))
 

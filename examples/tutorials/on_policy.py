@@ -67,14 +67,22 @@ def one_round(policy, opt_state, key, is_online):
     for_prompts, for_samples, for_reader = jax.random.split(key, 3)
     ids = jax.random.randint(for_prompts, (PROMPTS, 1), 0, VOCAB)
     prompt = dpx.Tokens(ids, jnp.ones(ids.shape, bool))
-    writer = jax.tree.map(lambda a, b: jnp.where(is_online, a, b), policy, reference)
-    drawn = models.sample(writer, prompt, samples=2, max_new_tokens=LENGTH, key=for_samples)
+    writer = jax.tree.map(
+        lambda a, b: jnp.where(is_online, a, b), policy, reference
+    )
+    drawn = models.sample(
+        writer, prompt, samples=2, max_new_tokens=LENGTH, key=for_samples
+    )
     reward = reward_of(drawn.tokens)
     noise = jax.random.gumbel(for_reader, reward.shape)
     batch = dpx.pair_samples(prompt, drawn, reward + noise)
     policy, opt_state, metrics = step(policy, opt_state, batch, reference)
     differs = (reward[:, 0] != reward[:, 1]).mean()
-    return policy, opt_state, {"loss": metrics["loss"], "pairs that differ": differs}
+    return (
+        policy,
+        opt_state,
+        {"loss": metrics["loss"], "pairs that differ": differs},
+    )
 
 
 # %% [markdown]
@@ -88,10 +96,17 @@ def one_round(policy, opt_state, key, is_online):
 def measure(policy, key):
     ids = jnp.arange(VOCAB)[:, None]
     prompt = dpx.Tokens(ids, jnp.ones(ids.shape, bool))
-    drawn = models.sample(policy, prompt, samples=16, max_new_tokens=LENGTH, key=key)
+    drawn = models.sample(
+        policy, prompt, samples=16, max_new_tokens=LENGTH, key=key
+    )
     reward = reward_of(drawn.tokens)
-    sides = dpx.compare(policy, reference, dpx.pair_samples(prompt, drawn, reward, how="all"))
-    return {"reward": reward.mean(), "kl": (sides.chosen_kl + sides.rejected_kl).mean() / 2}
+    sides = dpx.compare(
+        policy, reference, dpx.pair_samples(prompt, drawn, reward, how="all")
+    )
+    return {
+        "reward": reward.mean(),
+        "kl": (sides.chosen_kl + sides.rejected_kl).mean() / 2,
+    }
 
 
 def train(is_online):
@@ -99,12 +114,16 @@ def train(is_online):
         policy, opt_state = carry
         for_round, for_look = jax.random.split(key)
         seen = measure(policy, for_look)
-        policy, opt_state, metrics = one_round(policy, opt_state, for_round, is_online)
+        policy, opt_state, metrics = one_round(
+            policy, opt_state, for_round, is_online
+        )
         return (policy, opt_state), metrics | seen
 
     keys = jax.random.split(jax.random.key(1), ROUNDS)
     return jax.lax.scan(
-        advance, (reference, optimizer.init(eqx.filter(reference, eqx.is_array))), keys
+        advance,
+        (reference, optimizer.init(eqx.filter(reference, eqx.is_array))),
+        keys,
     )[1]
 
 
@@ -117,7 +136,8 @@ for place in (0, 24, 49, 99, 149):
     for run in (0, 1):
         window = slice(max(0, place - 9), place + 1)
         reward, kl, differ = (
-            results[name][run, window].mean() for name in ("reward", "kl", "pairs that differ")
+            results[name][run, window].mean()
+            for name in ("reward", "kl", "pairs that differ")
         )
         cells.append(f"{reward:6.2f} {abs(kl):4.2f}  {differ:6.2f}")
     print(f"{place + 1:5d}    {'     '.join(cells)}")

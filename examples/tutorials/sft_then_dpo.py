@@ -18,7 +18,10 @@ import dpo_eqx as dpx
 from dpo_eqx import losses, models
 
 LETTERS = "abcdefghijklmnop"
-VOWELS, OTHERS = jnp.array([0, 4, 8, 14]), jnp.array([1, 2, 3, 5, 6, 7, 9, 10, 11, 12, 13, 15])
+VOWELS, OTHERS = (
+    jnp.array([0, 4, 8, 14]),
+    jnp.array([1, 2, 3, 5, 6, 7, 9, 10, 11, 12, 13, 15]),
+)
 LENGTH = 6
 
 # %% [markdown]
@@ -40,7 +43,9 @@ def demonstrations(key, rows):
     consonants = jax.random.choice(b, OTHERS, (rows, LENGTH // 2))
     vowels = jax.random.choice(c, VOWELS, (rows, LENGTH // 2))
     words = jnp.stack([consonants, vowels], axis=-1).reshape(rows, LENGTH)
-    return dpx.UnpairedBatch(all_real(prompt), all_real(words), jnp.ones(rows, bool))
+    return dpx.UnpairedBatch(
+        all_real(prompt), all_real(words), jnp.ones(rows, bool)
+    )
 
 
 def text(ids):
@@ -48,7 +53,9 @@ def text(ids):
 
 
 shown = demonstrations(jax.random.key(0), 5)
-print("prompt", shown.prompt.ids.shape, " completion", shown.completion.ids.shape)
+print(
+    "prompt", shown.prompt.ids.shape, " completion", shown.completion.ids.shape
+)
 print(*(text(ids) for ids in shown.completion.ids))
 
 # %% [markdown]
@@ -79,7 +86,9 @@ make = jax.jit(demonstrations, static_argnums=1)
 batches = (make(key, 64) for key in jax.random.split(jax.random.key(2), 200))
 supervised, history = train(step, optimizer, base, batches)
 entropy = (np.log(len(OTHERS)) + np.log(len(VOWELS))) / 2
-print(f"loss of a token: {history[0]:.2f} at first, {np.mean(history[-20:]):.2f} at the end")
+print(
+    f"loss of a token: {history[0]:.2f} at first, {np.mean(history[-20:]):.2f} at the end"
+)
 print(f"entropy of the demonstrations: {entropy:.2f}")
 
 # %% [markdown]
@@ -96,7 +105,9 @@ print(f"entropy of the demonstrations: {entropy:.2f}")
 @eqx.filter_jit
 def draw(policy, key, rows, samples):
     for_prompts, for_samples = jax.random.split(key)
-    prompt = all_real(jax.random.randint(for_prompts, (rows, 1), 0, len(LETTERS)))
+    prompt = all_real(
+        jax.random.randint(for_prompts, (rows, 1), 0, len(LETTERS))
+    )
     return prompt, models.sample(
         policy, prompt, samples=samples, max_new_tokens=LENGTH, key=for_samples
     )
@@ -140,8 +151,12 @@ for name, start, reference in [
     ("SFT, DPO against base", supervised, base),
     ("DPO without SFT", base, base),
 ]:
-    runs[name], history = train(step, optimizer, start, batches_of(pairs), reference)
-    print(f"{name:22} first loss {history[0]:.3f}, last losses {np.mean(history[-20:]):.3f}")
+    runs[name], history = train(
+        step, optimizer, start, batches_of(pairs), reference
+    )
+    print(
+        f"{name:22} first loss {history[0]:.3f}, last losses {np.mean(history[-20:]):.3f}"
+    )
 
 # %% [markdown]
 # ## What each run writes

@@ -44,14 +44,18 @@ def draw(policy, key, prompts, samples):
     for_prompts, for_samples = jax.random.split(key)
     ids = jax.random.randint(for_prompts, (prompts, 1), 0, VOCAB)
     prompt = dpx.Tokens(ids, jnp.ones(ids.shape, bool))
-    drawn = models.sample(policy, prompt, samples=samples, max_new_tokens=LENGTH, key=for_samples)
+    drawn = models.sample(
+        policy, prompt, samples=samples, max_new_tokens=LENGTH, key=for_samples
+    )
     return prompt, drawn, VOWELS[drawn.tokens.ids].sum(axis=-1).astype(float)
 
 
 def make_pairs(key, pairs):
     for_draws, for_reader = jax.random.split(key)
     prompt, drawn, reward = draw(reference, for_draws, pairs, 2)
-    return dpx.pair_samples(prompt, drawn, reward + jax.random.gumbel(for_reader, reward.shape))
+    return dpx.pair_samples(
+        prompt, drawn, reward + jax.random.gumbel(for_reader, reward.shape)
+    )
 
 
 # %% [markdown]
@@ -77,11 +81,17 @@ def run(beta, key, steps=200, pairs=2048, rows=64):
 
     chosen = jax.random.randint(for_rows, (steps, rows), 0, pairs)
     (policy, _), loss = jax.lax.scan(
-        advance, (reference, optimizer.init(eqx.filter(reference, eqx.is_array))), chosen
+        advance,
+        (reference, optimizer.init(eqx.filter(reference, eqx.is_array))),
+        chosen,
     )
     prompt, drawn, reward = draw(policy, for_look, 256, 4)
-    sides = dpx.compare(policy, reference, dpx.pair_samples(prompt, drawn, reward, how="all"))
-    kl = (sides.chosen_kl + sides.rejected_kl).mean() / 2  # each completion counts alike
+    sides = dpx.compare(
+        policy, reference, dpx.pair_samples(prompt, drawn, reward, how="all")
+    )
+    kl = (
+        sides.chosen_kl + sides.rejected_kl
+    ).mean() / 2  # each completion counts alike
     return {"loss": loss, "reward": reward.mean(), "kl": kl}
 
 
@@ -98,7 +108,9 @@ sweep = jax.jit(jax.vmap(jax.vmap(run, in_axes=(None, 0)), in_axes=(0, None)))
 results = sweep(betas, keys)
 print("losses:", results["loss"].shape, " rewards:", results["reward"].shape)
 
-print("beta   reward         KL            (mean and standard deviation over 4 seeds)")
+print(
+    "beta   reward         KL            (mean and standard deviation over 4 seeds)"
+)
 for row, beta in enumerate(betas):
     reward, kl = results["reward"][row], results["kl"][row]
     print(
@@ -113,11 +125,15 @@ for row, beta in enumerate(betas):
 figure, (curves, frontier) = plt.subplots(1, 2, figsize=(9, 3))
 for row in (0, 3, 7):
     loss = results["loss"][row].reshape(4, -1, 10).mean(axis=(0, 2))
-    curves.plot(10 * jnp.arange(len(loss)) + 5, loss, label=f"beta {betas[row]:.1f}")
+    curves.plot(
+        10 * jnp.arange(len(loss)) + 5, loss, label=f"beta {betas[row]:.1f}"
+    )
 curves.set(xlabel="step", ylabel="loss, mean of 10 steps, 4 seeds")
 curves.legend(frameon=False)
 colours = jnp.broadcast_to(jnp.log10(betas)[:, None], results["kl"].shape)
-points = frontier.scatter(results["kl"], results["reward"], c=colours, cmap="viridis")
+points = frontier.scatter(
+    results["kl"], results["reward"], c=colours, cmap="viridis"
+)
 figure.colorbar(points, label="log10 of beta")
 frontier.set(xlabel="KL to the reference (nats)", ylabel="vowels")
 plt.show()
@@ -132,7 +148,10 @@ plt.show()
 
 # %%
 alone = jax.jit(run)(betas[3], keys[2])
-print("the same as alone:", bool(jnp.abs(alone["loss"] - results["loss"][3, 2]).max() < 1e-4))
+print(
+    "the same as alone:",
+    bool(jnp.abs(alone["loss"] - results["loss"][3, 2]).max() < 1e-4),
+)
 
 # %% [markdown]
 # ## Next
