@@ -29,7 +29,7 @@ def standard_promotion():
 
 
 def test_the_page_trains_towards_the_reward():
-    first, _, _, _, noise = blocks(PAGE, "python")
+    first, *_, noise = blocks(PAGE, "python")
     optimizer = optax.adam(0.03)
     names = {
         "dpx": dpx,
@@ -60,10 +60,24 @@ def test_the_page_trains_towards_the_reward():
     exec(noise, names | {"rewards": jnp.zeros((2, 3)), "key": jax.random.key(0)})
 
 
+def test_the_page_gives_a_policy_a_head_and_adapters():
+    policy = models.Transformer(
+        models.Config(vocab=8, width=8, layers=1, heads=2), key=jax.random.key(0)
+    )
+    names = {"dpx": dpx, "losses": losses, "models": models, "optimizer": optax.sgd(0.1)}
+    names |= {"policy": policy, "key": jax.random.key(1)}
+    head, adapters = (b for b in blocks(PAGE, "python") if "policy, key" in b or "add_lora" in b)
+    exec(head, names)
+    exec(adapters, names)
+    assert isinstance(names["reward_model"], models.RewardModel)
+    selected = eqx.filter(names["reward_model"], models.lora_filter(names["reward_model"]))
+    assert sum(x.size for x in jax.tree.leaves(selected.head)) > 0
+
+
 @pytest.mark.slow
 def test_the_page_has_a_round_of_xpo():
     """One step of SGD, by hand: the gradient of DPO, and `alpha` times that of log pi(y_ref)."""
-    block = blocks(PAGE, "python")[3]
+    (block,) = (block for block in blocks(PAGE, "python") if "xpo_step" in block)
     drawn, alpha = [], 0.5
 
     def reward(prompt, tokens):
