@@ -66,11 +66,12 @@ def even_rotation(trait: Trait) -> Trait:
     def read(values: Values) -> dict[str, Any]:
         fields = trait.read(values)
         head = values["hidden_size"] // values["num_attention_heads"]
-        fraction = fields["rotary"].fraction
-        if int(head * fraction) % 2:
+        rotary = fields["rotary"]
+        if rotary.stated_width(head) % 2:
             raise ValueError(
                 "`partial_rotary_factor` in config.json must be the fraction of an even part of "
-                f"each head in the family {values['model_type']!r}; got {fraction} of {head}."
+                f"each head in the family {values['model_type']!r}; got {rotary.fraction} of "
+                f"{head}."
             )
         return fields
 

@@ -59,10 +59,14 @@ class Rotary:
     reverse: bool = False
     query_growth: float = 0.0
 
+    def stated_width(self, head_width: int) -> int:
+        """The width that `fraction` states, before it is rounded up if it is odd."""
+        return int(head_width * self.fraction)
+
     def rotated_width(self, head_width: int) -> int:
         """The width of the rotated part of a head."""
         # `"proportional"` has frequencies of zero instead of a part that is not rotated.
-        width = head_width if self.kind == "proportional" else int(head_width * self.fraction)
+        width = head_width if self.kind == "proportional" else self.stated_width(head_width)
         # Rounded up to an even number, as in `transformers`: each frequency rotates a pair.
         return width + width % 2
 

@@ -69,7 +69,7 @@ def check_rotary(config: Any) -> None:
             f"`head_width` must be even if the whole of a head is rotated; got {config.head_width}."
         )
     for other in {rotary, *others}:
-        if other.kind == "yarn" and int(other.fraction * config.head_width) % 2:
+        if other.kind == "yarn" and other.stated_width(config.head_width) % 2:
             raise ValueError(
                 "The rotated part of a head must be even for the rotary embedding of type 'yarn'; "
                 f"got `head_width` {config.head_width} and the fraction {other.fraction}."

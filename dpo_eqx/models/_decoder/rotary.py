@@ -89,13 +89,9 @@ def rotate(
 
 def default(rotary: Rotary, head_width: int) -> np.ndarray:
     """The frequencies in radians per token, fastest first."""
-    width = stated_width(rotary, head_width)
+    # Exponents are divided by the width before it is rounded up.
+    width = rotary.stated_width(head_width)
     return 1.0 / rotary.theta ** (np.arange(0, width, 2) / width)
-
-
-def stated_width(rotary: Rotary, head_width: int) -> int:
-    """The rotated width that the exponents are divided by, before it is rounded up if it is odd."""
-    return int(head_width * rotary.fraction)
 
 
 def linear(rotary: Rotary, head_width: int) -> np.ndarray:
@@ -185,7 +181,7 @@ def dynamic(
     frequencies = default(rotary, head_width)
     length = jnp.maximum(tokens, rotary.original_length).astype(dtype)
     growth = rotary.factor * length / rotary.original_length - (rotary.factor - 1)
-    exponents = 2 * np.arange(len(frequencies)) / max(stated_width(rotary, head_width) - 2, 1)
+    exponents = 2 * np.arange(len(frequencies)) / max(rotary.stated_width(head_width) - 2, 1)
     return jnp.asarray(frequencies, dtype) / growth ** jnp.asarray(exponents, dtype)
 
 

@@ -3,7 +3,7 @@
 One error lists all problems, each with what was expected and what was found.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 
 import jax
 import numpy as np
@@ -52,6 +52,7 @@ def check_tensors(
     weights: Weights,
     config: PeftConfig,
     sites: list[Site],
+    adapted: Set[str],
     shapes: Mapping[str, jax.ShapeDtypeStruct],
     policy: Transformer,
     modules: Mapping[str, tuple[int, ...]],
@@ -60,14 +61,14 @@ def check_tensors(
 
     **Arguments:**
 
+    - `adapted`: the names of the modules and parameters of `sites` that have an adapter.
     - `modules`: the shapes of the tensors of `modules_to_save`, by their names.
     """
     expected = dict(modules)
     copies = {n: is_same for n, is_same in _copies(weights, policy).items() if n not in modules}
-    adapted = {name for site in sites for name in config.names_in(site)}
     for site in sites:
         width = shapes[next(filter(None, site.parts))].shape[-1]
-        for name in config.names_in(site):
+        for name in filter(adapted.__contains__, site.names()):
             rank = config.rank_of(name) * site.experts_at_once
             module = stored_name(name, adapted)
             expected[tensor_name(module, "A")] = rank, width

@@ -145,14 +145,14 @@ def _load_peft(policy: Transformer, weights: Weights, config: PeftConfig) -> Tra
     second = None if config.reward else tied_copy(policy, chosen)
     if second is not None:
         modules[second] = policy.embedding.weight.shape
-    check_tensors(weights, config, sites, shapes, policy, modules)
+    adapted = {name for site in sites for name in config.names_in(site)}
+    check_tensors(weights, config, sites, adapted, shapes, policy, modules)
     pairs: dict[str, Pair] = {}
     lengths: dict[str, Lengths] = {}
-    adapted = {name for site in sites for name in config.names_in(site)}
     for site in sites:
         pairs |= split(site, _read(weights, config, site, adapted))
         if config.dora:
-            lengths |= read_lengths(weights, config, site)
+            lengths |= read_lengths(weights, site, adapted)
     unembedding = unembedding_of(policy)
 
     def with_adapter(path: str, layer: Any) -> Any:
@@ -241,6 +241,7 @@ def _in_peft(
         pair = joined[site.pattern]
         lengths = write_lengths(policy, found, site) if dora else None
         names = site.names()
+        in_all_layers = live.issuperset(names)
         downs, ups = (x.reshape(len(names), -1, *x.shape[1:]) for x in pair[:2])
         for layer, name in enumerate(names):
             if name in live:
@@ -252,7 +253,7 @@ def _in_peft(
                 if is_inner:
                     # A short name could be one of another part, such as a vision tower.
                     name = outer_name(name)
-                elif live.issuperset(names):
+                elif in_all_layers:
                     name = short_name(policy, site)
                 ranks[name], scales[name] = pair.down.shape[1], pair.scale
                 parameters |= {name} if site.parameter else set()
@@ -294,8 +295,8 @@ def _read(weights: Weights, config: PeftConfig, site: Site, adapted: Set[str]) -
 
     `adapted` has the names of all modules and parameters with an adapter.
     """
-    own = config.names_in(site)
-    first = own[0]
+    names = site.names()
+    first = next(name for name in names if name in adapted)
 
     def stored(name: str, letter: str) -> str:
         return tensor_name(stored_name(name, adapted), letter)
@@ -303,8 +304,8 @@ def _read(weights: Weights, config: PeftConfig, site: Site, adapted: Set[str]) -
     def stack(letter: str) -> np.ndarray:
         nothing = np.zeros(weights.shapes[stored(first, letter)], np.float32)
         read = [
-            _wide(weights.read(stored(name, letter))) if name in own else nothing
-            for name in site.names()
+            _wide(weights.read(stored(name, letter))) if name in adapted else nothing
+            for name in names
         ]
         return np.concatenate([site.from_file(letter, x) for x in read])
 

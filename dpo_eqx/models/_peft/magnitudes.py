@@ -5,7 +5,7 @@ writes the other tensors.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 import jax
@@ -22,14 +22,16 @@ from .._checkpoint.folder import Weights
 from .._decoder.transformer import Transformer
 from .checkpoint_layers import Site
 from .checks import magnitude_name
-from .config import PeftConfig
 
 Lengths = Float[np.ndarray, "layers out"]
 
 
-def read_lengths(weights: Weights, config: PeftConfig, site: Site) -> dict[str, Lengths]:
-    """The lengths of the rows of each of our layers; infinity in a layer without an adapter."""
-    nothing, adapted = np.full(site.outputs, np.inf, np.float32), config.names_in(site)
+def read_lengths(weights: Weights, site: Site, adapted: Set[str]) -> dict[str, Lengths]:
+    """The lengths of the rows of each of our layers; infinity in a layer without an adapter.
+
+    `adapted` has the names of all modules and parameters with an adapter.
+    """
+    nothing = np.full(site.outputs, np.inf, np.float32)
     whole = np.stack(
         [
             weights.read(magnitude_name(name)) if name in adapted else nothing
