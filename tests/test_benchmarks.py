@@ -27,6 +27,8 @@ from benchmarks.turns import Turns
 from benchmarks.workers import Worker, WorkerError, alternate, started
 from dpo_eqx import models
 
+from .pages.as_users import as_users
+
 TINY = step.quick(Problem())
 
 
@@ -34,7 +36,7 @@ TINY = step.quick(Problem())
 def _float32(monkeypatch):
     """The benchmarks are in float32 with JAX's usual promotion, unlike the tests."""
     monkeypatch.delenv("XLA_FLAGS", raising=False)
-    with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"):
+    with as_users():
         yield
 
 

@@ -3,11 +3,11 @@
 import re
 
 import equinox as eqx
-import jax
 import numpy as np
 import pytest
 
-from .pages.fences import DOCS, blocks
+from .pages.as_users import run
+from .pages.fences import DOCS
 
 PAGE = DOCS / "policies.md"
 
@@ -15,10 +15,7 @@ PAGE = DOCS / "policies.md"
 @pytest.mark.slow
 def test_the_page_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    names = {}
-    with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"):
-        for block in blocks(PAGE, "python"):
-            exec(compile(block, str(PAGE), "exec"), names)
+    names = run(PAGE)
     shown = re.search(r"shows this:\n\n```\n(.*?)    \.\.\.\n```", PAGE.read_text(), flags=re.S)
     assert str(names["report"]).startswith(shown[1])
     loss = np.asarray(names["metrics"]["loss"])

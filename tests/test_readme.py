@@ -1,11 +1,10 @@
 """README's examples, run as they stand there."""
 
-import textwrap
 from pathlib import Path
 
-import jax
 import pytest
 
+from .pages.as_users import run
 from .pages.fences import blocks
 
 README = Path(__file__).parents[1] / "README.md"
@@ -14,11 +13,7 @@ README = Path(__file__).parents[1] / "README.md"
 @pytest.fixture(scope="module")
 def ran():
     """All of README's Python in one namespace, as a reader would type it."""
-    namespace = {}
-    with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"):
-        for block in blocks(README, "python"):
-            exec(compile(textwrap.dedent(block), str(README), "exec"), namespace)
-    return namespace
+    return run(README)
 
 
 def test_the_loop_learns_the_preferences(ran):

@@ -61,15 +61,20 @@ def bar_plot(label: str, panels: dict[str, list[Bar]]) -> Drawing:
     return drawing
 
 
+def throughput(heading: str, titles: dict[str, str], column: str) -> dict[str, list[Bar]]:
+    """A panel of tokens per second for each title, of the rows with that value in `column`."""
+    return {
+        f"{title}: tokens per second, more is better": bars_of(
+            heading, "system", "tokens/s", **{column: value}
+        )
+        for value, title in titles.items()
+    }
+
+
 def gpu() -> Drawing:
     """The throughput of a step on a GPU."""
-    heading = "One step on a GPU"
-    panels = {
-        f"{shape}: tokens per second, more is better": bars_of(
-            heading, "system", "tokens/s", shape=shape
-        )
-        for shape in ("Qwen3-0.6B", "Llama-3.2-1B")
-    }
+    shapes = {shape: shape for shape in ("Qwen3-0.6B", "Llama-3.2-1B")}
+    panels = throughput("One step on a GPU", shapes, "shape")
     return bar_plot("Tokens per second of a step on a GPU", panels)
 
 
@@ -92,13 +97,8 @@ def packing() -> Drawing:
 
 def drawn() -> Drawing:
     """The speed of drawing completions, for one row and for eight."""
-    heading = "Drawing completions"
-    panels = {
-        f"batches of {batch}: tokens per second, more is better": bars_of(
-            heading, "system", "tokens/s", batch=batch
-        )
-        for batch in ("1", "8")
-    }
+    batches = {batch: f"batches of {batch}" for batch in ("1", "8")}
+    panels = throughput("Drawing completions", batches, "batch")
     return bar_plot("Tokens per second while drawing completions", panels)
 
 

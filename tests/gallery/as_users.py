@@ -4,12 +4,13 @@ import contextlib
 
 import jax
 
+from ..pages import as_users as pages
+
 
 @contextlib.contextmanager
 def as_users():
     """JAX's own settings. In float64 the same keys would draw another task."""
-    promotion = jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow")
-    with jax.enable_x64(False), promotion[0], promotion[1]:
+    with pages.as_users(), jax.numpy_rank_promotion("allow"):
         yield
 
 

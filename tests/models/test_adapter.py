@@ -14,7 +14,7 @@ from dpo_eqx import models
 from dpo_eqx.models._checkpoint.folder import ADAPTER, ADAPTER_CONFIG
 from dpo_eqx.models._peft.config import read_peft
 
-from .golden import FOLDER, shaken
+from .golden import FOLDER, call, same, shaken
 
 PEFT = FOLDER / "peft"
 # Written by PEFT 0.21, see `compare_peft.py`.
@@ -35,16 +35,6 @@ def base_of(name):
 
 def ids_of(name):
     return np.load(FOLDER / "families" / BASES[name] / "expected.npz")["ids"][0, :12].astype(int)
-
-
-@eqx.filter_jit
-def call(policy, ids):
-    return policy(ids)
-
-
-def same(one, other):
-    assert jax.tree.structure(one) == jax.tree.structure(other)
-    return all(map(np.array_equal, jax.tree.leaves(one), jax.tree.leaves(other)))
 
 
 @pytest.mark.parametrize("name", families())

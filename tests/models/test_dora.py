@@ -15,7 +15,7 @@ from dpo_eqx import losses, models
 from dpo_eqx._jax.dtypes import in_dtype
 from dpo_eqx.models._checkpoint.folder import ADAPTER, ADAPTER_CONFIG
 
-from .golden import FOLDER, ragged_batch, shaken
+from .golden import FOLDER, call, ragged_batch, shaken
 
 IDS = np.arange(3, 15)
 KEY = jax.random.key(5)
@@ -28,11 +28,6 @@ def with_dora(base, **given):
 @pytest.fixture(scope="module")
 def base():
     return models.load(FOLDER / "families" / "gpt2")
-
-
-@eqx.filter_jit
-def call(policy, ids):
-    return policy(ids)
 
 
 def one_layer(dropout=0.0):

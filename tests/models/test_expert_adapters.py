@@ -17,22 +17,12 @@ from dpo_eqx.models._checkpoint.folder import ADAPTER, ADAPTER_CONFIG
 
 from ..policies import assert_close
 from .family_cases import IDS
-from .golden import FOLDER, ragged_batch, shaken
+from .golden import FOLDER, call, ragged_batch, same, shaken
 from .make_families import read_golden, write_checkpoint
 from .test_experts import CLIPPED, MIXTURE, POLICY
 
 PEFT = FOLDER / "peft_experts"
 KEY = jax.random.key(0)
-
-
-@eqx.filter_jit
-def call(policy, ids):
-    return policy(ids)
-
-
-def same(one, other):
-    assert jax.tree.structure(one) == jax.tree.structure(other)
-    return all(map(np.array_equal, jax.tree.leaves(one), jax.tree.leaves(other)))
 
 
 def with_sums(policy):
@@ -101,7 +91,7 @@ def test_logits_are_those_of_peft(name, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["mixtral", "olmoe"])
 def test_adapters_from_before_transformers_5(family, tmp_path):
-    """Routers and experts were modules then; a dropout of theirs is left out."""
+    """Routers and experts were modules then, and could have dropout, which is left out."""
     config = dataclasses.replace(MIXTURE, family=family, query_key_norm=family == "olmoe")
     base = models.Transformer(config, key=KEY)
     policy = shaken(models.add_lora(base, rank=2, alpha=2, target="feed_forward|query", key=KEY))

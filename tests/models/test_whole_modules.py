@@ -13,7 +13,7 @@ import dpo_eqx as dpx
 from dpo_eqx import losses, models
 from dpo_eqx.models._checkpoint.folder import ADAPTER_CONFIG
 
-from .golden import FOLDER, ragged_batch, shaken
+from .golden import FOLDER, call, ragged_batch, shaken
 
 IDS = np.arange(3, 15)
 KEY = jax.random.key(0)
@@ -26,11 +26,6 @@ def with_modules(base, pattern="^(embedding|head)", **given):
 @pytest.fixture(scope="module")
 def base():
     return models.load(FOLDER / "families" / "llama")
-
-
-@eqx.filter_jit
-def call(policy, ids):
-    return policy(ids)
 
 
 def test_trains_a_copy_and_keeps_the_original(base):

@@ -2,19 +2,16 @@
 
 import re
 
-import jax
 import pytest
 
-from .fences import DOCS, blocks
+from .as_users import run
+from .fences import DOCS
 
 PAGE = DOCS / "howto" / "choose_a_loss.md"
 
 
 def test_the_table_is_what_the_block_computes():
-    names = {}
-    with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"):
-        for block in blocks(PAGE, "python"):
-            exec(compile(block, str(PAGE), "exec"), names)
+    names = run(PAGE)
     header, *rows = re.findall(r"^\| (?:`(.*?)`|loss) \| (.*) \|$", PAGE.read_text(), flags=re.M)
     rows = dict([row for row in rows if re.match(r"-?\d", row[1])])
     assert rows.keys() == names["table"].keys()

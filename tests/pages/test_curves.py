@@ -2,10 +2,10 @@
 
 import importlib.util
 
-import jax
 import numpy as np
 import pytest
 
+from .as_users import as_users
 from .fences import DOCS
 
 SCRIPT = DOCS / "scripts" / "curves.py"
@@ -16,7 +16,7 @@ def runs():
     spec = importlib.util.spec_from_file_location("curves", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"):
+    with as_users():
         return module.simulate_all()
 
 

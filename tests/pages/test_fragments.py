@@ -18,6 +18,7 @@ import dpo_eqx as dpx
 from dpo_eqx import data, losses, models
 
 from ..policies import Perceptron
+from .as_users import as_users
 from .fences import DOCS, blocks
 
 MODEL = "Qwen/Qwen3-0.6B"
@@ -105,7 +106,7 @@ def files(workplace):
 def run(page):
     """What a reader of the page has in the end. Raises `AssertionError` if a key fits no block."""
     names, left = dict(MODULES), dict(BEFORE[page])
-    with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"):
+    with as_users():
         for block in blocks(DOCS / page, "python"):
             for words in [words for words in left if words in block][:1]:
                 names |= left.pop(words)()

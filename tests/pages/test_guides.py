@@ -4,7 +4,6 @@ A guide is a page of the folders in `FOLDERS`, the list of frequent questions, a
 README. The tests of the other pages check what their examples compute.
 """
 
-import jax
 import pytest
 
 from dpo_eqx.cli import main
@@ -15,6 +14,7 @@ from dpo_eqx.cli.commands.plan import PlanFlags
 from dpo_eqx.cli.settings.settings import Settings
 from dpo_eqx.cli.settings.shared_flags import parse_flags
 
+from .as_users import as_users, run
 from .fences import DOCS, KINDS, ROOT, anchors, blocks, commands, kinds_of, links
 
 FOLDERS = ("start", "howto", "coming_from", "explanation")
@@ -44,16 +44,13 @@ def named(page):
 @pytest.mark.parametrize("page", PYTHON, ids=named)
 def test_the_python_of_the_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    names = {}
-    with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"):
-        for block in blocks(page, "python"):
-            exec(compile(block, str(page), "exec"), names)
+    run(page)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", SHELL, ids=named)
 def test_the_commands_of_the_page_run(page, workplace, capsys):
-    with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"):
+    with as_users():
         for arguments in commands(page):
             status = main(arguments)
             assert status == 0, f"dpo-eqx {' '.join(arguments)}: {capsys.readouterr().err}"

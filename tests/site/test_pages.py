@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 
+from ..pages.as_users import as_users, run
 from ..pages.fences import DOCS, ROOT, blocks
 from ..policies import Perceptron, random_batch
 
@@ -35,22 +36,9 @@ RUN_BY = {
 }
 
 
-@pytest.fixture
-def as_users():
-    """JAX as it is for users: float32, and dtypes are promoted."""
-    with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"):
-        yield
-
-
-def run(page, names):
-    """What a reader has after typing the page's blocks, with `names` to begin with."""
-    for block in blocks(page, "python"):
-        exec(compile(block, str(page), "exec"), names)
-    return names
-
-
 @pytest.mark.slow
-def test_the_first_page_with_a_policy_of_the_reader(as_users):
+@as_users()
+def test_the_first_page_with_a_policy_of_the_reader():
     policy = Perceptron(jax.random.key(0))
     optimizer = optax.sgd(0.1)
     names = {
@@ -64,9 +52,10 @@ def test_the_first_page_with_a_policy_of_the_reader(as_users):
     np.testing.assert_allclose(metrics["loss"], np.log(2), atol=1e-6)
 
 
-def test_what_dpo_md_prints_is_what_its_comments_say(as_users):
+@as_users()
+def test_what_dpo_md_prints_is_what_its_comments_say():
     page = DOCS / "start" / "dpo.md"
-    result = run(page, {})["result"]
+    result = run(page)["result"]
     shown = re.findall(r"# \[(.*)\]$", "".join(blocks(page, "python")), flags=re.M)
     loss, margin = ([float(x) for x in line.split()] for line in shown)
     np.testing.assert_allclose(result.loss, loss, atol=5e-4)

@@ -6,8 +6,9 @@ from typing import TypeVar
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import optax
-from jaxtyping import PRNGKeyArray
+from jaxtyping import Array, PRNGKeyArray
 
 import dpo_eqx as dpx
 
@@ -22,17 +23,10 @@ def from_reference(
     All leaves of `reference` are arrays. Call it under `jit`; `vmap` maps it over data, over
     hyper-parameters of the loss, or over both.
     """
-    optimizer = optax.adam(optax.cosine_decay_schedule(rate, steps))
-    step = dpx.make_step(loss, optimizer, score=score)
     known = dpx.precompute_reference(reference, batch, score=score)
     batch = dataclasses.replace(batch, reference=known)
-
-    def one_step(state, _):
-        policy, opt_state, _ = step(state[0], state[1], batch)
-        return (policy, opt_state), None
-
-    start = reference, optimizer.init(eqx.filter(reference, eqx.is_array))
-    return jax.lax.scan(one_step, start, length=steps)[0][0]
+    numbers = jnp.arange(steps)
+    return _trained(loss, reference, lambda _: (batch,), numbers, score=score, rate=rate)
 
 
 def on_batches(
@@ -49,14 +43,24 @@ def on_batches(
 
     Leaves of `reference` that are not arrays stay as they are. Call it under `jit`.
     """
-    optimizer = optax.adam(optax.cosine_decay_schedule(rate, steps))
-    step = dpx.make_step(loss, optimizer, score=score)
-    params, static = eqx.partition(reference, eqx.is_array)
+    keys = jax.random.split(key, steps)
+    return _trained(loss, reference, lambda k: (draw(k), reference), keys, score=score, rate=rate)
 
-    def one_step(state, key):
-        policy, opt_state, _ = step(eqx.combine(state[0], static), state[1], draw(key), reference)
+
+def _trained(
+    loss: dpx.Loss, start: Policy, inputs: Callable, over: Array, *, score: dpx.Score, rate: float
+) -> Policy:
+    """The policy after a step for each of `over`, of which `inputs` makes a batch, and a reference.
+
+    Without a reference, the batch has its log-probabilities.
+    """
+    optimizer = optax.adam(optax.cosine_decay_schedule(rate, len(over)))
+    step = dpx.make_step(loss, optimizer, score=score)
+    params, static = eqx.partition(start, eqx.is_array)
+
+    def one_step(state, x):
+        policy, opt_state, _ = step(eqx.combine(state[0], static), state[1], *inputs(x))
         return (eqx.filter(policy, eqx.is_array), opt_state), None
 
-    start = params, optimizer.init(params)
-    trained, _ = jax.lax.scan(one_step, start, jax.random.split(key, steps))
+    trained, _ = jax.lax.scan(one_step, (params, optimizer.init(params)), over)
     return eqx.combine(trained[0], static)
