@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import itertools
 import os
 from importlib.metadata import version
 from pathlib import Path
@@ -53,14 +54,17 @@ def standard_promotion():
         yield
 
 
-@pytest.fixture(scope="module", autouse=True)
+TESTS = itertools.count(1)
+
+
+@pytest.fixture(autouse=True)
 def bounded_programs():
-    """Compiled programs are dropped after a file of tests if a process holds many of them.
+    """Compiled programs are dropped if a process holds many; every twentieth test looks.
 
     Each program holds memory maps, of which Linux allows a process 65,530. XLA crashes beyond that.
     """
     yield
     maps = Path("/proc/self/maps")
-    if maps.exists() and maps.read_bytes().count(b"\n") > 30_000:
+    if next(TESTS) % 20 == 0 and maps.exists() and maps.read_bytes().count(b"\n") > 30_000:
         jax.clear_caches()
         gc.collect()
