@@ -1,6 +1,7 @@
-"""Training from the reference, on one batch or on drawn ones. The losses are the library's."""
+"""Training from the reference, on one batch or on several. The losses are the library's."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -11,8 +12,10 @@ import optax
 from jaxtyping import Array, PRNGKeyArray
 
 import dpo_eqx as dpx
+from dpo_eqx import data
 
 Policy = TypeVar("Policy")
+ROWS = 40  # in a batch of rows
 
 
 def from_reference(
@@ -45,6 +48,23 @@ def on_batches(
     """
     keys = jax.random.split(key, steps)
     return _trained(loss, reference, lambda k: (draw(k), reference), keys, score=score, rate=rate)
+
+
+def on_rows(
+    loss: Callable, reference: Policy, *, rows, rate: float, epochs: int, seed: int
+) -> Policy:
+    """The policy after some epochs of Adam on rows of `data.tokenize`, with a rate as above."""
+    optimizer, step = _compiled(loss, rate, epochs * -(-len(rows) // ROWS))
+    policy, opt_state = reference, optimizer.init(eqx.filter(reference, eqx.is_inexact_array))
+    for batch in data.batches(rows, batch_size=ROWS, seed=seed, epochs=epochs, buckets=1):
+        policy, opt_state, _ = step(policy, opt_state, batch, reference)
+    return policy
+
+
+@functools.cache  # so that folds and seeds share a compiled step
+def _compiled(loss: Callable, rate: float, steps: int):
+    optimizer = optax.adam(optax.cosine_decay_schedule(rate, steps))
+    return optimizer, eqx.filter_jit(dpx.make_step(loss, optimizer))
 
 
 def _trained(
