@@ -247,6 +247,8 @@ def test_a_good_policy_has_no_problem(name):
     assert "no problem" in str(report)
     count = sum(x.size for x in jax.tree.leaves(eqx.filter(GOOD_ONES[name], eqx.is_inexact_array)))
     assert f"{count:,} parameters" in str(report)
+    needs_key = name in ("dropout", "adapted")
+    assert ("It needs a `key` in training" in str(report)) == needs_key
 
 
 @pytest.mark.slow

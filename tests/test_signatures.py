@@ -213,8 +213,15 @@ def test_a_policy_without_a_key_is_given_one():
 
 
 def test_dropout_without_a_key():
-    with pytest.raises(ValueError, match=r"Dropout requires a key.*pass `key=` to the step"):
-        score(Perceptron(jax.random.key(0), rate=0.5))
+    """A line with a fixed key would drop the same numbers at each step."""
+    policy = Perceptron(jax.random.key(0), rate=0.5)
+    with pytest.raises(
+        ValueError, match=r"Dropout requires a key.*pass `key=` to the step"
+    ) as caught:
+        score(policy)
+    assert "dpx.adapt" not in str(caught.value)
+    assert score(policy, jax.random.key(0)).chosen.shape == (2,)
+    assert score(eqx.nn.inference_mode(policy)).chosen.shape == (2,)
 
 
 def test_a_row_that_is_too_long():

@@ -16,6 +16,7 @@ from jaxtyping import PRNGKeyArray, PyTree
 
 from .._jax.inference_mode import in_inference
 from .._jax.paths import leaf_name
+from .._scoring.adapter_lines import only_needs_key
 from .._scoring.policy_checks import call_policy, check_is_policy
 from .._scoring.predict import offers_fast_path, offers_recurrence
 from .probes import (
@@ -101,6 +102,8 @@ def check_policy(
         probe = _probe(policy, vocab, length, key, trainable)
     except Exception as error:  # the policy's own error, of any class
         return PolicyReport(name, (summary(error),), notes, (), trained)
+    if only_needs_key(policy, probe.ids):
+        notes += ("It needs a `key` in training: pass `key=` to the step, a new one each time.",)
     for subject, check in _checks(policy).items():
         try:
             found = list(check(probe))

@@ -12,13 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
+from .._jax.inference_mode import in_inference
 from .._jax.keys import Keys
 from .signatures import SOME_KEY, call_with_unknowns, calls, unknown_arguments
 
-_KEY_ADVICE = (
-    "Evaluation and the reference then use this fixed key. If the model only needs a key in "
-    "training, pass `key=` to the step, and set its `inference` flag elsewhere."
-)
+_KEY_ADVICE = "Evaluation and the reference then use this fixed key."
 
 
 class Line(NamedTuple):
@@ -60,6 +58,19 @@ def fails_in_vmap(policy: PyTree, ids: Array, key: Keys | None) -> bool | None:
     return "[0]" not in (_picked(policy, mapped, ids, given) or ())
 
 
+def only_needs_key(policy: PyTree, ids: Array | np.ndarray) -> bool:
+    """Whether the policy needs a key in training, as dropout does, and none in inference."""
+
+    def runs(policy: PyTree, call: str, key: Any) -> bool:
+        return "" in (_picked(policy, call, ids, key) or ())
+
+    return (
+        runs(in_inference(policy), "model(ids)", None)
+        and runs(policy, "model(ids, key=key)", _shape_of_key(None))
+        and not runs(policy, "model(ids)", None)
+    )
+
+
 def takes_batch(policy: PyTree, ids: Array, key: Keys | None) -> bool:
     """Whether the policy takes ids `(rows, length)`, and returns logits `(rows, length, vocab)`.
 
@@ -85,7 +96,7 @@ def _tried(policy: PyTree, call: str, ids: Array, key: Keys | None) -> Line | No
     return Line(call + best, _KEY_ADVICE if SOME_KEY in call else "")
 
 
-def _picked(policy: PyTree, call: str, ids: Array, key: Any) -> list[str] | None:
+def _picked(policy: PyTree, call: str, ids: Array | np.ndarray, key: Any) -> list[str] | None:
     """`_picks` for `ids` and the shape of a key; `None` if the call fails."""
     try:
         return _picks(policy, call, ids.size, ids.dtype, key)

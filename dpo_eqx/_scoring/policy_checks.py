@@ -18,11 +18,21 @@ from jaxtyping import Array, Float, Int, PyTree
 from .._jax.describe import described
 from .._jax.keys import Keys
 from ..protocols import RecurrentPolicy
-from .adapter_lines import adapter_line, fails_in_vmap, longest_length, takes_batch
+from .adapter_lines import (
+    adapter_line,
+    fails_in_vmap,
+    longest_length,
+    only_needs_key,
+    takes_batch,
+)
 
 _MAP_ADVICE = (
     "It runs on one row, but not under `jax.vmap`. Run the rows one after the other: "
     '`score=functools.partial(dpx.score_pairs, how="map")`.'
+)
+_KEY_ADVICE = (
+    "It needs a key in training, as dropout does: pass `key=` to the step, a new one each time. To "
+    "score it without a key, switch its dropout off: `eqx.nn.inference_mode(policy)`."
 )
 # The word for the model that runs, in messages.
 _ROLE: ContextVar[str] = ContextVar("_ROLE", default="policy")
@@ -138,6 +148,8 @@ def _explain(error: Exception, policy: PyTree, ids: Array, key: Keys | None) -> 
 def _remedy_of_call(policy: PyTree, ids: Array, key: Keys | None) -> str | None:
     if (fails := fails_in_vmap(policy, ids, key)) is not None:
         return _MAP_ADVICE if fails else None
+    if key is None and only_needs_key(policy, ids):
+        return _KEY_ADVICE
     if line := adapter_line(policy, ids, key):
         return f"Adapt the model: {line}{_batch_advice(policy, ids, key)}"
     if longest := longest_length(policy, ids):
