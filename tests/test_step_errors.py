@@ -121,6 +121,14 @@ def test_a_metric_that_is_reduced():
         gradient(POLICY, BATCH, POLICY, metrics=metrics)
 
 
+@pytest.mark.parametrize("shapes", [((), (2,), (2,)), ((2,), (), (2,))])
+def test_the_field_of_the_result_that_was_averaged_is_named(shapes):
+    wrong, right = ("loss", "chosen_reward") if shapes[0] == () else ("chosen_reward", "loss")
+    match = rf"`{wrong}` must have one value per pair, the shape of `{right}`, \(2,\); got \(\)"
+    with pytest.raises(ValueError, match=match):
+        dpx.losses.PairLoss(*map(jnp.zeros, shapes))
+
+
 @pytest.mark.parametrize("wrap", [lambda function: function, jax.jit], ids=["eager", "jit"])
 @pytest.mark.parametrize("make", [dpx.make_grad, dpx.make_eval])
 def test_an_axis_of_vmap_is_not_an_axis_to_sum_over(make, wrap):

@@ -96,12 +96,14 @@ class UnpairedLogProbs(eqx.Module):
 
 def check_one_shape(record: eqx.Module, first: str) -> None:
     """Raises if the arrays of `record` do not all have the shape of its field `first`."""
-    want = getattr(getattr(record, first), "shape", None)
-    for name, value in vars(record).items():
-        # An optional field is `None`, which has no shape.
-        shape = getattr(value, "shape", want)
-        if shape != want:
-            raise ValueError(
-                f"`{name}` must have the shape of `{first}`, {want}, one value per pair; "
-                f"got {shape}."
-            )
+    # An optional field is `None`, which has no shape.
+    shapes = {name: x.shape for name, x in vars(record).items() if hasattr(x, "shape")}
+    for name, shape in shapes.items():
+        if shape == shapes.get(first, shape):
+            continue
+        # If the first field is a mean, it is at fault, rather than all others.
+        wrong, right = (first, name) if shapes[first] == () else (name, first)
+        raise ValueError(
+            f"`{wrong}` must have one value per pair, the shape of `{right}`, {shapes[right]}; "
+            f"got {shapes[wrong]}."
+        )
