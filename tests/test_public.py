@@ -5,11 +5,15 @@ import inspect
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-REFERENCE = (Path(__file__).parents[1] / "docs" / "reference.md").read_text()
+from .pages.fences import DOCS, ROOT, blocks
+
+REFERENCE = (DOCS / "reference.md").read_text()
+EXAMPLES = "\n".join(
+    block for page in (ROOT / "README.md", *DOCS.rglob("*.md")) for block in blocks(page, "python")
+)
 NAMESPACES = ["dpo_eqx", "dpo_eqx.losses", "dpo_eqx.models", "dpo_eqx.data", "dpo_eqx.sharding"]
 
 
@@ -34,6 +38,14 @@ def test_the_reference_page_names_nothing_else(namespace):
     section = REFERENCE.split(f"## `{namespace}`", 1)[1].split("\n## ", 1)[0]
     listed = set(re.findall(r"^\| `(\w+)`", section, flags=re.M))
     assert listed == {name for name, _ in public(namespace)}
+
+
+@pytest.mark.parametrize("namespace", NAMESPACES)
+def test_every_public_name_is_used_on_a_page(namespace):
+    """The tests run every block of Python on the pages."""
+    module = "dpx" if namespace == "dpo_eqx" else namespace.rpartition(".")[2]
+    used = set(re.findall(rf"\b{module}\.(\w+)", EXAMPLES))
+    assert {name for name, _ in public(namespace)} <= used
 
 
 def test_the_core_imports_its_four_packages_and_no_other():

@@ -17,7 +17,7 @@ from dpo_eqx.cli.settings.shared_flags import parse_flags
 from .as_users import as_users, run
 from .fences import DOCS, KINDS, ROOT, anchors, blocks, commands, kinds_of, links
 
-FOLDERS = ("start", "howto", "coming_from", "explanation")
+FOLDERS = ("start", "howto", "coming_from", "explanation", "reference")
 GUIDES = [
     *sorted(page for folder in FOLDERS for page in (DOCS / folder).glob("*.md")),
     *(
@@ -33,7 +33,13 @@ FLAGS = {
     "inspect": Inspect,
     "plan": PlanFlags,
 }
-PYTHON = [page for page in GUIDES if blocks(page, "python")]
+# These compile many programs.
+LONG = {DOCS / "reference" / name for name in ("core.md", "models.md", "sharding.md")}
+PYTHON = [
+    pytest.param(page, marks=pytest.mark.slow if page in LONG else ())
+    for page in GUIDES
+    if blocks(page, "python")
+]
 SHELL = [page for page in GUIDES if blocks(page, "sh")]
 
 
