@@ -27,6 +27,8 @@ PAGES = {
     "SECURITY.md": "security.md",
     "benchmarks/RESULTS.md": "benchmarks.md",
 }
+# What whoever searches wants first: the remedy of a message, then an answer, then a guide.
+BOOSTS = {"reference/errors": 4, "faq": 2, "howto": 2, "gallery": 0.5, "examples": 0.2}
 LINK = re.compile(r"(\]\()([^)\s#]+)(#[^)\s]*)?(\))")
 INLINE = re.compile(r'<span class="arithmatex">\\\((.*?)\\\)</span>', re.S)
 # A function after a factor, one whose argument has no parentheses, and a minus that is a sign.
@@ -86,8 +88,9 @@ def on_page_markdown(markdown: str, page: Page, **_) -> str:
     """Turns links as they stand in the repository into links as they stand on the site."""
     place = page.file.src_uri
     source = source_of(place)
-    if place == "reference/errors.md":  # whoever searches for a message wants its remedy first
-        page.meta["search"] = {"boost": 4}
+    for folder, boost in BOOSTS.items():
+        if place.startswith(folder):
+            page.meta["search"] = {"boost": boost}
 
     def moved(match: re.Match[str]) -> str:
         target = resolved(source, match[2])
