@@ -115,7 +115,8 @@ class Preferences(eqx.Module):
         `preference_accuracy`: how often the policy gives the chosen completion the higher
         probability; `win_rate`: how often the chosen completion has the higher implicit reward;
         ties count one half. `reward_margin_mean` and `reward_margin_std` (of the pairs, not of the
-        mean) are in nats. `kl` is in nats per completion, over chosen and rejected ones.
+        mean) are in the unit of the rewards. `kl` is in nats per completion, over chosen and
+        rejected ones.
         """
         means = {
             "preference_accuracy": safe_ratio(self.accurate, self.weight),
@@ -146,7 +147,7 @@ def count_preferences(
     **Arguments:**
 
     - `policy`: the policy's log-probabilities.
-    - `margin`: chosen reward minus rejected reward, in nats. Shape `(pairs,)`.
+    - `margin`: chosen reward minus rejected reward, `beta` included. Shape `(pairs,)`.
     - `kl`: the KL of the chosen and of the rejected completions. Shape `(pairs,)` each.
     - `weight`: the weight of each pair, by default `policy.weight`. A pair of weight 0 adds
         nothing, not even NaN.

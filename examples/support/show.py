@@ -146,7 +146,7 @@ def draw(path: Path, training: Columns, held_out: Columns, frontier: Sequence[Nu
     loss.axhline(0.6931, color="black", linestyle=":", linewidth=1, label="log 2: no preference")
     _over_steps(accuracy, "rewards/accuracies", training, held_out, "accuracy (share ranked right)")
     accuracy.axhline(0.5, color="black", linestyle=":", linewidth=1, label="chance")
-    _over_steps(margin, "rewards/margins", training, held_out, "reward margin (nats)")
+    _over_steps(margin, "rewards/margins", training, held_out, "reward margin")
     margin.axhline(0, color="black", linestyle=":", linewidth=1, label="reference")
     if "gold" in held_out:
         _gold_against_kl(kl, held_out, frontier)

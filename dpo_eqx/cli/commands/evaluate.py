@@ -151,7 +151,7 @@ def in_words(result: dict[str, Any]) -> str:
         "chosen_logp": "log-probability of chosen answers (nats)",
         "rejected_logp": "log-probability of rejected answers",
         "win_rate": "win rate (implicit reward)",
-        "reward_margin_mean": "reward margin, mean (nats)",
+        "reward_margin_mean": "reward margin, mean",
         "reward_margin_std": "reward margin, standard deviation",
         "kl": "KL to the reference (nats per completion)",
     }

@@ -90,14 +90,14 @@ def draw_margin(axes: Any, records: Sequence[Record]) -> None:
     """The chosen answer's reward minus the rejected answer's."""
     _curves(axes, records, [Series("rewards/margins", "training")])
     _line(axes, 0, "no preference")
-    axes.set_ylabel("reward margin (nats)")
+    axes.set_ylabel("reward margin")
 
 
 def draw_rewards(axes: Any, records: Sequence[Record]) -> None:
     """Both rewards: if both fall, both answers have become less likely than at the start."""
     _curves(axes, records, _both("rewards"))
     _line(axes, 0, "as the reference")
-    axes.set_ylabel("implicit reward (nats)")
+    axes.set_ylabel("implicit reward")
 
 
 def draw_log_probs(axes: Any, records: Sequence[Record]) -> None:

@@ -16,7 +16,7 @@ from .read import Record
 def draw_histogram(axes: Any, records: Sequence[Record]) -> None:
     """Margins before and after; for several runs, margins after, as shares of each run's pairs."""
     shares = len(records) > 1
-    axes.set(xlabel="reward margin (nats)", ylabel="share of pairs" if shares else "pairs")
+    axes.set(xlabel="reward margin", ylabel="share of pairs" if shares else "pairs")
     sets = _margins(records)
     spread_out = [values for _, values, _ in sets if np.ptp(values) > 1e-3]
     edges = np.histogram_bin_edges(np.concatenate([np.zeros(1), *spread_out]), bins=24)
@@ -46,7 +46,7 @@ def draw_calibration(axes: Any, records: Sequence[Record]) -> None:
 
 def draw_lengths(axes: Any, records: Sequence[Record]) -> None:
     """Margins after the run against how much longer the chosen answer is."""
-    axes.set(xlabel="chosen longer by (tokens)", ylabel="reward margin (nats)")
+    axes.set(xlabel="chosen longer by (tokens)", ylabel="reward margin")
     for number, record in enumerate(records):
         if not has_pairs(record.after):
             continue
