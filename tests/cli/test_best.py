@@ -77,6 +77,7 @@ def settings(tmp_path, **given):
         ("eval/loss", (), LOSS),
         ("rewards/accuracies", ("a",), ACCURACY),
         ("max:loss", ("a",), LOSS._replace(maximise=True)),
+        ("eval_loss", ("a",), LOSS),
         ("min:eval/logps/chosen", ("a",), Goal("eval/logps/chosen", maximise=False)),
         ("good/rewards/margins", ("good=a",), Goal("eval/good/rewards/margins", maximise=True)),
         ("max:bad/x:y", ("good=a", "bad=b"), Goal("eval/bad/x:y", maximise=True)),

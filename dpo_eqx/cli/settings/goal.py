@@ -38,7 +38,9 @@ def goal_of(settings: Settings) -> Goal | None:
     is_given = bool(colon) and direction in ("min", "max")
     name = name if is_given else settings.keep_best
     sets = [held_out.name for held_out in held_out_of(settings.eval_data)]
-    held_out, metric = _split(name if "eval" in sets else name.removeprefix("eval/"), sets)
+    # `eval/` is what our files have before a metric, and `eval_` what users of TRL write.
+    without = name.removeprefix("eval/").removeprefix("eval_")
+    held_out, metric = _split(name if "eval" in sets else without, sets)
     if not is_given and metric not in _MAXIMISED:
         raise ValueError(
             f"`--keep-best {name}` must say whether the metric is to be minimised or maximised, "
