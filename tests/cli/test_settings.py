@@ -205,6 +205,16 @@ def test_contradictions(given, message):
         check(Settings(model="m", data=("d",), output=Path("o"), **given))
 
 
+def test_all_contradictions_are_told_at_once():
+    given = {"lora_rank": 2, "sync_reference_every": 2, "pack": True, "wpo": True}
+    with pytest.raises(ValueError, match="contradict") as caught:
+        check(Settings(model="m", data=("d",), output=Path("o"), **given))
+    assert [line.split(" contradict")[0] for line in str(caught.value).splitlines()] == [
+        "`--lora-rank` and `--sync-reference-every`",
+        "`--pack` and `--wpo`",
+    ]
+
+
 def test_each_command_can_do_without_the_fused_kernel():
     settings = parse(["--model", str(MODEL), "--data", "d", "--output", "o", "--no-fused"])
     assert not load_policy(settings).config.fused

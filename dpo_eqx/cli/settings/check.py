@@ -60,14 +60,14 @@ def check(settings: Settings) -> None:
         for pattern in given:
             _check_pattern(name, pattern)
     check_optimizer(settings.optimizer)
-    raise_first(_contradictions(settings))
-    raise_first(_about_evaluations(settings))
+    raise_all(_contradictions(settings))
+    raise_all(_about_evaluations(settings))
     if settings.sample_prompts is not None and not settings.sample_every:
         raise ValueError(
             "`--sample-prompts` needs a number of steps between answers; give `--sample-every` too."
         )
     goal_of(settings)
-    raise_first(_of_optimizer(settings))
+    raise_all(_of_optimizer(settings))
 
 
 def check_optimizer(name: str) -> None:
@@ -269,8 +269,7 @@ def _of_optimizer(s: OptimizerFlags) -> Iterator[str]:
         )
 
 
-def raise_first(problems: Iterator[str]) -> None:
-    """Raises `ValueError` with the first of the messages, if there is one."""
-    problem = next(problems, None)
-    if problem is not None:
-        raise ValueError(problem)
+def raise_all(problems: Iterator[str]) -> None:
+    """Raises `ValueError` with all messages, one in a line, if there are any."""
+    if found := list(problems):
+        raise ValueError("\n".join(found))

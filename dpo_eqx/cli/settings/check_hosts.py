@@ -3,13 +3,13 @@
 import re
 from collections.abc import Iterator
 
-from .check import flag, raise_first
+from .check import flag, raise_all
 from .settings import Settings
 
 
 def check_hosts(settings: Settings) -> None:
     """Raises `ValueError` if the settings do not let a process find the other processes."""
-    raise_first(_hosts(settings))
+    raise_all(_hosts(settings))
 
 
 def _hosts(settings: Settings) -> Iterator[str]:
