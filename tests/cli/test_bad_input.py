@@ -147,6 +147,10 @@ CASES = {
     "contradiction": ({"reference_free": True, "reference": "x"}, "contradict each other"),
     "unknown loss": ({"loss": "sigmoyd"}, "Did you mean 'sigmoid'"),
     "unneeded reference": ({"loss": "simpo", "reference": "x"}, "uses no reference"),
+    "another vocabulary": (
+        {"reference": str(GOLDEN / "models" / "families" / "llama-biases")},
+        "`--reference` must have the vocabulary of `--model`: .*gpt2 has 96 tokens, .* has 160",
+    ),
     "single completions": ({"loss": "kto"}, "needs single completions, and .* holds token ids"),
     "an unknown column": ({"columns": "prompt=question"}, "maps `prompt` to `question`"),
     "no adapter": ({"lora_rank": 2, "lora_target": "zzz"}, "'zzz' matches none. There are: layers"),

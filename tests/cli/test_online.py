@@ -26,7 +26,7 @@ from dpo_eqx.models import RewardModel, load, sample, save
 
 from .commands import one_message
 from .interrupted import at_line, steady
-from .runs import lines_of, same_weights, weights_of
+from .runs import GOLDEN, lines_of, same_weights, weights_of
 
 PROMPTS = ["Why?", "What is 2 + 2?", "So", "X", "Oh"]
 JUDGES = """
@@ -244,6 +244,10 @@ BAD = {
     "temperature": ({"temperature": 0.0}, "`--temperature` must be positive; got 0.0"),
     "no prompts": ({"prompts": "nowhere.txt"}, "there is no `nowhere.txt`"),
     "beta": ({"beta": -1.0}, "`--beta` must be positive"),
+    "another vocabulary": (
+        {"reference": str(GOLDEN / "models" / "families" / "gpt2")},
+        "`--reference` must have the vocabulary of `--model`",
+    ),
 }
 
 

@@ -62,8 +62,7 @@ def evaluate(arguments: Sequence[str]) -> None:
     use_compilation_cache(flags.compilation_cache)
     _check(flags)
     vocab = vocab_size(flags.model)
-    if flags.reference is not None:
-        check_one_vocabulary(flags.model, flags.reference, "--reference")
+    check_one_vocabulary(flags.model, flags.reference, "--reference")
     settings = flags.as_training(
         reference=flags.reference, batch_size=flags.batch_size, beta=flags.beta
     )

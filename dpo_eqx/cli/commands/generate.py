@@ -73,8 +73,7 @@ def generate(arguments: Sequence[str]) -> None:
     use_compilation_cache(flags.compilation_cache)
     _check(flags)
     vocab_size(flags.model)  # raises if there is no model
-    if flags.compare is not None:
-        check_one_vocabulary(flags.model, flags.compare, "--compare")
+    check_one_vocabulary(flags.model, flags.compare, "--compare")
     given = [Prompt(text, "`--prompt`") for text in flags.prompt]
     if flags.data is not None:
         given += read_prompts(flags.data, flags.limit, Reading.of(flags, as_chat=flags.as_chat))

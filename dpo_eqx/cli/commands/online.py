@@ -27,6 +27,7 @@ from ..compose.rewards import (
     model_judge,
 )
 from ..compose.tokenizer import template_in_file, tokenizer_of
+from ..compose.vocabulary import check_one_vocabulary
 from ..report.probe import make_sample_probe
 from ..run import devices, rounds
 from ..run.checkpoints import Checkpoints
@@ -134,6 +135,7 @@ def _needs_offset(settings: Online) -> bool:
 
 
 def _encode(settings: Online, tokenizer: Any) -> draws.Encoded:
+    check_one_vocabulary(settings.model, settings.reference, "--reference")
     encoded = draws.encode(
         read_prompts(settings.prompts, None, Reading.of(settings)),
         tokenizer,

@@ -24,6 +24,7 @@ from .loss import (
 )
 from .packing import check_packable
 from .score import check_weights
+from .vocabulary import check_one_vocabulary
 
 
 def prepare_all(settings: Settings, loss: Loss) -> list[Prepared]:
@@ -35,6 +36,7 @@ def prepare_all(settings: Settings, loss: Loss) -> list[Prepared]:
     """
     vocab = vocab_size(settings.model)
     reference = settings.reference if needs_reference(loss) else None
+    check_one_vocabulary(settings.model, reference, "--reference")
     positions = learned_positions(settings.model, reference)
     sources = sources_of(settings.data)
     paths = [source.path for source in sources]

@@ -8,11 +8,14 @@ from ...models._checkpoint.folder import resolve
 from .data import vocab_size
 
 
-def check_one_vocabulary(model: str, other: str, flag: str) -> None:
+def check_one_vocabulary(model: str, other: str | None, flag: str) -> None:
     """Raises `ValueError` if `model` and `other`, which `flag` gave, differ in their vocabulary.
 
     Vocabularies differ if their sizes differ, or if a token has another id in the other tokenizer.
+    `None`, the value of a flag that was not given, passes.
     """
+    if other is None:
+        return
     sizes = [vocab_size(model), vocab_size(other, flag)]
     if sizes[0] != sizes[1]:
         raise ValueError(
