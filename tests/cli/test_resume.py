@@ -229,6 +229,7 @@ def snapshot(folder):
 def test_a_loss_that_is_not_finite_stops(tmp_path, capsys):
     assert small(tmp_path, learning_rate=1e30, schedule="constant", warmup_steps=0) == 2
     error = capsys.readouterr().err
-    assert "is not finite at step 2" in error
+    assert "not finite at step 2" in error
+    assert "another `--output`" in error
     assert lines_of(tmp_path / "run")[-1]["step"] == 2
     assert not np.isnan([line["loss"] or 0 for line in lines_of(tmp_path / "run")]).any()

@@ -15,6 +15,7 @@ from jaxtyping import Array, Int
 from ..._arrays.batches import PreferenceBatch
 from ..._arrays.packed import PackedBatch
 from ..._scoring.predict import sizes_of
+from ...data._records.values import ticked
 from .sinks import Numbers, Sink
 
 TOKENS = "tokens"
@@ -128,8 +129,31 @@ def without_sides(line: Mapping[str, float], absent: Sequence[str]) -> dict[str,
 def _check_finite(step: int, line: Numbers) -> None:
     names = [name for name, value in line.items() if not math.isfinite(value)]
     if names:
+        words = f"{ticked(names)} {'is' if len(names) == 1 else 'are'}"
         raise ValueError(
-            f"{', '.join(f'`{name}`' for name in names)} is not finite at step {step}, so "
-            "no checkpoint of this step was made. Lower `--learning-rate`, warm up longer, or "
-            "look for a row that is far larger than all others."
+            f"{words} not finite at step {step}, so no checkpoint of this step was made. "
+            f"{_remedy(step, names)}"
         )
+
+
+def _remedy(step: int, names: Sequence[str]) -> str:
+    """What to do about the metrics `names`, which are not finite at a step."""
+    kinds = {name.partition("/")[0] for name in names}
+    # A reward is the difference of the two log-probabilities, times a finite number.
+    if "rewards" in kinds and "logps" not in kinds:
+        return (
+            "The log-probabilities of the policy are finite, so those of the reference are not. "
+            "Give another `--reference`, or mend its log-probabilities in the data."
+        )
+    if step == 1:
+        return (
+            "No update came before, so the learning rate is not the cause: the model, its "
+            "reference or the data already give it. Try `--compute-dtype float32`, look at the "
+            "model with `dpo-eqx generate`, and at the rows with `dpo-eqx inspect`."
+        )
+    # The same settings give the same bits, and `--resume` refuses others.
+    return (
+        "`--resume` would come to the same. Start again with another `--output`, and with a lower "
+        "`--learning-rate` or a longer warm-up, or without a row that is far longer than all "
+        "others."
+    )
