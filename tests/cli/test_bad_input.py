@@ -182,8 +182,13 @@ def test_columns_against_flags(tmp_path, capsys):
 def test_a_folder_that_is_none(tmp_path, capsys):
     write_data(tmp_path / "data.jsonl")
     (tmp_path / "file").write_text("mine")
-    assert small(tmp_path, output=tmp_path / "file" / "run") == 2
-    assert "`--output` must be a folder; " in capsys.readouterr().err
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    wrong = {"file/run": "a file", "file": "a file", "link": "a link to nothing"}
+    for path, kind in wrong.items():
+        assert small(tmp_path, output=tmp_path / path) == 2
+        message = f"`--output` must be a folder; {tmp_path / path.split('/')[0]} is {kind}."
+        assert message in capsys.readouterr().err
+    bad(capsys, tmp_path, "`--cache` must be a folder; ", small(tmp_path, cache=tmp_path / "file"))
     assert (tmp_path / "file").read_text() == "mine"
 
 
@@ -203,6 +208,13 @@ def test_a_folder_that_holds_a_run(name, tmp_path, capsys):
     assert f"holds a run already ({name}). Continue it with `--resume`" in error
     assert [path.name for path in (tmp_path / "run").iterdir()] == [name]
     assert (tmp_path / "run" / name).read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["tensorboardX", "wandb"])
+def test_a_logger_that_is_missing(name, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, name, None)
+    status = small(tmp_path, log="tensorboard" if name == "tensorboardX" else name)
+    bad(capsys, tmp_path, f"`{name}` is needed here and is not installed", status)
 
 
 def test_an_extra_that_is_missing(tmp_path, capsys, monkeypatch):

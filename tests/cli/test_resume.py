@@ -15,6 +15,7 @@ import pytest
 from dpo_eqx import losses
 from dpo_eqx.cli.compose.preferences import prepare_all
 from dpo_eqx.cli.run import checkpoints, inputs
+from dpo_eqx.cli.run.folder import Folder
 from dpo_eqx.cli.run.inputs import check_same, digest_weights, digests_of
 from dpo_eqx.cli.settings.settings import Settings
 
@@ -151,6 +152,34 @@ def test_another_run_is_not_continued(tmp_path, whole, capsys):
     assert small(tmp_path, model=model, resume=True) == 2
     assert "started; it has changed. Give the same file" in capsys.readouterr().err
     assert snapshot(tmp_path / "run") == before
+
+
+def test_a_start_without_a_step_does_not_take_the_folder(tmp_path):
+    """A run of other settings replaces what the start wrote, but nothing of a run with a step."""
+    folder = Folder(tmp_path / "run")
+    first, second = (
+        Settings(model="m", data=("d",), output=folder.path, beta=beta) for beta in (0.1, 0.2)
+    )
+    folder.check(first)
+    folder.begin(first, {}, 0)
+    for path in (folder.evaluations, folder.samples, folder.metrics):
+        path.write_text("")
+    folder.evaluations.write_text('{"step": 0}\n')
+    folder.check(second)
+    folder.begin(second, {}, 0)
+    assert "beta: 0.2" in folder.config.read_text()
+    assert len(folder.starts()) == 1
+    assert not folder.evaluations.exists()
+    later = [folder.checkpoints, folder.model, folder.adapter, folder.page, folder.metrics]
+    for path in later:
+        path.write_text('{"step": 1}\n')
+        for refused in (folder.check, lambda settings: folder.begin(settings, {}, 0)):
+            with pytest.raises(ValueError, match="holds a run already"):
+                refused(second)
+        path.unlink()
+    folder.run.unlink()
+    with pytest.raises(ValueError, match=r"holds a run already \(config.yaml\)"):
+        folder.check(second)
 
 
 def change_last_byte(path):

@@ -35,6 +35,7 @@ from ..run.compilation_cache import use_compilation_cache
 from ..run.folder import Folder
 from ..run.inputs import digest_reward, digests_of
 from ..run.loop import Run, make_advance
+from ..run.sinks import check_installed
 from ..run.state import State
 from ..settings.check import check
 from ..settings.online import Online, check_online
@@ -61,6 +62,7 @@ def online(arguments: Sequence[str]) -> None:
     check_online(settings)
     mesh = devices.mesh_of(settings)
     folder.check(settings)
+    check_installed(settings)
     loss = _loss(settings)
     template, tokenizer = template_in_file(settings.chat_template), tokenizer_of(settings)
     encoded = _encode(settings, tokenizer)

@@ -47,7 +47,7 @@ from ..run.late_metrics import NUM_TOKENS
 from ..run.loop import Place, Run, is_over, loop, make_advance, restore
 from ..run.out_of_memory import explained
 from ..run.samples import make_samples
-from ..run.sinks import Numbers, Samples, no_sinks, open_sinks
+from ..run.sinks import Numbers, Samples, check_installed, no_sinks, open_sinks
 from ..run.state import State, evaluated, offloaded
 from ..run.updates import UpdateWatch
 from ..settings.check import check
@@ -162,6 +162,8 @@ def _prepare(
     """The loss, the data, the prompts to answer and the mesh, after all settings are checked."""
     check(settings)
     folder.check(settings)
+    if hosts.is_first():
+        check_installed(settings)
     loss = compose_loss(settings)
     prepared = prepare_all(settings, loss)
     return loss, prepared, sample_prompts(settings, prepared), devices.mesh_of(settings)

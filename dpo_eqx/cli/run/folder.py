@@ -58,9 +58,11 @@ class Folder:
 
     def check(self, settings: Settings) -> None:
         """Raises `ValueError` or `OSError` if this run must not, or cannot, write to the folder."""
-        _check_writable(self.path)
+        _check_writable("--output", self.path)
+        if settings.cache is not None:
+            _check_writable("--cache", settings.cache)
         names = [path.name for path in vars(self).values() if path != self.path and path.exists()]
-        if not names:
+        if not names or self._has_no_step():
             return
         if not settings.resume:
             raise ValueError(
@@ -73,6 +75,9 @@ class Folder:
 
     def begin(self, settings: Settings, facts: Mapping[str, Any], step: int) -> None:
         """Makes the folder, and writes the settings and facts of a run that starts at `step`."""
+        if not step:
+            # Loading took a while, in which another run may have taken the folder.
+            self.check(settings)
         self.path.mkdir(parents=True, exist_ok=True)
         if not step:
             self._clear()
@@ -85,6 +90,15 @@ class Folder:
         """Adds facts to those of the run."""
         known = json.loads(self.run.read_text())
         replace_text(self.run, json.dumps({**known, **facts}, indent=1) + "\n")
+
+    def _has_no_step(self) -> bool:
+        """Whether a run began here and took no step, so that another start may replace its files.
+
+        `run.json` tells them from a user's own, such as a `config.yaml` for a run to come.
+        """
+        later = (self.checkpoints, self.model, self.adapter, self.after, self.page, self.picture)
+        has_lines = self.metrics.exists() and self.metrics.stat().st_size > 0
+        return self.run.is_file() and not has_lines and not any(path.exists() for path in later)
 
     def _clear(self) -> None:
         """Removes the files of an earlier run that never reached a complete checkpoint."""
@@ -158,16 +172,18 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _check_writable(path: Path) -> None:
-    """Raises `OSError` if the folder cannot be made or written to."""
-    nearest = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+def _check_writable(flag: str, path: Path) -> None:
+    """Raises `OSError` if the folder that the flag gave cannot be made or written to."""
+    # A link to nothing does not exist, but no folder can be made in its place.
+    nearest = next(p for p in (path, *path.absolute().parents) if os.path.lexists(p))
     if not nearest.is_dir():
+        kind = "a file" if nearest.exists() else "a link to nothing"
         raise NotADirectoryError(
-            f"`--output` must be a folder; {nearest} is a file. Give another path."
+            f"`{flag}` must be a folder; {nearest} is {kind}. Give another path."
         )
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise PermissionError(
-            f"`--output` must be a folder to write to; {nearest} is not writable. Give another "
+            f"`{flag}` must be a folder to write to; {nearest} is not writable. Give another "
             "folder, or change its permissions."
         )
 

@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 from ..._extras import require
@@ -26,12 +27,27 @@ SampleSink = Callable[[int, Samples], None]
 SAMPLE_COLUMNS = ("prompt", "answer", "reference")
 
 
+# The package that each value of `--log` needs, and the extra that brings it.
+_PACKAGES = {"tensorboard": ("tensorboardX", "train"), "wandb": ("wandb", "wandb")}
+
+
 class Sinks(NamedTuple):
     """Where the numbers of training and of evaluations go, and samples."""
 
     training: Sink
     evaluation: Sink
     samples: SampleSink
+
+
+def check_installed(settings: Settings) -> None:
+    """Raises `ImportError` if a package that `--log` needs is missing, before the work begins."""
+    for name in settings.log:
+        _package(name)
+
+
+def _package(name: str) -> ModuleType:
+    module, extra = _PACKAGES[name]
+    return require(module, extra=extra)
 
 
 @contextlib.contextmanager
@@ -106,8 +122,7 @@ def _is_up_to(line: str, step: int) -> bool:
 
 @contextlib.contextmanager
 def _tensorboard(folder: Folder, start: int) -> Iterator[tuple[Sink, SampleSink]]:
-    tensorboard = require("tensorboardX", extra="train")
-    writer = tensorboard.SummaryWriter(str(folder.tensorboard), purge_step=start + 1)
+    writer = _package("tensorboard").SummaryWriter(str(folder.tensorboard), purge_step=start + 1)
 
     def write(step: int, numbers: Numbers) -> None:
         for name, value in numbers.items():
@@ -124,7 +139,7 @@ def _tensorboard(folder: Folder, start: int) -> Iterator[tuple[Sink, SampleSink]
 
 @contextlib.contextmanager
 def _wandb(settings: Settings, folder: Folder) -> Iterator[tuple[Sink, SampleSink]]:
-    wandb = require("wandb", extra="wandb")
+    wandb = _package("wandb")
     given = {name: value for name, (_, value) in differences(settings, {}).items()}
     began = folder.starts()[0]["time"]
     run = wandb.init(
