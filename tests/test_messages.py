@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import dpo_eqx as dpx
-from dpo_eqx import losses, models
+from dpo_eqx import data, losses, models, sharding
 
 from .policies import VOCAB, Attention, Perceptron, random_batch
 
@@ -239,3 +239,78 @@ def test_generate_from_a_policy_that_returns_a_tuple():
     wrong = Returns(LOGITS["tuple"][0])
     with pytest.raises(ValueError, match=r"`policy\(ids\)` must return .*got a tuple of 2"):
         models.generate(wrong, BATCH.prompt, max_new_tokens=1, temperature=0)
+
+
+REFERENCE = Perceptron(jax.random.key(1))
+SINGLE = dpx.UnpairedBatch(BATCH.prompt, BATCH.chosen, np.array([True, False]))
+PAIRS = dpx.PairLogProbs(np.zeros(2), np.zeros(2))
+MORE = dpx.PairLogProbs(np.zeros(3), np.zeros(3))
+THUMBS = dpx.UnpairedLogProbs(np.zeros(2), np.ones(2, bool))
+
+
+def step(loss, policy, batch, **options):
+    """Traced only, as a gradient and as an evaluation."""
+    return [
+        lambda make=make: eqx.filter_eval_shape(make(loss, **options), policy, batch, REFERENCE)
+        for make in (dpx.make_grad, dpx.make_eval)
+    ]
+
+
+MISTAKES = {
+    "kto on pairs": (
+        step(losses.kto, POLICY, BATCH),
+        "`kto` takes the log-probabilities of single completions, `dpx.UnpairedLogProbs`; got an "
+        "object of class PairLogProbs.*`score=dpx.score_unpaired`",
+    ),
+    "dpo on single completions": (
+        step(losses.dpo, POLICY, SINGLE),
+        "`score_pairs` takes a batch .*`rejected`; got an object of class UnpairedBatch. Give "
+        "`score=dpx.score_unpaired` .* loss of single completions",
+    ),
+    "dpo on their scores": (
+        step(losses.dpo, POLICY, SINGLE, score=dpx.score_unpaired),
+        "`dpo` takes the log-probabilities of pairs, .*class UnpairedLogProbs.*dpx.score_pairs",
+    ),
+    "a score of single completions on pairs": (
+        step(losses.kto, POLICY, BATCH, score=dpx.score_unpaired),
+        "`score_unpaired` takes .*class PreferenceBatch. Give `score=dpx.score_pairs`",
+    ),
+    "a dict": (
+        step(losses.dpo, POLICY, {"prompt": np.zeros(2)}),
+        "`batch` must be a `dpx.PreferenceBatch`.*class dict. Make one",
+    ),
+    "policy and batch": (
+        step(losses.dpo, BATCH, POLICY),
+        "got an object of class Perceptron. The policy comes first",
+    ),
+    "policy and batch of a score": (
+        [lambda: dpx.score_pairs(BATCH, POLICY)],
+        "got an object of class Perceptron. The policy comes first",
+    ),
+    "the name of a loss": (
+        [
+            lambda: dpx.make_step("sigmoid", None),
+            lambda: dpx.make_eval("sigmoid"),
+        ],
+        r"`loss` must be a function .* got 'sigmoid'. Give `losses.BY_NAME\['sigmoid'\]`",
+    ),
+    "other pairs": (
+        [lambda: losses.dpo(PAIRS, MORE)],
+        r"log-probabilities of the same pairs; got arrays of shape \(2,\) and \(3,\)",
+    ),
+    "a loss of pairs": ([lambda: losses.simpo(THUMBS, None)], "`simpo` takes the log-prob.*pairs"),
+    "a text": ([lambda: losses.dpo(PAIRS, PAIRS, beta="0.1")], "`beta` must be a number.*'0.1'"),
+    "sizes": (
+        [lambda: sharding.make_mesh({"data": 4, "tensor": 2})],
+        "must be a text of names and sizes; .*dict. Write 'data=4,tensor=2'",
+    ),
+    "a mapping": ([lambda: data.mix({"a": [{}]})], "`sources` must be a list .* got a mapping"),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_what_is_mixed_up(case, unchecked):
+    runs, message = MISTAKES[case]
+    for run in runs:
+        with pytest.raises(ValueError, match=message):
+            run()

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Int, Integer, Real
 
 from .._jax.scalars import Weights
+from .kinds import check_is_batch
 from .layout import AbstractLayout
 from .log_probs import PairLogProbs, UnpairedLogProbs
 from .tokens import as_ids, narrow_on_host
@@ -226,6 +227,7 @@ class PackedBatch(eqx.Module):
 
 def rows_of(batch: Any) -> int:
     """What microbatches and devices split: the rows of a packed batch, the pairs of any other."""
+    check_is_batch(batch)
     return batch.rows if isinstance(batch, PackedBatch) else batch.pairs
 
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from .._arrays.kinds import check_kind
 from .._arrays.log_probs import PairLogProbs, TokenValues, UnpairedLogProbs
 from .._arrays.packed import PackedBatch, PackedLayout, by_pair
 from .._arrays.tokens import as_ids
@@ -68,6 +69,7 @@ def score_packed(
     `ValueError` if the policy does not offer `FastPolicy` or returns an array of a wrong shape, if
     the batch holds single completions, or if `how` or a metric is another word.
     """
+    check_kind(batch, "ids", "lengths", "scored", score="score_packed")
     if batch.label is not None:
         raise ValueError(
             "`batch` must hold pairs for `score_packed`; got single completions. Take "
@@ -105,6 +107,7 @@ def score_packed_unpaired(
     mismatched completions. Arguments and errors are as in `score_packed`, except that the batch
     must hold single completions.
     """
+    check_kind(batch, "ids", "lengths", "scored", score="score_packed_unpaired")
     if batch.label is None:
         raise ValueError(
             "`batch` must hold single completions for `score_packed_unpaired`; got pairs. Take "

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .._arrays.batches import PreferenceBatch
+from .._arrays.kinds import check_kind
 from .._arrays.log_probs import PairLogProbs
 from .._arrays.tokens import Tokens, as_ids
 from .._head.token_log_probs import token_log_probs
@@ -62,6 +63,7 @@ def pseudo_score(mask_id: int, *, groups: int | None = None) -> Score[PairLogPro
 
     def score(policy: PyTree, batch: PreferenceBatch, *, key: Keys | None = None) -> PairLogProbs:
         check_is_policy(policy)
+        check_kind(batch, "prompt", "chosen", "rejected", score="pseudo_score")
         keys = keys_per_pair(key, batch.pairs)
         of_tokens = partial(_token_scores, policy, batch.prompt, mask_id=mask_id, groups=groups)
         # One key for each completion, as in `score_pairs`.

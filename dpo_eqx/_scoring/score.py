@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .._arrays.batches import PreferenceBatch, UnpairedBatch
+from .._arrays.kinds import check_kind
 from .._arrays.log_probs import PairLogProbs, TokenValues, UnpairedLogProbs
 from .._arrays.tokens import Tokens, as_ids
 from .._head.predictions import AbstractPrediction
@@ -80,6 +81,7 @@ def score_pairs(
     `ValueError` if the policy returns an array of a wrong shape, if `how` is another word, if a
     metric has no such name, or if the number of keys is not the number of pairs.
     """
+    check_kind(batch, "prompt", "chosen", "rejected", score="score_pairs")
     completions = batch.chosen, batch.rejected
     chosen, rejected = _token_scores(
         policy, batch.prompt, completions, key, chunk_size, how, confidence, metrics
@@ -101,6 +103,7 @@ def score_unpaired(
     Arguments, errors and the fast path are as in `score_pairs`. No gradient flows through `kl`,
     which the losses treat as a constant.
     """
+    check_kind(batch, "prompt", "completion", "label", score="score_unpaired")
     completions = (batch.completion,) if batch.kl is None else (batch.completion, batch.kl)
     completion, *kl = _token_scores(
         policy, batch.prompt, completions, key, chunk_size, how, metrics=metrics
@@ -156,6 +159,7 @@ def ld_score(alpha: Number) -> Score[PairLogProbs]:
         chunk_size: int | None = None,
         how: How = "vmap",
     ) -> PairLogProbs:
+        check_kind(batch, "prompt", "chosen", "rejected", score="ld_score")
         completions = batch.chosen, batch.rejected
         pair = _token_scores(policy, batch.prompt, completions, key, chunk_size, how)
         lengths = [tokens.length() for tokens in pair]

@@ -10,7 +10,7 @@ from .._jax.mapped_axes import AxisName, total, vary
 from .._scoring.score import score_pairs
 from ..protocols import Evaluate, Loss, MetricsFunction, Score
 from .metrics import default_metrics, weighted_sums
-from .objective import Scored, loss_of, pair_weights
+from .objective import Scored, check_is_loss, loss_of, pair_weights
 from .reference import choose_reference, run_inference, run_reference
 
 
@@ -45,6 +45,8 @@ def make_eval(
 
     `ValueError` at trace time, as `make_grad`.
     """
+
+    check_is_loss(loss)
 
     def evaluate(policy: PyTree, batch: Any, reference: PyTree | None = None) -> Metrics:
         reference = choose_reference(policy, batch, reference, reference_of)

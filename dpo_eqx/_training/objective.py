@@ -84,6 +84,16 @@ def mean_loss(pairs: Scored, losses: Any, axis_name: AxisName | None) -> Float[A
     return total(weighted_sums({"loss": losses.loss}, pairs.weight), axis_name).mean()["loss"]
 
 
+def check_is_loss(loss: Loss) -> None:
+    """Raises `ValueError` if `loss` is not a function, but the name of a loss."""
+    if not callable(loss):
+        remedy = f"`losses.BY_NAME[{loss!r}]`" if isinstance(loss, str) else "`losses.dpo`"
+        raise ValueError(
+            "`loss` must be a function of the log-probabilities of policy and reference; got "
+            f"{described(loss)}. Give {remedy}."
+        )
+
+
 def check_no_bound_axis(loss: Loss) -> None:
     """Raises if `partial` has bound an array with axes, which would not be split with the pairs."""
     for part, bound in parts(loss):

@@ -33,6 +33,7 @@ from ..protocols import Loss, MetricsFunction, Score
 from .metrics import weighted_sums
 from .objective import (
     Scored,
+    check_is_loss,
     check_no_bound_axis,
     loss_and_slopes,
     loss_of,
@@ -56,7 +57,8 @@ class Setup(NamedTuple):
 
 
 def check_setup(setup: Setup) -> None:
-    """Raises `ValueError` if the loss holds an array that should be split with the pairs."""
+    """Raises `ValueError` if the loss is not a function, or holds an array to split by pairs."""
+    check_is_loss(setup.loss)
     if setup.microbatches != 1 or setup.axis_name is not None:
         check_no_bound_axis(setup.loss)
 

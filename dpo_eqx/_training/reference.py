@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, PyTree
 
+from .._arrays.kinds import check_is_batch
 from .._arrays.log_probs import PairLogProbs, UnpairedLogProbs
 from .._arrays.packed import rows_of
 from .._jax.dtypes import at_least_float32, cast, in_dtype
@@ -168,6 +169,7 @@ def choose_reference(
 
     `ValueError` if there are two references, or the view depends on an array that is trained.
     """
+    check_is_batch(batch)
     references = {
         "the argument `reference`": reference,
         "`batch.reference`": batch.reference,

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from .._arrays.log_probs import PairLogProbs, UnpairedLogProbs
+from .._jax.describe import described
 from .._jax.scalars import Number, PerPair
 from ._numerics import difference, wide
 
@@ -24,6 +25,12 @@ else:
 
 Reference = TypeVar("Reference")
 
+# The two kinds of log-probabilities, what they are of, and the scores that make them.
+_FORMS = (
+    ("PairLogProbs", "pairs", "score_pairs"),
+    ("UnpairedLogProbs", "single completions", "score_unpaired"),
+)
+
 
 def log_ratios(
     policy: PairLogProbs, reference: PairLogProbs | None, *, needed_by: str
@@ -33,6 +40,7 @@ def log_ratios(
     No gradient flows into `reference`. If it is missing, a `ValueError` says how to give one.
     """
     reference = require_reference(reference, needed_by=needed_by)
+    _check_form("chosen", policy, reference, needed_by=needed_by)
     chosen = _difference(policy.chosen, reference.chosen)
     return chosen, _difference(policy.rejected, reference.rejected)
 
@@ -42,13 +50,35 @@ def log_ratio(
 ) -> Float[Array, " pairs"]:
     r"""The log-ratio $\rho$ of single completions, as `log_ratios`."""
     reference = require_reference(reference, needed_by=needed_by)
+    _check_form("completion", policy, reference, needed_by=needed_by)
     return _difference(policy.completion, reference.completion)
 
 
 def _difference(
     policy: Float[Array | np.ndarray, " pairs"], reference: Float[Array | np.ndarray, " pairs"]
 ) -> Float[Array, " pairs"]:
+    if np.shape(policy) != np.shape(reference):
+        raise ValueError(
+            f"`policy` and `reference` must hold the log-probabilities of the same pairs; got "
+            f"arrays of shape {np.shape(policy)} and {np.shape(reference)}. Score the same batch "
+            "by both."
+        )
     return difference(wide(policy), jax.lax.stop_gradient(wide(reference)))
+
+
+def _check_form(field: str, *log_probs: object, needed_by: str) -> None:
+    """Raises if a loss of pairs gets single completions, or the other way round.
+
+    `field` is what the right log-probabilities have.
+    """
+    for given in log_probs:
+        if not hasattr(given, field):
+            (kind, rows, score), (_, others, _) = _FORMS if field == "chosen" else reversed(_FORMS)
+            raise ValueError(
+                f"`{needed_by}` takes the log-probabilities of {rows}, `dpx.{kind}`; got "
+                f"{described(given)}. Give a batch of {rows}, and `score=dpx.{score}` to the step, "
+                f"or take a loss of {others}."
+            )
 
 
 def require_reference(reference: Reference | None, *, needed_by: str) -> Reference:
@@ -70,6 +100,7 @@ def lengths(
 
     If they are missing, a `ValueError` says how to get them.
     """
+    _check_form("chosen", policy, needed_by=needed_by)
     for name in ("chosen_length", "rejected_length"):
         if getattr(policy, name) is None:
             raise ValueError(
@@ -95,6 +126,7 @@ def averages(
 
 def average_of(policy: UnpairedLogProbs, *, needed_by: str) -> Float[Array, " pairs"]:
     """The log-probability of single completions per scored token, as `averages`."""
+    _check_form("completion", policy, needed_by=needed_by)
     if policy.length is None:
         raise ValueError(
             f"`{needed_by}` needs `policy.length`, the number of scored tokens, and got none. "

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import jax
 from jax.sharding import AxisType, Mesh
 
+from .._jax.describe import described
 from .._jax.partitioning import AXES
 
 
@@ -51,6 +52,12 @@ def make_mesh(sizes: str, *, devices: Sequence[jax.Device] | None = None) -> Mes
 
 def parse_sizes(sizes: str) -> tuple[int, ...]:
     """The sizes of `data`, `fsdp` and `tensor` in `"data=4,fsdp=2"`; raises as `make_mesh`."""
+    if not isinstance(sizes, str):
+        given = sizes.items() if isinstance(sizes, dict) else {"data": 4, "fsdp": 2}.items()
+        example = ",".join(f"{name}={size}" for name, size in given)
+        raise ValueError(
+            f"`mesh` must be a text of names and sizes; got {described(sizes)}. Write {example!r}."
+        )
     found: dict[str, int] = {}
     for part in filter(None, (text.strip() for text in sizes.split(","))):
         name, _, size = (word.strip() for word in part.partition("="))

@@ -5,7 +5,7 @@
 
 import bisect
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Int
@@ -82,6 +82,11 @@ def mix(
     `ValueError` if there is no source, if one has no rows or other columns than the first, if a
     weight is not positive and finite, or if the weights leave nothing for the sources without one.
     """
+    if isinstance(sources, Mapping):
+        raise ValueError(
+            "`sources` must be a list of rows, in the order of `weights`; got a mapping. Give "
+            "`list(sources.values())`."
+        )
     weights = [None] * len(sources) if weights is None else list(weights)
     _check_weights(weights, len(sources))
     _check_columns(sources)
