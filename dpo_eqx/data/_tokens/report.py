@@ -24,6 +24,8 @@ CUT = {
     "rejected_cut": "rejected completion cut, keeping its start, its EOS lost",
     "completion_cut": "completion cut, keeping its start, its EOS lost",
 }
+# The reasons that a higher limit takes away.
+LIMITED = CUT.keys() | {"prompt_fills_max_length"}
 LOST = {
     "prompt_text_lost": "the chat template leaves out text of the prompt",
     "answer_text_lost": "the chat template leaves out text of an answer",

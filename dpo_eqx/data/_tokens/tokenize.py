@@ -14,7 +14,7 @@ from .._records.prompts import split_answer, split_shared_prompt
 from .._records.read import Records, read
 from .._records.records import NUMBERS, Form
 from .encoder import Encoder, encode_texts, make_encoder
-from .report import CUT, DROPPED, LOST, REASONS, Account, Report
+from .report import CUT, DROPPED, LIMITED, LOST, REASONS, Account, Report
 from .rows import Row, Rows, completions_of, mask_name
 from .scored import check_score, masks_in_row, masks_of
 from .store import open_cache, write_cache
@@ -244,7 +244,8 @@ def _check_strict(reasons: list[str], account: Account, strict: bool, where: str
             REASONS[reason] + (f" ({account[reason]})" if account.get(reason) else "")
             for reason in strict_reasons
         ]
+        limit = "Raise the limit, or repair" if LIMITED & {*strict_reasons} else "Repair"
         raise ValueError(
             f"`strict` allows no row to be dropped or cut and no text to be lost, and {where} "
-            f"would be: {'; '.join(words)}. Raise the limit, or repair or leave out the record."
+            f"would be: {'; '.join(words)}. {limit} or leave out the record."
         )
