@@ -5,13 +5,14 @@ import pytest
 from dpo_eqx.cli.run.updates import UpdateWatch
 
 
-def warnings(fractions, rates=None, *, dtype="float32"):
+def warnings(fractions, rates=None, *, dtype="float32", norm=1.0):
     """What is said while a run goes on, and at its end."""
     said = []
     rates = rates or [1e-6] * len(fractions)
     watch = UpdateWatch(max(rates, default=1e-6), dtype, said.append, narrow=dtype != "float32")
     for fraction, rate in zip(fractions, rates, strict=True):
-        watch.add({"update_fraction": fraction, "learning_rate": rate, "loss": 0.69})
+        numbers = {"update_fraction": fraction, "learning_rate": rate, "grad_norm": norm}
+        watch.add({**numbers, "loss": 0.69})
     during = list(said)
     watch.close()
     return during, said
@@ -31,6 +32,13 @@ def test_float32_has_another_remedy():
     assert "At most 10.0% of the trained numbers changed in the first step" in said
     assert "`--dtype`" not in said
     assert said.endswith("give a larger `--learning-rate`.")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_without_a_preference_no_rate_helps(dtype):
+    (said,) = warnings([0.0] * 10, dtype=dtype, norm=0.0)[0]
+    assert "since the gradient was 0: no pair had a preference" in said
+    assert "`--learning-rate`" not in said
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from ...data._batches.mismatch import check_mismatchable
 from ...data._records.records import Form
 from ...data._records.values import ticked
+from ...data._tokens.report import LIMITED
 from ...data._tokens.rows import PER_PAIR, Row, completions_of, lengths_of, start_of
 from ..settings.settings import Settings
 from ..settings.sources import held_out_of, sources_of
@@ -45,6 +46,8 @@ def prepare_all(settings: Settings, loss: Loss) -> list[Prepared]:
         source = prepare(path, settings, vocab, positions=positions, held_out=held_out)
         _check_fits_loss(source, path, settings, loss)
         _check_starts(source)
+        if not held_out:
+            _check_preferences(source, path, settings)
         mismatched = source.form.unpaired and needs_mismatched(loss)
         check_packable(source.rows, source.form, path, settings, mismatched=mismatched)
         return source
@@ -160,6 +163,21 @@ def _check_starts(source: Prepared) -> None:
                 f"`prompt_ids` must hold a token in {source.place(int(index))}, since its "
                 "completions begin with different tokens. Put the tokenizer's BOS or EOS there."
             )
+
+
+def _check_preferences(source: Prepared, path: str, settings: Settings) -> None:
+    """Raises `ValueError` if the completions of each pair are the same, and the loss compares them.
+
+    Nothing would be learned, or only from errors of rounding.
+    """
+    same = source.report.counts.get("identical_completions", 0)
+    if settings.loss != ("sft",) and 0 < len(source.rows) <= same:
+        cut = LIMITED & source.report.counts.keys()
+        remedy = "raise the limits that cut them, or give other data" if cut else "give other data"
+        raise ValueError(
+            f"No pair of {path} has a preference: chosen and rejected are the same in all "
+            f"{len(source.rows)} rows. Look at them with `dpo-eqx inspect`, and {remedy}."
+        )
 
 
 def _has_start(row: Row) -> bool:

@@ -33,6 +33,7 @@ class UpdateWatch:
         self._least_rate = highest_rate / 2
         self._dtype, self._narrow, self._warn = dtype, narrow, warn
         self._fractions: list[float] = []
+        self._has_gradient = False
         self._is_done = False
 
     def add(self, numbers: Numbers) -> None:
@@ -40,6 +41,7 @@ class UpdateWatch:
         if self._is_done or numbers["learning_rate"] < self._least_rate:
             return
         self._fractions.append(numbers[FRACTION])
+        self._has_gradient |= numbers["grad_norm"] != 0
         if self._fractions[-1] >= ENOUGH:
             self._is_done = True
         elif len(self._fractions) == STEPS:
@@ -55,6 +57,12 @@ class UpdateWatch:
         steps = len(self._fractions)
         which = "the first step" if steps == 1 else f"any of the first {steps} steps"
         found = f"At most {max(self._fractions):.1%} of the trained numbers changed in {which}"
+        if not self._has_gradient:
+            return (
+                f"{found}, since the gradient was 0: no pair had a preference to learn from. Look "
+                "for chosen completions that are the same as the rejected ones, for weights of 0, "
+                "and for rewards that are equal."
+            )
         if self._narrow:
             return (
                 f"{found}: the other updates are smaller than {self._dtype} can hold, and are "
