@@ -16,7 +16,7 @@ _SCORES = {
 
 
 def check_is_batch(batch: Any) -> None:
-    """Raises `ValueError` if `batch` is a dict, a policy, or another object that is no batch."""
+    """Raises `ValueError` if `batch` is something else, such as a dict or a policy."""
     if all(hasattr(batch, name) for name in ("weight", "reference", "per_pair")):
         return
     if callable(batch):

@@ -20,6 +20,7 @@ from .commands.sample import sample
 from .commands.train import train
 from .run.out_of_memory import explained
 from .settings.parse import parse
+from .settings.shared_flags import in_given_names
 from .settings.words import in_flags
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
@@ -86,7 +87,7 @@ def _run(name: str, arguments: Sequence[str]) -> int:
         # suffice, the variable gives the traceback.
         if os.environ.get("DPO_EQX_TRACEBACK"):
             raise
-        print(f"dpo-eqx {name}: {in_flags(str(error))}", file=sys.stderr)
+        print(f"dpo-eqx {name}: {in_given_names(in_flags(str(error)), arguments)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"dpo-eqx {name}: Interrupted.", file=sys.stderr)

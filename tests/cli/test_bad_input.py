@@ -8,12 +8,14 @@ import sys
 
 import pytest
 
+from dpo_eqx import losses
 from dpo_eqx.cli import main
 from dpo_eqx.cli.compose.data import prepare
+from dpo_eqx.cli.compose.preferences import prepare_all
 from dpo_eqx.cli.settings.settings import Settings
 
 from .runs import DATA, GOLDEN, train
-from .small import small, write_data
+from .small import MODEL, small, write_data
 
 GOOD = {"prompt": "Why?", "chosen": " So.", "rejected": " No."}
 CHAT = [{"role": "user", "content": "Why?"}]
@@ -40,6 +42,10 @@ TEXTS = {
     "a column missing later": (
         record() + '\n{"prompt": "Why?", "chosen": " So."}\n',
         "`rejected` is missing in line 2 of",
+    ),
+    "a null": (
+        record() + "\n" + record(rejected=None) + "\n",
+        "`rejected` is null in line 2 of .* Repair this record, or leave it out",
     ),
     "a wrong type": (
         record() + "\n" + record(chosen=3) + "\n",
@@ -69,8 +75,11 @@ def test_data(case, models, tmp_path, capsys):
 
 
 STRICT = {
-    "identical completions": (record(rejected=" So."), "chosen and rejected are the same"),
-    "a prompt longer than the limit": (record(prompt="Why? " * 99), "the prompt alone has"),
+    "identical completions": (record(rejected=" So."), "are the same: .*learn from. Repair or"),
+    "a prompt longer than the limit": (
+        record(prompt="Why? " * 99),
+        "the prompt alone has .*. Raise the limit, or repair or leave out the record",
+    ),
     "a completion longer than the limit": (record(chosen="So " * 99), "chosen completion cut"),
 }
 
@@ -94,7 +103,20 @@ def test_no_row_is_left(models, tmp_path, capsys):
     status = train(
         model=models("llama"), data=tmp_path / "data.jsonl", output=tmp_path / "run", max_length=40
     )
-    bad(capsys, tmp_path, "(?s)No row is left of .*dropped 1: the prompt alone", status)
+    bad(capsys, tmp_path, "(?s)No row is left .*dropped 1: the prompt alone.*\nRaise", status)
+
+
+def test_no_pair_has_a_preference(tmp_path, capsys):
+    """An error if all rows are so, unless the loss compares nothing."""
+    same = {"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [2]}
+    (tmp_path / "data.jsonl").write_text(2 * (json.dumps(same) + "\n"))
+    message = "No pair of .*data.jsonl has a preference: .* the same in all 2 rows"
+    bad(capsys, tmp_path, message, small(tmp_path))
+    settings = {"data": (str(tmp_path / "data.jsonl"),), "model": str(MODEL), "output": tmp_path}
+    assert prepare_all(Settings(**settings, loss=("sft",)), losses.sft)
+    with (tmp_path / "data.jsonl").open("a") as file:
+        file.write(json.dumps(same | {"rejected_ids": [3]}))
+    assert prepare_all(Settings(**settings), losses.dpo)
 
 
 def test_no_row_has_a_weight(tmp_path, capsys):
@@ -145,7 +167,11 @@ CASES = {
     "no data": ({"data": "nowhere.jsonl"}, "there is no `nowhere.jsonl`"),
     "no config": ({"config": "nowhere.yaml"}, "there is no nowhere.yaml"),
     "contradiction": ({"reference_free": True, "reference": "x"}, "contradict each other"),
-    "unknown loss": ({"loss": "sigmoyd"}, "Did you mean 'sigmoid'"),
+    "unknown loss": ({"loss": "sigmod"}, "`--loss` must be one of .*cdpo.* mean `sigmoid`"),
+    "a hyper-parameter": (
+        {"loss": "simpo", "loss_options": "gama=0.5"},
+        "`--loss-options gama` is 0.5, .* Did you mean `gamma`",
+    ),
     "unneeded reference": ({"loss": "simpo", "reference": "x"}, "uses no reference"),
     "another vocabulary": (
         {"reference": str(GOLDEN / "models" / "families" / "llama-biases")},
@@ -153,7 +179,23 @@ CASES = {
     ),
     "single completions": ({"loss": "kto"}, "needs single completions, and .* holds token ids"),
     "an unknown column": ({"columns": "prompt=question"}, "maps `prompt` to `question`"),
-    "no adapter": ({"lora_rank": 2, "lora_target": "zzz"}, "'zzz' matches none. There are: layers"),
+    "no adapter": (
+        {"lora_rank": 2, "lora_target": "zzz"},
+        "`--lora-target` must .*'zzz' matches none",
+    ),
+    "no such adapter": (
+        {"lora": "nofolder", "lora_reference": "base"},
+        "`--lora` must be a folder with an adapter, .* there is no folder 'nofolder'",
+    ),
+    "a name without its owner": ({"model": "gpt2"}, "a name .* with its owner, `owner/name`"),
+    "a folder without a tokenizer": (
+        {"data": str(DATA / "llama" / "dataset.jsonl")},
+        "`--model` must hold a tokenizer; .*gpt2 has no file of one, .* one as `--tokenizer`",
+    ),
+    "a folder that is no tokenizer": (
+        {"data": str(DATA / "llama" / "dataset.jsonl"), "tokenizer": str(DATA)},
+        "`--tokenizer` must hold a tokenizer; .*data has no file of one, .* another folder",
+    ),
 }
 
 
@@ -166,6 +208,15 @@ def test_settings(case, tmp_path, capsys):
     else:
         status = small(tmp_path, **settings)
     bad(capsys, tmp_path, message, status)
+
+
+def test_a_model_of_an_unknown_family(tmp_path, capsys):
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "config.json").write_text('{"model_type": "xlnet"}')
+    for flag in ("model", "reference"):
+        message = f"`--{flag}` must be a model of a supported family; .*m cannot be read: "
+        status = small(tmp_path, **{flag: str(tmp_path / "m")})
+        bad(capsys, tmp_path, message + ".* got 'xlnet'. Give a checkpoint of one", status)
 
 
 def test_columns_against_flags(tmp_path, capsys):

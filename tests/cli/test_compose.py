@@ -147,7 +147,7 @@ def test_every_name_composes(name):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"loss": ("sigmoyd",)}, "Did you mean 'sigmoid'"),
+        ({"loss": ("sigmoyd",)}, "Did you mean `sigmoid`"),
         ({"loss": ("hinge",), "label_smoothing": 0.1}, "`--label-smoothing` is 0.1, but none of"),
         ({"loss_options": ("gama=1",)}, "`--loss-options gama` is 1.0, but none .* `beta`"),
         ({"loss_options": ("beta=1",), "beta": 1.0}, "both give `beta`"),

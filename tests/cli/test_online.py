@@ -155,7 +155,7 @@ def test_another_reward_is_not_continued(whole, models, capsys):
     one_message(status, capsys.readouterr().err, "online", "`--reward` must have the same content")
     judges.write_text(before)
     status = main(["online", *flags, "--samples", "4"])
-    one_message(status, capsys.readouterr().err, "online", "`samples` was 3, is 4")
+    one_message(status, capsys.readouterr().err, "online", "`--samples` was 3, is 4")
 
 
 @pytest.mark.slow
@@ -242,11 +242,15 @@ BAD = {
     "one answer": ({"samples": 1}, "`--samples` must be at least 2"),
     "no reward": ({"reward": "nowhere.py:f"}, "importing nowhere.py raised FileNotFoundError"),
     "temperature": ({"temperature": 0.0}, "`--temperature` must be positive; got 0.0"),
-    "no prompts": ({"prompts": "nowhere.txt"}, "there is no `nowhere.txt`"),
+    "no prompts": (
+        {"prompts": "nowhere.txt"},
+        "`--prompts` must be a file, a folder, or a name of the Hugging Face hub (`owner/name`); "
+        "there is no `nowhere.txt`",
+    ),
     "beta": ({"beta": -1.0}, "`--beta` must be positive"),
     "another vocabulary": (
         {"reference": str(GOLDEN / "models" / "families" / "gpt2")},
-        "`--reference` must have the vocabulary of `--model`",
+        "`--reference` must have the vocabulary of `--policy`",
     ),
 }
 

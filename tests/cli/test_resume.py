@@ -143,8 +143,9 @@ def test_another_run_is_not_continued(tmp_path, whole, capsys):
     before = snapshot(tmp_path / "run")
     assert small(tmp_path, model=model) == 2
     assert "holds a run already" in capsys.readouterr().err
-    assert small(tmp_path, model=model, resume=True, beta=0.2) == 2
-    assert "`beta` was None, is 0.2" in capsys.readouterr().err
+    assert small(tmp_path, model=model, resume=True, beta=0.2, loss=["ipo", "sft"]) == 2
+    changed = "`--loss` was sigmoid, is ipo sft; `--beta` was not given, is 0.2. Give the same"
+    assert changed in capsys.readouterr().err
     change_last_byte(model / "model.safetensors")
     assert small(tmp_path, model=model, resume=True) == 2
     assert "The weights of `--model` are others than when the run" in capsys.readouterr().err

@@ -116,7 +116,7 @@ LINES = [
         json.dumps({"prompt": "a", "chosen": "b"}),
         "`rejected` is missing in line 2 of .*found: `pro",
     ),
-    (json.dumps(PAIR | {"chosen": None}), "`chosen` is missing in line 2"),
+    (json.dumps(PAIR | {"chosen": None}), "`chosen` is null in line 2 .* Repair this record"),
     (json.dumps(PAIR | {"chosen": 3}), r"`chosen` in line 2 of .* must be text; got 3 \(int\)"),
     (json.dumps(PAIR | {"chosen": ANSWER}), r"`chosen` in line 2 of .* must be text; got \["),
     (json.dumps(PAIR | {"chosen": "\ud800"}), "lone surrogate '.ud800'"),

@@ -288,8 +288,11 @@ def test_no_template_or_a_failing_one_is_named(templated):
 
 
 def test_no_tokenizer_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"`path` must hold a tokenizer; .* does not load"):
-        data.load_tokenizer(tmp_path)
+    for name, message in ((None, "has no file of one"), ("tokenizer.json", "does not load")):
+        if name is not None:
+            (tmp_path / name).write_text("{}")
+        with pytest.raises(ValueError, match=rf"`path` must hold a tokenizer; .* {message}"):
+            data.load_tokenizer(tmp_path)
 
 
 def test_no_notice_is_printed_that_pytorch_is_missing():

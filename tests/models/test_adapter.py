@@ -340,7 +340,7 @@ REFUSED = [
     ({"alpha_pattern": {"q_proj": "8"}}, r"`lora_alpha` of .* must be positive numbers; got '8'"),
     ({"r": 5}, r"is of rank 4, its configuration says 5"),
     ({"target_modules": None}, r"`target_modules` .* must name the modules.*got None"),
-    ({"target_modules": ["c_attn"]}, r"\('c_attn',\), match no linear layer of `policy`"),
+    ({"target_modules": ["c_attn"]}, r"\('c_attn',\), match no linear layer of its base"),
     ({"target_modules": ["q_proj"]}, r"extra: \S+.down_proj"),
     ({"alpha_pattern": {"layers.0.self_attn.q_proj": 3}}, r"of model.layers.\*.self_attn.q_proj"),
 ]  # fmt: skip

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ...data._fingerprint import digest
-from ...models._checkpoint.folder import resolve
+from ...models._checkpoint.folder import ADAPTER, ADAPTER_CONFIG, resolve
 from ..compose import draws
 from ..compose.data import learned_positions, vocab_size
 from ..compose.tokenizer import NONE, load_tokenizer
@@ -21,6 +21,7 @@ from ..run.inputs import digest_weights
 from ..settings.check import check_positive, flag
 from ..settings.groups.reading import RecordFlags, TextFlags
 from ..settings.shared_flags import Loading, check_writable, in_shared_names, parse_flags
+from ..settings.words import naming
 from ..terminal.answers import ends_of
 from ..terminal.display import display, say
 from ..terminal.prompts import Reading, read_prompts, stored
@@ -160,13 +161,15 @@ def _facts(flags: Sample, encoded: draws.Encoded, tokenizer: Any) -> dict[str, A
         if name not in _FREE
     }
     values = [stored(tokenizer, prompt) for prompt in encoded.prompts]
+    with naming("--lora"):
+        adapter = flags.lora and digest_weights(resolve(flags.lora, (ADAPTER, ADAPTER_CONFIG)))
     return {
         "command": "sample",
         **{f"--{name}": value for name, value in settings.items()},
         "number of prompts": len(encoded.ids),
         "digest of the prompts": digest(encoded.ids, values),
         "digest of --model": digest_weights(resolve(flags.model)),
-        "digest of --lora": flags.lora and digest_weights(resolve(flags.lora)),
+        "digest of --lora": adapter,
     }
 
 

@@ -13,12 +13,13 @@ from typing import Any
 from ... import data, models
 from ...data._fingerprint import digest
 from ...data._records.records import Form
+from ...data._tokens.report import LIMITED
 from ...data._tokens.rows import lengths_of
 from ...models._checkpoint.folder import ADAPTER_CONFIG, CONFIG, read_json, resolve
 from ..settings.options import split_columns, split_pairs
 from ..settings.settings import Settings
 from ..settings.sources import sources_of
-from ..settings.words import OF_ARGUMENT
+from ..settings.words import OF_ARGUMENT, naming
 from .loss import takes_offset
 from .packing import pack_batches
 from .score import average_of
@@ -69,16 +70,20 @@ def learned_positions(model: str, reference: str | None = None) -> int | None:
 
 
 def _config(model: str, flag: str) -> models.Config:
-    try:
+    with naming(flag):
         folder = resolve(model)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(str(error).replace("`path`", f"`{flag}`")) from error
     if (folder / ADAPTER_CONFIG).is_file() and not (folder / CONFIG).is_file():
         raise ValueError(
-            f"`--model` must be a model; {model} holds adapters and no model. Give the model that "
+            f"`{flag}` must be a model; {model} holds adapters and no model. Give the model that "
             "they were trained on as `--model`, and this folder as `--lora`."
         )
-    return models.read_config(read_json(folder / CONFIG))
+    values = read_json(folder / CONFIG)
+    try:
+        return models.read_config(values)
+    except ValueError as error:
+        raise ValueError(
+            f"`{flag}` must be a model of a supported family; {folder} cannot be read: {error}"
+        ) from error
 
 
 def prepare(
@@ -120,10 +125,9 @@ def prepare(
         cache=settings.cache,
     )
     if not len(rows):
+        limits = "Raise the limits, or give" if LIMITED & report.counts.keys() else "Give"
         remedy = "" if settings.eval_fraction is None else ", or another `--eval-fraction`"
-        raise ValueError(
-            f"No row is left of {report}\nRaise the limits, or give other data{remedy}."
-        )
+        raise ValueError(f"No row is left of {report}\n{limits} other data{remedy}.")
     if "weight" in form.numbers and not any(row["weight"] > 0 for row in rows):
         raise ValueError(
             f"`weight` is 0 in each row of {path}, so there is nothing to learn from; ignore the "

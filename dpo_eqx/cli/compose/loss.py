@@ -16,7 +16,7 @@ from ..._arrays.log_probs import PairLogProbs, UnpairedLogProbs
 from ...losses._marks import marks_of, parts
 from ...protocols import Loss
 from ..settings.check import REWARD_LOSS, flag
-from ..settings.options import as_number, split_pairs
+from ..settings.options import as_number, near, split_pairs
 from ..settings.settings import Settings
 
 DIVERGENCES = {
@@ -58,7 +58,8 @@ def compose_loss(settings: Settings) -> Loss:
         if not any(_takes(term, name) for term in terms):
             raise ValueError(
                 f"{source} is {value!r}, but none of the losses {', '.join(settings.loss)} has "
-                f"`{name}`; they have {_known(terms)}. Leave out {source}."
+                f"`{name}`; they have {_known(terms)}.{near(name, _keywords(terms))} Leave out "
+                f"{source}, or give another loss."
             )
     values = {name: value for name, (value, _) in hyper_parameters.items()}
     bound = [_bind(term, values) for term in terms]
@@ -78,7 +79,11 @@ def compose_loss(settings: Settings) -> Loss:
 
 
 def _named(name: str) -> Loss:
-    return OTHER_NAMES[name] if name in OTHER_NAMES else losses.BY_NAME[name]
+    known = {**losses.BY_NAME, **OTHER_NAMES}
+    if name not in known:
+        names = ", ".join(sorted(known))
+        raise ValueError(f"`--loss` must be one of {names}; got {name!r}.{near(name, known)}")
+    return known[name]
 
 
 def takes_offset(settings: Settings) -> bool:
@@ -165,8 +170,11 @@ def keywords(loss: Loss) -> list[str]:
 
 
 def _known(terms: list[Loss]) -> str:
-    names = {f"`{name}`" for term in terms for name in keywords(term)}
-    return ", ".join(sorted(names)) or "none"
+    return ", ".join(f"`{name}`" for name in _keywords(terms)) or "none"
+
+
+def _keywords(terms: list[Loss]) -> list[str]:
+    return sorted({name for term in terms for name in keywords(term)})
 
 
 def _functions(loss: Loss) -> list[Loss]:

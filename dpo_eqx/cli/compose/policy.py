@@ -22,6 +22,7 @@ from ...models._adapters.whole_module import WholeModule
 from ..settings.options import dtype_of
 from ..settings.settings import Settings
 from ..settings.shared_flags import language_model
+from ..settings.words import naming
 from .data import Prepared
 from .dtypes import keep_trained_wide, keep_wide
 
@@ -53,7 +54,8 @@ def load_policy(
         return _load_reward_model(settings, mesh)
     policy = _load(settings.model, settings, mesh, remat=settings.remat)
     if settings.lora is not None:
-        policy = models.load_lora(policy, settings.lora, dropout=settings.lora_dropout)
+        with naming("--lora"):
+            policy = models.load_lora(policy, settings.lora, dropout=settings.lora_dropout)
         policy = language_model(policy, settings.lora)
         # The reference needs the adapters as they are now, and training changes them.
         return models.pin_lora(policy) if settings.lora_reference == "adapter" else policy

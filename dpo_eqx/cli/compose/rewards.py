@@ -15,6 +15,7 @@ from ... import data, models
 from ..._onpolicy.text_rewards import TextReward, judge_texts
 from ...data._tokens.rows import Row
 from ..settings.options import dtype_of
+from ..settings.words import naming
 from ..terminal.answers import padded
 from .data import learned_positions
 from .tokenizer import load_tokenizer
@@ -68,7 +69,8 @@ def model_judge(reward: str, *, chat_template: str, dtype: str | None, most: int
     raises `ValueError` if an answer cannot be tokenised, is too long, or has a reward that is not
     finite.
     """
-    model = models.load(reward, dtype=dtype_of(dtype))
+    with naming("--reward"):
+        model = models.load(reward, dtype=dtype_of(dtype))
     if not isinstance(model, models.RewardModel):
         raise ValueError(
             f"`--reward` must be a reward model (`*ForSequenceClassification` with one label), or "

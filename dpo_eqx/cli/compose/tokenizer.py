@@ -9,6 +9,7 @@ from typing import Any
 from ... import data
 from ...models._checkpoint.folder import resolve
 from ..settings.settings import Settings
+from ..settings.words import naming
 
 OWN, NONE = "tokenizer", "none"
 
@@ -31,11 +32,8 @@ def load_tokenizer(model: str, named: str | None, chat_template: str = OWN) -> A
     """
     if named == "bytes":
         return _with_template(data.ByteTokenizer(), chat_template)
-    try:
+    with naming("--model" if named is None else "--tokenizer"):
         tokenizer = data.load_tokenizer(named or resolve(model))
-    except ValueError as error:
-        flag = "--model" if named is None else "--tokenizer"
-        raise ValueError(str(error).replace("`path`", f"`{flag}`")) from error
     return _with_template(tokenizer, chat_template)
 
 

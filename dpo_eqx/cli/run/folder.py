@@ -18,6 +18,7 @@ from typing import Any
 import jax
 
 from ..compose.data import Prepared
+from ..settings.check import flag
 from ..settings.settings import Settings
 from ..settings.yaml_file import differences, read_settings, write_settings
 
@@ -190,12 +191,25 @@ def _check_writable(flag: str, path: Path) -> None:
 
 def _check_same(settings: Settings, config: Path) -> None:
     changed = differences(settings, read_settings(config, type(settings)))
-    words = [f"`{n}` was {then}, is {now}" for n, (then, now) in changed.items() if n not in FREE]
+    words = [
+        f"{flag(name)} was {_shown(then)}, is {_shown(now)}"
+        for name, (then, now) in changed.items()
+        if name not in FREE
+    ]
     if words:
         raise ValueError(
             f"`--resume` must continue the run in {config.parent} with its own settings; got other "
             f"values: {'; '.join(words)}. Give the same settings, or another `--output`."
         )
+
+
+def _shown(value: Any) -> str:
+    """The value of a flag, as a user gives it."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if value is None or value == ():
+        return "not given"
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def finite(value: Any) -> Any:

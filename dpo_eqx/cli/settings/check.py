@@ -3,7 +3,6 @@
 The code that reads the data or the model checks the settings that depend on it.
 """
 
-import difflib
 import math
 import re
 from collections.abc import Iterator
@@ -11,7 +10,7 @@ from collections.abc import Iterator
 from ...sharding._mesh import parse_sizes
 from .goal import goal_of
 from .groups.optimizer import OPTIMIZERS, OptimizerFlags, schedule_of
-from .options import is_function
+from .options import is_function, near
 from .settings import Settings
 from .sources import held_out_of, sources_of
 
@@ -74,11 +73,9 @@ def check_optimizer(name: str) -> None:
     """Raises `ValueError` if `--optimizer` is neither a known name nor a Python function."""
     if name in OPTIMIZERS or is_function(name):
         return
-    near = difflib.get_close_matches(name, OPTIMIZERS, n=1, cutoff=0.5)
-    hint = f" Did you mean {near[0]}?" if near else ""
     raise ValueError(
         f"`--optimizer` must be one of {', '.join(OPTIMIZERS)}, or a Python function as "
-        f"`module:function`; got {name!r}.{hint}"
+        f"`module:function`; got {name!r}.{near(name, OPTIMIZERS)}"
     )
 
 

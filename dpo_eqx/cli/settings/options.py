@@ -3,8 +3,9 @@
 The modules that use them check the names. The flags themselves are the fields in `groups/`.
 """
 
+import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,12 @@ def as_number(text: str, flag: str) -> float:
         return float(text)
     except ValueError:
         raise ValueError(f"`{flag}` must be a number; got {text!r}.") from None
+
+
+def near(word: str, known: Iterable[str]) -> str:
+    """A question, after a space, that names the known word nearest to `word`; or nothing."""
+    matches = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f" Did you mean `{matches[0]}`?" if matches else ""
 
 
 def is_function(text: str) -> bool:

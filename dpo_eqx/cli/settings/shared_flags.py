@@ -4,6 +4,7 @@ The flags mean what they mean to `train`, since the same functions read them.
 """
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -17,6 +18,7 @@ from .groups.reading import Reading
 from .help import grouped, ungrouped
 from .options import dtype_of
 from .settings import Settings
+from .words import naming
 
 Flags = TypeVar("Flags")
 
@@ -65,7 +67,10 @@ class Loading(CompilationFlags):
             sharding=None if mesh is None else sharding.placement(mesh),
         )
         policy = language_model(model, path)
-        return policy if lora is None else language_model(models.load_lora(policy, lora), lora)
+        if lora is None:
+            return policy
+        with naming("--lora"):
+            return language_model(models.load_lora(policy, lora), lora)
 
     def devices(self) -> Mesh | None:
         """The mesh that `--mesh` asks for, if it is given."""
@@ -119,6 +124,15 @@ def in_shared_names(arguments: Sequence[str]) -> list[str]:
         OTHER_NAMES.get(name.replace("_", "-"), name) + equals + value
         for name, equals, value in parts
     ]
+
+
+def in_given_names(message: str, arguments: Sequence[str]) -> str:
+    """`message` with the name of each flag that the user gave, in place of the shared one."""
+    given = {word.partition("=")[0].replace("_", "-") for word in arguments}
+    for name, shared in OTHER_NAMES.items():
+        if name in given and shared not in given:
+            message = re.sub(rf"`{shared}(?=[` =])", f"`{name}", message)
+    return message
 
 
 def check_writable(flag: str, path: Path | None) -> None:

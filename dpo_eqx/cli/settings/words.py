@@ -1,7 +1,8 @@
 """Messages of the library in the words of the command: flags in place of Python arguments."""
 
+import contextlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 
 def _limit(match: re.Match[str]) -> str:
@@ -36,6 +37,15 @@ _WORDS: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
         r"`target` and `modules_to_save` must match",
         "`--lora-target` and `--lora-modules-to-save` must match",
     ),
+    (r"`target` must match", "`--lora-target` must match"),
+    (
+        r"a folder, a name of the Hugging Face hub \(`owner/name`\) or an iterable of mappings",
+        "a folder, or a name of the Hugging Face hub (`owner/name`)",
+    ),
+    (
+        r"(`--model` must hold a tokenizer; .* has no file of one.*) Give another folder",
+        r"\1 Put it there, or give one as `--tokenizer`",
+    ),
     (r"`only` must match", "`--train` must match"),
     (r"`without` must match", "`--freeze` must match"),
     (
@@ -52,3 +62,13 @@ def in_flags(message: str) -> str:
     for pattern, words in _WORDS:
         message = re.sub(pattern, words, message)
     return message
+
+
+@contextlib.contextmanager
+def naming(flag: str) -> Iterator[None]:
+    """Lets errors about the argument `path` name the flag that gave the path."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        raise kind(str(error).replace("`path`", f"`{flag}`")) from error

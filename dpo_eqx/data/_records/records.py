@@ -223,7 +223,12 @@ def check_record(record: Mapping[str, Any], form: Form, where: str) -> dict[str,
     if form.turns:
         record = as_conversation(record, form.turns, where)
     for column in (*form.columns, *form.numbers):
-        if record.get(column) is None:
+        if column in record and record[column] is None:
+            raise ValueError(
+                f"`{column}` is null in {where}, which is read as {form} and needs a value there. "
+                "Repair this record, or leave it out."
+            )
+        if column not in record:
             raise ValueError(
                 f"`{column}` is missing in {where}, which is read as {form}; found: "
                 f"{ticked(name for name, value in record.items() if value is not None)}."

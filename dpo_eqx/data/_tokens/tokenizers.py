@@ -65,10 +65,31 @@ def load_tokenizer(path: str | Path) -> Any:
     """
     with _no_notice():
         transformers = require("transformers", extra="hf")
+    files = _files_in(Path(path))
+    if files is not None and not files:
+        # For some models `transformers` would make a tokenizer without any token.
+        raise ValueError(_without_files(path))
     try:
         return transformers.AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
     except Exception as error:  # `transformers` raises many types of error
+        if files == {"tokenizer_config.json"}:
+            raise ValueError(_without_files(path)) from error
         raise ValueError(f"`path` must hold a tokenizer; {path} does not load: {error}") from error
+
+
+def _files_in(folder: Path) -> set[str] | None:
+    """The names of files in a folder that may be a tokenizer's; `None` if there is no folder."""
+    patterns = ("*token*", "vocab*", "merges.txt", "*.model*", "*.spm", "tekken.json")
+    if not folder.is_dir():
+        return None
+    return {file.name for pattern in patterns for file in folder.glob(pattern)}
+
+
+def _without_files(path: str | Path) -> str:
+    return (
+        f"`path` must hold a tokenizer; {path} has no file of one, such as `tokenizer.json`. Give "
+        "another folder."
+    )
 
 
 @contextlib.contextmanager

@@ -24,7 +24,10 @@ def family_of(values: Mapping[str, Any]) -> Family:
     """
     name = values.get("model_type")
     if name not in FAMILIES:
-        raise ValueError(f"`model_type` must be one of {sorted(FAMILIES)}; got {name!r}.")
+        raise ValueError(
+            f"`model_type` must be one of {sorted(FAMILIES)}; got {name!r}. Give a checkpoint of "
+            "one of these families, or use another network from Python, by `dpx.adapt`."
+        )
     return FAMILIES[name]
 
 

@@ -69,9 +69,11 @@ def resolve(path: str | os.PathLike[str], files: Sequence[str] = ()) -> Path:
         return folder
     name = str(path)
     if folder.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        kind = "an adapter" if ADAPTER_CONFIG in files else "a checkpoint"
         raise FileNotFoundError(
-            f"`path` must be a folder with a checkpoint, or a name on the Hugging Face hub such "
-            f"as 'Qwen/Qwen3-0.6B'; there is no folder {name!r}."
+            f"`path` must be a folder with {kind}, or a name on the Hugging Face hub with its "
+            "owner, `owner/name`, such as 'Qwen/Qwen3-0.6B'; there is no folder "
+            f"{name!r}."
         )
     return _download(name, list(files or (WEIGHTS, "model-*.safetensors", INDEX, CONFIG, *CARRIED)))
 

@@ -36,7 +36,8 @@ def check_sites(config: PeftConfig, known: list[Site], sites: list[Site]) -> Non
         nor = f", nor do `target_parameters`, {config.parameters!r}" if config.parameters else ""
         raise ValueError(
             f"`target_modules` of the adapter, {config.targets!r}, match no linear layer of "
-            f"`policy`{nor}. It has {names}. Give the base that the adapter was trained on."
+            f"its base{nor}, so it is of another base. This one has {names}. Give the base that "
+            "the adapter was trained on."
         )
     for site in sites:
         kinds = {(config.rank_of(name), config.scale_of(name)) for name in config.names_in(site)}
@@ -85,9 +86,10 @@ def check_tensors(
         problems += _differences(name, expected[name], stored[name], weights.dtypes[name])
     if problems:
         raise ValueError(
-            f"The tensors in {weights.folder} do not match its {ADAPTER_CONFIG} and `policy`. "
-            f"{shorten(sorted(problems))} Give the base that the adapter was trained on. An "
-            "adapter of layers that are not linear has to be merged into its base with PEFT."
+            f"The adapter in {weights.folder} is of another base, or does not match its "
+            f"{ADAPTER_CONFIG}: {shorten(sorted(problems), limit=3)} Give the base that "
+            "`base_model_name_or_path` in it names. An adapter of layers that are not linear has "
+            "to be merged into its base with PEFT."
         )
 
 
