@@ -64,6 +64,21 @@ class WithState(Perceptron):
         self.norm = eqx.nn.BatchNorm(4, "batch", mode="batch")
 
 
+class Fails(Perceptron):
+    """Its notes need no call."""
+
+    def __call__(self, ids):
+        raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_a_note_on_parameters_in_half_precision(dtype):
+    policy = jax.tree.map(lambda x: x.astype(dtype) if eqx.is_array(x) else x, Fails(KEY))
+    notes = " ".join(dpx.check_policy(policy).notes)
+    assert ("`dpx.master_weights`" in notes) == (dtype != "float32")
+    assert ("in half precision: embedding" in notes) == (dtype != "float32")
+
+
 class Unmasked(Attention):
     def hidden(self, ids, layout, *, key=None):
         x = self.tokens[ids] + self.positions[layout.positions]

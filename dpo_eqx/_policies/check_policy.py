@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PRNGKeyArray, PyTree
 
+from .._jax.dtypes import is_narrow
 from .._jax.inference_mode import in_inference
 from .._jax.paths import leaf_name
 from .._scoring.adapter_lines import only_needs_key
@@ -154,6 +155,13 @@ def _notes(policy: PyTree, trainable: PyTree) -> tuple[str, ...]:
         found.append(
             f"NumPy arrays are trained as JAX arrays are: {few(hosts)}. If they are constants, "
             "leave them out by `trainable=dpx.trainable(policy, without=...)`."
+        )
+    narrow = [leaf_name(path) for path, leaf in params if is_narrow(leaf)]
+    if narrow:
+        found.append(
+            f"Parameters are trained in half precision: {few(narrow)}. At the learning rates of "
+            "preference training, most updates are then rounded away: wrap the optimiser in "
+            "`dpx.master_weights`, or train them in float32 with `compute_dtype=` of the step."
         )
     if offers_fast_path(policy):
         found.append("It offers `FastPolicy`: prompts are read once, and no logits are built.")
