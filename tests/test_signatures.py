@@ -233,6 +233,13 @@ def test_a_row_that_is_too_long():
         score(dpx.adapt(Table(jax.random.key(0)), lambda model, ids, key: model(ids)))
 
 
+def test_a_model_of_features():
+    model = eqx.nn.MLP(4, VOCAB, 8, 1, key=jax.random.key(0))
+    with pytest.raises(ValueError, match=r"takes a vector of 4 features, .* embedding") as caught:
+        score(model)
+    assert "shorter" not in str(caught.value)
+
+
 def test_a_fault_of_the_model_keeps_its_class():
     class Faulty(Wraps):
         def __call__(self, ids):

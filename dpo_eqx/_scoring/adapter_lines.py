@@ -197,8 +197,18 @@ def _line_of_fixed_length(policy: PyTree, ids: Array, key: Keys | None) -> Line 
 def longest_length(policy: PyTree, ids: Array) -> int | None:
     """The largest number of tokens, fewer than those of `ids`, on which the policy runs."""
     for size in sorted({size for size in _sizes(policy) if size < ids.size}, reverse=True):
-        for call in calls(policy, (f"ids[:{size}]", f"ids[None, :{size}]")):
-            if _picked(policy, call, ids, None) is not None:
+        for call in calls(policy, ("ids", "ids[None]")):
+            if _picked(policy, call, np.zeros(size, ids.dtype), None):
+                return size
+    return None
+
+
+def vector_size(policy: PyTree) -> int | None:
+    """The number of features in the vector that the policy takes in place of ids, if it does."""
+    for size in sorted(_sizes(policy)):
+        features = np.zeros(size, jnp.zeros(()).dtype)
+        for call in calls(policy, ("ids",)):
+            if _picked(policy, call, features, None) is not None:
                 return size
     return None
 

@@ -24,6 +24,7 @@ from .adapter_lines import (
     longest_length,
     only_needs_key,
     takes_batch,
+    vector_size,
 )
 
 _MAP_ADVICE = (
@@ -156,6 +157,11 @@ def _remedy_of_call(policy: PyTree, ids: Array, key: Keys | None) -> str | None:
         return (
             f"The model runs on {longest} tokens, and not on {ids.size}: make the rows shorter, "
             "for instance by `max_length` of `data.tokenize`."
+        )
+    if size := vector_size(policy):
+        return (
+            f"The model takes a vector of {size} features, and not token ids: write a module that "
+            "looks up an embedding of each token, and runs the model on them by `jax.vmap`."
         )
     return None
 
