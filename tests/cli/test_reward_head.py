@@ -13,8 +13,8 @@ from dpo_eqx import data, models
 from dpo_eqx.cli.settings.check import check
 from dpo_eqx.cli.settings.settings import Settings
 
-from .runs import lines_of, same_weights, weights_of
-from .small import MODEL, small
+from .runs import GOLDEN, lines_of, same_weights, weights_of
+from .small import MODEL, small, write_data
 
 REWARDS = {"loss": "bradley_terry", "reward_head": True, "dropout": False, "steps": 3}
 
@@ -88,6 +88,61 @@ def test_adapters_and_the_head_are_trained(tmp_path, start):
 
 
 @pytest.mark.slow
+def test_a_run_from_adapters_of_peft_begins_with_their_head(tmp_path):
+    # Written by PEFT for `AutoModelForSequenceClassification`, see `compare_peft.py`.
+    adapter = GOLDEN / "models" / "peft_reward" / "gpt2"
+    given = {**REWARDS, "lora": adapter, "batch_size": 2, "shuffle": False, "save_every": 0}
+    assert small(tmp_path, **given) == 0
+    loss = first_loss(models.load_lora(models.load(MODEL), adapter), tmp_path / "data.jsonl")
+    lines = lines_of(tmp_path / "run")
+    assert abs(lines[0]["loss"] - loss) < 1e-5
+    assert lines[-1]["loss"] != lines[0]["loss"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", ["policy", "reward model"])
+def test_two_runs_through_a_folder_of_adapters_are_one_run(tmp_path, start):
+    """Two passes through the data, without an optimiser's state that the second run would lack."""
+    base = GOLDEN / "models" / "families" / "llama"
+    if start == "reward model":
+        models.save(models.RewardModel(models.load(base), key=jax.random.key(1)), tmp_path / "m")
+        base = tmp_path / "m"
+    write_data(tmp_path / "data.jsonl", rows=8)
+    plain = {"optimizer": "sgd", "schedule": "constant", "warmup_steps": 0, "shuffle": False}
+    given = {**REWARDS, **plain, "model": base, "learning_rate": 0.1, "save_every": 0}
+    runs = {
+        "whole": {"steps": 4, "lora_rank": 2},
+        "one": {"steps": 2, "lora_rank": 2},
+        "two": {"steps": 2, "lora": tmp_path / "one" / "adapter", "seed": 8},
+    }
+    for name, more in runs.items():
+        assert small(tmp_path, **{**given, **more, "output": tmp_path / name}) == 0
+    whole, one, two = (lines_of(tmp_path / name) for name in runs)
+    assert abs(two[-1]["loss"] - one[-1]["loss"]) > 1e-3
+    for got, want in zip([*one, *two], whole, strict=True):
+        assert abs(got["loss"] - want["loss"]) < 1e-6
+    want, got, before = (weights_of(tmp_path / name) for name in ("whole", "two", "one"))
+    for name in ("score.weight", "model.layers.0.mlp.up_proj.weight"):
+        assert np.abs(want[name] - before[name]).max() > 1e-4, name
+    for name in want:
+        np.testing.assert_allclose(got[name], want[name], rtol=0, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_adapters_of_a_language_model_need_a_head(tmp_path, capsys):
+    adapter = GOLDEN / "models" / "peft" / "gpt2"
+    assert small(tmp_path, **REWARDS, lora=adapter) == 2
+    assert "holds those of a language model, without a head." in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    # A reward model has a head already, which is trained with them.
+    start = models.RewardModel(models.load(MODEL), key=jax.random.key(1))
+    models.save(start, tmp_path / "m")
+    assert small(tmp_path, **REWARDS, lora=adapter, model=tmp_path / "m") == 0
+    moved = models.load(tmp_path / "run" / "model").head.weight - start.head.weight
+    assert 1e-3 < np.abs(moved).max() < 0.1
+
+
+@pytest.mark.slow
 def test_stopped_and_continued(tmp_path):
     constant = {**REWARDS, "schedule": "constant", "warmup_steps": 0}
     for name, parts in (("one", [4]), ("two", [2, 4])):
@@ -103,7 +158,10 @@ def test_stopped_and_continued(tmp_path):
         ({"reward_head": True}, "got `--loss sigmoid` with `--reward-head`"),
         ({"loss": ("bradley_terry",)}, "got `--loss bradley_terry` without `--reward-head`"),
         ({"loss": ("bradley_terry", "sft"), "reward_head": True}, "alone, the loss of reward"),
-        ({"loss": ("bradley_terry",), "reward_head": True, "lora": "a"}, "contradict each other"),
+        (
+            {"loss": ("bradley_terry",), "reward_head": True, "reference_free": True},
+            "contradict each other",
+        ),
     ],
 )
 def test_bad_input(changed, words):

@@ -115,6 +115,9 @@ def test_an_adapter_of_peft_makes_a_reward_model(tmp_path):
     ids = np.load(FOLDER / "families" / "gpt2" / "expected.npz")["ids"][0, :12].astype(int)
     loaded = models.load_lora(base, adapter)
     assert isinstance(loaded, models.RewardModel)
+    # A shared buffer could not be donated.
+    trained, original = (x.weight.unsafe_buffer_pointer() for x in (loaded.head, loaded.head.base))
+    assert trained != original
     got = eqx.filter_jit(loaded)(ids)
     # 0.09 apart without $A$ and $B$.
     np.testing.assert_allclose(got, np.load(adapter / "logits.npy")[0], rtol=0, atol=1e-6)

@@ -47,8 +47,8 @@ def load_policy(
     """The model to train, with the adapters that the settings ask for, new or from `--lora`.
 
     With `--reward-head` it is a reward model: that of the checkpoint, or the checkpoint's policy
-    with a new head, which is trained whole beside adapters. Its parameters are in `--dtype`, or as
-    stored in the checkpoint.
+    with a new head or with that of `--lora`. Beside adapters the head is trained whole. Parameters
+    are in `--dtype`, or as stored in the checkpoint.
     """
     if settings.reward_head:
         return _load_reward_model(settings, mesh)
@@ -64,14 +64,37 @@ def load_policy(
 
 def _load_reward_model(settings: Settings, mesh: Mesh | None) -> models.RewardModel:
     model = _load_any(settings.model, settings, mesh, remat=settings.remat)
+    if settings.lora is not None:
+        # The file has the head of a policy's adapter. A reward model may keep its own.
+        adapted = models.load_lora(model, settings.lora, dropout=settings.lora_dropout)
+        return with_whole_head(_reward_model(adapted, settings.lora))
     if not isinstance(model, models.RewardModel):
         model = models.RewardModel(model, key=jax.random.key(settings.seed))
     if not settings.lora_rank:
         return model
     # The patterns of the flags are for paths in the decoder.
     body = with_new_adapters(model.body, settings)
-    parts = (body, WholeModule.of(model.head))
-    return eqx.tree_at(lambda model: (model.body, model.head), model, parts)
+    return with_whole_head(eqx.tree_at(lambda model: model.body, model, body))
+
+
+def _reward_model(
+    adapted: models.Transformer | models.RewardModel, lora: str
+) -> models.RewardModel:
+    """The model with the adapters of `lora`, or a `ValueError` if it is not a reward model."""
+    if isinstance(adapted, models.RewardModel):
+        return adapted
+    raise ValueError(
+        f"`--lora` must hold adapters of a reward model with `--reward-head`; {lora} holds those "
+        "of a language model, without a head. Merge them first: give the `model/` that the run of "
+        "these adapters wrote as `--model`, and `--lora-rank` for new adapters."
+    )
+
+
+def with_whole_head(model: models.RewardModel) -> models.RewardModel:
+    """The reward model whose head is trained whole beside adapters."""
+    if isinstance(model.head, WholeModule):
+        return model
+    return eqx.tree_at(lambda model: model.head, model, WholeModule.of(model.head))
 
 
 def with_new_adapters(policy: models.Transformer, settings: Settings) -> models.Transformer:

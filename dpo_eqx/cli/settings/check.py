@@ -160,7 +160,6 @@ def _contradictions(settings: Settings) -> Iterator[str]:
             for name in ("pack", "wpo", "metrics", "precompute_reference", "reward_head")
         ),
         ("wpo", s.wpo, "reward_head", s.reward_head),
-        ("reward_head", s.reward_head, "lora", s.lora is not None),
         ("reward_head", s.reward_head, "sample_every", s.sample_every > 0),
     ]
     for one, has_one, other, has_other in exclusive:

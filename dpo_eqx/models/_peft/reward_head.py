@@ -54,7 +54,9 @@ def with_head(policy: Transformer | RewardModel, head: np.ndarray | None) -> Rew
     layer = model.head
     array = jnp.asarray(head, at_least_float32(layer.weight.dtype))
     if is_new:
-        layer = eqx.tree_at(lambda x: x.weight, layer, array.astype(layer.weight.dtype))
+        # A copy, since a buffer that is shared cannot be donated.
+        original = jnp.array(array, layer.weight.dtype, copy=True)
+        layer = eqx.tree_at(lambda x: x.weight, layer, original)
     whole = WholeModule.of(layer).with_trained((array,))
     return eqx.tree_at(lambda model: model.head, model, whole)
 
