@@ -274,13 +274,15 @@ def test_flags_of_train_without_a_use_are_unknown(models, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_killed_and_resumed(models, tmp_path, compiled):
+@pytest.mark.parametrize("mesh", [{}, {"mesh": "data=2,tensor=2", "sync_reference_every": 2}])
+def test_killed_and_resumed(mesh, models, tmp_path, compiled):
     def start(output):
         named = {"policy": models("llama"), "prompts": tmp_path / "p.txt", "output": output}
         more = {"reward": f"{tmp_path / 'judges.py'}:letters", "resume": True, "steps": 20}
-        words = flags_of({**named, **SETTINGS, **more, "save_every": 3})
+        words = flags_of({**named, **SETTINGS, **more, "save_every": 3, **mesh})
         environment = {
             **os.environ,
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={4 if mesh else 1}",
             "JAX_COMPILATION_CACHE_DIR": str(compiled / "online"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PLATFORMS": "cpu",
