@@ -267,6 +267,7 @@ OPTIONS = {
             "rope_scaling": {"rope_type": "dynamic", "factor": 3.0},
         },
     ),
+    "gpt2-by-layer": ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
     "phi-tied": ("phi", {"tie_word_embeddings": True, "partial_rotary_factor": 0.25}),
     "gptj-tied": (
         "gptj",
@@ -285,7 +286,8 @@ def settings_of(name: str) -> tuple[str, dict]:
     """The `model_type` and the keys of a case."""
     family, settings = CASES[name]
     tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    return family, {**(GPTJ if family in ("gptj", "codegen") else SMALL), **tokens, **settings}
+    sizes = GPTJ if family in ("gpt2", "gptj", "codegen") else SMALL
+    return family, {**sizes, **tokens, **settings}
 
 
 def weights_of(shapes: dict[str, list[int]], constants: dict[str, float]) -> dict[str, np.ndarray]:

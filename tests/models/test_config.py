@@ -315,7 +315,6 @@ def test_keys_of_other_families():
         ({"model_type": "qwen2", "layer_types": ["linear_attention"]}, "'linear_attention'.*not"),
         ({"model_type": "gemma2", "use_bidirectional_attention": True}, "True; that is not supp"),
         ({"model_type": "gpt2", "add_cross_attention": True}, "`add_cross_attention`"),
-        ({"model_type": "gpt2", "scale_attn_by_inverse_layer_idx": True}, "inverse_layer_idx"),
         ({"auto_map": {"AutoModel": "modeling.X"}}, "`auto_map` .* own for AutoModel .* never run"),
         (
             {"num_key_value_heads": 5},

@@ -66,7 +66,7 @@ GPTS = {
             "scale_attn_by_inverse_layer_idx": False,
             "add_cross_attention": False,
         },
-        keys=_GPT2_KEYS,
+        keys={**_GPT2_KEYS, "scale_attn_by_inverse_layer_idx": "attention_scale_by_layer"},
         fixed={
             "norm": "layer",
             "gated": False,
@@ -76,7 +76,7 @@ GPTS = {
             "feed_forward_bias": True,
         },
         traits=(
-            traits.refusing("scale_attn_by_inverse_layer_idx", "add_cross_attention"),
+            traits.refusing("add_cross_attention"),
             traits.GPT2_SCALE,
         ),
         rotary_keys=(),

@@ -124,6 +124,8 @@ class Config:
     - `recurrent`: for each layer, whether it is recurrent (default: no layer is).
     - `attention_gate`: whether a sigmoid of a projection gates the output of attention.
     - `attention_scale`: the factor of the scores (default: `head_width ** -0.5`).
+    - `attention_scale_by_layer`: whether the scores of a layer are also divided by its number,
+        counted from 1.
     - `attention_softcap`, `softcap`: the soft caps of the scores and of the logits.
     - `embedding_scale`, `residual_scale`, `logit_scale`: the factors of the embedded tokens, of the
         outputs of attention and feed-forward, and of the logits before the soft cap.
@@ -188,6 +190,7 @@ class Config:
     attention_gate: bool = False
     attention_sinks: bool = False
     attention_scale: float = 0.0
+    attention_scale_by_layer: bool = False
     attention_softcap: float | None = None
     softcap: float | None = None
     embedding_scale: float = 1.0

@@ -20,6 +20,7 @@ from ..._head.tiles import Unembedding
 from ..._jax.dtypes import is_narrow
 from ..._jax.explicit_meshes import automatic
 from ..._jax.partitioning import keep_rows
+from ..._jax.rounding import rounded
 from . import incremental
 from .attention import attend_by_layout, masks
 from .basic_layers import Bias, Embedding, Linear, Norm, dropout, scaled
@@ -200,17 +201,21 @@ class Transformer(eqx.Module):
         x = self.norm(x) if config.embedding_norm else x
         tables_in, which_tables = choose_tables(config, positions, tokens, x.dtype)
         masks_in, which_masks = choose_masks(masks_of, config.windows)
+        by_layer = config.attention_scale_by_layer
+        numbers = jnp.arange(1, config.layers + 1) if by_layer else None
         arrays, static = eqx.partition(self.layers, eqx.is_array)
         # Without rematerialisation, each layer would store a copy of what it reads from bits.
         bits = as_bits(arrays) if config.remat else None
 
         def body(kind, x, inputs):
             mixer, block = kind
-            arrays, bits, which_masks, which_tables, caches, key = inputs
+            arrays, bits, which_masks, which_tables, number, caches, key = inputs
             key, rng = (None, None) if key is None else jax.random.split(key)
 
             def attend_here(query, key, value, sinks):
                 masks, cache = masks_in(which_masks), caches.attention
+                if number is not None:
+                    query = rounded(query / number.astype(query.dtype))
                 return attend(query, key, value, sinks, masks, cache, rng)
 
             arrays = arrays if bits is None else from_bits(arrays, bits, x)
@@ -231,7 +236,7 @@ class Transformer(eqx.Module):
             )
             return keep_rows(x), Caches(**{mixer: cache})
 
-        stacks = (arrays, bits, which_masks, which_tables, caches or Caches(), keys)
+        stacks = (arrays, bits, which_masks, which_tables, numbers, caches or Caches(), keys)
         x, new_caches = scan_layers(body, x, stacks, config.kinds, remat=config.remat)
         # In half precision the norm is recomputed too: nothing that it keeps for the backward pass
         # then changes how the forward pass rounds.
