@@ -124,6 +124,10 @@ CASES |= {
         ),
     ]
 }
+CASES |= {
+    f"reward-{base}": (base, {"r": 2, "target_modules": ["q_proj"], "target_parameters": EXPERTS})
+    for base in ("mixtral", "qwen3-moe", "gpt-oss")
+}
 LENGTH = 12
 
 

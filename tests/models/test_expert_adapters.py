@@ -88,6 +88,57 @@ def test_logits_are_those_of_peft(name, tmp_path):
     assert {key: x.shape for key, x in stored} == {key: x.shape for key, x in again.items()}
 
 
+@pytest.fixture(scope="module")
+def reward_model(tmp_path_factory):
+    """A reward model on a mixture of experts, with the adapter and the head that PEFT wrote."""
+    base = write_checkpoint(read_golden()["mixtral"], tmp_path_factory.mktemp("reward") / "base")
+    return models.load_lora(models.load(base), FOLDER / "peft_reward" / "mixtral")
+
+
+@pytest.mark.slow
+def test_reward_models_on_experts_are_those_of_peft(reward_model, tmp_path):
+    """PEFT 0.21 wrote it, see `compare_peft.py`."""
+    source = FOLDER / "peft_reward" / "mixtral"
+    assert isinstance(reward_model, models.RewardModel)
+    assert isinstance(reward_model.body.layers.feed_forward.gate, models.LoRA)
+    want = np.load(source / "logits.npy")[0]
+    # Float32 rounds to 1e-6: the reward, 0.1, is a sum of much larger terms.
+    assert abs(call(reward_model, IDS[0, :12]) - want) < 5e-6
+    assert abs(call(models.without_lora(reward_model), IDS[0, :12]) - want) > 0.01
+    models.save_lora(reward_model, tmp_path)
+    assert json.loads((tmp_path / ADAPTER_CONFIG).read_text())["task_type"] == "SEQ_CLS"
+    shapes = [{k: x.shape for k, x in load_file(p / ADAPTER).items()} for p in (source, tmp_path)]
+    assert shapes[0] == shapes[1]
+
+
+@pytest.mark.slow
+def test_reward_models_on_experts_learn_and_are_saved(reward_model, standard_promotion, tmp_path):
+    batch, optimizer = ragged_batch(0, vocab=80), optax.adam(1e-2)
+    trainable = models.lora_filter(reward_model)
+    step = eqx.filter_jit(
+        dpx.make_step(
+            losses.bradley_terry, optimizer, score=models.score_rewards, trainable=trainable
+        )
+    )
+    model, seen = reward_model, []
+    opt_state = optimizer.init(eqx.filter(model, trainable))
+    for _ in range(4):
+        model, opt_state, metrics = step(model, opt_state, batch)
+        seen.append(float(metrics["loss"]))
+    assert seen[-1] < 0.5 * seen[0]
+    experts, before = (x.body.layers.feed_forward for x in (model, reward_model))
+    assert not np.array_equal(experts.down.up, before.down.up)
+    assert np.array_equal(experts.down.base.weight, before.down.base.weight)
+    base = models.RewardModel(models.without_lora(reward_model).body, key=KEY)
+    models.save_lora(model, tmp_path / "adapter")
+    again = models.load_lora(base, tmp_path / "adapter")
+    assert same(*(eqx.filter(x, models.lora_filter(x)) for x in (again, model)))
+    models.save(models.merge_lora(model), tmp_path / "merged")
+    merged = models.load(tmp_path / "merged")
+    got, want = (models.score_rewards(x, batch) for x in (merged, model))
+    assert_close(got.chosen, np.asarray(want.chosen), 1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["mixtral", "olmoe"])
 def test_adapters_from_before_transformers_5(family, tmp_path):
