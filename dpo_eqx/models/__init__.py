@@ -34,4 +34,5 @@ from ._decoder.mixture import Mixture as Mixture
 from ._decoder.recurrence import Recurrence as Recurrence
 from ._decoder.reward_model import RewardModel as RewardModel, score_rewards as score_rewards
 from ._decoder.transformer import Transformer as Transformer
-from ._peft.files import load_lora as load_lora, save_lora as save_lora
+from ._peft.load import load_lora as load_lora
+from ._peft.save import save_lora as save_lora

@@ -1,6 +1,7 @@
 """Adapters of any Equinox module, named by the paths of their layers.
 
-PEFT has no names for them. `files.py` reads and writes the files, also those in PEFT's own format.
+PEFT has no names for them. `load.py` reads the files and `save.py` writes them, also those in
+PEFT's own format.
 """
 
 from collections.abc import Callable, Mapping, Sequence

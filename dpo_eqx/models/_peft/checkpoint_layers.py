@@ -2,7 +2,7 @@
 
 Some families fuse several of our layers into one, as GPT-2 its queries, keys and values. Experts
 are two parameters of one module for all of them, or modules of their own in adapters from before
-`transformers` 5. `files.py` reads and writes the files.
+`transformers` 5. `load.py` reads the files, and `save.py` writes them.
 """
 
 import dataclasses

@@ -1,6 +1,6 @@
 """PEFT's `adapter_config.json`: which linear layers have an adapter, of which rank and scale.
 
-`files.py` reads the tensors. Settings without an exact counterpart raise; the error names the key.
+`load.py` reads the tensors. Settings without an exact counterpart raise; the error names the key.
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
 """The magnitudes of DoRA in PEFT's files: one vector for each linear layer of a checkpoint.
 
-PEFT stores the lengths of rows, and our adapters hold how they changed. `files.py` reads and
-writes the other tensors.
+PEFT stores the lengths of rows, and our adapters hold how they changed. `load.py` reads the other
+tensors, and `save.py` writes them.
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
 """The head of a reward model in PEFT's files, where it is always trained whole.
 
-PEFT calls such an adapter one of the task `SEQ_CLS`, and the head `score`. `files.py` reads and
-writes what is beside it.
+PEFT calls such an adapter one of the task `SEQ_CLS`, and the head `score`. `load.py` reads what is
+beside it, and `save.py` writes it.
 """
 
 import equinox as eqx

@@ -1,7 +1,7 @@
 """Modules that are trained whole (`modules_to_save`) in PEFT's files.
 
-`files.py` reads and writes the adapters beside them. For modules without names in PEFT see
-`adapter_paths.py`.
+`load.py` reads the adapters beside them, and `save.py` writes them. For modules without names in
+PEFT see `adapter_paths.py`.
 """
 
 from collections.abc import Iterator, Mapping
