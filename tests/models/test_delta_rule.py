@@ -10,6 +10,9 @@ import dpo_eqx as dpx
 from dpo_eqx.models._decoder.delta_rule import gated_delta_rule
 from dpo_eqx.models._decoder.links import Links, links_of, one_sequence
 from dpo_eqx.models._decoder.short_conv import Filter
+from dpo_eqx.models._decoder.unit_triangular import solve_unit_lower
+
+from ..policies import assert_close
 
 LENGTH, HEADS, KEY, VALUE, CHUNK, KERNEL = 22, 2, 3, 4, 4, 3
 # Rows of `LENGTH` tokens: the width of a prompt and of its completions, and the prompt's length.
@@ -148,6 +151,34 @@ def test_nothing_overflows():
     slopes = jnp.ones((LENGTH, HEADS, VALUE), jnp.float32)
     result = chunked(arrays, state.astype(jnp.float32), ROWS[4][0], slopes, 64)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(result))
+
+
+@pytest.mark.parametrize("size", [1, 5, 64])
+def test_triangular_systems(size):
+    """Also of keys that repeat, for which powers of the matrix are as large as 1e17."""
+    rng = np.random.default_rng(0)
+    key, known = rng.normal(size=(2, 3, size, 8)), rng.normal(size=(2, 3, size, 4))
+    key[0] = key[0, :, :1]
+    key /= np.linalg.norm(key, axis=-1, keepdims=True)
+    rate = rng.uniform(size=(2, 3, size, 1))
+    rate[0] = 1
+    matrix = rate * (key @ np.swapaxes(key, -1, -2))
+    below = np.tril(matrix, -1) + np.eye(size)
+    got, pull = jax.vjp(jax.jit(solve_unit_lower), matrix, known)
+    want = np.linalg.solve(below, known)
+    assert_close(got, want, 1e-12)
+    slopes = rng.normal(size=got.shape)
+    transposed = np.linalg.solve(np.swapaxes(below, -1, -2), slopes)
+    of_matrix = np.tril(-transposed @ np.swapaxes(want, -1, -2), -1)
+    assert_close(pull(slopes), (of_matrix, transposed), 1e-12)
+
+
+def test_a_cpu_is_not_given_functions_that_wait_for_its_own_threads():
+    """Batched functions of LAPACK never return if they run in all threads of XLA's pool."""
+    arrays, state = inputs()
+    slopes = np.ones((LENGTH, HEADS, VALUE))
+    program = chunked.lower(arrays, state, one_sequence(LENGTH), slopes)
+    assert "lapack" not in program.as_text()
 
 
 @eqx.filter_jit

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ..._jax.mapped_axes import vary_alike
 from .links import Links
+from .unit_triangular import solve_unit_lower
 
 # Tokens in a chunk. Larger chunks have fewer steps in sequence, and more work in each.
 CHUNK = 64
@@ -154,10 +155,7 @@ def _within(
     known = jnp.concatenate(
         [rate[..., None] * value, _by_slot(since, rate[..., None] * key)], axis=-1
     )
-    solved = jax.lax.linalg.triangular_solve(
-        overlap, known, left_side=True, lower=True, unit_diagonal=True
-    )
-    written, erased = jnp.split(solved, [value.shape[-1]], axis=-1)
+    written, erased = jnp.split(solve_unit_lower(overlap, known), [value.shape[-1]], axis=-1)
     kept, carried = _at_ends(chunks, total)
     return Parts(
         written=written,
