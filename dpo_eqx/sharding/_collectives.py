@@ -6,29 +6,23 @@ Bytes are those that a device sends in a ring, the least that any algorithm need
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable
 
-SIZES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
-SIZES |= {"s64": 8, "u64": 8, "f64": 8}
-_OPERATION = re.compile(
-    r"^\s+(?:ROOT )?%?[\w.-]+ = (?P<type>.*?) (?P<kind>all-gather|all-reduce|reduce-scatter|"
-    r"all-to-all|collective-permute)(?:-start)?\("
-)
-_SHAPE = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
-_CALLED = re.compile(r"(?:body|calls|to_apply|true_computation|false_computation)=%?([\w.-]+)")
-_TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
-_CONDITION = re.compile(r"condition=%?([\w.-]+)")
-_BOUND = re.compile(r"= s32\[\]\S* constant\((\d+)\)")
+from ._hlo import SIZES, Buffer, Instruction, instructions, times
+
+_KINDS = {"all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
     """One array of a collective operation.
 
+    - `name`: of the operation, which may move several arrays together.
     - `kind`: `"all-gather"` and so on; `shape`, `dtype`: of its result on one device.
     - `devices`: how many take part together; `times`: how often it runs in one call.
     """
 
+    name: str
     kind: str
     dtype: str
     shape: tuple[int, ...]
@@ -57,56 +51,31 @@ class Collective:
 
 def collectives(text: str) -> list[Collective]:
     """All of a compiled program, those that move nothing left out."""
-    times = _times(text)
+    counts = times(text)
     found = []
-    for name, line in _lines(text):
-        match = _OPERATION.match(line)
-        if match is None:
-            continue
-        devices = _group_size(line, match["kind"])
-        # An asynchronous operation gives its operand beside its result, both of one kind.
-        for dtype, axes in _SHAPE.findall(re.sub(r"/\*.*?\*/", "", match["type"])):
-            shape = tuple(map(int, filter(None, axes.split(","))))
-            found.append(Collective(match["kind"], dtype, shape, devices, times.get(name, 0)))
+    for name, all_of in instructions(text).items():
+        for each in all_of:
+            kind = each.kind.removesuffix("-start")
+            if kind in _KINDS:
+                devices = _group_size(each.line, kind)
+                runs = counts.get(name, 0)
+                found += [
+                    Collective(each.name, kind, result.dtype, result.shape, devices, runs)
+                    for result in _results(each)
+                ]
     return [each for each in found if each.devices > 1]
 
 
-def _lines(text: str) -> Iterator[tuple[str, str]]:
-    """The lines of each computation with its name; that of the entry is `ENTRY`."""
-    name = ""
-    for line in text.splitlines():
-        if line[:1].strip() and line.rstrip().endswith("{"):
-            first, *_ = line.split()
-            name = first.lstrip("%")
-        else:
-            yield name, line
+def count_runs(found: Iterable[Collective]) -> int:
+    """How many operations run in one call."""
+    return sum({each.name: each.times for each in found}.values())
 
 
-def _times(text: str) -> dict[str, int]:
-    """How often each computation runs: once for each trip of the loops around it."""
-    calls: dict[str, list[tuple[str, int]]] = {}
-    bounds = {name: int(bound[1]) for name, line in _lines(text) if (bound := _BOUND.search(line))}
-    for name, line in _lines(text):
-        trips = _trips(line, bounds) if " while(" in line else 1
-        for called in _CALLED.findall(line):
-            calls.setdefault(name, []).append((called, trips))
-    times: dict[str, int] = {}
-
-    def run(name: str, count: int) -> None:
-        times[name] = times.get(name, 0) + count
-        for called, trips in calls.get(name, []):
-            run(called, count * trips)
-
-    run("ENTRY", 1)
-    return times
-
-
-def _trips(line: str, bounds: dict[str, int]) -> int:
-    """How often a loop runs: as the line says, or by the number in its condition, as on TPUs."""
-    known, condition = _TRIPS.search(line), _CONDITION.search(line)
-    if known is not None:
-        return int(known[1])
-    return bounds.get(condition[1], 1) if condition is not None else 1
+def _results(each: Instruction) -> list[Buffer]:
+    """An asynchronous operation gives its operands before its results, all-reduces excepted."""
+    operands = len(each.operands)
+    is_beside = len(each.results) >= 2 * operands
+    return each.results[operands : 2 * operands] if is_beside else each.results
 
 
 def _group_size(line: str, kind: str) -> int:

@@ -20,12 +20,13 @@ from .._jax.partitioning import ROWS
 from .._jax.paths import leaf_name
 from .._scoring.score import score_pairs
 from ..protocols import Score
-from ._collectives import collectives
+from ._collectives import collectives, count_runs
 from ._flops import flops
 from ._mesh import make_mesh
 from ._policy import placement
 from ._rules import Rules
 from ._targets import Target, find_target
+from ._traffic import bytes_accessed
 
 _ATTENTION = {
     "cudnn": "cuDNN's kernel",
@@ -43,7 +44,10 @@ class Plan:
     - `temporaries`: bytes of everything else, at most at one time.
     - `peak`: bytes in all; results that are written over arguments count once.
     - `capacity`: bytes of the device's memory.
-    - `collective_bytes`: bytes that the device sends in a ring.
+    - `bytes_accessed`: bytes that the operations read from the device's memory and write to it.
+        What stays on the chip does not count.
+    - `collective_bytes`: bytes that the device sends in a ring; `collectives`: in how many
+        operations.
     - `flops_needed`: operations of a step that computes nothing twice; `flops_done`: those of this
         one. Products count, and nothing else. Both are those of the whole step over the number of
         devices.
@@ -59,7 +63,9 @@ class Plan:
     temporaries: int
     peak: int
     capacity: int
+    bytes_accessed: int
     collective_bytes: int
+    collectives: int
     flops_needed: int
     flops_done: int
     attention: str
@@ -89,7 +95,9 @@ class Plan:
             "peak": in_bytes(self.peak),
             "capacity": f"{in_bytes(self.capacity)}, "
             + (f"{in_bytes(left)} left" if self.fits else f"{in_bytes(-left)} too little"),
-            "sent to others": in_bytes(self.collective_bytes),
+            "read and written": in_bytes(self.bytes_accessed),
+            "sent to others": f"{in_bytes(self.collective_bytes)}, "
+            f"in {self.collectives} collectives",
             "operations": f"{self.flops_done:.3g} done, {self.flops_needed:.3g} needed "
             f"({ratio:.2f} times)",
             "attention": _ATTENTION[self.attention],
@@ -181,7 +189,8 @@ def _read(
     memory, text, count = compiled.memory_analysis(), compiled.as_text(), len(target.devices)
     arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     results = memory.output_size_in_bytes
-    sent = round(sum(each.ring_bytes for each in collectives(text)))
+    moved = collectives(text)
+    sent = round(sum(each.ring_bytes for each in moved))
     chip, work = target.chip, done // count
     times = {}
     if chip.rate and chip.bandwidth and chip.links:
@@ -197,7 +206,9 @@ def _read(
         temporaries=temporaries,
         peak=arguments + temporaries + results - memory.alias_size_in_bytes,
         capacity=chip.memory,
+        bytes_accessed=bytes_accessed(text),
         collective_bytes=sent,
+        collectives=count_runs(moved),
         flops_needed=needed // count,
         flops_done=work,
         attention=_attention_of(text),

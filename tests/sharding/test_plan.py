@@ -15,10 +15,12 @@ import dpo_eqx as dpx
 from dpo_eqx import models, sharding
 from dpo_eqx.cli._main import main
 from dpo_eqx.models._decoder.attention import attend
-from dpo_eqx.sharding._collectives import _lines, _times, collectives
+from dpo_eqx.sharding._collectives import collectives, count_runs
 from dpo_eqx.sharding._flops import flops
+from dpo_eqx.sharding._hlo import lines, times
 from dpo_eqx.sharding._plan import Plan, _needed
 from dpo_eqx.sharding._targets import CHIPS, _of_kind, find_target
+from dpo_eqx.sharding._traffic import bytes_accessed
 
 from .programs import CONFIG, compiled_step, peak, shapes_of_step
 
@@ -51,19 +53,19 @@ def test_memory_and_collectives_are_those_of_the_compiled_program(planned, compi
 
 def products(text):
     """The operations of all `dot`s in a compiled program, as often as they run."""
-    times, total = _times(text), 0
+    counts, total = times(text), 0
     shapes = {
         name: [int(n) for n in axes.split(",") if n]
         for name, axes in re.findall(r"%?([\w.-]+) = \w+\[([\d,]*)\]", text)
     }
-    for name, line in _lines(text):
+    for name, line in lines(text):
         dot = re.search(
             r"= \w+\[([\d,]*)\]\S* dot\(%?([\w.-]+), .*lhs_contracting_dims=\{([\d,]*)\}", line
         )
         if dot:
             out = [int(n) for n in dot[1].split(",") if n]
             inner = [shapes[dot[2]][int(i)] for i in dot[3].split(",")]
-            total += 2 * functools.reduce(int.__mul__, out + inner, 1) * times.get(name, 0)
+            total += 2 * functools.reduce(int.__mul__, out + inner, 1) * counts.get(name, 0)
     return total
 
 
@@ -125,7 +127,70 @@ def test_operations_of_attention_on_each_platform():
     assert flops(program, "cuda") == (2 + 2 + 5) * product
 
 
-PLAN = Plan("h100", "data=1", 60, 30, 100, 90, 7, 10, 12, "cudnn", {}, 1.0)
+# As GPUs have them: an asynchronous operation has its operands before its results, except that an
+# all-reduce has only its results. The loop runs four times.
+ASYNCHRONOUS = """
+%body (x: (f32[8,4])) -> (f32[8,4]) {
+  %both = ((bf16[4]{0}, f32[2,6]{1,0}), (bf16[32]{0}, f32[16,6]{1,0})) all-gather-start(%x, %y), \
+replica_groups=[1,8]<=[8], dimensions={0}
+  %both-done = (bf16[32]{0}, f32[16,6]{1,0}) all-gather-done(%both)
+  %part = (bf16[16,3]{1,0}, bf16[2,3]{1,0}) reduce-scatter-start(%z), \
+replica_groups=mesh['axis_0'=8] {'axis_0'}, dimensions={0}, to_apply=%add
+}
+
+ENTRY %main (x: f32[8,4]) -> f32[8,4] {
+  %loop = (f32[8,4]{1,0}) while(%x), condition=%c, body=%body, \
+backend_config={"known_trip_count":{"n":"4"}}
+  %sum = f32[5]{0} all-reduce-start(%x), replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+  %move = (f32[9]{0}, f32[9]{0}, u32[], u32[]) collective-permute-start(%x), \
+source_target_pairs={{0,1},{1,0}}
+}
+"""
+
+
+def test_asynchronous_collectives_send_their_results_once():
+    found = collectives(ASYNCHRONOUS.replace("\\\n", ""))
+    sent = {(each.kind, each.dtype): each.ring_bytes for each in found}
+    assert sent == {
+        ("all-gather", "bf16"): 4 * 7 / 8 * 2 * 32,
+        ("all-gather", "f32"): 4 * 7 / 8 * 4 * 16 * 6,
+        ("reduce-scatter", "bf16"): 4 * 7 / 8 * 2 * 16 * 3,
+        ("all-reduce", "f32"): 2 * 3 / 4 * 4 * 5,
+        ("collective-permute", "f32"): 4 * 9,
+    }
+    assert count_runs(found) == 4 + 4 + 1 + 1
+
+
+def compiled_alone(function, *shapes, **options):
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    return jax.jit(function, **options).lower(*arrays).compile()
+
+
+def test_bytes_accessed_are_those_that_xla_counts():
+    """XLA counts a loop as if it ran once, and its condition and scalar constants besides."""
+
+    def product(x, w):
+        return jnp.tanh(x @ w).sum(axis=0)
+
+    def updated(x, w):
+        return jax.lax.dynamic_update_slice_in_dim(x, 2 * w[3:5], jnp.int32(7), axis=0)
+
+    def looped(x, w):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0]
+
+    one = compiled_alone(product, (30, 50), (50, 70))
+    assert bytes_accessed(one.as_text()) == one.cost_analysis()["bytes accessed"]
+    part = compiled_alone(updated, (1000, 50), (90, 50), donate_argnums=0)
+    assert bytes_accessed(part.as_text()) == part.cost_analysis()["bytes accessed"] < 4 * 90 * 50
+    six, twelve = (compiled_alone(looped, (30, 50), (n, 50, 50)) for n in (6, 12))
+    of_six, of_twelve = (bytes_accessed(each.as_text()) for each in (six, twelve))
+    body = (of_twelve - of_six) / 6
+    # The matrix of a step, of the stack.
+    assert 4 * 50 * 50 < body < 6 * 4 * 50 * 50
+    assert of_six - 5 * body == pytest.approx(six.cost_analysis()["bytes accessed"], abs=100)
+
+
+PLAN = Plan("h100", "data=1", 60, 30, 100, 90, 300, 7, 2, 10, 12, "cudnn", {}, 1.0)
 
 
 def test_a_plan_says_what_binds_and_what_is_too_little():
