@@ -6,11 +6,12 @@ Bytes are those that a device sends in a ring, the least that any algorithm need
 import dataclasses
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from ._hlo import SIZES, Buffer, Instruction, instructions, times
 
 _KINDS = {"all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute"}
+_CHANNEL = re.compile(r"channel_id=(\d+)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,22 +54,45 @@ def collectives(text: str) -> list[Collective]:
     """All of a compiled program, those that move nothing left out."""
     counts = times(text)
     found = []
-    for name, all_of in instructions(text).items():
-        for each in all_of:
-            kind = each.kind.removesuffix("-start")
-            if kind in _KINDS:
-                devices = _group_size(each.line, kind)
-                runs = counts.get(name, 0)
-                found += [
-                    Collective(each.name, kind, result.dtype, result.shape, devices, runs)
-                    for result in _results(each)
-                ]
+    for name, each in _operations(text):
+        kind = each.kind.removesuffix("-start")
+        devices = _group_size(each.line, kind)
+        found += [
+            Collective(each.name, kind, result.dtype, result.shape, devices, counts.get(name, 0))
+            for result in _results(each)
+        ]
     return [each for each in found if each.devices > 1]
 
 
 def count_runs(found: Iterable[Collective]) -> int:
     """How many operations run in one call."""
     return sum({each.name: each.times for each in found}.values())
+
+
+def _operations(text: str) -> Iterator[tuple[str, Instruction]]:
+    """The collective operations, each with the name of its computation.
+
+    In programs for TPUs an operation stands again, with its channel, in each fusion that runs while
+    it moves and in the one that waits for it.
+    """
+    computations = instructions(text)
+    fused = {
+        name
+        for all_of in computations.values()
+        for each in all_of
+        if each.kind == "fusion"
+        for name in each.called
+    }
+    seen = set()
+    for name, all_of in computations.items():
+        for each in all_of:
+            if each.kind.removesuffix("-start") not in _KINDS:
+                continue
+            channel = _CHANNEL.search(each.line) if name in fused else None
+            if channel is None or channel[1] not in seen:
+                yield name, each
+            if channel is not None:
+                seen.add(channel[1])
 
 
 def _results(each: Instruction) -> list[Buffer]:

@@ -5,7 +5,7 @@
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 SIZES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2}
@@ -20,7 +20,8 @@ _CALLED = re.compile(r"(?:body|calls|to_apply|true_computation|false_computation
 _BRANCHES = re.compile(r"branch_computations=\{(.*?)\}")
 _TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
 _CONDITION = re.compile(r"condition=%?([\w.-]+)")
-_BOUND = re.compile(r"= s32\[\]\S* constant\((\d+)\)")
+_VALUE = re.compile(r"= [su]\d+\[\]\S* constant\((\d+)\)")
+_INDEX = re.compile(r" get-tuple-element\(.*\), index=(\d+)")
 
 
 class Buffer(NamedTuple):
@@ -114,26 +115,52 @@ def times(text: str) -> dict[str, int]:
 
     Each branch of a conditional counts as if it ran.
     """
-    calls: dict[str, list[tuple[str, int]]] = {}
-    bounds = {name: int(bound[1]) for name, line in lines(text) if (bound := _BOUND.search(line))}
-    for name, line in lines(text):
-        trips = _trips(line, bounds) if " while(" in line else 1
-        for each in called(line):
-            calls.setdefault(name, []).append((each, trips))
+    computations = instructions(text)
     counts: dict[str, int] = {}
 
     def run(name: str, count: int) -> None:
         counts[name] = counts.get(name, 0) + count
-        for each, trips in calls.get(name, []):
-            run(each, count * trips)
+        for each in computations.get(name, []):
+            trips = _trips(each, computations) if each.kind == "while" else 1
+            for called in each.called:
+                run(called, count * trips)
 
     run("ENTRY", 1)
     return counts
 
 
-def _trips(line: str, bounds: dict[str, int]) -> int:
-    """How often a loop runs: as the line says, or by the number in its condition, as on TPUs."""
-    known, condition = _TRIPS.search(line), _CONDITION.search(line)
+def _trips(loop: Instruction, computations: Mapping[str, Sequence[Instruction]]) -> int:
+    """How often a loop runs: as its line says, or by its condition, as on TPUs.
+
+    The condition compares a counter with a constant, and the body adds to the counter.
+    """
+    known, condition = _TRIPS.search(loop.line), _CONDITION.search(loop.line)
     if known is not None:
         return int(known[1])
-    return bounds.get(condition[1], 1) if condition is not None else 1
+    if condition is None:
+        return 1
+    test = computations.get(condition[1], [])
+    bound = next((_constant(each) for each in test if _constant(each) is not None), None)
+    counter = next((_INDEX.search(each.line) for each in test if _INDEX.search(each.line)), None)
+    if bound is None:
+        return 1
+    step = 1 if counter is None else _step(computations.get(loop.called[0], []), int(counter[1]))
+    return -(-bound // max(step, 1))
+
+
+def _step(body: Sequence[Instruction], index: int) -> int:
+    """What the body of a loop adds to the counter, which is at this place of its state."""
+    by_name = {each.name: each for each in body}
+    root = next((each for each in body if each.is_root), None)
+    step, name = 0, root.operands[index] if root is not None else ""
+    while name in by_name and by_name[name].kind in ("add", "copy"):
+        operands = [by_name[x] for x in by_name[name].operands if x in by_name]
+        step += sum(_constant(x) or 0 for x in operands)
+        name = next((x.name for x in operands if _constant(x) is None), "")
+    return step
+
+
+def _constant(each: Instruction) -> int | None:
+    """The value of a scalar constant without a sign."""
+    found = _VALUE.search(each.line)
+    return int(found[1]) if found else None

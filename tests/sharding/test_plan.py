@@ -15,7 +15,7 @@ import dpo_eqx as dpx
 from dpo_eqx import models, sharding
 from dpo_eqx.cli._main import main
 from dpo_eqx.models._decoder.attention import attend
-from dpo_eqx.sharding._collectives import collectives, count_runs
+from dpo_eqx.sharding._collectives import collectives
 from dpo_eqx.sharding._flops import flops
 from dpo_eqx.sharding._hlo import lines, times
 from dpo_eqx.sharding._plan import Plan, _needed
@@ -125,40 +125,6 @@ def test_operations_of_attention_on_each_platform():
     product = 2 * 2 * 4 * 8 * 8 * 16
     assert flops(program, "cpu") == flops(program, "tpu") == (2 + 5) * product
     assert flops(program, "cuda") == (2 + 2 + 5) * product
-
-
-# As GPUs have them: an asynchronous operation has its operands before its results, except that an
-# all-reduce has only its results. The loop runs four times.
-ASYNCHRONOUS = """
-%body (x: (f32[8,4])) -> (f32[8,4]) {
-  %both = ((bf16[4]{0}, f32[2,6]{1,0}), (bf16[32]{0}, f32[16,6]{1,0})) all-gather-start(%x, %y), \
-replica_groups=[1,8]<=[8], dimensions={0}
-  %both-done = (bf16[32]{0}, f32[16,6]{1,0}) all-gather-done(%both)
-  %part = (bf16[16,3]{1,0}, bf16[2,3]{1,0}) reduce-scatter-start(%z), \
-replica_groups=mesh['axis_0'=8] {'axis_0'}, dimensions={0}, to_apply=%add
-}
-
-ENTRY %main (x: f32[8,4]) -> f32[8,4] {
-  %loop = (f32[8,4]{1,0}) while(%x), condition=%c, body=%body, \
-backend_config={"known_trip_count":{"n":"4"}}
-  %sum = f32[5]{0} all-reduce-start(%x), replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
-  %move = (f32[9]{0}, f32[9]{0}, u32[], u32[]) collective-permute-start(%x), \
-source_target_pairs={{0,1},{1,0}}
-}
-"""
-
-
-def test_asynchronous_collectives_send_their_results_once():
-    found = collectives(ASYNCHRONOUS.replace("\\\n", ""))
-    sent = {(each.kind, each.dtype): each.ring_bytes for each in found}
-    assert sent == {
-        ("all-gather", "bf16"): 4 * 7 / 8 * 2 * 32,
-        ("all-gather", "f32"): 4 * 7 / 8 * 4 * 16 * 6,
-        ("reduce-scatter", "bf16"): 4 * 7 / 8 * 2 * 16 * 3,
-        ("all-reduce", "f32"): 2 * 3 / 4 * 4 * 5,
-        ("collective-permute", "f32"): 4 * 9,
-    }
-    assert count_runs(found) == 4 + 4 + 1 + 1
 
 
 def compiled_alone(function, *shapes, **options):

@@ -9,7 +9,7 @@ import dataclasses
 import pytest
 
 from dpo_eqx import sharding
-from dpo_eqx.sharding._collectives import Collective, collectives
+from dpo_eqx.sharding._collectives import Collective, collectives, count_runs
 
 from .programs import CONFIG, compiled_step, peak
 
@@ -120,7 +120,7 @@ def test_experts_keep_tokens_on_their_devices_and_gather_one_layer():
 
 
 def test_parsing_of_collectives():
-    """Bytes and groups of a program written by hand."""
+    """Bytes and groups of a program written by hand; the last loop counts by two."""
     text = """
 %body (p: f32[4]) -> f32[4] {
   %g = f32[8,4]{1,0} all-gather(%x), replica_groups=[2,4]<=[8], dimensions={0}
@@ -134,7 +134,20 @@ def test_parsing_of_collectives():
   %c = s32[]{:T(128)} constant(5)
   ROOT %lt = pred[]{:T(512)} compare(%i, %c), direction=LT
 }
+%third_cond (p: (f32[4], u32[])) -> pred[] {
+  %n = u32[]{:T(128)} constant(8)
+  %k = u32[]{:T(128)} get-tuple-element(%p), index=1
+  ROOT %less = pred[]{:T(512)} compare(%k, %n), direction=LT
+}
+%third (p: (f32[4], u32[])) -> (f32[4], u32[]) {
+  %j = u32[]{:T(128)} get-tuple-element(%p), index=1
+  %two = u32[]{:T(128)} constant(2)
+  %next = u32[]{:T(128)} add(%j, %two)
+  %q = f32[9]{0} all-gather(%x), replica_groups=[4,2]<=[8], dimensions={0}
+  ROOT %state = (f32[9]{0}, u32[]{:T(128)}) tuple(%q, %next)
+}
 ENTRY %main () -> f32[4] {
+  %u = (f32[9]{0}, u32[]) while(%i), condition=%third_cond, body=%third
   %w = f32[4]{0} while(%i), condition=%cond, body=%body, x={"known_trip_count":{"n":"3"}}
   %v = (s32[], f32[4]) while(%i), condition=%other_cond.1_spmd, body=%other, metadata={}
   %r = (bf16[6]{0}, /*index=1*/f32[]) all-reduce(%a, %b), replica_groups={{0,1},{2,3}}
@@ -144,11 +157,77 @@ ENTRY %main () -> f32[4] {
 }
 """
     assert collectives(text) == [
-        Collective("all-gather", "f32", (8, 4), 4, 3),
-        Collective("all-gather", "f32", (4,), 2, 5),
-        Collective("all-reduce", "bf16", (6,), 2, 1),
-        Collective("all-reduce", "f32", (), 2, 1),
-        Collective("reduce-scatter", "f32", (2,), 4, 1),
-        Collective("all-reduce", "f32", (), 8, 1),
+        Collective("g", "all-gather", "f32", (8, 4), 4, 3),
+        Collective("h", "all-gather", "f32", (4,), 2, 5),
+        Collective("q", "all-gather", "f32", (9,), 2, 4),
+        Collective("r", "all-reduce", "bf16", (6,), 2, 1),
+        Collective("r", "all-reduce", "f32", (), 2, 1),
+        Collective("s", "reduce-scatter", "f32", (2,), 4, 1),
+        Collective("t", "all-reduce", "f32", (), 8, 1),
     ]
-    assert [each.ring_bytes for each in collectives(text)] == [288, 40, 12, 4, 24, 7]
+    assert [each.ring_bytes for each in collectives(text)] == [288, 40, 72, 12, 4, 24, 7]
+
+
+# As GPUs have them: an asynchronous operation has its operands before its results, except that an
+# all-reduce has only its results. The loop runs four times.
+ASYNCHRONOUS = """
+%body (x: (f32[8,4])) -> (f32[8,4]) {
+  %both = ((bf16[4]{0}, f32[2,6]{1,0}), (bf16[32]{0}, f32[16,6]{1,0})) all-gather-start(%x, %y), \
+replica_groups=[1,8]<=[8], dimensions={0}
+  %both-done = (bf16[32]{0}, f32[16,6]{1,0}) all-gather-done(%both)
+  %part = (bf16[16,3]{1,0}, bf16[2,3]{1,0}) reduce-scatter-start(%z), \
+replica_groups=mesh['axis_0'=8] {'axis_0'}, dimensions={0}, to_apply=%add
+}
+
+ENTRY %main (x: f32[8,4]) -> f32[8,4] {
+  %loop = (f32[8,4]{1,0}) while(%x), condition=%c, body=%body, \
+backend_config={"known_trip_count":{"n":"4"}}
+  %sum = f32[5]{0} all-reduce-start(%x), replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+  %move = (f32[9]{0}, f32[9]{0}, u32[], u32[]) collective-permute-start(%x), \
+source_target_pairs={{0,1},{1,0}}
+}
+"""
+
+
+def test_asynchronous_collectives_send_their_results_once():
+    found = collectives(ASYNCHRONOUS.replace("\\\n", ""))
+    sent = {(each.kind, each.dtype): each.ring_bytes for each in found}
+    assert sent == {
+        ("all-gather", "bf16"): 4 * 7 / 8 * 2 * 32,
+        ("all-gather", "f32"): 4 * 7 / 8 * 4 * 16 * 6,
+        ("reduce-scatter", "bf16"): 4 * 7 / 8 * 2 * 16 * 3,
+        ("all-reduce", "f32"): 2 * 3 / 4 * 4 * 5,
+        ("collective-permute", "f32"): 4 * 9,
+    }
+    assert count_runs(found) == 4 + 4 + 1 + 1
+
+
+# As TPUs have them: the gather starts, moves while another fusion computes, and is waited for.
+FUSED = """
+%start (x: bf16[4]) -> bf16[32] {
+  %gather.1 = bf16[32]{0:T(256)S(1)} all-gather(%x), channel_id=7, replica_groups=[1,8]<=[8]
+}
+
+%meanwhile (x: bf16[4], y: f32[9]) -> (f32[9], bf16[32]) {
+  %gather.2 = bf16[32]{0:T(256)S(1)} all-gather(%x), channel_id=7, replica_groups=[1,8]<=[8]
+}
+
+%wait (x: bf16[4]) -> bf16[32] {
+  %gather.3 = bf16[32]{0:T(256)} all-gather(%x), channel_id=7, replica_groups=[1,8]<=[8]
+}
+
+ENTRY %main (x: bf16[4], y: f32[9]) -> bf16[32] {
+  %a = bf16[32]{0:T(256)S(1)} fusion(%x), kind=kCustom, calls=%start
+  %b = (f32[9]{0}, bf16[32]{0}) fusion(%a, %y), kind=kCustom, calls=%meanwhile
+  %c = bf16[32]{0:T(256)} fusion(%b), kind=kCustom, calls=%wait
+  %d = f32[3]{0} all-reduce(%y), channel_id=1, replica_groups=[1,8]<=[8], to_apply=%add
+  %e = f32[3]{0} all-reduce(%d), channel_id=1, replica_groups=[1,8]<=[8], to_apply=%add
+}
+"""
+
+
+def test_a_collective_in_several_fusions_sends_once():
+    """But those of a `shard_map` have one channel together."""
+    found = {each.name: each.ring_bytes for each in collectives(FUSED)}
+    sums = dict.fromkeys("de", 2 * 7 / 8 * 4 * 3)
+    assert found == {"gather.1": 7 / 8 * 2 * 32, **sums}
