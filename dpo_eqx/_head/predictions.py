@@ -4,17 +4,20 @@ Running a policy gives one of the two; both have the same interface.
 """
 
 import abc
+import math
 
 import equinox as eqx
 import jax
 from jaxtyping import Array, Float, Int
 
-from .._jax.partitioning import over_data
+from .._jax.by_platform import CUDA
+from .._jax.partitioning import ROWS, over_axes, row_shards
 from .collisions import collisions_of, linear_collisions
 from .kl import linear_kl, token_kl
 from .linear import with_statistics
 from .statistics import TokenStatistics, statistics_of
 from .tiles import Unembedding
+from .tiling import tiling_for
 from .token_log_probs import token_log_probs
 
 
@@ -69,7 +72,20 @@ class Hidden(AbstractPrediction):
             return with_statistics(hidden, head, targets, wanted, self.chunk_size)
 
         # On a mesh, the gradient of the unembedding is then summed once, not once for each chunk.
-        return over_data(log_probs_of_rows, (self.hidden, targets), self.head)
+        axes = ROWS if self._gathers_head() else "data"
+        return over_axes(axes, log_probs_of_rows, (self.hidden, targets), self.head)
+
+    def _gathers_head(self) -> bool:
+        """Whether each device over `fsdp`, too, takes its own rows, and gathers the unembedding.
+
+        Otherwise the hidden states of all devices are gathered, once for each part of the
+        vocabulary. What moves fewer bytes is chosen; both have the same width.
+        """
+        if not row_shards(self.hidden, ROWS):
+            return False
+        shape, vocab = self.hidden.shape[:-1], self.head.weight.shape[0]
+        parts = tiling_for(shape, self.chunk_size, vocab)(CUDA).parts
+        return parts * math.prod(shape) >= vocab * row_shards(self.hidden, ("data",))
 
     def collisions(self) -> Float[Array, "pairs length"]:
         return linear_collisions(

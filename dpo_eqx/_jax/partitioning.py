@@ -84,16 +84,16 @@ def keep_rows(x: Array) -> Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, within_row))
 
 
-def over_data(
-    function: Callable[..., Returned], rows: Sequence[Array], *shared: PyTree
-) -> Returned:
-    """`function(rows, *shared)`, computed separately on each shard of the rows over `data`.
+def row_shards(x: Array, names: tuple[str, ...]) -> int:
+    """How many shards the rows of `x` have over the axes `names` of the mesh.
 
-    The gradient with respect to `shared` is then summed over the shards once, whatever loops
-    `function` has. XLA would sum inside the loops: in a loop over chunks of tokens, it would sum
-    the gradient of a whole unembedding once for each chunk.
+    It is 0 without a mesh, or if the axes do not divide the rows.
     """
-    return over_axes("data", function, rows, *shared)
+    mesh = mesh_of(x)
+    if mesh is None:
+        return 0
+    parts = math.prod(mesh.shape[name] for name in names if name in mesh.axis_names)
+    return 0 if x.shape[0] % parts else parts
 
 
 def over_axes(
@@ -103,6 +103,10 @@ def over_axes(
     *shared: PyTree,
 ) -> Returned:
     """`function(rows, *shared)`, computed separately on each shard of the rows over mesh axes.
+
+    The gradient with respect to `shared` is then summed over the shards once, whatever loops
+    `function` has. XLA would sum inside the loops: in a loop over chunks of tokens, it would sum
+    the gradient of a whole unembedding once for each chunk.
 
     Without a mesh, or if the axes do not divide the rows, it is `function(rows, *shared)`.
     """

@@ -34,6 +34,7 @@ class Variant:
     precomputed: bool = False
     lora: bool = False
     packed: bool = False
+    vocab: int = CONFIG.vocab
 
 
 VARIANTS = {
@@ -44,6 +45,8 @@ VARIANTS = {
     "precomputed": Variant(precomputed=True),
     "LoRA": Variant(lora=True),
     "packed": Variant(microbatches=2, packed=True),
+    # Hidden states are gathered over `fsdp` in place of the unembedding.
+    "fewer tokens than the vocabulary": Variant(vocab=128),
 }
 
 
@@ -55,8 +58,9 @@ def wide(tree):
 @functools.cache
 def problem(variant: Variant):
     """The policy, a ragged batch of unequal weights, the reference, and options of the step."""
+    config = dataclasses.replace(CONFIG, vocab=variant.vocab)
     policy, reference = (
-        wide(models.Transformer(CONFIG, key=jax.random.key(seed))) for seed in (0, 1)
+        wide(models.Transformer(config, key=jax.random.key(seed))) for seed in (0, 1)
     )
     weight = np.random.default_rng(0).uniform(0.5, 2, PAIRS)
     weight[13:] = 0  # the last batch of an epoch, filled up

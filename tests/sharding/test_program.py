@@ -81,6 +81,22 @@ def test_fsdp_moves_what_a_ring_must(fsdp):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["fsdp=8", "data=2,fsdp=4"])
+def test_many_tokens_stay_where_they_are_and_the_unembedding_is_gathered(mesh):
+    """The hidden states of all devices would be larger than the unembedding.
+
+    It moves once forward for the policy and its reference, and its gradient once.
+    """
+    compiled = compiled_step(sharding.make_mesh(mesh), pairs=128)
+    tokens = 2 * 128 * 16
+    for each in moved(compiled):
+        # A whole row of the batch, or chunks of 48 tokens.
+        assert not {48, tokens, tokens // 2, tokens // 4} & set(each.shape), each
+    whole = [each for each in moved(compiled) if each.shape == (VOCAB, WIDTH)]
+    assert 0 < sum(each.times for each in whole) <= 8
+
+
+@pytest.mark.slow
 def test_tensor_keeps_the_vocabulary_apart():
     compiled = compiled_step(sharding.make_mesh("tensor=8"))
     assert not gathers(compiled)
