@@ -8,7 +8,9 @@ It compares this library with plain JAX, which has the logits of all positions o
 The batch has two pairs of 512 + 512 tokens for each device. Both have AdamW in float32, compute in
 bfloat16, layers that are recomputed (`--no-remat` stores them) and a live reference. The mesh is
 `fsdp` over all devices. A target whose compiler is not installed is left out.
-`dpo_eqx.sharding.plan` says what the numbers mean.
+`dpo_eqx.sharding.plan` says what the numbers mean. "Of the ring" are the bytes sent over those that
+a device must send at least. "Left" is the rest of the device's memory; it is negative if the step
+does not fit.
 """
 
 import argparse
@@ -42,19 +44,26 @@ COMPARED = ("qwen3-0.6b", "llama-3.2-1b", "llama-3.1-8b")
 TARGETS = ("h100", "h100:8", "v5e:2x2", "v5p:2x2x2", "v6e:4x4")
 PAIRS_OF_A_DEVICE, PROMPT, COMPLETION, BETA = 2, 512, 512, 0.1
 HEAD = (
-    "| shape | target | system | peak GB | of plain | done / needed | sent GB | attention "
-    "| compiled in s |\n|---|---|---|---|---|---|---|---|---|"
+    "| shape | target | system | peak GB | of plain | temporary GB | left GB | done / needed "
+    "| accessed GB | sent GB | of the ring | collectives | attention | compiled in s |\n"
+    + "|---" * 14
+    + "|"
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A step of one system at one shape on one target."""
+    """A step of one system at one shape on one target.
+
+    - `plan`: what it needs, or why XLA could not compile it.
+    - `least`: bytes that a device sends at least.
+    """
 
     shape: str
     target: str
     system: str
-    plan: sharding.Plan
+    plan: sharding.Plan | str
+    least: float
 
 
 def ours(optimizer: optax.GradientTransformation):
@@ -88,7 +97,7 @@ SYSTEMS = {"ours": ours, "plain": plain}
 
 
 def compiled(shape: str, target: str, system: str, lengths: Sequence[int], remat: bool) -> Row:
-    """The plan of a step; `ImportError` if the compiler for the target is not installed."""
+    """The row of a step; `ImportError` if the compiler for the target is not installed."""
     config = dataclasses.replace(models.read_config(ALL_SHAPES[shape]), remat=remat)
     policy = eqx.filter_eval_shape(models.Transformer, config, key=jax.random.key(0))
     optimizer = optax.adamw(1e-6, weight_decay=0.01)
@@ -96,16 +105,29 @@ def compiled(shape: str, target: str, system: str, lengths: Sequence[int], remat
         lambda policy: optimizer.init(eqx.filter(policy, eqx.is_inexact_array)), policy
     )
     devices = len(find_target(target).devices)
-    found = sharding.plan(
-        SYSTEMS[system](optimizer),
-        policy,
-        opt_state,
-        batch_of(PAIRS_OF_A_DEVICE * devices, *lengths),
-        policy,
-        target=target,
-        mesh=f"fsdp={devices}",
-    )
-    return Row(shape, target, system, found)
+    try:
+        found = sharding.plan(
+            SYSTEMS[system](optimizer),
+            policy,
+            opt_state,
+            batch_of(PAIRS_OF_A_DEVICE * devices, *lengths),
+            policy,
+            target=target,
+            mesh=f"fsdp={devices}",
+        )
+    except jax.errors.JaxRuntimeError as error:
+        found = str(error).splitlines()[0]
+    return Row(shape, target, system, found, least_sent(policy, devices))
+
+
+def least_sent(policy: models.Transformer, devices: int) -> float:
+    """The bytes that a device sends at least, in a ring.
+
+    All parameters are gathered three times, for the forward passes of policy and reference and for
+    the backward pass, and their gradient is scattered once. All are in bfloat16.
+    """
+    arrays = jax.tree.leaves(eqx.filter(policy, lambda x: isinstance(x, jax.ShapeDtypeStruct)))
+    return 4 * 2 * sum(x.size for x in arrays) * (devices - 1) / devices
 
 
 def batch_of(pairs: int, prompt: int, completion: int) -> dpx.PreferenceBatch:
@@ -129,17 +151,24 @@ def rows_of(args: argparse.Namespace) -> Iterator[Row]:
                 break
 
 
-def line(row: Row, plain_peak: int) -> str:
+def line(row: Row, plain_peak: int | None) -> str:
     """A line of the table."""
     plan = row.plan
+    if isinstance(plan, str):
+        return f"| {row.shape} | {row.target} | {row.system} | not compiled: {plan} |"
     cells = (
         row.shape,
         row.target,
         row.system,
         f"{plan.peak / 1e9:.3g}",
-        f"{plan.peak / plain_peak:.2f}",
+        f"{plan.peak / plain_peak:.2f}" if plain_peak else "",
+        f"{plan.temporaries / 1e9:.3g}",
+        f"{(plan.capacity - plan.peak) / 1e9:.3g}",
         f"{plan.flops_done / plan.flops_needed:.2f}",
+        f"{plan.bytes_accessed / 1e9:.3g}",
         f"{plan.collective_bytes / 1e9:.3g}",
+        f"{plan.collective_bytes / row.least:.2f}" if row.least else "",
+        str(plan.collectives),
         plan.attention,
         f"{plan.compile_seconds:.0f}",
     )
@@ -147,9 +176,13 @@ def line(row: Row, plain_peak: int) -> str:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The table, with each peak over that of plain JAX."""
-    peaks = {(row.shape, row.target): row.plan.peak for row in rows if row.system == "plain"}
-    return "\n".join([HEAD, *(line(row, peaks[row.shape, row.target]) for row in rows)])
+    """The table, with each peak over that of plain JAX, if that could be compiled."""
+    peaks = {
+        (row.shape, row.target): row.plan.peak
+        for row in rows
+        if row.system == "plain" and isinstance(row.plan, sharding.Plan)
+    }
+    return "\n".join([HEAD, *(line(row, peaks.get((row.shape, row.target))) for row in rows)])
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -166,6 +166,16 @@ def test_compiled_prints_a_row_for_each_system(capsys):
     assert float(plain["of plain"]) == 1
     # Both prompts of a pair are computed, and the logits of all positions.
     assert 1 < float(ours["done / needed"]) < float(plain["done / needed"])
+    assert 0 < float(ours["accessed GB"]) < float(plain["accessed GB"])
+    # One device has no ring.
+    assert (ours["collectives"], ours["of the ring"]) == ("0", "")
+
+
+def test_compiled_says_what_could_not_be_compiled():
+    rows = [compiled.Row("big", "v5e", system, "too large", 1.0) for system in ("ours", "plain")]
+    _, _, *lines = compiled.table(rows).splitlines()
+    assert lines[0] == "| big | v5e | ours | not compiled: too large |"
+    assert len(lines) == 2
 
 
 @pytest.mark.slow
