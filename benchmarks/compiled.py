@@ -25,6 +25,7 @@ import optax
 
 import dpo_eqx as dpx
 from dpo_eqx import losses, models, sharding
+from dpo_eqx.sharding._plan import TooLargeError
 from dpo_eqx.sharding._targets import find_target
 
 from .large import LLAMA, SHAPES
@@ -55,7 +56,7 @@ HEAD = (
 class Row:
     """A step of one system at one shape on one target.
 
-    - `plan`: what it needs, or why XLA could not compile it.
+    - `plan`: what it needs, or why XLA refuses to compile it.
     - `least`: bytes that a device sends at least.
     """
 
@@ -115,8 +116,8 @@ def compiled(shape: str, target: str, system: str, lengths: Sequence[int], remat
             target=target,
             mesh=f"fsdp={devices}",
         )
-    except jax.errors.JaxRuntimeError as error:
-        found = str(error).splitlines()[0]
+    except TooLargeError as error:
+        found = str(error)
     return Row(shape, target, system, found, least_sent(policy, devices))
 
 

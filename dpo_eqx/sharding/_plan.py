@@ -5,6 +5,7 @@
 
 import dataclasses
 import functools
+import re
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -115,6 +116,10 @@ class Plan:
         return " (binds)" if name == self.bound else ""
 
 
+class TooLargeError(ValueError):
+    """The compiler refuses a program that needs more memory than a device has, as on TPUs."""
+
+
 def plan(
     step: Callable[..., Any],
     policy: PyTree,
@@ -158,8 +163,9 @@ def plan(
 
     **Raises:**
 
-    `ValueError` if the target or the mesh is wrong, or the batch does not split over the mesh;
-    `ImportError` if the compiler for the target is not installed.
+    `ValueError` if the target or the mesh is wrong, or the batch does not split over the mesh. Also
+    if the step does not fit and the compiler refuses it, as on TPUs. `ImportError` if the compiler
+    for the target is not installed.
     """
     chips = find_target(target)
     sizes = mesh or f"data={len(chips.devices)}"
@@ -177,10 +183,23 @@ def plan(
         traced = jax.jit(run, donate_argnums=(0, 1)).trace(policy_arrays, state_arrays, rest)
         needed = _needed(score, placed, trainable, reference_of, chips.platform)
         started = time.perf_counter()
-        compiled = traced.lower(lowering_platforms=(chips.platform,)).compile()
+        compiled = _compiled(traced.lower(lowering_platforms=(chips.platform,)), target, sizes)
     seconds = time.perf_counter() - started
     done = flops(traced.jaxpr, chips.platform)
     return _read(compiled, chips, sizes, needed, done, seconds)
+
+
+def _compiled(lowered: Any, target: str, sizes: str) -> Any:
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        refused = re.match(r"RESOURCE_EXHAUSTED: (.*)", str(error))
+        if refused is None:
+            raise
+        raise TooLargeError(
+            f"One step on {target} ({sizes}) does not fit, and the compiler refuses it: "
+            f"{refused[1]} Give a smaller batch, shorter rows, or more devices."
+        ) from error
 
 
 def _read(

@@ -14,11 +14,12 @@ from jax.experimental import topologies
 import dpo_eqx as dpx
 from dpo_eqx import models, sharding
 from dpo_eqx.cli._main import main
+from dpo_eqx.cli.commands import plan as plan_command
 from dpo_eqx.models._decoder.attention import attend
 from dpo_eqx.sharding._collectives import collectives
 from dpo_eqx.sharding._flops import flops
 from dpo_eqx.sharding._hlo import lines, times
-from dpo_eqx.sharding._plan import Plan, _needed
+from dpo_eqx.sharding._plan import Plan, TooLargeError, _compiled, _needed
 from dpo_eqx.sharding._targets import CHIPS, _of_kind, find_target
 from dpo_eqx.sharding._traffic import bytes_accessed
 
@@ -170,6 +171,39 @@ def test_a_plan_says_what_binds_and_what_is_too_little():
     assert plan.bound == "memory"
     assert re.search(r"memory +3e\+03 ms \(binds\)", str(plan))
     assert plan.as_dict() == {**dataclasses.asdict(plan), "fits": True, "bound": "memory"}
+
+
+class Refused:
+    """A lowered program that is too large for a TPU, or has a fault of its own."""
+
+    def __init__(self, message):
+        self.message = message
+
+    def compile(self):
+        raise jax.errors.JaxRuntimeError(self.message)
+
+
+def test_a_step_that_the_compiler_refuses_does_not_fit():
+    with pytest.raises(TooLargeError, match=r"v5e:1 \(data=1\) does not fit.*: Ran out. Give"):
+        _compiled(Refused("RESOURCE_EXHAUSTED: Ran out.\n\nMore."), "v5e:1", "data=1")
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        _compiled(Refused("INTERNAL: a fault"), "v5e:1", "data=1")
+
+
+@pytest.mark.parametrize("refused", [True, False])
+def test_the_largest_batch_that_fits(monkeypatch, capsys, refused):
+    def planned(flags, problem, pairs):
+        if pairs > 12 and refused:
+            raise TooLargeError
+        return dataclasses.replace(PLAN, peak=10 * pairs, capacity=120)
+
+    monkeypatch.setattr(plan_command, "_plan", planned)
+    flags = plan_command.PlanFlags(model="", batch_size=3)
+    problem = plan_command.Problem(lambda: None, None, None, None, None, None)
+    assert plan_command._largest(flags, problem, planned(flags, problem, 3)).peak == 120
+    words = capsys.readouterr().out
+    assert "12 pairs fit" in words
+    assert "24 pairs do not fit" in words
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from ...models._checkpoint.folder import CONFIG, read_json, resolve
 from ...models._checkpoint.language_model import inner_config
 from ...protocols import Step
 from ...sharding._mesh import parse_sizes
+from ...sharding._plan import TooLargeError
 from ..compose.dtypes import keep_trained_wide
 from ..compose.optimizer import compose_optimizer
 from ..compose.policy import has_adapters, trainable_of, with_new_adapters
@@ -173,12 +174,23 @@ def _plan(flags: PlanFlags, problem: Problem, pairs: int) -> sharding.Plan:
 def _largest(flags: PlanFlags, problem: Problem, found: sharding.Plan) -> sharding.Plan:
     """The plan of the largest batch that fits, by doubling; `found` if even that does not fit."""
     pairs, larger = flags.batch_size, found
-    while larger.fits:
-        say(f"{pairs} pairs fit: {larger.peak / 1e9:.2f} GB of {larger.capacity / 1e9:.2f} GB")
+    while larger is not None and larger.fits:
+        say(f"{pairs} pairs fit: {_filled(larger)}")
         found, pairs = larger, 2 * pairs
-        larger = _plan(flags, problem, pairs)
-    say(f"{pairs} pairs do not fit: {larger.peak / 1e9:.2f} GB of {larger.capacity / 1e9:.2f} GB")
+        larger = _unless_refused(flags, problem, pairs)
+    say(f"{pairs} pairs do not fit" + (f": {_filled(larger)}" if larger is not None else ""))
     return found
+
+
+def _unless_refused(flags: PlanFlags, problem: Problem, pairs: int) -> sharding.Plan | None:
+    try:
+        return _plan(flags, problem, pairs)
+    except TooLargeError:
+        return None
+
+
+def _filled(plan: sharding.Plan) -> str:
+    return f"{plan.peak / 1e9:.2f} GB of {plan.capacity / 1e9:.2f} GB"
 
 
 def _make_base(config: models.Config, flags: PlanFlags, stored: np.dtype) -> models.Transformer:
@@ -197,8 +209,9 @@ def _batch(flags: PlanFlags, pairs: int) -> PreferenceBatch:
         return Tokens(np.zeros((pairs, length), np.int32), np.ones((pairs, length), bool))
 
     completion = tokens(flags.max_length - prompt)
-    zeros = np.zeros(pairs, np.float32)
-    reference = PairLogProbs(zeros, zeros, zeros, zeros) if flags.precompute_reference else None
+    zeros, lengths = np.zeros(pairs, np.float32), np.zeros(pairs, np.int32)
+    given = PairLogProbs(zeros, zeros, lengths, lengths)
+    reference = given if flags.precompute_reference else None
     return PreferenceBatch(
         tokens(prompt), completion, completion, np.ones(pairs, np.float32), reference
     )
