@@ -214,7 +214,7 @@ def test_a_model_of_an_unknown_family(tmp_path, capsys):
     (tmp_path / "m").mkdir()
     (tmp_path / "m" / "config.json").write_text('{"model_type": "xlnet"}')
     for flag in ("model", "reference"):
-        message = f"`--{flag}` must be a model of a supported family; .*m cannot be read: "
+        message = f"`--{flag}` must be a supported model; .*m cannot be read: "
         status = small(tmp_path, **{flag: str(tmp_path / "m")})
         bad(capsys, tmp_path, message + ".* got 'xlnet'. Give a checkpoint of one", status)
 

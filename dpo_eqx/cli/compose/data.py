@@ -82,7 +82,7 @@ def _config(model: str, flag: str) -> models.Config:
         return models.read_config(values)
     except ValueError as error:
         raise ValueError(
-            f"`{flag}` must be a model of a supported family; {folder} cannot be read: {error}"
+            f"`{flag}` must be a supported model; {folder} cannot be read: {error}"
         ) from error
 
 
