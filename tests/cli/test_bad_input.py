@@ -187,6 +187,10 @@ CASES = {
         {"lora": "nofolder", "lora_reference": "base"},
         "`--lora` must be a folder with an adapter, .* there is no folder 'nofolder'",
     ),
+    "no such adapter of a reward model": (
+        {"lora": "nofolder", "loss": "bradley_terry", "reward_head": True},
+        "`--lora` must be a folder with an adapter, .* there is no folder 'nofolder'",
+    ),
     "a name without its owner": ({"model": "gpt2"}, "a name .* with its owner, `owner/name`"),
     "a folder without a tokenizer": (
         {"data": str(DATA / "llama" / "dataset.jsonl")},

@@ -54,9 +54,7 @@ def load_policy(
         return _load_reward_model(settings, mesh)
     policy = _load(settings.model, settings, mesh, remat=settings.remat)
     if settings.lora is not None:
-        with naming("--lora"):
-            policy = models.load_lora(policy, settings.lora, dropout=settings.lora_dropout)
-        policy = language_model(policy, settings.lora)
+        policy = language_model(_with_lora(policy, settings, settings.lora), settings.lora)
         # The reference needs the adapters as they are now, and training changes them.
         return models.pin_lora(policy) if settings.lora_reference == "adapter" else policy
     return with_new_adapters(policy, settings)
@@ -66,7 +64,7 @@ def _load_reward_model(settings: Settings, mesh: Mesh | None) -> models.RewardMo
     model = _load_any(settings.model, settings, mesh, remat=settings.remat)
     if settings.lora is not None:
         # The file has the head of a policy's adapter. A reward model may keep its own.
-        adapted = models.load_lora(model, settings.lora, dropout=settings.lora_dropout)
+        adapted = _with_lora(model, settings, settings.lora)
         return with_whole_head(_reward_model(adapted, settings.lora))
     if not isinstance(model, models.RewardModel):
         model = models.RewardModel(model, key=jax.random.key(settings.seed))
@@ -75,6 +73,14 @@ def _load_reward_model(settings: Settings, mesh: Mesh | None) -> models.RewardMo
     # The patterns of the flags are for paths in the decoder.
     body = with_new_adapters(model.body, settings)
     return with_whole_head(eqx.tree_at(lambda model: model.body, model, body))
+
+
+def _with_lora(
+    model: models.Transformer | models.RewardModel, settings: Settings, lora: str
+) -> models.Transformer | models.RewardModel:
+    """The model with the adapters in the folder `lora`, which `--lora` gave."""
+    with naming("--lora"):
+        return models.load_lora(model, lora, dropout=settings.lora_dropout)
 
 
 def _reward_model(
