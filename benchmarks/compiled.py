@@ -161,19 +161,25 @@ def line(row: Row, plain_peak: int | None) -> str:
         row.shape,
         row.target,
         row.system,
-        f"{plan.peak / 1e9:.3g}",
+        in_gb(plan.peak),
         f"{plan.peak / plain_peak:.2f}" if plain_peak else "",
-        f"{plan.temporaries / 1e9:.3g}",
-        f"{(plan.capacity - plan.peak) / 1e9:.3g}",
+        in_gb(plan.temporaries),
+        in_gb(plan.capacity - plan.peak),
         f"{plan.flops_done / plan.flops_needed:.2f}",
-        f"{plan.bytes_accessed / 1e9:.3g}",
-        f"{plan.collective_bytes / 1e9:.3g}",
+        in_gb(plan.bytes_accessed),
+        in_gb(plan.collective_bytes),
         f"{plan.collective_bytes / row.least:.2f}" if row.least else "",
         str(plan.collectives),
         plan.attention,
         f"{plan.compile_seconds:.0f}",
     )
     return f"| {' | '.join(cells)} |"
+
+
+def in_gb(number: int) -> str:
+    """Three digits, and all digits before the point."""
+    gigabytes = number / 1e9
+    return f"{gigabytes:.3g}" if abs(gigabytes) < 100 else f"{gigabytes:.0f}"
 
 
 def table(rows: Sequence[Row]) -> str:
