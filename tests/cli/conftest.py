@@ -1,11 +1,9 @@
 """Models with their tokenizers, put together from the golden files."""
 
-import shutil
-
 import jax
 import pytest
 
-from .runs import DATA, TRACES
+from .runs import with_tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -15,11 +13,7 @@ def models(tmp_path_factory):
 
     def folder(kind):
         if kind not in folders:
-            folders[kind] = tmp_path_factory.mktemp("models") / kind
-            shutil.copytree(TRACES / kind / "model", folders[kind])
-            for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-                if (DATA / kind / name).exists():
-                    shutil.copy(DATA / kind / name, folders[kind])
+            folders[kind] = with_tokenizer(kind, tmp_path_factory.mktemp("models") / kind)
         return folders[kind]
 
     return folder

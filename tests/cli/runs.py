@@ -1,6 +1,7 @@
 """Running the command inside the test's process, and reading what it left."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,15 @@ from dpo_eqx.cli.settings.parse import flags_of
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 DATA, TRACES = GOLDEN / "data", GOLDEN / "models" / "traces"
+
+
+def with_tokenizer(kind, folder):
+    """A folder with a model, `llama`, `qwen3` or `gpt2`, and its tokenizer."""
+    shutil.copytree(TRACES / kind / "model", folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        if (DATA / kind / name).exists():
+            shutil.copy(DATA / kind / name, folder)
+    return folder
 
 
 def train(**settings):

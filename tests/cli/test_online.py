@@ -252,6 +252,7 @@ BAD = {
         {"reference": str(GOLDEN / "models" / "families" / "gpt2")},
         "`--reference` must have the vocabulary of `--policy`",
     ),
+    "processes": ({"num_processes": 2}, "`--num-processes` needs `--coordinator HOST:PORT`"),
 }
 
 

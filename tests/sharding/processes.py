@@ -1,4 +1,4 @@
-"""Starting `dpo-eqx train` as several processes on this machine, two devices each."""
+"""Starting `dpo-eqx train` or `online` as several processes on this machine, two devices each."""
 
 import os
 import socket
@@ -31,7 +31,9 @@ SETTINGS = {
 class Processes:
     """Some processes of one run, each with its flags; killed at the end of a `with` block."""
 
-    def __init__(self, folder: Path, count: int, *, each=None, devices=2, **settings):
+    def __init__(
+        self, folder: Path, count: int, *, command="train", each=None, devices=2, **settings
+    ):
         self.folder, self.output = folder, folder / settings.pop("name", "run")
         if not (folder / "data.jsonl").exists():
             # The last batch of an epoch is ragged.
@@ -47,7 +49,7 @@ class Processes:
                 **({"process_id": i} if count > 1 else {}),
                 **(each or {}).get(i, {}),
             }
-            self.all.append(_start(own, log, devices))
+            self.all.append(_start(command, own, log, devices))
 
     def __enter__(self):
         return self
@@ -61,9 +63,9 @@ class Processes:
         """The exit statuses."""
         return [process.wait(timeout) for process in self.all]
 
-    def finish(self):
+    def finish(self, timeout=200):
         """The folder of the run, all having ended well."""
-        assert set(self.wait()) == {0}, self.words()
+        assert set(self.wait(timeout)) == {0}, self.words()
         return self.output
 
     def words(self):
@@ -81,7 +83,7 @@ class Processes:
             time.sleep(0.05)
 
 
-def _start(settings, log, devices):
+def _start(command, settings, log, devices):
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
@@ -89,9 +91,9 @@ def _start(settings, log, devices):
         "--xla_backend_optimization_level=0",
         "DPO_EQX_CACHE": str(log.parent / "cache"),
     }
-    command = [sys.executable, "-m", "dpo_eqx.cli", "train", *flags_of(settings)]
+    words = [sys.executable, "-m", "dpo_eqx.cli", command, *flags_of(settings)]
     with log.open("w") as file:
-        return subprocess.Popen(command, env=environment, stdout=file, stderr=file)
+        return subprocess.Popen(words, env=environment, stdout=file, stderr=file)
 
 
 def _free_port():

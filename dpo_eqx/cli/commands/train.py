@@ -152,8 +152,15 @@ def out_of_memory_explained(settings: Settings, state: State) -> AbstractContext
         "--quantize": not is_whole and settings.quantize is None,
         "--mesh fsdp=N": jax.device_count() > 1,
     }
-    names = [f"`{name}`" for name, is_help in helps.items() if is_help]
+    # Other commands have only some of these flags.
+    known = {field.name for field in dataclasses.fields(settings) if field.init}
+    names = [f"`{name}`" for name, is_help in helps.items() if is_help and _field(name) in known]
     return explained(parts, f"These flags need less: {', '.join(names)}.")
+
+
+def _field(flag: str) -> str:
+    """The field of a flag, which may have a value: `batch_size` of `--batch-size N`."""
+    return flag.split()[0].removeprefix("--").replace("-", "_")
 
 
 def _prepare(

@@ -40,11 +40,33 @@ def sample_prompts(settings: Settings, prepared: Sequence[Prepared]) -> SamplePr
     if not settings.sample_every:
         return None
     source = prepared[1] if prepared[1:] else prepared[0]
-    given = _read(settings.sample_prompts) if settings.sample_prompts else []
+    given = _given(settings)
     is_ids = source.form.tokenized and all(prompt.ids is not None for prompt in given)
     tokenizer = None if is_ids else tokenizer_of(settings)
+    return _that_fit(settings, given or list(_first_of(source)), tokenizer)
+
+
+def sample_prompts_among(
+    settings: Settings, prompts: Sequence[Prompt], tokenizer: Any
+) -> SamplePrompts | None:
+    """`sample_prompts` for a run on prompts alone: the first of them by default.
+
+    **Raises:**
+
+    The errors of `sample_prompts`.
+    """
+    if not settings.sample_every:
+        return None
+    return _that_fit(settings, _given(settings) or prompts[:FROM_DATA], tokenizer)
+
+
+def _given(settings: Settings) -> list[Prompt]:
+    return _read(settings.sample_prompts) if settings.sample_prompts else []
+
+
+def _that_fit(settings: Settings, prompts: Sequence[Prompt], tokenizer: Any) -> SamplePrompts:
     found = encode(
-        given or list(_first_of(source)),
+        prompts,
         tokenizer,
         as_turns=settings.as_chat,
         max_prompt_length=settings.max_prompt_length,

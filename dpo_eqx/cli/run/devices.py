@@ -6,7 +6,7 @@
 from typing import Any, TypeVar
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from jaxtyping import PyTree
 
 from ... import sharding
@@ -78,3 +78,10 @@ def put(tree: Tree, mesh: Mesh | None) -> Tree:
 def put_batch(batch: Any, mesh: Mesh | None) -> Any:
     """The global batch; `batch` is the part of it that this process made."""
     return batch if mesh is None else sharding.shard_batch(batch, mesh)
+
+
+def keep_rows_of(batch: Tree, mesh: Mesh | None) -> Tree:
+    """A batch that a jitted function has made of others, split over the mesh like these."""
+    if mesh is None:
+        return batch
+    return jax.lax.with_sharding_constraint(batch, NamedSharding(mesh, P(ROWS)))

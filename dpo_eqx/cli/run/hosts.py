@@ -50,7 +50,7 @@ def connected(settings: Settings) -> Iterator[None]:
     except CommonError:
         raise
     except BaseException as error:
-        _leave(error)
+        _leave(settings.command, error)
     else:
         wait("the end")
 
@@ -136,6 +136,13 @@ def exchange(text: str) -> list[str]:
     return [bytes(row[:size]).decode() for row, size in zip(rows, sizes, strict=True)]
 
 
+def summed(x: np.ndarray) -> np.ndarray:
+    """The sum of the arrays of all processes, which have one shape."""
+    if jax.process_count() == 1:
+        return x
+    return np.asarray(multihost_utils.process_allgather(x)).sum(axis=0)
+
+
 def wait(what: str) -> None:
     """Waits until all processes have called this function; `what` names the place."""
     if jax.process_count() > 1:
@@ -199,18 +206,18 @@ def _connect(settings: Settings, coordinator: str) -> None:
         ) from error
 
 
-def _leave(error: BaseException) -> None:
+def _leave(command: str, error: BaseException) -> None:
     if os.environ.get("DPO_EQX_TRACEBACK"):
         traceback.print_exception(error)
     if isinstance(error, jax.errors.JaxRuntimeError):
         print(
-            "dpo-eqx train: A computation across processes failed, most likely because another "
-            f"process was lost: {str(error).splitlines()[0]} Start all processes again with "
-            "--resume.",
+            f"dpo-eqx {command}: A computation across processes failed, most likely because "
+            f"another process was lost: {str(error).splitlines()[0]} Start all processes again "
+            "with --resume.",
             file=sys.stderr,
         )
     elif isinstance(error, ValueError | OSError | ImportError):
-        print(f"dpo-eqx train: {error}", file=sys.stderr)
+        print(f"dpo-eqx {command}: {error}", file=sys.stderr)
     elif not isinstance(error, KeyboardInterrupt):
         traceback.print_exception(error)
     sys.stdout.flush()

@@ -1,7 +1,7 @@
 """A round of on-policy training as one step of `loop.py`: draw, judge, pair, then a training step.
 
 Drawing, and the training step, are one compiled function each. The reward runs between them, on the
-host.
+host; each process judges a part of the answers.
 """
 
 import dataclasses
@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, DTypeLike, Float, Int, PyTree
+from jaxtyping import Array, Bool, DTypeLike, Float, Int, PRNGKeyArray, PyTree, UInt32
 
-from ... import models
+from ... import models, sharding
 from ..._arrays.batches import PreferenceBatch, UnpairedBatch
 from ..._arrays.samples import Samples
 from ..._arrays.tokens import Tokens
@@ -28,9 +28,11 @@ from ..compose.draws import Encoded, answers_of, carried
 from ..compose.rewards import Asked, Judge
 from ..settings.online import Online
 from ..terminal.prompts import stored
-from .devices import put_batch
-from .hosts import say
+from . import hosts
+from .devices import keep_rows_of, put_batch
 from .loop import Advance
+from .offload import fetched
+from .parts import share_of
 from .state import State
 
 Rewards = Float[Array | np.ndarray, "prompts samples"]
@@ -53,12 +55,10 @@ class Judging:
     ends: tuple[int, ...]
     judge: Judge
 
-    def rewards(self, numbers: Int[np.ndarray, " rows"], samples: Samples) -> Rewards:
-        """The rewards of the answers to the prompts of these numbers.
-
-        A round that is short of prompts has more answers than numbers; their rewards are all 0.
-        """
-        tokens = jax.tree.map(np.asarray, samples.tokens)
+    def rewards(
+        self, numbers: Int[np.ndarray, " prompts"], tokens: Tokens
+    ) -> Float[np.ndarray, "prompts samples"]:
+        """The rewards of the answers to the prompts of these numbers; `tokens` are in NumPy."""
         asked = []
         for place, number in enumerate(numbers.tolist()):
             prompt = self.encoded.prompts[number]
@@ -66,44 +66,77 @@ class Judging:
             _, texts, _ = answers_of(self.encoded, number, own, self.tokenizer, self.ends)
             value = stored(self.tokenizer, prompt)
             asked += [Asked(value, text, carried(prompt.columns)) for text in texts]
-        rewards = np.zeros(tokens.ids.shape[:2], np.float32)
-        rewards[: len(numbers)] = self.judge(asked).reshape(len(numbers), -1)
-        return rewards
+        found = self.judge(asked) if asked else np.zeros(0)
+        return found.astype(np.float32).reshape(tokens.ids.shape[:2])
+
+
+def judged(
+    judging: Judging, numbers: Int[np.ndarray, " prompts"], tokens: Tokens
+) -> Float[np.ndarray, "rows samples"]:
+    """The rewards of all answers of a round, on every process. Each process judges its part.
+
+    A round that is short of prompts has more rows of answers than numbers; their rewards are 0.
+
+    **Arguments:**
+
+    - `numbers`: the numbers of the round's prompts.
+    - `tokens`: the answers of all processes, in NumPy. Shape `(rows, samples, length)`.
+    """
+    share = share_of(len(numbers), jax.process_index(), jax.process_count())
+    part = slice(share.start, share.stop)
+    own = jax.tree.map(lambda x: x[part], tokens)
+    rewards = np.zeros(tokens.ids.shape[:2], np.float32)
+    # If a reward fails on one process, the others must not wait for it.
+    rewards[part] = hosts.together(lambda: judging.rewards(numbers[part], own))
+    return hosts.summed(rewards)
 
 
 def make_round(
     advance: Advance, draw: Draw, pair: Pair, judging: Judging, mesh: Mesh | None = None
 ) -> Advance:
-    """A function of a state, a batch of prompts, and the number of the round.
+    """A function of a state, this process's part of a batch of prompts, and the round's number.
 
     The keys of a round come from the state's key and the round's number, and a prompt's key from
-    its own number too: a run that is continued draws the same.
+    its own number too: neither a run that is continued nor the number of processes changes them.
 
     **Arguments:**
 
-    - `advance`: a training step on pairs; see `make_advance`.
+    - `advance`: a training step on pairs that are on the mesh; see `make_advance`.
     - `draw`, `pair`: see `make_draw` and `make_pair`.
     - `judging`: the reward.
     - `mesh`: the devices that the policy and the prompts are split over, if there are several.
     """
 
     def one_round(state: State, batch: UnpairedBatch, number: int) -> tuple[State, dict[str, Any]]:
-        key = jax.random.fold_in(state.key, number)
-        is_real = np.asarray(batch.weight) > 0
-        numbers = np.asarray(batch.completion.ids)[:, 0]
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, numbers.astype(np.uint32))
-        prompt, keys = put_batch((batch.prompt, keys), mesh)
+        own = batch.prompt, np.asarray(batch.completion.ids)[:, 0], batch.weight
+        prompt, numbers, weight = put_batch(own, mesh)
+        # As an array: for a Python number each round would be a program of its own.
+        keys = _keys(state.key, np.asarray(number, np.uint32), numbers)
         samples, log_ratios = draw(state, prompt, keys)
+        tokens, numbers, weight = sharding.gather((samples.tokens, numbers, weight))
         # Real prompts come first: a short batch is filled up at its end.
-        rewards = judging.rewards(numbers[is_real], samples)
+        is_real = np.asarray(weight) > 0
+        rewards = judged(judging, np.asarray(numbers)[is_real], tokens)
         pairs = pair(prompt, samples, rewards, keys)
-        found = _metrics(samples, log_ratios, np.asarray(rewards), pairs, is_real)
-        if not float(jnp.sum(jnp.asarray(pairs.weight))) > 0:
-            say(f"round {number}: no pair to train on, since no two rewards differ enough")
+        pair_weight = np.asarray(sharding.gather(pairs.weight))
+        if not pair_weight.any():
+            hosts.say(f"round {number}: no pair to train on, since no two rewards differ enough")
+        found = _metrics(tokens, sharding.gather(log_ratios), rewards, pair_weight, is_real)
         state, metrics = advance(state, pairs, number)
         return state, {**metrics, **found}
 
     return one_round
+
+
+@eqx.filter_jit
+def _keys(
+    key: PRNGKeyArray,
+    number: UInt32[Array | np.ndarray, ""],
+    numbers: Int[Array | np.ndarray, " prompts"],
+) -> Keys:
+    """The keys of the prompts of these numbers in a round."""
+    of_round = jax.random.fold_in(key, number)
+    return jax.vmap(jax.random.fold_in, (None, 0))(of_round, numbers.astype(np.uint32))
 
 
 def make_draw(
@@ -118,6 +151,7 @@ def make_draw(
 
     @eqx.filter_jit
     def draw(policy: PyTree, reference: PyTree, prompt: Tokens, keys: Keys):
+        reference = fetched(reference) if settings.reference_offload else reference
         reference = reference if reference_of is None else reference_of(policy)
         # As an evaluation runs them: without dropout, and in the dtype of the forward pass.
         policy, reference = (in_dtype(in_inference(x), compute_dtype) for x in (policy, reference))
@@ -152,34 +186,36 @@ def _scored(policy: PyTree, prompt: Tokens, samples: Samples) -> Float[Array, "p
     return jnp.asarray(score_unpaired(policy, batch).completion).reshape(prompts, count)
 
 
-def make_pair(settings: Online, *, offset: bool) -> Pair:
-    """The jitted function that makes the pairs of a round; `offset` is that of `pair_samples`."""
+def make_pair(settings: Online, *, offset: bool, mesh: Mesh | None = None) -> Pair:
+    """The jitted function that makes the pairs of a round, split over the mesh.
+
+    `offset` is that of `pair_samples`.
+    """
 
     @eqx.filter_jit
     def pair(prompt: Tokens, samples: Samples, rewards: Rewards, keys: Keys):
         # Not the keys of the samples themselves, which fold in the samples' numbers.
         apart = jax.vmap(lambda key: jax.random.fold_in(key, settings.samples))(keys)
         options = {"how": settings.how, "min_gap": settings.min_gap, "offset": offset}
-        return pair_samples(prompt, samples, jnp.asarray(rewards), key=apart, **options)
+        pairs = pair_samples(prompt, samples, jnp.asarray(rewards), key=apart, **options)
+        return keep_rows_of(pairs, mesh)
 
     return pair
 
 
 def _metrics(
-    samples: Samples,
-    log_ratios: Float[Array, "prompts samples"] | None,
+    tokens: Tokens,
+    log_ratios: Float[Array | np.ndarray, "prompts samples"] | None,
     rewards: Float[np.ndarray, "prompts samples"],
-    pairs: PreferenceBatch,
+    pair_weight: Float[np.ndarray, " pairs"],
     is_real: Bool[np.ndarray, " prompts"],
 ) -> dict[str, Array]:
     """The numbers of a round, as means over its real prompts and all their answers."""
-    lengths = np.asarray(samples.tokens.mask).sum(axis=-1)[is_real]
-    weights = np.asarray(pairs.weight).reshape(len(is_real), -1)[is_real]
     found = {
         "reward": rewards[is_real].mean(),
         "reward_best": rewards[is_real].max(axis=1).mean(),
-        "length": lengths.mean(),
-        "ties": 1 - weights.mean(),
+        "length": np.asarray(tokens.mask).sum(axis=-1)[is_real].mean(),
+        "ties": 1 - pair_weight.reshape(len(is_real), -1)[is_real].mean(),
     }
     if log_ratios is not None:
         found["kl"] = np.asarray(log_ratios)[is_real].mean()

@@ -74,7 +74,8 @@ class Online(Settings):
     """Number of rounds between moves of the reference towards the policy; 0 keeps it fixed."""
     mesh: str | None = None
     """The mesh of devices, `data=4,fsdp=2,tensor=1`. Prompts are split over data and fsdp,
-    parameters over fsdp and tensor (default: one device)."""
+    parameters over fsdp and tensor (default: one device, or the devices of all processes along data
+    if there are several processes)."""
     report: bool = True
     """Keep some answers from the start and the end, and write `report.html`."""
 
@@ -107,9 +108,6 @@ class Online(Settings):
     reference_offload: bool = _unused(False)
     optimizer_offload: bool = _unused(False)
     cache: Path | None = dataclasses.field(init=False, default=None)
-    coordinator: str | None = _unused()
-    num_processes: int | None = _unused()
-    process_id: int | None = _unused()
 
     @property
     def prompts(self) -> str:
