@@ -95,16 +95,22 @@ def test_pairs_are_those_of_a_loop(how, min_gap, folder, capsys):
 
 
 def test_answers_that_were_cut_are_left_out(folder, capsys):
-    ended = [[False, True, True], [True] * 3, [True] * 3, [False, True, False]]
-    rows = [{**line, "ended": e} for line, e in zip(lines(folder / "s.jsonl"), ended, strict=True)]
+    given = [*lines(folder / "s.jsonl"), {"prompt": "Q4", "answers": ["e", "ee", "eee"]}]
+    # The ids of the first row, whose longest answer was cut, must stay with their texts.
+    given.append({**given[0], "prompt_ids": [7], "answer_ids": [[1, 1, 1], [2], [3, 3]]})
+    first, last = [False, True, True], [False, True, False]
+    ended = [first, [True] * 3, [True] * 3, last, [False] * 3, first]
+    rows = [{**line, "ended": e} for line, e in zip(given, ended, strict=True)]
     (folder / "s.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     status, out, _ = label(capsys, "judges.py:length", "--drop-cut")
     assert status == 0
-    assert "pairs: 2, of 9 answers to 4 prompts; answers that were cut off, left out: 3" in out
-    sides = [(p["chosen"], p["rejected"]) for p in lines(folder / "p.jsonl")]
-    assert sides == [("cc", "b"), ("yy", "x")]
+    assert "pairs: 3, of 11 answers to 6 prompts; answers that were cut off, left out: 7" in out
+    *texts, ids = lines(folder / "p.jsonl")
+    assert [(p["chosen"], p["rejected"]) for p in texts] == [("cc", "b"), ("yy", "x")]
+    assert [(p["chosen_score"], p["rejected_score"]) for p in texts] == [(2, 1), (2, 1)]
+    assert (ids["prompt_ids"], ids["chosen_ids"], ids["rejected_ids"]) == ([7], [3, 3], [2])
     # The rewards of all answers are kept, for another call without the flag.
-    assert len(lines(folder / "p.rewards.jsonl")[0]["rewards"]) == 3
+    assert [len(line["rewards"]) for line in lines(folder / "p.rewards.jsonl")] == [3] * 6
 
 
 def test_train_reads_them(folder, capsys):
