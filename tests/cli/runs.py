@@ -4,10 +4,12 @@ import json
 import shutil
 from pathlib import Path
 
+import jax
 import numpy as np
 from safetensors.numpy import load_file
 
 from dpo_eqx.cli import main
+from dpo_eqx.cli.run import loop
 from dpo_eqx.cli.settings.parse import flags_of
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -46,3 +48,25 @@ def same_weights(one, other):
     return one.keys() == other.keys() and all(
         np.array_equal(one[name].view(np.uint8), other[name].view(np.uint8)) for name in one
     )
+
+
+def memory_after_steps(monkeypatch, command):
+    """A list that gets, at each step, the kinds of memory of policy, optimiser and reference."""
+    kinds, make = [], loop.make_advance
+
+    def watched(*given, **options):
+        advance = make(*given, **options)
+
+        def watching(state, *rest):
+            state, metrics = advance(state, *rest)
+            parts = state.policy, state.opt_state, state.reference
+            kinds.append([{x.sharding.memory_kind for x in arrays(part)} for part in parts])
+            return state, metrics
+
+        return watching
+
+    def arrays(tree):
+        return [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
+
+    monkeypatch.setattr(f"dpo_eqx.cli.commands.{command}.make_advance", watched)
+    return kinds

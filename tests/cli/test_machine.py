@@ -1,5 +1,6 @@
 """What the command does with the machine: compiled programs on disk, a device without memory."""
 
+import dataclasses
 import re
 
 import jax
@@ -8,10 +9,12 @@ import pytest
 
 from dpo_eqx.cli import main
 from dpo_eqx.cli._main import COMMANDS
-from dpo_eqx.cli.run import loop
+from dpo_eqx.cli.commands.train import out_of_memory_explained
 from dpo_eqx.cli.run.compilation_cache import use_compilation_cache
+from dpo_eqx.cli.run.state import State
+from dpo_eqx.cli.settings.online import Online
 
-from .runs import lines_of, same_weights
+from .runs import lines_of, memory_after_steps, same_weights
 from .small import small, write_data
 
 
@@ -71,6 +74,17 @@ def test_a_device_without_memory_names_what_it_holds_and_what_helps(tmp_path, mo
     assert "`--remat`" not in error
 
 
+def test_online_names_only_flags_that_it_has(tmp_path):
+    settings = Online(model="m", data=("p",), reward="r", output=tmp_path)
+    state = State(None, None, jnp.zeros(1), jax.random.key(0))
+    with pytest.raises(MemoryError) as caught, out_of_memory_explained(settings, state):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+    named = set(re.findall(r"`(--[a-z-]+)", str(caught.value)))
+    assert {"--microbatches", "--reference-offload", "--mesh"} <= named
+    fields = {field.name for field in dataclasses.fields(Online) if field.init}
+    assert named <= {f"--{name.replace('_', '-')}" for name in fields}
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "schedule_free_adamw"])
 @pytest.mark.slow
 def test_what_waits_in_host_memory_gives_the_same_run(optimizer, tmp_path):
@@ -88,23 +102,7 @@ def test_what_waits_in_host_memory_gives_the_same_run(optimizer, tmp_path):
 
 @pytest.mark.slow
 def test_a_step_leaves_in_host_memory_what_was_there(tmp_path, monkeypatch):
-    kinds, make = [], loop.make_advance
-
-    def watched(*given, **options):
-        advance = make(*given, **options)
-
-        def watching(state, *rest):
-            state, metrics = advance(state, *rest)
-            parts = state.policy, state.opt_state, state.reference
-            kinds.append([{x.sharding.memory_kind for x in arrays(part)} for part in parts])
-            return state, metrics
-
-        return watching
-
-    def arrays(tree):
-        return [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
-
-    monkeypatch.setattr("dpo_eqx.cli.commands.train.make_advance", watched)
+    kinds = memory_after_steps(monkeypatch, "train")
     assert small(tmp_path, steps=2, reference_offload=True, optimizer_offload=True) == 0
     assert kinds == [[{"device"}, {"pinned_host"}, {"pinned_host"}]] * 2
 

@@ -26,7 +26,7 @@ from dpo_eqx.models import RewardModel, load, sample, save
 
 from .commands import one_message
 from .interrupted import at_line, steady
-from .runs import GOLDEN, lines_of, same_weights, weights_of
+from .runs import GOLDEN, lines_of, memory_after_steps, same_weights, weights_of
 
 PROMPTS = ["Why?", "What is 2 + 2?", "So", "X", "Oh"]
 JUDGES = """
@@ -207,6 +207,39 @@ def test_losses_of_pairs(loss, models, tmp_path):
 
 
 @pytest.mark.slow
+def test_flags_of_train_mean_the_same(models, tmp_path):
+    """Metrics of tokens, norms, answers on the way, weights of pairs."""
+    base = {"steps": 2, "batch_size": 5, "save_every": 0}
+    more = {"metrics": ("entropy", "num_tokens"), "log_norms": True, "wpo": True}
+    shown = {"sample_every": 2, "sample_tokens": 3}
+    runs = {"plain": {}, "more": more | shown}
+    for name, flags in runs.items():
+        assert online(tmp_path, models("llama"), **base, **flags, output=tmp_path / name) == 0
+    plain, more = (lines_of(tmp_path / name)[0] for name in runs)
+    assert {"entropy", "num_tokens", "grad_norm/attention"} <= more.keys() - plain.keys()
+    # The answers of the first round are the same. Only the weights of their pairs differ.
+    assert plain["logps/chosen"] == more["logps/chosen"]
+    assert more["loss"] < 0.9 * plain["loss"], "a pair weighs at most 1"
+    assert abs(plain["loss"] - np.log(2)) < 1e-6
+    answers = lines_of(tmp_path / "more", "samples.jsonl")
+    assert [line["prompt"] for line in answers] == PROMPTS[:4]
+    assert {line["step"] for line in answers} == {2}
+    assert all(isinstance(line["answer"], str) for line in answers)
+
+
+@pytest.mark.slow
+def test_what_waits_in_host_memory_gives_the_same_rounds(models, tmp_path, monkeypatch):
+    both = {"reference_offload": True, "optimizer_offload": True}
+    kinds = memory_after_steps(monkeypatch, "online")
+    for name, flags in (("a", {}), ("b", both)):
+        assert online(tmp_path, models("llama"), steps=2, output=tmp_path / name, **flags) == 0
+    plain, offloaded = [{"device"}] * 3, [{"device"}, {"pinned_host"}, {"pinned_host"}]
+    assert kinds == [plain] * 2 + [offloaded] * 2
+    assert same_weights(tmp_path / "a", tmp_path / "b")
+    assert steady(tmp_path / "a") == steady(tmp_path / "b")
+
+
+@pytest.mark.slow
 def test_the_offset_of_odpo_is_the_difference_of_the_rewards(models, tmp_path):
     # At the first step the margin is 0, so that the loss is that of the offset alone. One prompt
     # with two answers has one pair, and the mean and the best reward give its difference.
@@ -252,6 +285,8 @@ BAD = {
         {"reference": str(GOLDEN / "models" / "families" / "gpt2")},
         "`--reference` must have the vocabulary of `--policy`",
     ),
+    "weights": ({"wpo": True, "ld_alpha": 0.5}, "`--ld-alpha` and `--wpo` contradict each other"),
+    "samples": ({"sample_prompts": "p.txt"}, "`--sample-prompts` needs a number of steps"),
     "processes": ({"num_processes": 2}, "`--num-processes` needs `--coordinator HOST:PORT`"),
 }
 
