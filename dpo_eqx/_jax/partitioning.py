@@ -84,6 +84,29 @@ def keep_rows(x: Array) -> Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, within_row))
 
 
+def split_tokens(x: Array) -> Array:
+    """`keep_rows` of one row whose first axis is its tokens, which are split over `tensor`.
+
+    A layer that is computed again in the backward pass keeps its input. If this input is split,
+    each device keeps a part of it, rather than the whole. `join_tokens` undoes it.
+    """
+    return _with_tokens(x, TENSOR)
+
+
+def join_tokens(x: Array) -> Array:
+    """`keep_rows` of one row whose first axis is its tokens, all of which each device gets."""
+    return _with_tokens(x, None)
+
+
+def _with_tokens(x: Array, axis: str | None) -> Array:
+    mesh = mesh_of(x)
+    parts = 1 if mesh is None else mesh.shape.get(TENSOR, 1)
+    if mesh is None or parts == 1 or x.shape[0] % parts:
+        return keep_rows(x)
+    within_row = P(axis, *[P.UNCONSTRAINED] * (x.ndim - 1))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, within_row))
+
+
 def row_shards(x: Array, names: tuple[str, ...]) -> int:
     """How many shards the rows of `x` have over the axes `names` of the mesh.
 

@@ -35,6 +35,7 @@ class Variant:
     lora: bool = False
     packed: bool = False
     vocab: int = CONFIG.vocab
+    remat: bool = False
 
 
 VARIANTS = {
@@ -47,6 +48,8 @@ VARIANTS = {
     "packed": Variant(microbatches=2, packed=True),
     # Hidden states are gathered over `fsdp` in place of the unembedding.
     "fewer tokens than the vocabulary": Variant(vocab=128),
+    # What layers keep is split over `tensor` by its tokens.
+    "recomputed layers": Variant(remat=True),
 }
 
 
@@ -58,14 +61,16 @@ def wide(tree):
 @functools.cache
 def problem(variant: Variant):
     """The policy, a ragged batch of unequal weights, the reference, and options of the step."""
-    config = dataclasses.replace(CONFIG, vocab=variant.vocab)
+    config = dataclasses.replace(CONFIG, vocab=variant.vocab, remat=variant.remat)
     policy, reference = (
         wide(models.Transformer(config, key=jax.random.key(seed))) for seed in (0, 1)
     )
     weight = np.random.default_rng(0).uniform(0.5, 2, PAIRS)
     weight[13:] = 0  # the last batch of an epoch, filled up
     weight[4:6] = 0  # a device without any
-    batch = random_batch(pairs=PAIRS, weight=weight, prompt=4, completion=3)
+    # A row of 16 tokens can be split over any mesh, one of 10 over some.
+    widths = {"prompt": 6, "completion": 5} if variant.remat else {"prompt": 4, "completion": 3}
+    batch = random_batch(pairs=PAIRS, weight=weight, **widths)
     options: dict[str, Any] = {"microbatches": variant.microbatches}
     if variant.lora:
         policy = models.add_lora(policy, rank=2, key=jax.random.key(2))

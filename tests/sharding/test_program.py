@@ -8,12 +8,12 @@ import dataclasses
 
 import pytest
 
-from dpo_eqx import sharding
+from dpo_eqx import models, sharding
 from dpo_eqx.sharding._collectives import Collective, collectives, count_runs
 
 from .programs import CONFIG, compiled_step, peak
 
-WIDTH, VOCAB, ROWS = CONFIG.width, CONFIG.vocab, 16
+WIDTH, VOCAB, ROWS, TOKENS = CONFIG.width, CONFIG.vocab, 16, 24 + 2 * 16
 UNEMBEDDING = 4 * VOCAB * WIDTH
 MATRICES = {(WIDTH, WIDTH), (4 * WIDTH, WIDTH), (WIDTH, 4 * WIDTH)}
 LAYER = 4 * (4 * WIDTH * WIDTH + 3 * 4 * WIDTH * WIDTH)
@@ -99,10 +99,30 @@ def test_many_tokens_stay_where_they_are_and_the_unembedding_is_gathered(mesh):
 @pytest.mark.slow
 def test_tensor_keeps_the_vocabulary_apart():
     compiled = compiled_step(sharding.make_mesh("tensor=8"))
-    assert not gathers(compiled)
+    for each in gathers(compiled):  # of what layers keep
+        assert each.shape == (ROWS, TOKENS, WIDTH), each
     for each in moved(compiled):
         assert VOCAB not in each.shape, each
         assert VOCAB // 8 not in each.shape, each
+
+
+@pytest.mark.slow
+def test_tensor_splits_what_layers_keep_by_tokens():
+    """Each layer keeps its input, of which each device has an eighth.
+
+    It is gathered when the layer runs: forward for policy and reference, again in the backward
+    pass, and so is the gradient of its output.
+    """
+    mesh = sharding.make_mesh("tensor=8")
+    deep = models.Config(vocab=VOCAB, width=WIDTH, layers=32, heads=8, remat=True)
+    compiled, shallow = (compiled_step(mesh, config=config) for config in (deep, CONFIG))
+    kept = (deep.layers - CONFIG.layers) * 4 * ROWS * TOKENS * WIDTH
+    held, less = (c.memory_analysis().temp_size_in_bytes for c in (compiled, shallow))
+    # The gradients of the further layers are there, too, an eighth of each.
+    gradients = (deep.layers - CONFIG.layers) * LAYER / 8
+    assert held - less < 1.1 * (kept / 8 + gradients)
+    whole = [each for each in gathers(compiled) if each.shape == (ROWS, TOKENS, WIDTH)]
+    assert sum(each.times for each in whole) <= 4 * deep.layers + 1
 
 
 @pytest.mark.slow
@@ -117,7 +137,8 @@ def test_all_axes_at_once():
     compiled = compiled_step(sharding.make_mesh("data=2,fsdp=2,tensor=2"))
     for each in gathers(compiled):
         assert each.size <= max(LAYER, UNEMBEDDING) / 2, each
-        assert each.shape[0] != CONFIG.layers, each
+        # A device has as many rows as there are layers.
+        assert each.shape[0] != CONFIG.layers or each.shape[1:] == (TOKENS, WIDTH), each
 
 
 @pytest.mark.slow

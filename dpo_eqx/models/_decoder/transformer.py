@@ -19,7 +19,7 @@ from ..._arrays.tokens import as_ids
 from ..._head.tiles import Unembedding
 from ..._jax.dtypes import is_narrow
 from ..._jax.explicit_meshes import automatic
-from ..._jax.partitioning import keep_rows
+from ..._jax.partitioning import join_tokens, keep_rows, split_tokens
 from ..._jax.rounding import rounded
 from . import incremental
 from .attention import attend_by_layout, masks
@@ -207,6 +207,9 @@ class Transformer(eqx.Module):
         # Without rematerialisation, each layer would store a copy of what it reads from bits.
         bits = as_bits(arrays) if config.remat else None
 
+        # A layer that is computed again keeps its input, and only that.
+        join, split = (join_tokens, split_tokens) if config.remat else (keep_rows, keep_rows)
+
         def body(kind, x, inputs):
             mixer, block = kind
             arrays, bits, which_masks, which_tables, number, caches, key = inputs
@@ -231,13 +234,11 @@ class Transformer(eqx.Module):
                 return layer.recurrence(x, own_links, caches.recurrence, config=config)
 
             seen_by = observe if block == "feed_forward" else None
-            x, cache = layer(
-                keep_rows(x), mix, config=config, block=block, key=key, observe=seen_by
-            )
-            return keep_rows(x), Caches(**{mixer: cache})
+            x, cache = layer(join(x), mix, config=config, block=block, key=key, observe=seen_by)
+            return split(join(x)), Caches(**{mixer: cache})
 
         stacks = (arrays, bits, which_masks, which_tables, numbers, caches or Caches(), keys)
-        x, new_caches = scan_layers(body, x, stacks, config.kinds, remat=config.remat)
+        x, new_caches = scan_layers(body, join(x), stacks, config.kinds, remat=config.remat)
         # In half precision the norm is recomputed too: nothing that it keeps for the backward pass
         # then changes how the forward pass rounds.
         norm = eqx.filter_checkpoint(self.norm) if is_narrow(x) else self.norm
