@@ -94,7 +94,7 @@ def split_tokens(x: Array) -> Array:
 
 
 def join_tokens(x: Array) -> Array:
-    """`keep_rows` of one row whose first axis is its tokens, all of which each device gets."""
+    """`keep_rows` of one row whose first axis is its tokens; each device gets all of them."""
     return _with_tokens(x, None)
 
 

@@ -108,7 +108,7 @@ def test_tensor_keeps_the_vocabulary_apart():
 
 @pytest.mark.slow
 def test_tensor_splits_what_layers_keep_by_tokens():
-    """Each layer keeps its input, of which each device has an eighth.
+    """Each layer keeps its input; each device has an eighth of it.
 
     It is gathered when the layer runs: forward for policy and reference, again in the backward
     pass, and so is the gradient of its output.
