@@ -47,8 +47,7 @@ def given(tmp_path_factory):
     (folder / "judges.py").write_text(JUDGES)
     model = with_tokenizer("llama", folder / "model")
     reward = f"{folder / 'judges.py'}:letters"
-    paths = {"model": model, "data": folder / "p.txt", "compilation_cache": folder / "compiled"}
-    return {**SETTINGS, **paths, "reward": reward}
+    return {**SETTINGS, "model": model, "data": folder / "p.txt", "reward": reward}
 
 
 @pytest.fixture(scope="module")
@@ -70,8 +69,11 @@ def single(tmp_path_factory, given):
     ],
 )
 def test_several_processes_make_the_rounds_of_one(tmp_path, given, single, count, mesh):
-    with Processes(tmp_path, count, **given, mesh=mesh, devices=4 // count) as processes:
+    compiled = tmp_path / "compiled"
+    options = {"mesh": mesh, "devices": 4 // count, "compilation_cache": compiled}
+    with Processes(tmp_path, count, **given, **options) as processes:
         check_same(processes.finish(TIMEOUT), single)
+    assert not [path for path in compiled.rglob("*") if path.is_file()], "unsafe on CPUs"
     assert abs(lines_of(single)[-1]["kl"]) > 1e-4, "the policy has moved"
     parts = [path.read_text().split("\n")[:-1] for path in tmp_path.glob("judged-*.txt")]
     assert len(parts) == count
