@@ -2,6 +2,7 @@
 
 import dataclasses
 from functools import partial
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -11,6 +12,7 @@ import optax
 import pytest
 
 import dpo_eqx as dpx
+from dpo_eqx._arrays.log_probs import check_one_shape
 from dpo_eqx.losses import dpo
 
 from .policies import Perceptron, arrays, random_batch
@@ -125,8 +127,14 @@ def test_a_metric_that_is_reduced():
 def test_the_field_of_the_result_that_was_averaged_is_named(shapes):
     wrong, right = ("loss", "chosen_reward") if shapes[0] == () else ("chosen_reward", "loss")
     match = rf"`{wrong}` must have one value per pair, the shape of `{right}`, \(2,\); got \(\)"
+
+    class Record(eqx.Module):  # a `PairLoss` whose shapes are not checked
+        loss: Any
+        chosen_reward: Any
+        rejected_reward: Any
+
     with pytest.raises(ValueError, match=match):
-        dpx.losses.PairLoss(*map(jnp.zeros, shapes))
+        check_one_shape(Record(*map(np.zeros, shapes)), "loss")
 
 
 @pytest.mark.parametrize("wrap", [lambda function: function, jax.jit], ids=["eager", "jit"])

@@ -186,7 +186,7 @@ def test_tensors_of_unknown_parameters_are_named(tmp_path):
     values["target_parameters"] = ["mlp.nothing"]
     (tmp_path / ADAPTER_CONFIG).write_text(json.dumps(values))
     with pytest.raises(
-        ValueError, match=r"nor do `target_parameters`, \('mlp.nothing',\)\. It has"
+        ValueError, match=r"nor do `target_parameters`, \('mlp.nothing',\), so it is of another"
     ):
         models.load_lora(base, tmp_path)
 

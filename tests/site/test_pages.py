@@ -17,6 +17,7 @@ from ..policies import Perceptron, random_batch
 
 # A page, or a folder of pages.
 RUN_BY = {
+    "reference": "pages/test_guides.py",
     "coming_from": "pages/test_guides.py",
     "devices.md": "sharding/test_docs.py",
     "explanation": "pages/test_guides.py",
