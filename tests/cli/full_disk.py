@@ -11,14 +11,14 @@ from .small import small
 SAVE = checkpoints.Checkpoints.save
 
 
-def save_with_no_room(self, step, state, position):
+def save_with_no_room(self, step, state, position, **options):
     """Saves, step 4 where a file cannot grow past 1000 bytes."""
     if step != 4:
-        return SAVE(self, step, state, position)
+        return SAVE(self, step, state, position, **options)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
     try:
-        return SAVE(self, step, state, position)
+        return SAVE(self, step, state, position, **options)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
