@@ -84,6 +84,7 @@ class Hidden(AbstractPrediction):
         if not row_shards(self.hidden, ROWS):
             return False
         shape, vocab = self.hidden.shape[:-1], self.head.weight.shape[0]
+        # The tiles of accelerators, since the program is chosen before its platform is known.
         parts = tiling_for(shape, self.chunk_size, vocab)(CUDA).parts
         return parts * math.prod(shape) >= vocab * row_shards(self.hidden, ("data",))
 

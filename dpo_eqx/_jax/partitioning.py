@@ -10,7 +10,7 @@ import functools
 import math
 from collections.abc import Callable, Hashable, Sequence
 from contextvars import ContextVar
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import numpy as np
@@ -78,10 +78,7 @@ def keep_rows(x: Array) -> Array:
     within a row.
     """
     mesh = mesh_of(x)
-    if mesh is None:
-        return x
-    within_row = P(*[P.UNCONSTRAINED] * x.ndim)
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, within_row))
+    return x if mesh is None else _within_row(x, mesh, P.UNCONSTRAINED)
 
 
 def split_tokens(x: Array) -> Array:
@@ -90,21 +87,27 @@ def split_tokens(x: Array) -> Array:
     A layer that is computed again in the backward pass keeps its input. If this input is split,
     each device keeps a part of it, rather than the whole. `join_tokens` undoes it.
     """
-    return _with_tokens(x, TENSOR)
+    mesh = _mesh_of_tokens(x)
+    return keep_rows(x) if mesh is None else _within_row(x, mesh, TENSOR)
 
 
 def join_tokens(x: Array) -> Array:
     """`keep_rows` of one row whose first axis is its tokens; each device gets all of them."""
-    return _with_tokens(x, None)
+    mesh = _mesh_of_tokens(x)
+    return keep_rows(x) if mesh is None else _within_row(x, mesh, None)
 
 
-def _with_tokens(x: Array, axis: str | None) -> Array:
+def _mesh_of_tokens(x: Array) -> AbstractMesh | None:
+    """The mesh of `x`, if its axis `tensor` divides the tokens of `x`."""
     mesh = mesh_of(x)
     parts = 1 if mesh is None else mesh.shape.get(TENSOR, 1)
-    if mesh is None or parts == 1 or x.shape[0] % parts:
-        return keep_rows(x)
-    within_row = P(axis, *[P.UNCONSTRAINED] * (x.ndim - 1))
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, within_row))
+    return None if parts == 1 or x.shape[0] % parts else mesh
+
+
+def _within_row(x: Array, mesh: AbstractMesh, first: Any) -> Array:
+    """`x` with its first axis over `first`. XLA chooses for the other axes."""
+    spec = P(first, *[P.UNCONSTRAINED] * (x.ndim - 1))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
 
 def row_shards(x: Array, names: tuple[str, ...]) -> int:

@@ -6,7 +6,7 @@ Bytes are those that a device sends in a ring, the least that any algorithm need
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from ._hlo import SIZES, Buffer, Instruction, instructions, times
 
@@ -52,9 +52,10 @@ class Collective:
 
 def collectives(text: str) -> list[Collective]:
     """All of a compiled program, those that move nothing left out."""
-    counts = times(text)
+    computations = instructions(text)
+    counts = times(computations)
     found = []
-    for name, each in _operations(text):
+    for name, each in _operations(computations):
         kind = each.kind.removesuffix("-start")
         devices = _group_size(each.line, kind)
         found += [
@@ -69,13 +70,14 @@ def count_runs(found: Iterable[Collective]) -> int:
     return sum({each.name: each.times for each in found}.values())
 
 
-def _operations(text: str) -> Iterator[tuple[str, Instruction]]:
+def _operations(
+    computations: Mapping[str, Sequence[Instruction]],
+) -> Iterator[tuple[str, Instruction]]:
     """The collective operations, each with the name of its computation.
 
     In programs for TPUs an operation stands again, with its channel, in each fusion that runs while
     it moves and in the one that waits for it.
     """
-    computations = instructions(text)
     fused = {
         name
         for all_of in computations.values()

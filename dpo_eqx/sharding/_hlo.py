@@ -110,20 +110,19 @@ def called(line: str) -> list[str]:
     return _CALLED.findall(line) + (_NAME.findall(branches[1]) if branches else [])
 
 
-def times(text: str) -> dict[str, int]:
+def times(computations: Mapping[str, Sequence[Instruction]]) -> dict[str, int]:
     """How often each computation runs: once for each trip of the loops around it.
 
     Each branch of a conditional counts as if it ran.
     """
-    computations = instructions(text)
     counts: dict[str, int] = {}
 
     def run(name: str, count: int) -> None:
         counts[name] = counts.get(name, 0) + count
         for each in computations.get(name, []):
             trips = _trips(each, computations) if each.kind == "while" else 1
-            for called in each.called:
-                run(called, count * trips)
+            for name_of_called in each.called:
+                run(name_of_called, count * trips)
 
     run("ENTRY", 1)
     return counts

@@ -26,7 +26,8 @@ def bytes_accessed(text: str) -> int:
     What stays within a fusion or on the chip does not count, and of an array that is sliced or
     updated in its place only the part does.
     """
-    computations, counts = instructions(text), times(text)
+    computations = instructions(text)
+    counts = times(computations)
     buffers = {each.name: each.results for all_of in computations.values() for each in all_of}
     inside = {
         name

@@ -18,7 +18,7 @@ from dpo_eqx.cli.commands import plan as plan_command
 from dpo_eqx.models._decoder.attention import attend
 from dpo_eqx.sharding._collectives import collectives
 from dpo_eqx.sharding._flops import flops
-from dpo_eqx.sharding._hlo import lines, times
+from dpo_eqx.sharding._hlo import instructions, lines, times
 from dpo_eqx.sharding._plan import Plan, TooLargeError, _compiled, _needed
 from dpo_eqx.sharding._targets import CHIPS, _of_kind, find_target
 from dpo_eqx.sharding._traffic import bytes_accessed
@@ -54,7 +54,7 @@ def test_memory_and_collectives_are_those_of_the_compiled_program(planned, compi
 
 def products(text):
     """The operations of all `dot`s in a compiled program, as often as they run."""
-    counts, total = times(text), 0
+    counts, total = times(instructions(text)), 0
     shapes = {
         name: [int(n) for n in axes.split(",") if n]
         for name, axes in re.findall(r"%?([\w.-]+) = \w+\[([\d,]*)\]", text)

@@ -50,7 +50,7 @@ from ..run.samples import make_samples
 from ..run.sinks import Numbers, Samples, check_installed, no_sinks, open_sinks
 from ..run.state import State, evaluated, offloaded
 from ..run.updates import UpdateWatch
-from ..settings.check import check
+from ..settings.check import check, flag
 from ..settings.check_hosts import check_hosts
 from ..settings.settings import Settings
 from ..settings.words import in_flags
@@ -153,14 +153,11 @@ def out_of_memory_explained(settings: Settings, state: State) -> AbstractContext
         "--mesh fsdp=N": jax.device_count() > 1,
     }
     # Other commands have only some of these flags.
-    known = {field.name for field in dataclasses.fields(settings) if field.init}
-    names = [f"`{name}`" for name, is_help in helps.items() if is_help and _field(name) in known]
+    known = {flag(field.name) for field in dataclasses.fields(settings) if field.init}
+    useful = [name for name, is_help in helps.items() if is_help]
+    # A flag may have a value behind it.
+    names = [f"`{name}`" for name in useful if f"`{name.split()[0]}`" in known]
     return explained(parts, f"These flags need less: {', '.join(names)}.")
-
-
-def _field(flag: str) -> str:
-    """The field of a flag, which may have a value: `batch_size` of `--batch-size N`."""
-    return flag.split()[0].removeprefix("--").replace("-", "_")
 
 
 def _prepare(

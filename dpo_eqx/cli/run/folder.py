@@ -59,9 +59,9 @@ class Folder:
 
     def check(self, settings: Settings) -> None:
         """Raises `ValueError` or `OSError` if this run must not, or cannot, write to the folder."""
-        _check_writable("--output", self.path)
+        _check_writable("output", self.path)
         if settings.cache is not None:
-            _check_writable("--cache", settings.cache)
+            _check_writable("cache", settings.cache)
         names = [path.name for path in vars(self).values() if path != self.path and path.exists()]
         if not names or self._has_no_step():
             return
@@ -173,18 +173,18 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _check_writable(flag: str, path: Path) -> None:
-    """Raises `OSError` if the folder that the flag gave cannot be made or written to."""
+def _check_writable(name: str, path: Path) -> None:
+    """Raises `OSError` if the folder of the setting `name` cannot be made or written to."""
     # A link to nothing does not exist, but no folder can be made in its place.
     nearest = next(p for p in (path, *path.absolute().parents) if os.path.lexists(p))
     if not nearest.is_dir():
         kind = "a file" if nearest.exists() else "a link to nothing"
         raise NotADirectoryError(
-            f"`{flag}` must be a folder; {nearest} is {kind}. Give another path."
+            f"{flag(name)} must be a folder; {nearest} is {kind}. Give another path."
         )
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise PermissionError(
-            f"`{flag}` must be a folder to write to; {nearest} is not writable. Give another "
+            f"{flag(name)} must be a folder to write to; {nearest} is not writable. Give another "
             "folder, or change its permissions."
         )
 

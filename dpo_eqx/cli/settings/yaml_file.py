@@ -4,13 +4,13 @@ Keys are the flags, with `-` or `_`. `parse.py` reads the flags themselves.
 """
 
 import dataclasses
-import difflib
 import re
 import types
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ..._extras import require
+from .options import near
 from .settings import INVOCATION, Settings
 
 # PyYAML follows YAML 1.1, in which `1e-6` is text, since it has no decimal point.
@@ -102,8 +102,7 @@ def _known(key: Any, where: str, kinds: dict[str, Any]) -> str:
     name = str(key).replace("-", "_")
     if name in kinds:
         return name
-    near = difflib.get_close_matches(name, kinds, n=1, cutoff=0.5)
-    hint = f" Did you mean `{near[0].replace('_', '-')}`?" if near else ""
+    hint = near(name.replace("_", "-"), [kind.replace("_", "-") for kind in kinds])
     raise ValueError(f"`{key}` in {where} is not a setting.{hint} `--help` lists them all.")
 
 
