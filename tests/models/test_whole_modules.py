@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from safetensors.numpy import load_file
 
 import dpo_eqx as dpx
 from dpo_eqx import losses, models
@@ -78,6 +79,27 @@ def test_files_have_the_same_bits(base, tmp_path):
     models.save_lora(alone, tmp_path / "alone")
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         assert (tmp_path / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
+
+
+def test_norms_of_each_head_are_one_module(tmp_path):
+    """As in StableLM: the file has a tensor for each head, and one name for all of them."""
+    sizes = {"hidden_size": 16, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes |= {"vocab_size": 10, "intermediate_size": 8, "num_hidden_layers": 2}
+    options = {"qk_layernorm": True, "partial_rotary_factor": 0.5}
+    config = models.read_config({"model_type": "stablelm", **options, **sizes})
+    base = models.Transformer(config, key=KEY)
+    for names in ([], ["k_layernorm", "q_layernorm"]):
+        pattern = "(query|key)_norm" if names else None
+        policy = shaken(models.add_lora(base, rank=2, target="", modules_to_save=pattern, key=KEY))
+        models.save_lora(policy, tmp_path)
+        written = json.loads((tmp_path / ADAPTER_CONFIG).read_text())["modules_to_save"] or []
+        assert written == names
+        assert eqx.tree_equal(models.load_lora(base, tmp_path), policy)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    norms = [name for name in tensors if name.endswith("k_layernorm.norms.1.weight")]
+    assert len(norms) == 2
+    of_layer_1 = policy.layers.attention.key_norm.weight[1, 1]
+    assert np.array_equal(tensors[max(norms)], of_layer_1)
 
 
 def test_files_of_another_module_have_the_same_bits(tmp_path):

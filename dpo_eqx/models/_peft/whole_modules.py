@@ -15,6 +15,7 @@ from .._adapters.linear_layers import replace_at
 from .._adapters.whole_module import WholeModule, can_be_whole, whole_modules
 from .._checkpoint.families import FAMILIES
 from .._checkpoint.folder import Weights
+from .._checkpoint.tensor_names import Source
 from .._decoder.blocks import layers_at
 from .._decoder.transformer import Transformer
 from .checks import PREFIX
@@ -70,13 +71,12 @@ def chosen_modules(policy: Transformer, config: PeftConfig) -> dict[str, Any]:
 
 def expected_shapes(policy: Transformer, chosen: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """The shape of each tensor of these modules, by its name in the file."""
-    shapes = {}
-    for path, module in chosen.items():
-        for part, names in _tensor_names(policy, path, module):
-            shape = getattr(module, part).shape
-            own = shape[1:] if path.startswith("layers.") else shape
-            shapes |= dict.fromkeys(names, own)
-    return shapes
+    return {
+        name: _by_tensor(policy, path, getattr(module, part)).shape[1:]
+        for path, module in chosen.items()
+        for part, names in _tensor_names(policy, path, module)
+        for name in names
+    }
 
 
 def tied_copy(policy: Transformer, chosen: Mapping[str, Any]) -> str | None:
@@ -93,9 +93,9 @@ def read_modules(policy: Transformer, weights: Weights, chosen: Mapping[str, Any
         whole = WholeModule.of(module)
         arrays = []
         for part, names in _tensor_names(policy, path, module):
-            read = [weights.read(name) for name in names]
-            array = np.stack(read) if path.startswith("layers.") else read[0]
-            arrays.append(jnp.asarray(array, at_least_float32(getattr(module, part).dtype)))
+            now = getattr(module, part)
+            read = np.stack([weights.read(name) for name in names]).reshape(now.shape)
+            arrays.append(jnp.asarray(read, at_least_float32(now.dtype)))
         return whole.with_trained(tuple(arrays))
 
     return replace_at(policy, set(chosen), can_be_whole, trained)
@@ -112,9 +112,8 @@ def write_modules(
     ends: list[str] = []
     for path, whole in found.items():
         for part, names in _tensor_names(policy, path, whole.module):
-            array = np.asarray(getattr(whole.module, part))
-            layers = array if path.startswith("layers.") else array[None]
-            tensors |= dict(zip(names, map(np.ascontiguousarray, layers), strict=True))
+            split = _by_tensor(policy, path, np.asarray(getattr(whole.module, part)))
+            tensors |= dict(zip(names, map(np.ascontiguousarray, split), strict=True))
         ends += _ends(policy, path)
     second = tied_copy(policy, found)
     if tied and second is not None:
@@ -124,15 +123,38 @@ def write_modules(
 
 def _tensor_names(policy: Transformer, path: str, module: Any) -> Iterator[tuple[str, list[str]]]:
     """The parameters of a module, in the order of its leaves, and the names of their tensors."""
+    source = _source(policy, path)
+    heads = range(source.tensors_in_layer(policy.config))
     for part in _PARTS:
         if getattr(module, part, None) is not None:
-            yield part, [f"{PREFIX}{name}.{part}" for name in _module_names(policy, path)]
+            layers = _layers(policy, path)
+            names = [source.tensor(layer, part, head) for layer in layers for head in heads]
+            yield part, [PREFIX + name for name in names]
+
+
+def _by_tensor(policy: Transformer, path: str, array: Any) -> Any:
+    """A parameter with one leading axis: of layers, and of heads if each has its own module."""
+    axes = path.startswith("layers.") + (_source(policy, path).experts == "each")
+    return array.reshape(-1, *array.shape[axes:])
+
+
+def _layers(policy: Transformer, path: str) -> tuple[int, ...]:
+    return layers_at(path, policy.config) if path.startswith("layers.") else (0,)
 
 
 def _module_names(policy: Transformer, path: str) -> list[str]:
-    module = FAMILIES[policy.config.family].names[path].module
-    layers = layers_at(path, policy.config) if path.startswith("layers.") else (0,)
-    return [module.format(layer) for layer in layers]
+    """The names that PEFT has for a module, one for each layer."""
+    module = _module(_source(policy, path))
+    return [module.format(layer) for layer in _layers(policy, path)]
+
+
+def _source(policy: Transformer, path: str) -> Source:
+    return FAMILIES[policy.config.family].names[path]
+
+
+def _module(source: Source) -> str:
+    """The module with one name in a layer: that of all heads, if each has a module of its own."""
+    return source.module.rsplit(".", 2)[0] if source.experts == "each" else source.module
 
 
 def _ends(policy: Transformer, path: str) -> list[str]:
@@ -145,7 +167,7 @@ def _ends(policy: Transformer, path: str) -> list[str]:
         for layer in range(policy.config.layers)
     }
     others -= set(names)
-    words = FAMILIES[policy.config.family].names[path].module.rsplit("{}.", 1)[-1].split(".")
+    words = _module(_source(policy, path)).rsplit("{}.", 1)[-1].split(".")
     for count in range(1, len(words) + 1):
         end = ".".join(words[-count:])
         if not any(other.endswith(end) for other in others):
