@@ -8,6 +8,8 @@ log-probabilities, tenths of a nat apart for Llama-3.2-1B on an H200.
 from typing import TypeVar
 
 import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from .dtypes import is_narrow
 
@@ -21,3 +23,14 @@ def rounded(arrays: Arrays) -> Arrays:
     Float32 is left alone: XLA has nothing to round there.
     """
     return jax.lax.optimization_barrier(arrays) if is_narrow(arrays) else arrays
+
+
+def rounded_if_fused(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """The same array, rounded to its dtype here even if XLA fuses its producer with its reader.
+
+    On CPUs `rounded` does not do that: XLA drops the barrier before it fuses.
+    """
+    if not is_narrow(x):
+        return x
+    # The exponent bits of float32, so that the small numbers of float16 stay.
+    return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=jnp.finfo(x.dtype).nmant)

@@ -164,6 +164,29 @@ def test_first_loss_is_log_2_in_every_dtype(name, dtype, limit):
 
 
 @pytest.mark.slow
+def test_wide_layers_of_one_block_round_alike_in_bf16():
+    """With small sizes XLA happens to fuse the policy and the reference in the same way."""
+    delta = models.Recurrence(
+        kind="delta", kernel=4, key_heads=4, value_heads=4, key_width=64, value_width=64
+    )
+    config = models.Config(
+        vocab=VOCAB,
+        width=256,
+        heads=4,
+        feed_forward=512,
+        layers=6,
+        recurrence=delta,
+        recurrent=(True, True, False) * 2,
+        attention_gate=True,
+    )
+    policy = models.Transformer(config, key=jax.random.key(0))
+    policy = jax.tree.map(lambda x: x.astype(jnp.bfloat16) if eqx.is_array(x) else x, policy)
+    batch = random_batch(pairs=2, prompt=256, completion=128, weight=None)
+    _, metrics = as_users_compile(dpx.make_grad(losses.dpo), policy, batch, policy)
+    assert metrics["rewards/chosen"] == metrics["rewards/rejected"] == 0
+
+
+@pytest.mark.slow
 @BOTH
 def test_eight_devices_equal_one(name):
     batch = random_batch(seed=3)

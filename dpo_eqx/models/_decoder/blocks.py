@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from ..._jax.paths import leaf_name
+from ..._jax.rounding import rounded_if_fused
 from .config import Config
 from .residuals import CHOICES, KEPT
 
@@ -132,6 +133,8 @@ def _run_block(body, checkpoint, block, x, inputs) -> tuple[Array, Caches]:
     new: dict[str, list[Any]] = {mixer: [] for mixer in MIXERS}
     for place, kind in enumerate(block):
         x, caches = checkpoint(partial(body, kind))(x, _take_layer(inputs, block, place))
+        # Between layers of a block XLA can keep float32, which it cannot between steps of a scan.
+        x = rounded_if_fused(x)
         for mixer in MIXERS:
             if (cache := getattr(caches, mixer)) is not None:
                 new[mixer].append(cache)
