@@ -3,11 +3,12 @@
     python -m benchmarks.models                       # everything; needs 14 GB of memory
     python -m benchmarks.models lora compile          # some parts
     python -m benchmarks.models --shape mixture full  # about 18 GB
+    python -m benchmarks.models full torch --python-torch ENV/bin/python
 
 The dense shape is Qwen3-0.6B's, the hybrid has gated delta rules in three of four layers, and the
 mixture has 16 experts. The weights are random, and are first written as a checkpoint of several
 files. Each row is a process of its own, so its peak resident memory covers only loading and
-training.
+training. The part `torch` is `full` as a PyTorch loop with the decoder of `transformers`.
 """
 
 import argparse
@@ -117,7 +118,7 @@ def load(folder: Path, shape: str) -> dict:
         "files": len(list(folder.glob("*.safetensors"))),
         "weights": sum(sizes) / 1e9,
         "largest tensor": max(policy.embedding.weight.nbytes, *stacked) / 1e9,
-        "peak above start": _peak() - before,
+        "peak above start": peak() - before,
     }
 
 
@@ -151,7 +152,7 @@ def lora(folder: Path, shape: str, quantize: str | None = None) -> dict:
 
 
 def compile_times(folder: Path, shape: str) -> dict:
-    """Seconds to compile the step of a small policy at 4 and at 28 layers."""
+    """Seconds to compile the step of a small policy at 8 and at 28 layers."""
     import equinox as eqx
     import jax
     import optax
@@ -160,7 +161,7 @@ def compile_times(folder: Path, shape: str) -> dict:
     from dpo_eqx import losses, models
 
     times = {}
-    for layers in (4, 28):
+    for layers in (8, 28):
         sizes = {**SMALL, **SMALL_PARTS[shape], "num_hidden_layers": layers}
         config = models.read_config({**SHAPES[shape], **sizes})
         policy = models.Transformer(config, key=jax.random.key(0))
@@ -182,7 +183,7 @@ def _measure(policy, reference, optimizer, **settings) -> dict:
     trainable = settings.get("trainable", eqx.is_inexact_array)
     step = dpx.make_step(losses.dpo, optimizer, **settings)
     opt_state = optimizer.init(eqx.filter(policy, trainable))
-    loaded = _peak()
+    loaded = peak()
 
     @eqx.filter_jit(donate="all-except-first")
     def train(frozen, policy, opt_state):
@@ -205,7 +206,7 @@ def _measure(policy, reference, optimizer, **settings) -> dict:
         "step": min(times),
         "loss at the end": losses_seen,
         "peak after loading": loaded,
-        "peak": _peak(),
+        "peak": peak(),
         "arguments (analysis)": memory.argument_size_in_bytes / 1e9,
         "temporaries (analysis)": memory.temp_size_in_bytes / 1e9,
         "aliased (analysis)": memory.alias_size_in_bytes / 1e9,
@@ -218,16 +219,21 @@ def _batch(vocab: int):
 
     import dpo_eqx as dpx
 
+    return dpx.PreferenceBatch(
+        *(dpx.Tokens(ids, np.ones(ids.shape, bool)) for ids in rows_of(vocab))
+    )
+
+
+def rows_of(vocab: int = VOCAB) -> tuple:
+    """Random ids of prompts, chosen and rejected completions."""
+    import numpy as np
+
     rng = np.random.default_rng(0)
-
-    def tokens(width):
-        ids = rng.integers(0, vocab, (PAIRS, width)).astype(np.int32)
-        return dpx.Tokens(ids, np.ones(ids.shape, bool))
-
-    return dpx.PreferenceBatch(tokens(PROMPT), tokens(COMPLETION), tokens(COMPLETION))
+    widths = PROMPT, COMPLETION, COMPLETION
+    return tuple(rng.integers(0, vocab, (PAIRS, width)).astype(np.int32) for width in widths)
 
 
-def _peak() -> float:
+def peak() -> float:
     """The peak resident memory of this process, in GB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
@@ -255,8 +261,11 @@ def main() -> None:
         "parts", nargs="*", default=["load", "lora", "int8", "nf4", "full", "compile"]
     )
     parser.add_argument("--shape", choices=SHAPES, default="dense")
+    parser.add_argument("--python-torch", metavar="PATH", help="interpreter with transformers")
     parser.add_argument("--inside", metavar="FOLDER", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if "torch" in arguments.parts and not arguments.python_torch:
+        parser.error("`torch` needs --python-torch with an interpreter that has transformers")
     if arguments.inside:
         (part,) = arguments.parts
         print(json.dumps(PARTS[part](Path(arguments.inside), arguments.shape)))
@@ -265,6 +274,9 @@ def main() -> None:
         for part in ["write", *arguments.parts]:
             command = [sys.executable, "-m", "benchmarks.models", part]
             command += ["--shape", arguments.shape, "--inside", folder + "/it"]
+            if part == "torch":
+                command = [arguments.python_torch, "-m", "benchmarks.peers.models_torch"]
+                command += [folder + "/it"]
             output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             for name, value in json.loads(output.splitlines()[-1]).items():
                 print(f"{part:8} {name:24} {value:8.2f}", flush=True)

@@ -12,16 +12,12 @@ from benchmarks.workers import given
 
 
 class Scorer(nn.Module):
-    """A fused-attention decoder that unembeds only completions and returns log-probabilities."""
+    """A decoder of `transformers` that unembeds only completions and returns log-probabilities."""
 
-    def __init__(self, case: Case, device: torch.device):
+    def __init__(self, decoder: nn.Module, *, remat: bool):
         super().__init__()
-        shape = dict(SHAPES[case.shape])
-        config = AutoConfig.for_model(shape.pop("model_type"), **shape)
-        settings = {"attn_implementation": "sdpa", "dtype": torch.float32}
-        with device:
-            self.decoder = AutoModelForCausalLM.from_config(config, **settings)
-        if case.remat:
+        self.decoder = decoder
+        if remat:
             self.decoder.gradient_checkpointing_enable()
 
     def forward(self, rows: Tensor, prompt: int) -> Tensor:
@@ -30,6 +26,17 @@ class Scorer(nn.Module):
         logits = self.decoder.lm_head(hidden.flatten(0, 1)).float()
         negative = functional.cross_entropy(logits, rows[:, prompt:].reshape(-1), reduction="none")
         return -negative.view(len(rows), -1).sum(1)
+
+
+def random_scorer(case: Case, device: torch.device) -> Scorer:
+    """A decoder of this shape with random weights, fused attention, in float32."""
+    shape = dict(SHAPES[case.shape])
+    config = AutoConfig.for_model(shape.pop("model_type"), **shape)
+    with device:
+        decoder = AutoModelForCausalLM.from_config(
+            config, attn_implementation="sdpa", dtype=torch.float32
+        )
+    return Scorer(decoder, remat=case.remat)
 
 
 def main() -> None:
@@ -41,7 +48,7 @@ def main() -> None:
     turns = Turns(version=f"PyTorch {torch.__version__}", device_peak=device_peak)
     case, _ = given(Case)
     torch.manual_seed(0)
-    policy, reference = Scorer(case, device), Scorer(case, device)
+    policy, reference = random_scorer(case, device), random_scorer(case, device)
     reference.load_state_dict(policy.state_dict())
     policy.train()
     reference.eval().requires_grad_(False)
