@@ -96,8 +96,8 @@ def packing() -> Drawing:
 
 
 def drawn() -> Drawing:
-    """The speed of drawing completions, for one row and for eight."""
-    batches = {batch: f"batches of {batch}" for batch in ("1", "8")}
+    """The speed of drawing completions, for one row and for more."""
+    batches = {batch: f"batches of {batch}" for batch in ("1", "8", "32")}
     panels = throughput("Drawing completions", batches, "batch")
     return bar_plot("Tokens per second while drawing completions", panels)
 

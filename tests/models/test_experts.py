@@ -237,8 +237,9 @@ def test_sinks_are_keys_without_values(monkeypatch):
     rare = dataclasses.replace(config, attention_dropout=1e-12)
     dropped = attention.attend(*operands[:3], mask, sinks=sinks, config=rare, rng=jax.random.key(0))
     assert_close(dropped, np.asarray(want), 1e-10)
+    key, value = (jnp.swapaxes(x[0], 0, 1) for x in (key, value))
     parts = [
-        (key[0, rows], value[0, rows], jnp.ones((1, rows.stop - rows.start), bool))
+        (key[:, rows], value[:, rows], jnp.ones((1, rows.stop - rows.start), bool))
         for rows in (slice(0, 3), slice(3, 5))
     ]
     last = attention.attend_parts(query[0, 4:], parts, sinks=sinks, config=config)

@@ -16,9 +16,10 @@ from jaxtyping import Array, Bool, Float, Integer, PRNGKeyArray
 from ..._arrays.layout import Layout
 from ..._arrays.packed import PackedLayout
 from ..._arrays.tokens import as_ids
+from ..._jax.dtypes import at_least_float32
 from .attended import attended, attended_and_normaliser
 from .basic_layers import dropout
-from .blockwise import scores_of
+from .blockwise import masked, scores_of
 from .config import Config
 from .how import Form, How
 
@@ -196,7 +197,7 @@ def share_beside(
 def attend_parts(
     query: Float[Array, "1 heads head_width"],
     parts: Sequence[
-        tuple[Float[Array, "_ kv width"], Float[Array, "_ kv width"], Bool[Array, "1 _"]]
+        tuple[Float[Array, "kv _ width"], Float[Array, "kv _ width"], Bool[Array, "1 _"]]
     ],
     *,
     sinks: Float[Array, " heads"] | None = None,
@@ -207,28 +208,47 @@ def attend_parts(
     **Arguments:**
 
     - `query`: shape `(1, heads, head_width)`.
-    - `parts`: keys and values, each of shape `(length, key_heads, head_width)`, and a mask of shape
+    - `parts`: keys and values, each of shape `(key_heads, length, head_width)`, and a mask of shape
         `(1, length)`.
     - `sinks`: a score without a value for each head, or `None`.
     """
-    key_heads = parts[0][0].shape[1]
-    grouped = query.reshape(1, 1, key_heads, -1, query.shape[-1])
-    scale, softcap = config.attention_scale, config.attention_softcap
+    key_heads, _, width = parts[0][0].shape
+    grouped = query.reshape(key_heads, -1, width)
     scores, factors = zip(
-        *(scores_of(scale, softcap, grouped, key[None], mask) for key, _, mask in parts),
-        strict=True,
+        *(_scores_of_one(grouped, key, mask, config) for key, _, mask in parts), strict=True
     )  # each (1, key_heads, groups, 1, length)
     joined = factors[0] * jnp.concatenate(scores, axis=-1)
-    weights = _weights(joined, sinks)
+    weights = _weights(joined, sinks)[0, :, :, 0]  # (key_heads, groups, length)
     ends, wide = list(itertools.accumulate(x.shape[-1] for x in scores))[:-1], weights.dtype
     outputs = [
-        jnp.einsum(
-            "skh,bkgts->btkgh", value, weight.astype(value.dtype), preferred_element_type=wide
+        jax.lax.dot_general(
+            weight.astype(value.dtype),
+            value,
+            dimension_numbers=(([2], [1]), ([0], [0])),
+            preferred_element_type=wide,
         )
         for (_, value, _), weight in zip(parts, jnp.split(weights, ends, axis=-1), strict=True)
     ]
-    output = jnp.stack(outputs).sum(axis=0)  # (1, 1, key_heads, groups, head_width)
+    output = jnp.stack(outputs).sum(axis=0)  # (key_heads, groups, head_width)
     return output.astype(query.dtype).reshape(query.shape)
+
+
+def _scores_of_one(
+    query: Float[Array, "key_heads groups head_width"],
+    key: Float[Array, "key_heads length head_width"],
+    mask: Bool[Array, "1 length"],
+    config: Config,
+) -> tuple[Float[Array, "1 key_heads groups 1 length"], float]:
+    """The scores of one query, and their factor, as from `scores_of`."""
+    # Not an einsum, which may put the query first: XLA would then copy the keys to transpose them.
+    products = jax.lax.dot_general(
+        key,
+        query,
+        dimension_numbers=(([2], [2]), ([0], [0])),
+        preferred_element_type=at_least_float32(query.dtype),
+    )  # (key_heads, length, groups)
+    products = jnp.swapaxes(products, 1, 2)[None, :, :, None]
+    return masked(config.attention_scale, config.attention_softcap, products, mask)
 
 
 def _dropped(

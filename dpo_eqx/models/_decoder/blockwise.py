@@ -154,12 +154,17 @@ def scores_of(scale, softcap, query, key, mask, *, keys_first=False) -> tuple[Ar
     """
     # This order of the operands, here and in `forward`, avoids copies that transpose the scores.
     if keys_first:
-        scores, mask = _product("btkgh,bskh->bksgt", query, key), mask.T[:, None]
+        products, mask = _product("btkgh,bskh->bksgt", query, key), mask.T[:, None]
     else:
-        scores = _product("bskh,btkgh->bkgts", key, query)
-    factor = scale
+        products = _product("bskh,btkgh->bkgts", key, query)
+    return masked(scale, softcap, products, mask)
+
+
+def masked(scale, softcap, products, mask) -> tuple[Array, float]:
+    """What `scores_of` returns, from the products of queries and keys."""
+    scores, factor = products, scale
     if softcap is not None:
-        scores, factor = jnp.tanh(scores * (scale / softcap)), softcap
+        scores, factor = jnp.tanh(products * (scale / softcap)), softcap
     mask = jnp.broadcast_to(mask, scores.shape)
     # Finite, not -inf: a softmax is then finite even where a row is all masked.
     return jnp.where(mask, scores, jnp.finfo(scores.dtype).min / max(1.0, factor)), factor

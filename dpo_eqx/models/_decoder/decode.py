@@ -62,9 +62,12 @@ def decode(
     """
     reader = _reader_of(policy, prompt.ids.shape[1] + steps)
     lengths = prompt.mask.sum(axis=1)
-    shared, own, logits = jax.vmap(reader.start)(jnp.asarray(prompt.ids), lengths)
+    lead = reader.lead
+    start = jax.vmap(reader.start, out_axes=(lead, lead, 0))
+    shared, own, logits = start(jnp.asarray(prompt.ids), lengths)
     # Over prompts, and within each over its samples, which all read one `shared`.
-    advance = jax.vmap(jax.vmap(reader.advance, (None, 0, 0, None, None)), (0, 0, 0, 0, None))
+    advance = jax.vmap(reader.advance, (None, lead, 0, None, None), (lead, 0))
+    advance = jax.vmap(advance, (lead, lead, 0, 0, None), (lead, 0))
     fill = ends[0][-1] if ends else 0
 
     def append(step, logits, written):
@@ -77,13 +80,12 @@ def decode(
     # All rows step together: a row that has ended writes masked-out tokens until the last one ends.
     def one_step(carry):
         step, own, written = carry
-        own, logits = advance(shared, own, written[0][..., step - 1], lengths, step - 1)
-        return step + 1, own, append(step, logits, written)
+        new, logits = advance(shared, own, written[0][..., step - 1], lengths, step - 1)
+        return step + 1, reader.write(own, new, step - 1), append(step, logits, written)
 
     rows = (len(lengths), samples)
-    own, logits = jax.tree.map(
-        lambda x: jnp.broadcast_to(x[:, None], (*rows, *x.shape[1:])), (own, logits)
-    )
+    own = jax.tree.map(lambda x: _repeated(x, lead + 1, samples), own)
+    logits = _repeated(logits, 1, samples)
     written = (
         jnp.full((*rows, steps), fill, jnp.int32),
         jnp.zeros((*rows, steps), bool),
@@ -125,6 +127,11 @@ def _until(width: int) -> Callable[[tuple[Any, ...]], Bool[Array, ""]]:
         return (step < width) & ~done.all()
 
     return is_going
+
+
+def _repeated(x: Array, axis: int, count: int) -> Array:
+    """`x` with a new axis, along which it is repeated."""
+    return jnp.broadcast_to(jnp.expand_dims(x, axis), (*x.shape[:axis], count, *x.shape[axis:]))
 
 
 def _grown(own: PyTree, axis: int, width: int) -> PyTree:
@@ -174,18 +181,23 @@ class Cached(eqx.Module):
     """
 
     policy: Transformer
-    # The axis of the new tokens in the state of a sample, after the axis of layers.
-    axis: int = eqx.field(static=True, default=1)
+    # Rows come after the axis of layers, and tokens after that of heads: the scan over the layers
+    # and the products of each head then read the cache as it lies.
+    lead: int = eqx.field(static=True, default=1)
+    # The axis of the new tokens in the state of a sample.
+    axis: int = eqx.field(static=True, default=2)
 
     def start(self, ids: Int[Array, " prompt"], length: Int[Array, ""]):
         """Reads a prompt: its cache, an empty one for new tokens, and the logits of the first."""
         hidden, caches = read_prompt(self.policy, ids, length)
-        own = caches._replace(attention=jax.tree.map(lambda x: x[:, :0], caches.attention))
+        by_head = jax.tree.map(lambda x: jnp.swapaxes(x, 1, 2), caches.attention)
+        caches = caches._replace(attention=by_head)
+        own = caches._replace(attention=jax.tree.map(lambda x: x[:, :, :0], by_head))
         shared = caches._replace(recurrence=None)
         return shared, own, self.policy.unembed(hidden[length - 1][None])[0]
 
     def advance(self, shared, own, token: Int[Array, ""], length: Int[Array, ""], step):
-        """Reads the new token number `step`: its cache, and the logits of the next token."""
+        """Reads the new token number `step`: what `write` needs, and the logits of the next one."""
         config = self.policy.config
         prompt, new = (_places(x).astype(length.dtype) for x in (shared, own))
         # The position counts real tokens, and not the padding of the prompt.
@@ -199,6 +211,7 @@ class Cached(eqx.Module):
             (shared, own), (on_prompt, on_own) = caches, masks
             # The token itself is not in the cache yet: a layer returns what is to be written, and
             # one write for all layers follows.
+            key, value = jnp.swapaxes(key, 0, 1), jnp.swapaxes(value, 0, 1)
             parts = (*shared, on_prompt), (*own, on_own), (key, value, jnp.ones((1, 1), bool))
             return attend_parts(query, parts, sinks=sinks, config=config), (key, value)
 
@@ -206,24 +219,30 @@ class Cached(eqx.Module):
         hidden, written = self.policy.run(
             token[None], position, attend_cached, masks_of, caches=caches
         )
+        return written, self.policy.unembed(hidden)[0]
+
+    def write(self, own: Caches, new: Caches, step) -> Caches:
+        """The states of all samples after the token number `step`."""
+        # Not in `advance`: a `vmap` of the update would copy the whole cache.
         attention = jax.tree.map(
-            lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, step, axis=self.axis),
+            lambda old, x: jax.lax.dynamic_update_slice_in_dim(old, x, step, axis=2 + self.axis),
             own.attention,
-            written.attention,
+            new.attention,
         )
-        return written._replace(attention=attention), self.policy.unembed(hidden)[0]
+        return new._replace(attention=attention)
 
 
 def _places(caches: Caches) -> Int[Array, " length"]:
     """The places of the tokens in a cache of keys and values; none if no layer has attention."""
     leaves = jax.tree.leaves(caches.attention)
-    return jnp.arange(leaves[0].shape[1] if leaves else 0)
+    return jnp.arange(leaves[0].shape[2] if leaves else 0)
 
 
 class Recurrent(eqx.Module):
     """Reads one row by a state of fixed shapes; samples share nothing but their first state."""
 
     policy: RecurrentPolicy
+    lead: int = eqx.field(static=True, default=0)
     axis: None = eqx.field(static=True, default=None)
 
     def start(self, ids: Int[Array, " prompt"], length: Int[Array, ""]):
@@ -238,6 +257,10 @@ class Recurrent(eqx.Module):
         check_keeps_shapes(self.policy, own, state)
         return state, self._logits(hidden)
 
+    def write(self, own, new, step):
+        """The states of all samples: `advance` returns them whole."""
+        return new
+
     def _logits(self, hidden: Float[Array, "1 width"]) -> Float[Array, " vocab"]:
         return unembedding_of(self.policy).logits(hidden)[0]
 
@@ -246,6 +269,7 @@ class Uncached(eqx.Module):
     """Runs any policy on the whole row for each token; its state is the row."""
 
     policy: PyTree
+    lead: int = eqx.field(static=True, default=0)
     axis: int = eqx.field(static=True, default=0)
 
     def start(self, ids: Int[Array, " prompt"], length: Int[Array, ""]):
@@ -259,6 +283,10 @@ class Uncached(eqx.Module):
         # Behind the real tokens of the prompt, over its padding.
         row = jax.lax.dynamic_update_slice_in_dim(row, own, length, axis=0)
         return own, self._logits(row, length + step + 1)[length + step]
+
+    def write(self, own, new, step):
+        """The states of all samples: `advance` returns them whole."""
+        return new
 
     def _logits(
         self, row: Int[Array, " length"], tokens: Int[Array, ""]
