@@ -13,13 +13,14 @@ training. The part `torch` is `full` as a PyTorch loop with the decoder of `tran
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
 import time
 from functools import partial
 from pathlib import Path
+
+from .turns import resident
 
 VOCAB = 151936
 DENSE = {
@@ -109,7 +110,7 @@ def load(folder: Path, shape: str) -> dict:
     from dpo_eqx import models
 
     jnp.zeros(1).block_until_ready()
-    before = _resident()
+    before = resident("VmRSS")
     policy = models.load(folder)
     sizes = [leaf.nbytes for leaf in jax.tree.leaves(policy)]
     layers = policy.config.layers
@@ -118,7 +119,7 @@ def load(folder: Path, shape: str) -> dict:
         "files": len(list(folder.glob("*.safetensors"))),
         "weights": sum(sizes) / 1e9,
         "largest tensor": max(policy.embedding.weight.nbytes, *stacked) / 1e9,
-        "peak above start": peak() - before,
+        "peak above start": resident("VmHWM") - before,
     }
 
 
@@ -183,7 +184,7 @@ def _measure(policy, reference, optimizer, **settings) -> dict:
     trainable = settings.get("trainable", eqx.is_inexact_array)
     step = dpx.make_step(losses.dpo, optimizer, **settings)
     opt_state = optimizer.init(eqx.filter(policy, trainable))
-    loaded = peak()
+    loaded = resident("VmHWM")
 
     @eqx.filter_jit(donate="all-except-first")
     def train(frozen, policy, opt_state):
@@ -206,7 +207,7 @@ def _measure(policy, reference, optimizer, **settings) -> dict:
         "step": min(times),
         "loss at the end": losses_seen,
         "peak after loading": loaded,
-        "peak": peak(),
+        "peak": resident("VmHWM"),
         "arguments (analysis)": memory.argument_size_in_bytes / 1e9,
         "temporaries (analysis)": memory.temp_size_in_bytes / 1e9,
         "aliased (analysis)": memory.alias_size_in_bytes / 1e9,
@@ -220,28 +221,17 @@ def _batch(vocab: int):
     import dpo_eqx as dpx
 
     return dpx.PreferenceBatch(
-        *(dpx.Tokens(ids, np.ones(ids.shape, bool)) for ids in rows_of(vocab))
+        *(dpx.Tokens(ids, np.ones(ids.shape, bool)) for ids in pair_ids(vocab))
     )
 
 
-def rows_of(vocab: int = VOCAB) -> tuple:
+def pair_ids(vocab: int = VOCAB) -> tuple:
     """Random ids of prompts, chosen and rejected completions."""
     import numpy as np
 
     rng = np.random.default_rng(0)
     widths = PROMPT, COMPLETION, COMPLETION
     return tuple(rng.integers(0, vocab, (PAIRS, width)).astype(np.int32) for width in widths)
-
-
-def peak() -> float:
-    """The peak resident memory of this process, in GB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-
-
-def _resident() -> float:
-    """The resident memory of this process now, in GB."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize() / 1e9
 
 
 PARTS = {

@@ -81,7 +81,8 @@ def decode(
     def one_step(carry):
         step, own, written = carry
         new, logits = advance(shared, own, written[0][..., step - 1], lengths, step - 1)
-        return step + 1, reader.write(own, new, step - 1), append(step, logits, written)
+        own = _written(own, new, step - 1, reader.axis)
+        return step + 1, own, append(step, logits, written)
 
     rows = (len(lengths), samples)
     own = jax.tree.map(lambda x: _repeated(x, lead + 1, samples), own)
@@ -97,7 +98,7 @@ def decode(
     carry = (first + 1, own, append(first, logits, vary_alike(written, logits)[0]))
     for width in widths(steps):
         step, own, written = carry
-        own = own if reader.axis is None else _grown(own, 2 + reader.axis, width)
+        own = own if reader.axis is None else _grown(own, reader.axis, width)
         carry = jax.lax.while_loop(_until(width), one_step, (step, own, written))
     ids, mask, log_probs, _ = carry[-1]
     return Samples(Tokens(ids, mask), log_probs)
@@ -148,6 +149,19 @@ def _grown(own: PyTree, axis: int, width: int) -> PyTree:
     return jax.tree.map(grown, own)
 
 
+def _written(own: PyTree, new: PyTree, step: Int[Array, ""], axis: int | None) -> PyTree:
+    """The states of the samples after the new token number `step`, from `new` of `advance`."""
+    if axis is None or not isinstance(own, Caches):
+        return new
+    # Not in `advance`: a `vmap` of the update would copy the whole cache.
+    attention = jax.tree.map(
+        lambda old, x: jax.lax.dynamic_update_slice_in_dim(old, x, step, axis=axis),
+        own.attention,
+        new.attention,
+    )
+    return new._replace(attention=attention)
+
+
 def _log_prob(
     logits: Float[Array, "prompts samples vocab"], token: Int[Array, "prompts samples"]
 ) -> Float[Array, "prompts samples"]:
@@ -184,8 +198,8 @@ class Cached(eqx.Module):
     # Rows come after the axis of layers, and tokens after that of heads: the scan over the layers
     # and the products of each head then read the cache as it lies.
     lead: int = eqx.field(static=True, default=1)
-    # The axis of the new tokens in the state of a sample.
-    axis: int = eqx.field(static=True, default=2)
+    # The axis of the new tokens in the states of all samples.
+    axis: int = eqx.field(static=True, default=4)
 
     def start(self, ids: Int[Array, " prompt"], length: Int[Array, ""]):
         """Reads a prompt: its cache, an empty one for new tokens, and the logits of the first."""
@@ -197,7 +211,7 @@ class Cached(eqx.Module):
         return shared, own, self.policy.unembed(hidden[length - 1][None])[0]
 
     def advance(self, shared, own, token: Int[Array, ""], length: Int[Array, ""], step):
-        """Reads the new token number `step`: what `write` needs, and the logits of the next one."""
+        """Reads the new token number `step`: what to write, and the logits of the next token."""
         config = self.policy.config
         prompt, new = (_places(x).astype(length.dtype) for x in (shared, own))
         # The position counts real tokens, and not the padding of the prompt.
@@ -220,16 +234,6 @@ class Cached(eqx.Module):
             token[None], position, attend_cached, masks_of, caches=caches
         )
         return written, self.policy.unembed(hidden)[0]
-
-    def write(self, own: Caches, new: Caches, step) -> Caches:
-        """The states of all samples after the token number `step`."""
-        # Not in `advance`: a `vmap` of the update would copy the whole cache.
-        attention = jax.tree.map(
-            lambda old, x: jax.lax.dynamic_update_slice_in_dim(old, x, step, axis=2 + self.axis),
-            own.attention,
-            new.attention,
-        )
-        return new._replace(attention=attention)
 
 
 def _places(caches: Caches) -> Int[Array, " length"]:
@@ -257,10 +261,6 @@ class Recurrent(eqx.Module):
         check_keeps_shapes(self.policy, own, state)
         return state, self._logits(hidden)
 
-    def write(self, own, new, step):
-        """The states of all samples: `advance` returns them whole."""
-        return new
-
     def _logits(self, hidden: Float[Array, "1 width"]) -> Float[Array, " vocab"]:
         return unembedding_of(self.policy).logits(hidden)[0]
 
@@ -270,7 +270,7 @@ class Uncached(eqx.Module):
 
     policy: PyTree
     lead: int = eqx.field(static=True, default=0)
-    axis: int = eqx.field(static=True, default=0)
+    axis: int = eqx.field(static=True, default=2)
 
     def start(self, ids: Int[Array, " prompt"], length: Int[Array, ""]):
         """The prompt, no new tokens, and the logits of the first of them."""
@@ -283,10 +283,6 @@ class Uncached(eqx.Module):
         # Behind the real tokens of the prompt, over its padding.
         row = jax.lax.dynamic_update_slice_in_dim(row, own, length, axis=0)
         return own, self._logits(row, length + step + 1)[length + step]
-
-    def write(self, own, new, step):
-        """The states of all samples: `advance` returns them whole."""
-        return new
 
     def _logits(
         self, row: Int[Array, " length"], tokens: Int[Array, ""]

@@ -48,7 +48,7 @@ def chosen_modules(policy: Transformer, config: PeftConfig) -> dict[str, Any]:
             found[path] = module
             matched |= set().union(*by)
     if policy.config.tied and "embedding" in known and not config.reward:
-        head = FAMILIES[policy.config.family].names["head"].module
+        head = _source(policy, "head").module
         ends = {end for end in config.modules if head.endswith(end)}
         if (ends or "embedding" in found) and not config.tied:
             raise ValueError(
@@ -83,7 +83,7 @@ def tied_copy(policy: Transformer, chosen: Mapping[str, Any]) -> str | None:
     """The name of the second copy that PEFT writes of an embedding that is the unembedding, too."""
     if not policy.config.tied or "embedding" not in chosen:
         return None
-    return f"{PREFIX}{FAMILIES[policy.config.family].names['head'].module}.weight"
+    return PREFIX + _source(policy, "head").tensor(0, "weight")
 
 
 def read_modules(policy: Transformer, weights: Weights, chosen: Mapping[str, Any]) -> Transformer:
