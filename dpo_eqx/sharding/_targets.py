@@ -140,14 +140,14 @@ def _here(name: str, count: int) -> Target:
     first = devices[0]
     if first.platform == "cpu":
         return dataclasses.replace(_cpus(name, count), devices=devices[:count])
-    chip = _of_kind(first.device_kind)
+    chip = chip_of_kind(first.device_kind)
     memory = (first.memory_stats() or {}).get("bytes_limit") or chip.memory
     platform = "cuda" if first.platform == "gpu" else first.platform
     chip = dataclasses.replace(chip, memory=memory)
     return Target(name, chip, platform, devices[:count])
 
 
-def _of_kind(kind: str) -> Chip:
+def chip_of_kind(kind: str) -> Chip:
     """The chip that JAX calls `kind`; a chip of unknown rates if it is none of `CHIPS`."""
     names = {"v5 lite": "v5e", "v6 lite": "v6e", "v5": "v5p"}
     words = kind.lower()

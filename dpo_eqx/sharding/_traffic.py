@@ -18,6 +18,7 @@ _FREE = {
 }  # fmt: skip
 _RUNS_WHAT_IT_CALLS = {"while", "conditional", "call", "async-start"}
 _SLICES = {"dynamic-slice", "slice", "gather"}
+_FUSIONS = {"fusion", "fusion-start"}
 
 
 def bytes_accessed(text: str) -> int:
@@ -47,14 +48,16 @@ def _of(each: Instruction, computations: Computations, buffers: Mapping[str, lis
     """The bytes of one run of an instruction."""
     if each.kind in _FREE or each.kind.endswith(("-done", "-update")):
         return 0
+    operands = [buffers.get(name, []) for name in each.operands]
+    if each.kind in _FUSIONS:
+        (body,) = each.called
+        read = [_read(body, i, computations, _size(x)) for i, x in enumerate(operands)]
+        # The type of an asynchronous one has its operands before its results.
+        first = 0 if each.kind == "fusion" else sum(map(len, operands))
+        return sum(read) + _written(each.results[first:], computations[body])
     if each.kind.endswith("-start"):
         # Its type has its operands beside its results.
         return _size(each.results)
-    operands = [buffers.get(name, []) for name in each.operands]
-    if each.kind == "fusion":
-        (body,) = each.called
-        read = [_read(body, i, computations, _size(x)) for i, x in enumerate(operands)]
-        return sum(read) + _written(each, computations[body])
     if each.kind in _SLICES:
         moved = sum(x.size for x in each.results)
         return _if_far(operands[0], moved) + _if_far(each.results, moved)
@@ -83,14 +86,14 @@ def _read(body: str, index: int, computations: Computations, whole: int) -> int:
     return min(read, whole)
 
 
-def _written(fusion: Instruction, body: Sequence[Instruction]) -> int:
+def _written(results: Sequence[Buffer], body: Sequence[Instruction]) -> int:
     """The bytes that a fusion writes: of an array that it updates in place, the update."""
     by_name = {each.name: each for each in body}
     root = next(each for each in body if each.is_root)
     roots = [by_name[name] for name in root.operands] if root.kind == "tuple" else [root]
     return sum(
         0 if result.is_near else _of_root(each, by_name, result.size)
-        for each, result in zip(roots, fusion.results, strict=False)
+        for each, result in zip(roots, results, strict=False)
     )
 
 
