@@ -69,3 +69,18 @@ def test_equal_plans_leave_no_choice_in_the_program():
     assert "cond" not in primitives[0]
     assert "cond" in primitives[1]
     assert jax.jit(several)(1.0) == one(1.0) == 2
+
+
+def test_two_sums_in_one_operation_are_those_of_two(monkeypatch):
+    rng = np.random.default_rng(0)
+    hidden, head = (jnp.asarray(rng.normal(size=size)) for size in ((9, 4), (24, 4)))
+
+    def log_probs(hidden, head):
+        return dpx.linear_token_log_probs(hidden, head, jnp.arange(9), chunk_size=4)
+
+    want = jax.jit(log_probs)(hidden, head)
+    monkeypatch.setattr(tiling, "CUDA", "cpu")
+    jointly = jax.jit(lambda *x: log_probs(*x))
+    operands = [x.count(" init: ") for x in jointly.lower(hidden, head).as_text().splitlines()]
+    assert max(operands) == 2
+    np.testing.assert_allclose(jointly(hidden, head), want, rtol=0, atol=1e-14)

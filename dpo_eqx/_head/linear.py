@@ -152,9 +152,9 @@ def _fold_log_probs(
         logits = tile.logits(hidden)
         peak, offset, shrunk = raised(before, logits)
         sums = statistics.add(sums, logits, before, total, offset, shrunk)
-        total = total * shrunk + jnp.exp(logits - offset[:, None]).sum(axis=-1)
-        picked = picked + jnp.where(tile.holds(targets), logits, 0).sum(axis=-1)
-        return peak, total, picked, sums
+        exponentials = jnp.exp(logits - offset[:, None])
+        new, held = tiling.sums(exponentials, jnp.where(tile.holds(targets), logits, 0))
+        return peak, total * shrunk + new, picked + held, sums
 
     state = fold(add, start, head, tiling.parts, (hidden, targets), axis_name)
     peak, (total,) = over_devices(state[0], (state[1],), axis_name)

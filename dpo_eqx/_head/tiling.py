@@ -4,13 +4,16 @@
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.export import is_symbolic_dim
+from jaxtyping import Array, Float
 
+from .._jax.by_platform import CUDA
 from .._jax.microbatches import Size, merge, nearest_divisor, split
 
 # Logits held at once. A CPU is fastest if they stay in its cache: 8 MiB of float32. An accelerator
@@ -28,11 +31,13 @@ class Tiling(NamedTuple):
     - `shape`: of the tokens, `(*batch, length)`.
     - `most`: the largest number of tokens in a chunk.
     - `parts`: the number of parts of the vocabulary.
+    - `joint`: whether two sums over the same logits are one operation.
     """
 
     shape: tuple[Size, ...]
     most: int
     parts: int
+    joint: bool = False
 
     def chunks(self, tree: Any) -> Any:
         """Arrays `(*shape, ...)` as chunks `(count, chunk, ...)`, the last padded with zeros."""
@@ -44,6 +49,13 @@ class Tiling(NamedTuple):
             return split(jnp.pad(flat, [(0, missing)] + [(0, 0)] * (flat.ndim - 1)), count)
 
         return jax.tree.map(chunked, tree)
+
+    def sums(self, *arrays: Float[Array, "chunk part"]) -> Sequence[Float[Array, " chunk"]]:
+        """The sum of each array over its last axis."""
+        if not self.joint:
+            return [x.sum(axis=-1) for x in arrays]
+        zeros = tuple(jnp.zeros((), x.dtype) for x in arrays)
+        return jax.lax.reduce(arrays, zeros, partial(jax.tree.map, jnp.add), (1,))
 
     def tokens(self, tree: Any) -> Any:
         """The inverse of `chunks`."""
@@ -61,7 +73,9 @@ def tiling_for(
         at_once = LOGITS_AT_ONCE.get(platform, LOGITS_AT_ONCE_ELSEWHERE)
         parts = _parts(vocab, most * vocab / at_once)
         # A small vocabulary cannot be split into thin parts, so a chunk has fewer tokens then.
-        return Tiling(shape, max(1, min(most, 4 * at_once * parts // vocab)), parts)
+        most = max(1, min(most, 4 * at_once * parts // vocab))
+        # A GPU reads logits from memory for each sum apart; a CPU is slower with both in one.
+        return Tiling(shape, most, parts, joint=platform == CUDA)
 
     return plan_for
 
