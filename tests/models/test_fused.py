@@ -15,9 +15,10 @@ import pytest
 
 import dpo_eqx as dpx
 from dpo_eqx import losses, models, sharding
+from dpo_eqx._arrays.layout import Layout
 from dpo_eqx._jax import platform_rules
-from dpo_eqx.models._decoder import fused, kernels
-from dpo_eqx.models._decoder.attention import attend
+from dpo_eqx.models._decoder import fused, kernels, sequences
+from dpo_eqx.models._decoder.attention import attend, attend_by_layout, masks
 
 from ..policies import assert_close, random_batch
 
@@ -28,8 +29,8 @@ BOUND = 1e-6  # JAX's attention has a softmax in float32.
 @pytest.fixture
 def in_place_of_the_kernel(monkeypatch, standard_promotion):
     module = ModuleType("in_place_of_the_kernel")
-    own = {"fits": lambda *_: True, "attention": fused.attention, "tracing": fused.tracing}
-    vars(module).update(own)
+    names = ("attention", "tracing", "prefers_sequences")
+    vars(module).update({name: getattr(fused, name) for name in names}, fits=lambda *_: True)
     monkeypatch.setattr(fused, "IMPLEMENTATION", "xla")
     monkeypatch.setitem(kernels.KERNELS, "cpu", module)
     platform_rules._run_now.clear_cache()
@@ -91,6 +92,37 @@ def test_gradient_of_a_batch_and_through_one_and_two_vmaps(mask):
 
 
 @pytest.mark.usefixtures("in_place_of_the_kernel")
+@pytest.mark.parametrize(
+    ("prompt", "completions"),
+    [
+        pytest.param(4, (3, 3), id="one run"),
+        pytest.param(3, (5, 5, 2), marks=pytest.mark.slow, id="two runs"),
+        pytest.param(9, (2, 2), marks=pytest.mark.slow, id="long prompt"),
+        pytest.param(9, (), id="no completion"),
+    ],
+)
+def test_rows_as_sequences(prompt, completions, monkeypatch):
+    """Each completion behind a copy of the prompt's real tokens; in parts, if that is faster."""
+    seen = []
+    monkeypatch.setattr(
+        sequences, "_places", lambda *x, of=sequences._places: seen.append(1) or of(*x)
+    )
+    width = prompt + sum(completions)
+    rng = np.random.default_rng(0)
+    row = [jnp.asarray(rng.normal(size=(2, width, heads, 8))) for heads in (4, 2, 2)]
+    lengths = jnp.array([prompt - 2, prompt])
+
+    def of_row(config, length, *row):
+        layout = Layout(length, prompt, completions)
+        output = attend_by_layout(layout, *row, masks(layout, None), config=config, rng=None)
+        return jnp.where((layout.segments >= 0)[:, None, None], jnp.sin(output), 0).sum()
+
+    slopes = jax.vmap(jax.value_and_grad(of_row, (2, 3, 4)), (None, 0, 0, 0, 0))
+    check(lambda config, *x: slopes(config, lengths, *x), *row)
+    assert bool(seen) == (prompt < 9)
+
+
+@pytest.mark.usefixtures("in_place_of_the_kernel")
 def test_keys_that_rows_share():
     query, key, value = operands()
     shared = jax.vmap(jax.grad(total, (2, 3, 4)), (None, None, 0, None, None))
@@ -141,22 +173,23 @@ def lowered(policy, batch, **options):
     return jax.jit(of_arrays).trace(arrays).lower(lowering_platforms=("cuda",)).as_text()
 
 
-def calls(policy):
+def calls(policy, prompt=6):
     """How often each of cuDNN's kernels is in a step in half precision."""
-    batch = random_batch(pairs=4, prompt=6, completion=8)
+    batch = random_batch(pairs=4, prompt=prompt, completion=8)
     names = re.findall(r"@__cudnn\$(\w+)", lowered(policy, batch, compute_dtype=jnp.bfloat16))
     return {name: names.count(name) for name in set(names)}
 
 
 @pytest.mark.slow
 def test_a_step_on_a_gpu_calls_the_kernel():
-    # A prompt is causal and needs no mask, a completion needs one. Policy, reference, and once more
-    # in the backward pass, whose kernel needs the forward kernel's residuals.
-    found = calls(policy_of())
+    # Policy, reference, and once more in the backward pass, whose kernel needs the forward kernel's
+    # residuals. Each completion is a causal sequence with its prompt, which needs no mask.
     causal, masked = "fmhaSoftmax", "fmhaScaleBiasSoftmax"
+    assert calls(policy_of()) == {causal: 3, f"{causal}Backward": 1}
+    # Behind a long prompt, completions are a part of their own, with a mask.
     once = {f"{causal}Backward": 1, f"{masked}Backward": 1}
-    assert found == {causal: 3, masked: 3, **once}
-    # With a window both need one.
+    assert calls(policy_of(), prompt=40) == {causal: 3, masked: 3, **once}
+    # With a window, prompts need a mask, too.
     assert set(calls(policy_of(windows=(4, 4)))) == {masked, f"{masked}Backward"}
 
 
@@ -167,5 +200,5 @@ def test_a_step_on_gpus_calls_the_kernel_for_the_rows_and_heads_of_each():
     batch = sharding.shard_batch(random_batch(pairs=8, prompt=6, completion=8), devices)
     text = lowered(policy, batch, compute_dtype=jnp.bfloat16)
     queries = re.findall(r"@__cudnn\$fmha\w+\(.*: \(tensor<([\dx]+)xbf16>", text)
-    # Of 8 pairs and 4 heads: 2 prompts, or completions of 2 pairs, and 2 heads.
-    assert set(queries) == {"2x6x2x8", "4x8x2x8"}
+    # Of 8 pairs and 4 heads: the completions of 2 pairs behind their prompts, and 2 heads.
+    assert set(queries) == {"4x14x2x8"}

@@ -71,7 +71,7 @@ def attended_and_normaliser(
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _attended(how, *operands):
     """The output, and the normaliser of each query's scores; zeros if a kernel ran."""
-    return tuple(by_rule(_Forward(how), *operands))
+    return tuple(by_rule(Forward(how), *operands))
 
 
 @_attended.defjvp
@@ -86,7 +86,7 @@ def _attended_jvp(how, primals, tangents):
         return _push(how, primals, results, tangents)
 
     def pull(cotangents):
-        return tuple(by_rule(_Pull(how), *cotangents, *results, *primals))
+        return tuple(by_rule(Pull(how), *cotangents, *results, *primals))
 
     return results, with_transpose(push, pull, tangents, results)
 
@@ -112,20 +112,20 @@ def _push_from_scratch(how, primals, tangents):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Forward:
+class Forward:
     """The output and the normaliser, from query, key, value and the mask if there is one."""
 
     how: How
 
     def shapes(self, *operands: jax.ShapeDtypeStruct) -> Sequence[jax.ShapeDtypeStruct]:
         query = operands[0]
-        return query, _normaliser_of(query)
+        return query, normaliser_of(query)
 
     def run(self, where: Where, *operands: Array) -> Sequence[Array]:
         how, (query, key) = self.how, operands[:2]
         kernel = kernels.find(where, how, query) if how.use_kernels else None
         if kernel is not None:
-            shape = _normaliser_of(query)
+            shape = normaliser_of(query)
             return kernel.forward(*operands), jnp.zeros(shape.shape, shape.dtype)
         size = blockwise.block_size(where.platform, query, key)
         value, seen = operands[2], _mask_of(operands)
@@ -133,7 +133,7 @@ class _Forward:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Pull:
+class Pull:
     """The cotangents of query, key and value, from those of the results, and from both."""
 
     how: How
@@ -164,5 +164,6 @@ def _operands(query: Array, key: Array, value: Array, mask: Array | None) -> tup
     return vary_alike(query, key, value, *(() if mask is None else (mask,)))
 
 
-def _normaliser_of(query: jax.ShapeDtypeStruct | Array) -> jax.ShapeDtypeStruct:
+def normaliser_of(query: jax.ShapeDtypeStruct | Array) -> jax.ShapeDtypeStruct:
+    """The shape and dtype of the normaliser of each query's scores."""
     return jax.ShapeDtypeStruct((*query.shape[:-1], 1), at_least_float32(query.dtype))

@@ -5,7 +5,7 @@ row is never built.
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import equinox as eqx
@@ -17,11 +17,14 @@ from ..._arrays.layout import Layout
 from ..._arrays.packed import PackedLayout
 from ..._arrays.tokens import as_ids
 from ..._jax.dtypes import at_least_float32
+from . import kernels
 from .attended import attended, attended_and_normaliser
+from .attended_row import attended_row
 from .basic_layers import dropout
 from .blockwise import masked, scores_of
 from .config import Config
 from .how import Form, How
+from .parts import Widths, join, split
 
 # Number of blocks of queries in a packed row. More blocks skip more keys that no query sees, but
 # take longer to compile.
@@ -53,7 +56,7 @@ def masks(layout: Layout | PackedLayout, window: int | None) -> Masks:
     prompt = jnp.arange(width).astype(length.dtype)
     real = prompt < length
     completions = []
-    for _, _, completion in _runs(layout):
+    for _, _, completion in Widths(width, layout.completion_widths).runs:
         # Positions continue after the real tokens of the prompt, not after its padding.
         positions = length + jnp.arange(completion).astype(length.dtype)
         near = visible(positions, prompt, window)
@@ -90,39 +93,23 @@ def attend_by_layout(
         return _attend_packed(
             layout, query, key, value, masks.prompt, sinks=sinks, config=config, rng=rng
         )
-    width = layout.prompt_width
-    keys = iter(_split(rng, 1 + len(masks.completions)))
+    widths = Widths(layout.prompt_width, layout.completion_widths)
+    how = How(config.attention_scale, config.attention_softcap, "causal", config.fused)
+    # A window gives the prompt a mask, too.
+    is_plain = sinks is None and masks.prompt is None and config.dropout_rate("attention") == 0
+    grouped = _grouped(query, key.shape[1])
+    if is_plain and kernels.on_some_platform_for_rows(how, widths, grouped):
+        length = layout.prompt_length
+        output = attended_row(how, widths, grouped, key, value, length, masks.completions)
+        return output.reshape(query.shape)
+    prompt, *completions = split(widths, query, key, value)
+    first, *rngs = _split(rng, 1 + len(completions))
+    outputs = [attend(*prompt, masks.prompt, sinks=sinks, config=config, rng=first)]
     # A window hides other keys from each query.
     form: Form = "any" if any(config.windows) else "keys"
-    prompt_key, prompt_value = key[None, :width], value[None, :width]
-    outputs = [
-        attend(
-            query[None, :width],
-            prompt_key,
-            prompt_value,
-            masks.prompt,
-            sinks=sinks,
-            config=config,
-            rng=next(keys),
-        )[0]
-    ]
-    for (start, count, completion), mask in zip(_runs(layout), masks.completions, strict=True):
-        own_query, own_key, own_value = (
-            x[start : start + count * completion].reshape(count, completion, *x.shape[1:])
-            for x in (query, key, value)
-        )  # each (count, completion, heads, head_width)
-        output = attend(
-            own_query,
-            _behind(prompt_key, own_key),
-            _behind(prompt_value, own_value),
-            mask,
-            sinks=sinks,
-            config=config,
-            form=form,
-            rng=next(keys),
-        )
-        outputs.append(output.reshape(-1, *output.shape[2:]))
-    return jnp.concatenate(outputs)
+    for part, mask, rng in zip(completions, masks.completions, rngs, strict=True):
+        outputs.append(attend(*part, mask, sinks=sinks, config=config, form=form, rng=rng))
+    return join(outputs)
 
 
 def _attend_packed(
@@ -167,9 +154,7 @@ def attend(
     softmax, without a value. `form` describes the mask, if there is one.
     """
     rng = rng if config.dropout_rate("attention") > 0 else None
-    groups = query.shape[2] // key.shape[2]
-    # (batch, query, key_heads, groups, head_width): the heads of a group share keys and values.
-    grouped = query.reshape(*query.shape[:2], key.shape[2], groups, query.shape[3])
+    grouped = _grouped(query, key.shape[2])
     if rng is not None:
         seen = jnp.tri(query.shape[1], dtype=bool) if mask is None else mask
         return _dropped(grouped, key, value, sinks, seen, config, rng).reshape(query.shape)
@@ -279,22 +264,11 @@ def _weights(
     return weights * jnp.broadcast_to(share_beside(sinks, normaliser), weights.shape)
 
 
-def _behind(
-    prompt: Float[Array, "1 prompt key_heads head_width"],
-    own: Float[Array, "count completion key_heads head_width"],
-) -> Float[Array, "count both key_heads head_width"]:
-    """The prompt's keys or values followed by each completion's."""
-    before = jnp.broadcast_to(prompt, (own.shape[0], *prompt.shape[1:]))
-    return jnp.concatenate([before, own], axis=1)
-
-
-def _runs(layout: Layout) -> Iterator[tuple[int, int, int]]:
-    """The start, the count and the width of each run of completions of equal width."""
-    start = layout.prompt_width
-    for width, run in itertools.groupby(layout.completion_widths):
-        count = len(list(run))
-        yield start, count, width
-        start += count * width
+def _grouped(
+    query: Float[Array, "*batch heads head_width"], key_heads: int
+) -> Float[Array, "*batch key_heads groups head_width"]:
+    """Queries with the heads of a group, which share keys and values, along an axis."""
+    return query.reshape(*query.shape[:-2], key_heads, -1, query.shape[-1])
 
 
 def _split(key: PRNGKeyArray | None, count: int) -> list[PRNGKeyArray | None]:

@@ -1,8 +1,9 @@
 """Which kernel computes attention on a platform, and how it runs on a mesh.
 
-The kernels are in `fused.py` (NVIDIA) and `splash.py` (TPU). Each module has three functions:
-`fits(how, query)`, `attention(how, query, key, value, *mask)` for one device, and `tracing()`,
-a context in which the kernel and its gradient are traced.
+The kernels are in `fused.py` (NVIDIA) and `splash.py` (TPU). Each module has four functions:
+`fits(how, query)`, `attention(how, query, key, value, *mask)` for one device, `tracing()`, a
+context in which the kernel and its gradient are traced, and `prefers_sequences(widths)`, which says
+whether the kernel is faster if each completion has a copy of the prompt.
 """
 
 import dataclasses
@@ -16,14 +17,15 @@ import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec as P
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from ..._jax.by_platform import CUDA, TPU
 from ..._jax.dtypes import at_least_float32
 from ..._jax.partitioning import TENSOR
 from ..._jax.platform_rules import Where
-from . import fused, splash
+from . import fused, sequences, splash
 from .how import How
+from .parts import Widths
 
 KERNELS: dict[str, ModuleType] = {CUDA: fused, TPU: splash}
 # JAX partitions neither kernel, so that a device by itself is a mesh of one.
@@ -77,6 +79,43 @@ class Kernel:
         masks = _batched(query, *mask)
         in_query, in_key, in_value = self._on_mesh(self._backward, arrays, masks, results=3)
         return in_query.reshape(query.shape), self._summed(in_key), self._summed(in_value)
+
+    def forward_of_row(
+        self,
+        widths: Widths,
+        query: Float[Array, "length key_heads groups head_width"],
+        key: Float[Array, "length key_heads head_width"],
+        value: Float[Array, "length key_heads head_width"],
+        prompt_length: Int[Array, ""],
+    ) -> Float[Array, "length key_heads groups head_width"]:
+        """The weighted sums of values of a whole row, by `sequences.forward`."""
+        arrays = self._apart(query[None]), *(self._repeated(x[None]) for x in (key, value))
+
+        def forward(*operands):
+            return (sequences.forward(self._causal, widths, *operands),)
+
+        (output,) = self._on_mesh(forward, arrays, (prompt_length[None],), results=1)
+        return output.reshape(query.shape)
+
+    def pull_of_row(
+        self,
+        widths: Widths,
+        cotangent: Float[Array, "length key_heads groups head_width"],
+        query: Float[Array, "length key_heads groups head_width"],
+        key: Float[Array, "length key_heads head_width"],
+        value: Float[Array, "length key_heads head_width"],
+        prompt_length: Int[Array, ""],
+    ) -> tuple[Array, Array, Array]:
+        """The cotangents of query, key and value of a whole row, by `sequences.pull`."""
+        queries = (self._apart(x[None]) for x in (cotangent, query))
+        arrays = *queries, *(self._repeated(x[None]) for x in (key, value))
+        pull = partial(sequences.pull, self._causal, widths)
+        pulled = self._on_mesh(pull, arrays, (prompt_length[None],), results=3)
+        in_key, in_value = (self._summed(x)[0] for x in pulled[1:])
+        return pulled[0].reshape(query.shape), in_key, in_value
+
+    def _causal(self, query, key, value):
+        return self._forward(query, key, value)[0]
 
     def _forward(self, query, key, value, *mask):
         flat = query.reshape(*query.shape[:2], -1, query.shape[-1])
@@ -152,6 +191,18 @@ def find(where: Where, how: How, query: Array) -> Kernel | None:
     repeats = math.lcm(key_heads, parts) // key_heads
     heads = P(None, None, TENSOR) if parts > 1 else P()
     return make(mesh, axes, heads, repeats) if groups % repeats == 0 else None
+
+
+def on_some_platform_for_rows(how: How, widths: Widths, query: Array) -> bool:
+    """Whether there is a platform with a kernel that prefers sequences for rows of these shapes."""
+    preferring = [x for x in KERNELS.values() if x.prefers_sequences(widths)]
+    return how.use_kernels and any(x.fits(how, query[None]) for x in preferring)
+
+
+def find_for_row(where: Where, how: How, widths: Widths, query: Array) -> Kernel | None:
+    """The kernel for a whole row as in `attended_row`; `None` if parts are faster or needed."""
+    kernel = find(where, how, query[None])
+    return kernel if kernel is not None and kernel.module.prefers_sequences(widths) else None
 
 
 def _batched(

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from .how import How
+from .parts import Widths
 
 # Whether the kernel runs on a CPU, step by step, as tests do.
 INTERPRET = False
@@ -50,6 +51,11 @@ def attention(
     # The last query sees all keys that any query sees.
     segments = [SegmentIds(*_segments(x[:, -1], queries)) for x in mask]
     return jnp.swapaxes(run(*padded, *segments), 1, 2)[:, :queries]
+
+
+def prefers_sequences(widths: Widths) -> bool:
+    """No: the kernel leaves out the blocks that a static mask hides."""
+    return False
 
 
 @contextlib.contextmanager
