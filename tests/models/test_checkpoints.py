@@ -82,8 +82,8 @@ def test_a_tensor_in_two_shards_is_read_from_where_the_index_says(policy, tmp_pa
 
 
 def test_how_a_policy_runs_is_not_in_its_checkpoint(policy, tmp_path):
-    other = models.load(LLAMA, remat=True, fused=False)
-    assert (other.config.remat, other.config.fused) == (True, False)
+    other = models.load(LLAMA, remat=True, unroll=True, fused=False)
+    assert (other.config.remat, other.config.unroll, other.config.fused) == (True, True, False)
     models.save(other, tmp_path / "saved")
     assert eqx.tree_equal(models.load(tmp_path / "saved"), policy)
 

@@ -70,11 +70,24 @@ def test_program_does_not_grow_with_depth(policy):
     assert lines(4) == lines(28)
 
 
+def test_an_unrolled_program_has_no_loop_over_layers(policy):
+    def loops(policy):
+        return (
+            eqx.filter_jit(lambda policy, ids: policy(ids))
+            .lower(policy, IDS)
+            .as_text()
+            .count("stablehlo.while")
+        )
+
+    assert loops(policy) == loops(with_config(policy, unroll=True)) + 1
+
+
 @pytest.mark.slow
-def test_remat_changes_nothing(policy):
+@pytest.mark.parametrize("how", [("remat",), ("unroll",), ("remat", "unroll")])
+def test_how_layers_run_changes_nothing(policy, how):
     batch = ragged_batch(0)
     want, _ = gradient(policy, batch)
-    got, _ = gradient(with_config(policy, remat=True), batch)
+    got, _ = gradient(with_config(policy, **dict.fromkeys(how, True)), batch)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         assert np.abs(a - b).max() < 1e-6
 
@@ -115,6 +128,7 @@ def test_bf16_keeps_its_residual_stream(policy):
         pytest.param({"layers": 1}, 1, None, marks=pytest.mark.slow),
         pytest.param({"attention_softcap": 20.0}, 4, None, marks=pytest.mark.slow),
         pytest.param({"remat": True}, 4, jnp.bfloat16, marks=pytest.mark.slow),
+        pytest.param({"unroll": True}, 1, jnp.bfloat16, marks=pytest.mark.slow),
         pytest.param({**GPT, "tied": False}, 2, jnp.bfloat16, marks=pytest.mark.slow),
         pytest.param({"query_key_norm": True}, 1, jnp.float16, marks=pytest.mark.slow),
     ],

@@ -79,6 +79,8 @@ class PlanFlags:
     """Dtype of the forward pass (default: that of `config.json`)."""
     remat: bool = False
     """Recompute each layer in the backward pass, which saves memory."""
+    unroll: bool = False
+    """Compile the code of every layer, rather than a loop over the layers."""
     fused: bool = True
     """Use the attention kernel of the GPU or the TPU, if there is one that fits."""
     precompute_reference: bool = False
@@ -123,7 +125,8 @@ class Problem:
 def _pose(flags: PlanFlags) -> Problem:
     """The step that `dpo-eqx train` would take with these flags."""
     values = inner_config(_config_json(flags.model))
-    config = dataclasses.replace(read_config(values), remat=flags.remat, fused=flags.fused)
+    how_it_runs = {name: getattr(flags, name) for name in ("remat", "unroll", "fused")}
+    config = dataclasses.replace(read_config(values), **how_it_runs)
     if config.rotary is None and flags.max_length > config.max_length:
         raise ValueError(
             f"`--max-length` must be at most {config.max_length}, the number of learned positions "

@@ -265,6 +265,7 @@ def _load_any(
         quantize=settings.quantize,
         dropout=settings.dropout,
         remat=remat,
+        unroll=settings.unroll,
         fused=settings.fused,
     )
 

@@ -111,8 +111,10 @@ def write_config(config: Config) -> dict[str, Any]:
         **family.write(config),
     }
     # Read back what was written: a setting that the family cannot store shows as a difference.
-    how_it_runs = {name: getattr(config, name) for name in ("dropout", "remat", "fused")}
-    again = dataclasses.replace(read_config(values), **how_it_runs)
+    how_it_runs = ("dropout", "remat", "unroll", "fused")
+    again = dataclasses.replace(
+        read_config(values), **{name: getattr(config, name) for name in how_it_runs}
+    )
     lost = [
         f"`{field.name}` ({getattr(config, field.name)!r})"
         for field in dataclasses.fields(config)

@@ -40,6 +40,7 @@ def load(
     quantize: str | None = None,
     dropout: bool = True,
     remat: bool = False,
+    unroll: bool = False,
     fused: bool = True,
 ) -> Any:
     """Reads a Hugging Face checkpoint of one of the families that docs/models.md lists.
@@ -72,6 +73,8 @@ def load(
     - `dropout`: whether the dropout of `config.json` applies if the policy is called with a key. If
         not, a key only serves the dropout of adapters.
     - `remat`: whether each layer is recomputed in the backward pass rather than stored.
+    - `unroll`: whether the program of a whole row has the code of every layer, rather than a loop
+        over the layers. It compiles longer, and on a GPU a step is faster.
     - `fused`: whether attention uses a kernel of the GPU or the TPU, if there is one that fits.
 
     **Returns:**
@@ -98,7 +101,8 @@ def load(
     whole = read_origin(folder)
     origin = inner_origin(whole)
     config = _read_config(origin.config, folder)
-    config = dataclasses.replace(config, dropout=dropout, remat=remat, fused=fused)
+    how_it_runs = {"dropout": dropout, "remat": remat, "unroll": unroll, "fused": fused}
+    config = dataclasses.replace(config, **how_it_runs)
     check_tokenizer(origin, config.vocab)
     weights = Weights(folder)
     if is_outer(whole.config):

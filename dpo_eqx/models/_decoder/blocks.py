@@ -97,6 +97,7 @@ def scan_layers(
     kinds: Sequence[Kind],
     *,
     remat: bool,
+    unroll: bool,
 ) -> tuple[Array, Caches]:
     """Runs all layers, a scan for each run of repeated blocks; each layer is a checkpoint.
 
@@ -108,6 +109,7 @@ def scan_layers(
         the name of an optional part is stacked over the layers that have the part.
     - `kinds`: the kind of each layer.
     - `remat`: whether each layer is recomputed as a whole in the backward pass.
+    - `unroll`: whether the program has the code of every layer, rather than loops.
 
     **Returns:**
 
@@ -115,25 +117,27 @@ def scan_layers(
     """
     runs, caches = runs_of(kinds), []
     for run in runs:
-        # In a scan, common subexpressions cannot undo the recomputation, and preventing them is
-        # slow. XLA turns a scan of one step into straight code, where they can.
-        alone = run.repeats == 1 and len(kinds) > 1
+        # In a loop, common subexpressions cannot undo the recomputation, and preventing them is
+        # slow. In straight code they can. XLA turns a loop of one step into that.
+        alone = (unroll or run.repeats == 1) and len(kinds) > 1
         policy = CHOICES if remat else KEPT
         layer = partial(jax.checkpoint, prevent_cse=alone, policy=policy)
         own = _take_run(stacks, run, kinds)
-        x, new = jax.lax.scan(partial(_run_block, body, layer, run.block), x, own)
+        run_block = partial(_run_block, body, layer, run.block, unroll)
+        x, new = jax.lax.scan(run_block, x, own, unroll=unroll)
         caches.append(_flatten(new) if len(run.block) > 1 else new)
     return x, caches[0] if len(runs) == 1 else _joined(caches)
 
 
-def _run_block(body, checkpoint, block, x, inputs) -> tuple[Array, Caches]:
+def _run_block(body, checkpoint, block, unroll, x, inputs) -> tuple[Array, Caches]:
     """The layers of one block, one after the other."""
     if len(block) == 1:
-        return checkpoint(partial(body, block[0]))(x, inputs)
+        x, caches = checkpoint(partial(body, block[0]))(x, inputs)
+        return rounded_if_fused(x) if unroll else x, caches
     new: dict[str, list[Any]] = {mixer: [] for mixer in MIXERS}
     for place, kind in enumerate(block):
         x, caches = checkpoint(partial(body, kind))(x, _take_layer(inputs, block, place))
-        # Between layers of a block XLA can keep float32, which it cannot between steps of a scan.
+        # Between layers of a block XLA can keep float32, which it cannot between steps of a loop.
         x = rounded_if_fused(x)
         for mixer in MIXERS:
             if (cache := getattr(caches, mixer)) is not None:

@@ -145,6 +145,8 @@ class Config:
         applies only if the policy is called with a key.
     - `dropout`: whether it then applies. If not, a key only serves the dropout of adapters.
     - `remat`: whether each layer is recomputed in the backward pass rather than stored.
+    - `unroll`: whether the program of a whole row has the code of every layer, rather than a loop
+        over the layers. It compiles longer, and on a GPU a step is faster.
     - `fused`: whether attention uses a kernel of the GPU or the TPU, if there is one that fits.
 
     **Raises:**
@@ -209,6 +211,7 @@ class Config:
     residual_dropout: float = 0.0
     dropout: bool = True
     remat: bool = False
+    unroll: bool = False
     fused: bool = True
 
     def __post_init__(self):

@@ -238,7 +238,9 @@ class Transformer(eqx.Module):
             return split(join(x)), Caches(**{mixer: cache})
 
         stacks = (arrays, bits, which_masks, which_tables, numbers, caches or Caches(), keys)
-        x, new_caches = scan_layers(body, join(x), stacks, config.kinds, remat=config.remat)
+        # A token at a time, the code of every layer is slower than a loop.
+        how = {"remat": config.remat, "unroll": config.unroll and caches is None}
+        x, new_caches = scan_layers(body, join(x), stacks, config.kinds, **how)
         # In half precision the norm is recomputed too: nothing that it keeps for the backward pass
         # then changes how the forward pass rounds.
         norm = eqx.filter_checkpoint(self.norm) if is_narrow(x) else self.norm

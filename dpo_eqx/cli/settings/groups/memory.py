@@ -31,6 +31,9 @@ class MemoryFlags(CompilationFlags):
     is narrower)."""
     remat: bool = False
     """Recompute each layer in the backward pass, which saves memory."""
+    unroll: bool = False
+    """Compile the code of every layer, rather than a loop over the layers. Compiling takes longer,
+    and on a GPU a step takes less time."""
     fused: bool = True
     """Use the attention kernel of the GPU or the TPU, if there is one that fits."""
     reference_offload: bool = False
