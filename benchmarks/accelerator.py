@@ -4,6 +4,7 @@
     python -m benchmarks.accelerator --python-torch ENV/bin/python     # and PyTorch
     python -m benchmarks.accelerator --pairs 16 --remat --microbatches 4
     python -m benchmarks.accelerator --systems ours,ours_unfused       # without cuDNN's attention
+    python -m benchmarks.accelerator --systems ours,ours_unrolled      # without a loop over layers
     python -m benchmarks.accelerator --quick                           # tiny, on any machine
 
 Compute is in bfloat16, AdamW in float32, and the reference runs live. Each system is a fresh
@@ -41,6 +42,7 @@ PEAKS = {
 SYSTEMS = {
     "ours": "large_ours",
     "ours_unfused": "large_ours",
+    "ours_unrolled": "large_ours",
     "plain_jax": "large_plain_jax",
     "torch": "large_torch",
 }
@@ -63,7 +65,8 @@ def peak_rate(device: str) -> float | None:
 def measure(name: str, case: Case, steps: int, python: str | None) -> dict[str, Any]:
     """A row of the table, or the reason for which it is missing."""
     row: dict[str, Any] = {"shape": case.shape, "system": name}
-    case = dataclasses.replace(case, fused=name != "ours_unfused")
+    how = {"fused": name != "ours_unfused", "unroll": name == "ours_unrolled"}
+    case = dataclasses.replace(case, **how)
     module = f"benchmarks.peers.{SYSTEMS[name]}"
     with tempfile.TemporaryDirectory() as folder:
         try:

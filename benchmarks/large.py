@@ -45,8 +45,8 @@ SHAPES = {
 class Case:
     """A training step of DPO: AdamW in float32, compute in bfloat16, a frozen reference run live.
 
-    `remat` recomputes each layer in the backward pass. `microbatches` and `fused` (attention
-    through cuDNN's kernel) apply to this library only.
+    `remat` recomputes each layer in the backward pass. `microbatches`, `fused` (attention through
+    cuDNN's kernel) and `unroll` (code of every layer, no loop) apply to this library only.
     """
 
     shape: str
@@ -56,6 +56,7 @@ class Case:
     remat: bool = False
     microbatches: int = 1
     fused: bool = True
+    unroll: bool = False
     precomputed: bool = False
     beta: float = 0.1
     learning_rate: float = 1e-6

@@ -6,13 +6,15 @@
 
 Each system is a process of its own, and all take turns. They draw greedily from the same weights
 and prompts, so that their tokens can be compared. The floor of a token is the larger of two times:
-that of reading the weights and the cached keys and values once, and that of the arithmetic.
+that of reading the weights and the cached keys and values once, and that of the arithmetic. The
+rates are measured on a CPU; on an accelerator they are those of the data sheet, in bfloat16.
 """
 
 import argparse
 import contextlib
 import dataclasses
 import itertools
+import os
 import statistics
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -21,6 +23,9 @@ from typing import Any
 
 import numpy as np
 
+from dpo_eqx.sharding._targets import chip_of_kind
+
+from .accelerator import device_name
 from .problem import FIRST_ID, PRODUCT, Problem, write_checkpoints
 from .step import table
 from .turns import WARM_UP
@@ -137,6 +142,8 @@ def measure(
     """
     workers: dict[str, Worker] = {}
     failures: dict[str, str] = {}
+    # All systems hold an accelerator's memory at the same time.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         write_checkpoints(drawing.problem, folder)
@@ -187,6 +194,20 @@ def row(
     }
 
 
+def measured_rates(workers: dict[str, Worker]) -> dict[str, float]:
+    """Operations and bytes per second of this machine's CPUs."""
+    return {
+        "rate": 2 * PRODUCT**3 / workers["matmul"].median,
+        "bandwidth": workers["bandwidth"].losses[0] / workers["bandwidth"].median,
+    }
+
+
+def rates_of(device: str) -> dict[str, float]:
+    """Operations and bytes per second of an accelerator, from its data sheet; 1 if not known."""
+    chip = chip_of_kind(device)
+    return {"rate": chip.rate or 1.0, "bandwidth": chip.bandwidth or 1.0}
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measures, and prints the table."""
     options = parse(arguments)
@@ -197,11 +218,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         drawing = dataclasses.replace(drawing, **sizes, **TINY)
     systems = [name for name in SYSTEMS if name != "transformers" or options.python_torch]
     systems = options.systems.split(",") if options.systems else systems
-    workers, failures = measure(drawing, [*systems, *RATES], options.python_torch)
-    machine = {
-        "rate": 2 * PRODUCT**3 / workers["matmul"].median,
-        "bandwidth": workers["bandwidth"].losses[0] / workers["bandwidth"].median,
-    }
+    device = device_name()
+    measured = RATES if device == "cpu" else {}
+    workers, failures = measure(drawing, [*systems, *measured], options.python_torch)
+    machine = measured_rates(workers) if measured else rates_of(device)
     ran = [workers[name] for name in systems if name in workers]
     print(f"{drawing}\n{weights_read(drawing) / 1e6:.1f} M weights are read for a token;", end=" ")
     print(f"{machine['rate'] / 1e9:.0f} GFLOP/s, {machine['bandwidth'] / 1e9:.1f} GB/s")

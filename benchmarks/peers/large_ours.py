@@ -25,7 +25,8 @@ def device_peak() -> float:
 def policy_of(case: Case) -> models.Transformer:
     """The policy with random weights in float32, made on the device."""
     config = models.read_config(SHAPES[case.shape])
-    config = dataclasses.replace(config, remat=case.remat, fused=case.fused)
+    how_it_runs = {name: getattr(case, name) for name in ("remat", "fused", "unroll")}
+    config = dataclasses.replace(config, **how_it_runs)
     return eqx.filter_jit(models.Transformer)(config, key=jax.random.key(0))
 
 

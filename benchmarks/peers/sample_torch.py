@@ -12,10 +12,11 @@ def main() -> None:
     turns = Turns(version=f"PyTorch {torch.__version__}")
     drawing, folder = given(Drawing)
     settings = {"attn_implementation": "sdpa", "dtype": getattr(torch, drawing.dtype)}
-    model = AutoModelForCausalLM.from_pretrained(folder / "policy", **settings).eval()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(folder / "policy", **settings).eval().to(device)
     turns.begin()
     for batch, length, new in drawing.calls():
-        ids = torch.from_numpy(drawing.ids(batch, length)).long()
+        ids = torch.from_numpy(drawing.ids(batch, length)).long().to(device)
         with torch.inference_mode():
             drawn = model.generate(
                 ids,
@@ -25,7 +26,7 @@ def main() -> None:
                 do_sample=False,
                 pad_token_id=0,
             )
-        if not turns.step_done(checksum(drawn[:, length:].numpy())):
+        if not turns.step_done(checksum(drawn[:, length:].cpu().numpy())):
             return
 
 
