@@ -237,3 +237,40 @@ def test_bad_input(case, folder, capsys):
 def test_a_language_model_is_no_reward(models, folder, capsys):
     status, _, err = label(capsys, models("llama"))
     one_message(status, err, "label", "holds a language model. Train a reward model with")
+
+
+def test_what_cannot_be_loaded_is_no_reward(folder, capsys):
+    (folder / "empty").mkdir()
+    (folder / "adapter").mkdir()
+    (folder / "adapter" / "adapter_config.json").write_text("{}")
+    for name, words in (
+        ("empty", "empty cannot be loaded as one: A checkpoint needs `config.json`"),
+        ("adapter", "give the folder with the merged model, such as `model` of the run that"),
+        ("nowhere", "`--reward` must be a folder with a checkpoint"),
+    ):
+        status, _, err = label(capsys, name)
+        one_message(status, err, "label", words)
+        assert "`--reward` must be" in err
+
+
+@pytest.mark.slow
+def test_the_tokenizer_of_a_reward_model(models, folder, capsys):
+    """One without a chat template, one of another vocabulary, none: no flag of a policy helps."""
+    save(RewardModel(load(models("llama")), key=jax.random.key(3)), folder / "rm")
+    turns = {"prompt": [{"role": "user", "content": "Why?"}], "answers": ["a", "b"]}
+    (folder / "turns.jsonl").write_text(json.dumps(turns) + "\n")
+    names = ("--samples", "turns.jsonl")
+    status, _, err = label(capsys, "rm", *names, "--chat-template", "none", output="t.jsonl")
+    words = "The tokenizer of `--reward` must have a chat template for conversations"
+    one_message(status, err, "label", words)
+    assert err.endswith("or give `--chat-template FILE`.\n")
+    file = folder / "rm" / "tokenizer.json"
+    table = json.loads(file.read_text())
+    table["model"]["vocab"]["x"] = 515  # an answer
+    file.write_text(json.dumps(table))
+    status, _, err = label(capsys, "rm", output="f.jsonl")
+    one_message(status, err, "label", "`--reward` must be a reward model")
+    assert "it is 512, and 'x' has the id 515. Resize the embedding, or remove the token." in err
+    file.unlink()
+    status, _, err = label(capsys, "rm", output="n.jsonl")
+    one_message(status, err, "label", "`--reward` must hold a tokenizer; rm has no file of one")

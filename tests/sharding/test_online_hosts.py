@@ -2,13 +2,17 @@
 
 import itertools
 
+import jax
 import pytest
+
+from dpo_eqx.models import RewardModel, load, save
 
 from ..cli.runs import lines_of, with_tokenizer
 from .processes import Processes, check_same
 
 PROMPTS = ["Why?", "What is 2 + 2?", "So", "X", "Oh", "Who", "And then?", "No", "Yes", "Hm"]
-# The second function fails on the process that has the prompt `Oh` in its part.
+# On the process that has the prompt `Oh` in its part, the second function fails, and the third one
+# blocks.
 JUDGES = """
 import os, pathlib, time
 def letters(prompts, answers):
@@ -20,6 +24,9 @@ def letters(prompts, answers):
 def fails(prompts, answers):
     if "Oh" in prompts:
         raise KeyError("oh")
+    return letters(prompts, answers)
+def blocks(prompts, answers):
+    time.sleep(60 * ("Oh" in prompts))
     return letters(prompts, answers)
 """
 TIMEOUT = 500  # a round has more programs than a step of `train`
@@ -84,6 +91,19 @@ def test_several_processes_make_the_rounds_of_one(tmp_path, given, single, count
 
 
 @pytest.mark.slow
+def test_a_reward_model_judges_on_each_process(tmp_path, given):
+    """It has another tokenizer, and fewer rows in a call, than in a single process."""
+    model = with_tokenizer("gpt2", tmp_path / "judge")
+    save(RewardModel(load(model), key=jax.random.key(3)), tmp_path / "rm")
+    given = {**given, "reward": tmp_path / "rm"}
+    with Processes(tmp_path, 1, **given, name="single") as processes:
+        single = processes.finish(TIMEOUT)
+    with Processes(tmp_path, 2, **given, mesh="data=2,fsdp=2") as processes:
+        check_same(processes.finish(TIMEOUT), single)
+    assert lines_of(single)[0]["ties"] < 1
+
+
+@pytest.mark.slow
 def test_killed_and_resumed_by_other_processes(tmp_path, given, single):
     given = {**given, "save_every": 1}
     with Processes(tmp_path, 2, **given, mesh="data=2,fsdp=2") as processes:
@@ -99,15 +119,20 @@ def test_killed_and_resumed_by_other_processes(tmp_path, given, single):
 @pytest.mark.parametrize(
     ("changed", "each", "message"),
     [
-        ({"fails": True}, {}, "process 1: `--reward` must return a reward for each answer"),
+        ({"reward": "fails"}, {}, "process 1: `--reward` must return a reward for each answer"),
+        (
+            {"reward": "blocks", "reward_timeout": 5},
+            {},
+            "process 1: `--reward` must return within 5 s",
+        ),
         ({}, {1: {"samples": 4}}, "they disagree on `samples`: 3 on process 0, 4 on process 1"),
         ({}, {1: {"reward": "nowhere.py:f"}}, "process 1: `--reward nowhere.py:f`"),
     ],
 )
 def test_one_clear_message_on_every_process(tmp_path, given, changed, each, message):
-    settings = dict(given)
-    if "fails" in changed:
-        settings["reward"] = settings["reward"].replace("letters", "fails")
+    settings = {**given, **changed}
+    if "reward" in changed:
+        settings["reward"] = given["reward"].replace("letters", changed["reward"])
     with Processes(tmp_path, 2, each=each, **settings, mesh="data=2,fsdp=2") as processes:
         statuses = processes.wait(TIMEOUT)
     for log in processes.logs:

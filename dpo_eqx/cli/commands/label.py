@@ -115,7 +115,11 @@ def _judge(flags: Label, function: Any, lines: Sequence[dict[str, Any]]) -> Judg
     if function is not None:
         return function_judge(function, most=most, timeout=flags.reward_timeout)
     return model_judge(
-        flags.reward, chat_template=flags.chat_template, dtype=flags.dtype, most=most
+        flags.reward,
+        chat_template=flags.chat_template,
+        template_flag="--chat-template",
+        dtype=flags.dtype,
+        most=most,
     )
 
 

@@ -206,7 +206,11 @@ def _reward(settings: Online) -> tuple[Judge, str]:
     most = math.ceil(settings.batch_size / jax.process_count()) * settings.samples
     if not is_function(settings.reward):
         judge = model_judge(
-            settings.reward, chat_template=settings.reward_template, dtype=None, most=most
+            settings.reward,
+            chat_template=settings.reward_template,
+            template_flag="--reward-template",
+            dtype=None,
+            most=most,
         )
         return judge, digest_reward(settings.reward, None)
     function = load_function(settings.reward, "--reward")

@@ -3,7 +3,9 @@
 Both judge texts, so that a reward model may have another tokenizer than the policy.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -15,7 +17,7 @@ from ... import data, models
 from ..._onpolicy.text_rewards import TextReward, judge_texts
 from ...data._tokens.rows import Row
 from ..settings.options import dtype_of
-from ..settings.words import naming
+from ..settings.words import in_flags, naming
 from ..terminal.answers import padded
 from .data import learned_positions
 from .tokenizer import load_tokenizer
@@ -35,6 +37,19 @@ class Asked(NamedTuple):
     columns: Mapping[str, Any]
 
 
+# What errors say of a policy and its tokenizer, as patterns, and what holds for a reward model.
+_OF_POLICY = {
+    "`--model`": "`--reward`",
+    "`--tokenizer` must": "The tokenizer of `--reward` must",
+    r"record \d+ of `--data`": "an answer with its prompt",
+    "Take the policy's own tokenizer": "Put the tokenizer that the reward model was trained with "
+    "into its folder",
+}
+_MERGED = (
+    "load the base, and give this folder to `models.load_lora`",
+    "give the folder with the merged model, such as `model` of the run that trained it",
+)
+
 Judge = Callable[[Sequence[Asked]], Float[np.ndarray, " answers"]]
 
 
@@ -51,7 +66,9 @@ def function_judge(function: TextReward, *, most: int, timeout: float | None) ->
     return judge
 
 
-def model_judge(reward: str, *, chat_template: str, dtype: str | None, most: int) -> Judge:
+def model_judge(
+    reward: str, *, chat_template: str, template_flag: str, dtype: str | None, most: int
+) -> Judge:
     """A judge that runs a reward model on texts, by its own tokenizer and chat template.
 
     A text and its answer are tokenised as `train` tokenises them: an EOS ends a text.
@@ -59,7 +76,7 @@ def model_judge(reward: str, *, chat_template: str, dtype: str | None, most: int
     **Arguments:**
 
     - `reward`: the folder or hub name of the model.
-    - `chat_template`: the value of `--chat-template`.
+    - `chat_template`, `template_flag`: its chat template, and the name of the flag that gave it.
     - `dtype`: the dtype of its parameters; `None` for that of the checkpoint.
     - `most`: the largest number of answers in a call.
 
@@ -69,21 +86,16 @@ def model_judge(reward: str, *, chat_template: str, dtype: str | None, most: int
     raises `ValueError` if an answer cannot be tokenised, is too long, or has a reward that is not
     finite.
     """
-    with naming("--reward"):
-        model = models.load(reward, dtype=dtype_of(dtype))
-    if not isinstance(model, models.RewardModel):
-        raise ValueError(
-            f"`--reward` must be a reward model (`*ForSequenceClassification` with one label), or "
-            f"a Python function as `module:function`; {reward} holds a language model. Train a "
-            "reward model with `dpo-eqx train --loss bradley_terry --reward-head`."
-        )
-    tokenizer = load_tokenizer(reward, None, chat_template)
+    model = _loaded(reward, dtype)
+    with _naming_its_flags(template_flag):
+        tokenizer = load_tokenizer(reward, None, chat_template)
     positions = learned_positions(reward)
     # The model is an argument: a constant of the program would be a copy of it.
     run = eqx.filter_jit(lambda model, ids, lengths: jax.vmap(model)(ids, lengths))
 
     def judge(asked: Sequence[Asked]) -> Float[np.ndarray, " answers"]:
-        rows = _rows(asked, tokenizer, model.body.config.vocab)
+        with _naming_its_flags(template_flag):
+            rows = _rows(asked, tokenizer, model.body.config.vocab)
         if positions is not None:
             _check_lengths(rows, asked, positions)
         filled = rows + [rows[0]] * (most - len(rows))
@@ -92,6 +104,43 @@ def model_judge(reward: str, *, chat_template: str, dtype: str | None, most: int
         return judge_finite(np.asarray(rewards, np.float64)[: len(rows)], asked)
 
     return judge
+
+
+def _loaded(reward: str, dtype: str | None) -> models.RewardModel:
+    """The reward model in the folder that `--reward` names."""
+    required = (
+        "`--reward` must be a reward model (`*ForSequenceClassification` with one label), or a "
+        "Python function as `module:function`"
+    )
+    try:
+        with naming("--reward"):
+            model = models.load(reward, dtype=dtype_of(dtype))
+    except (ValueError, OSError) as error:
+        if "`--reward`" in str(error):
+            raise
+        message = str(error).replace(*_MERGED)
+        raise ValueError(f"{required}; {reward} cannot be loaded as one: {message}") from error
+    if not isinstance(model, models.RewardModel):
+        raise ValueError(
+            f"{required}; {reward} holds a language model. Train a reward model with `dpo-eqx "
+            "train --loss bradley_terry --reward-head`."
+        )
+    return model
+
+
+@contextlib.contextmanager
+def _naming_its_flags(template_flag: str) -> Iterator[None]:
+    """Lets errors name the flags of the reward model, and not those of the policy."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        # Before `in_flags`, which has advice for the policy alone.
+        message = in_flags(str(error).replace("`--model`", "`--reward`"))
+        for pattern, words in _OF_POLICY.items():
+            message = re.sub(pattern, words, message)
+        message = message.replace("`--chat-template", f"`{template_flag}")
+        kind = ValueError if isinstance(error, ValueError) else OSError
+        raise kind(message) from error
 
 
 def judge_finite(
@@ -138,7 +187,8 @@ def _check_lengths(rows: list[list[int]], asked: Sequence[Asked], positions: int
         if len(row) > positions:
             raise ValueError(
                 f"The reward model has learned positions for {positions} tokens, and the answer "
-                f"{one.answer[:80]!r} with its prompt has {len(row)}. Draw shorter answers."
+                f"{one.answer[:80]!r} with its prompt has {len(row)}. Draw shorter answers "
+                "by `--max-new-tokens`, or give another `--reward`."
             )
 
 

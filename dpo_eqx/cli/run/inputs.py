@@ -15,6 +15,7 @@ from ..compose.data import Prepared
 from ..compose.functions import file_of, load_function
 from ..settings.options import is_function
 from ..settings.settings import Settings
+from ..settings.words import naming
 
 _WHOLE = 2**26  # files up to this size are read as a whole
 _SAMPLES, _SAMPLE = 256, 2**16
@@ -79,7 +80,8 @@ def digest_weights(folder: Path) -> str:
 def digest_reward(reward: str, function: Callable[..., Any] | None) -> str:
     """A digest of `--reward`: of the file of a Python function, or of a model's weights."""
     if function is None:
-        return digest_weights(resolve(reward))
+        with naming("--reward"):
+            return digest_weights(resolve(reward))
     return _digest_function(reward, function)
 
 
