@@ -2,6 +2,9 @@
 
 import itertools
 import json
+import os
+import subprocess
+import sys
 
 import equinox as eqx
 import jax
@@ -164,6 +167,50 @@ def test_no_answer_is_judged_twice(folder, capsys):
     assert (folder / "p.jsonl").read_bytes() == whole
     assert label(capsys, "judges.py:fails", "--how", "all")[0] == 0
     assert lines(folder / "p.jsonl") == wanted("all")
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_processes_judge_a_part_each(count, folder, capsys):
+    """One after another, of three one without a batch; the last one joins, and writes the pairs."""
+    assert label(capsys, "judges.py:length")[0] == 0
+    for number in reversed(range(count)):
+        assert not (folder / "q.jsonl").exists()
+        own = ("--num-processes", count, "--process-id", number)
+        status, out, err = label(capsys, "judges.py:length", *own, output="q.jsonl")
+        assert (status, err) == (0, "")
+    batches = [2 * (number + 1) // count - 2 * number // count for number in range(count)]
+    assert f"process 0 of {count} judges {2 * batches[0]}" in out
+    for kind in ("jsonl", "rewards.jsonl"):
+        assert (folder / f"q.{kind}").read_bytes() == (folder / f"p.{kind}").read_bytes()
+    names = {path.name for path in folder.glob("q*")}
+    assert names == {"q.jsonl", "q.rewards.jsonl", "q.run.json"}
+    # Any of them makes other pairs of the same rewards; another number of processes is an error.
+    again = ("--how", "all", "--num-processes", count, "--process-id", 1)
+    status, out, _ = label(capsys, "judges.py:length", *again, output="q.jsonl")
+    assert "judges" not in out
+    assert lines(folder / "q.jsonl") == wanted("all")
+    status, _, err = label(capsys, "judges.py:length", output="q.jsonl")
+    one_message(status, err, "label", f"--num-processes was {count}, is 1")
+
+
+@pytest.mark.slow
+def test_processes_at_once_give_the_bits_of_one(models, folder):
+    """A reward model in batches whose longest answers, and so whose widths, differ."""
+    save(RewardModel(load(models("llama")), key=jax.random.key(3)), folder / "rm")
+    samples = lines(folder / "s.jsonl") * 3
+    samples[5] = {**samples[5], "answers": ["long " * 40, "b", "c"]}
+    (folder / "s.jsonl").write_text("".join(json.dumps(line) + "\n" for line in samples))
+
+    def start(output, *flags):
+        named = ("--samples", "s.jsonl", "--reward", "rm", "--output", output, "--batch-size", "4")
+        words = [sys.executable, "-m", "dpo_eqx.cli", "label", *named, *map(str, flags)]
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+        return subprocess.Popen(words, env=environment, cwd=folder, stdout=subprocess.DEVNULL)
+
+    several = [start("q.jsonl", "--num-processes", 2, "--process-id", i) for i in range(2)]
+    assert [process.wait(300) for process in (start("p.jsonl"), *several)] == [0, 0, 0]
+    for kind in ("jsonl", "rewards.jsonl"):
+        assert (folder / f"q.{kind}").read_bytes() == (folder / f"p.{kind}").read_bytes()
 
 
 def test_a_conversation_and_ids_stay_what_they_are(folder, capsys):

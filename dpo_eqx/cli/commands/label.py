@@ -20,7 +20,7 @@ from ..compose.rewards import (
     function_judge,
     model_judge,
 )
-from ..run import growing
+from ..run import growing, parts
 from ..run.folder import replace_text
 from ..run.inputs import digest_reward
 from ..settings.check import check_positive
@@ -64,6 +64,11 @@ class Label:
     resume: bool = True
     """Keep the rewards that an earlier process has found for `--output`; otherwise an existing file
     is an error."""
+    num_processes: int = 1
+    """Number of processes that judge a part of the answers each. The last one to end joins the
+    parts, and writes the preferences."""
+    process_id: int = 0
+    """The number of this process, from 0."""
 
 
 def label(arguments: Sequence[str]) -> None:
@@ -80,18 +85,9 @@ def label(arguments: Sequence[str]) -> None:
         _check_ended(lines, flags.samples)
     function = load_function(flags.reward, "--reward") if is_function(flags.reward) else None
     rewards_file = growing.beside(flags.output, "rewards.jsonl")
-    growing.begin(
-        flags.output,
-        _facts(flags, function),
-        resume=flags.resume,
-        outputs=(rewards_file, flags.output),
-    )
-    done = growing.complete_lines(rewards_file)
-    say(f"{len(lines)} prompts of {flags.samples}" + (f"; {done} are judged already" * bool(done)))
-    if done < len(lines):
-        _judge_all(_judge(flags, function, lines), lines, done, flags.batch_size, rewards_file)
-    found = growing.read_objects(rewards_file, "--output")
-    rewards = [line["rewards"] for line in found]
+    if not _is_judged(flags, function, lines, rewards_file):
+        return
+    rewards = [line["rewards"] for line in growing.read_objects(rewards_file, "--output")]
     account = Account()
     if flags.drop_cut:
         lines, rewards = without_cut(lines, rewards, account)
@@ -108,6 +104,53 @@ def label(arguments: Sequence[str]) -> None:
         )
     replace_text(flags.output, text)
     say(f"done: {flags.output}; the rewards of all answers: {rewards_file}")
+
+
+def _is_judged(
+    flags: Label, function: Any, lines: Sequence[dict[str, Any]], rewards_file: Path
+) -> bool:
+    """Judges this process's part of the answers; whether the rewards of all are then there."""
+    paths = parts.part_paths(rewards_file, flags.num_processes)
+    growing.begin(
+        flags.output,
+        _facts(flags, function),
+        resume=flags.resume,
+        outputs=(rewards_file, flags.output, *paths),
+    )
+    shares = _shares(len(lines), flags.batch_size, len(paths))
+    share, path = shares[flags.process_id], paths[flags.process_id]
+    if len(paths) == 1 or not rewards_file.exists():
+        done = growing.complete_lines(path)
+        say(_about(flags, len(lines), len(share), done))
+        own = lines[share.start : share.stop]
+        if done < len(own):
+            _judge_all(_judge(flags, function, lines), own, done, flags.batch_size, path)
+        path.touch()  # a share may be empty
+    if parts.join(rewards_file, paths, [len(share) for share in shares]):
+        return True
+    say(f"done: {path}; the last process to end joins the parts, and writes the preferences")
+    return False
+
+
+def _shares(count: int, batch_size: int, processes: int) -> list[range]:
+    """The numbers of the prompts, out of `count`, that each process judges.
+
+    They are whole batches of one process alone, so that a reward model gives the same bits: the
+    rows of a batch are padded to a common width.
+    """
+    batches = math.ceil(count / batch_size)
+    of_process = [parts.share_of(batches, i, processes) for i in range(processes)]
+    return [
+        range(*(min(number * batch_size, count) for number in (share.start, share.stop)))
+        for share in of_process
+    ]
+
+
+def _about(flags: Label, count: int, own: int, done: int) -> str:
+    words = f"{count} prompts of {flags.samples}"
+    if flags.num_processes > 1:
+        words += f"; process {flags.process_id} of {flags.num_processes} judges {own}"
+    return words + (f"; {done} are judged already" if done else "")
 
 
 def _judge(flags: Label, function: Any, lines: Sequence[dict[str, Any]]) -> Judge:
@@ -187,7 +230,7 @@ def _check_ended(lines: Sequence[dict[str, Any]], path: Path) -> None:
 
 def _facts(flags: Label, function: Any) -> dict[str, Any]:
     """What decides the rewards, for the note beside them; how they are paired may change."""
-    names = ("reward", "chat_template", "dtype", "batch_size")
+    names = ("reward", "chat_template", "dtype", "batch_size", "num_processes")
     return {
         "command": "label",
         **{f"--{name.replace('_', '-')}": getattr(flags, name) for name in names},
@@ -197,8 +240,9 @@ def _facts(flags: Label, function: Any) -> dict[str, Any]:
 
 
 def _check(flags: Label) -> None:
-    check_positive("batch_size", flags.batch_size)
-    check_positive("reward_timeout", flags.reward_timeout)
+    for name in ("batch_size", "reward_timeout", "num_processes"):
+        check_positive(name, getattr(flags, name))
+    parts.check_number(flags.process_id, flags.num_processes)
     if not 0 <= flags.min_gap < math.inf:
         raise ValueError(f"`--min-gap` must not be negative; got {flags.min_gap}.")
     if flags.seed < 0:

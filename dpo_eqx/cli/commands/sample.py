@@ -205,9 +205,5 @@ def _check(flags: Sample) -> None:
             raise ValueError(f"{flag(name)} must be in (0, 1]; got {value}.")
     if flags.as_chat and flags.chat_template == NONE:
         raise ValueError("`--as-chat` needs a chat template; leave out `--chat-template none`.")
-    if not 0 <= flags.process_id < flags.num_processes:
-        raise ValueError(
-            "`--process-id` must be at least 0 and below `--num-processes`; got "
-            f"{flags.process_id} and {flags.num_processes}."
-        )
+    parts.check_number(flags.process_id, flags.num_processes)
     check_writable("--output", flags.output)

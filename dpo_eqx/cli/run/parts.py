@@ -16,6 +16,15 @@ def share_of(count: int, index: int, parts: int) -> range:
     return range(count * index // parts, count * (index + 1) // parts)
 
 
+def check_number(index: int, parts: int) -> None:
+    """Raises `ValueError` if `--process-id` is not below `--num-processes`, or negative."""
+    if not 0 <= index < parts:
+        raise ValueError(
+            "`--process-id` must be at least 0 and below `--num-processes`; got "
+            f"{index} and {parts}."
+        )
+
+
 def part_paths(path: Path, parts: int) -> list[Path]:
     """The file of each part; a single part is the whole file."""
     if parts == 1:
