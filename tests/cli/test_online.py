@@ -159,6 +159,25 @@ def test_another_reward_is_not_continued(whole, models, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("mesh", "parts"), [(None, 1), ("data=4,fsdp=2", 2)])
+def test_a_dry_run_says_what_a_round_needs_and_judges_nothing(
+    mesh, parts, models, tmp_path, capsys
+):
+    reward = f"{tmp_path / 'judges.py'}:fails"
+    more = {"dry_run": True, "reward": reward, "batch_size": 8, "how": "all", "mesh": mesh}
+    assert online(tmp_path, models("llama"), **more) == 0
+    told = capsys.readouterr().out
+    assert "draws 3 answers of at most 4 tokens to each of 8 prompts" in told
+    assert f"judged by {reward}, and trains on at most 24 pairs" in told
+    assert told.endswith("dry run: nothing was trained or written\n")
+    # Parameters, a reference, and two moments of Adam in float32, and little else.
+    held = float(re.search(r"arguments +([\d.]+) MB", told)[1]) * 1e6
+    parameters = int(re.search(r"([\d,]+) parameters", told)[1].replace(",", ""))
+    assert held == pytest.approx(4 * 4 * parameters / parts, rel=0.02)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
 def test_equal_rewards_train_nothing_and_are_told_of(models, tmp_path, capsys):
     flags = {"reward": f"{tmp_path / 'judges.py'}:equal", "steps": 2}
     assert online(tmp_path, models("llama"), **flags) == 0

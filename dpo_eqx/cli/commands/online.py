@@ -41,6 +41,7 @@ from ..report.probe import make_sample_probe
 from ..run import devices, hosts, rounds
 from ..run.checkpoints import Checkpoints
 from ..run.compilation_cache import use_compilation_cache
+from ..run.dry_run import NOTHING_DONE, needs
 from ..run.folder import Folder
 from ..run.hosts import say
 from ..run.inputs import digest_reward, digests_of
@@ -103,10 +104,12 @@ def _online(settings: Online) -> None:
     step = make_step(loss, optimizer, update_fraction=True, **of_step, **options)
     offload = {"reference": settings.reference_offload, "optimizer": settings.optimizer_offload}
     ends = ends_of(policy, tokenizer)
+    draw = rounds.make_draw(settings, ends=ends, needs_reference=needs_reference(loss), **of_models)
+    pair = rounds.make_pair(settings, offset=_needs_offset(settings), mesh=mesh)
     one_round = rounds.make_round(
         make_advance(step, dropout=policies.draws_numbers(settings), offload=offload),
-        rounds.make_draw(settings, ends=ends, needs_reference=needs_reference(loss), **of_models),
-        rounds.make_pair(settings, offset=_needs_offset(settings), mesh=mesh),
+        draw,
+        pair,
         rounds.Judging(encoded, tokenizer, ends, judge),
         mesh,
     )
@@ -128,6 +131,13 @@ def _online(settings: Online) -> None:
         chat_template=template,
     )
     say(summary(run, state, reference.words, dtypes))
+    if settings.dry_run:
+        with batches, out_of_memory_explained(settings, state):
+            pairs = rounds.pair_shapes(draw, pair, state, batches.widest(), mesh)
+            say(_about_a_round(settings, pairs.pairs))
+            say(str(needs(step, state, pairs, mesh, trainable=trainable, options=options)))
+        say(NOTHING_DONE)
+        return
     probe = make_sample_probe(settings, prepared, tokenizer, dtypes.compute)
     with batches, out_of_memory_explained(settings, state):
         carry_out(run, state, folder, prepared, inputs, probe)
@@ -147,6 +157,14 @@ def _prepare(
     encoded = _encode(settings, tokenizer)
     shown = sample_prompts_among(settings, encoded.prompts, tokenizer)
     return loss, mesh, tokenizer, encoded, shown
+
+
+def _about_a_round(settings: Online, pairs: int) -> str:
+    return (
+        f"a round draws {settings.samples} answers of at most {settings.max_new_tokens} tokens to "
+        f"each of {settings.batch_size} prompts, has them judged by {settings.reward}, and trains "
+        f"on at most {pairs} pairs; this training step needs:"
+    )
 
 
 def _loss(settings: Online) -> Loss:

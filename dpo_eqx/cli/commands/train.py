@@ -37,7 +37,7 @@ from ..run import devices, hosts
 from ..run.best import Best
 from ..run.checkpoints import Checkpoints
 from ..run.compilation_cache import use_compilation_cache
-from ..run.dry_run import needs
+from ..run.dry_run import NOTHING_DONE, needs
 from ..run.evaluations import checked_goal, make_evaluate
 from ..run.finish import choose, write_model
 from ..run.folder import Folder, facts_of
@@ -126,8 +126,9 @@ def _train(settings: Settings) -> None:
     say(summary(run, state, reference.words, dtypes))
     if settings.dry_run:
         with batches, out_of_memory_explained(settings, state):
-            say(str(needs(step, state, batches, mesh, trainable=trainable, options=options)))
-        say("dry run: nothing was trained or written")
+            widest = devices.put_batch(batches.widest(), mesh)
+            say(str(needs(step, state, widest, mesh, trainable=trainable, options=options)))
+        say(NOTHING_DONE)
         return
     # The report runs its few pairs in rows of their own.
     unpacked = options | {"score": compose_score(prepared[0].form, settings, packed=False)}

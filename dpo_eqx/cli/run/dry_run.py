@@ -5,27 +5,29 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from ... import data, sharding
+from ... import sharding
 from ...protocols import Step
-from .devices import put_batch
 from .state import State
+
+NOTHING_DONE = "dry run: nothing was trained or written"
 
 
 def needs(
     step: Step,
     state: State,
-    batches: data.Batches,
+    batch: Any,
     mesh: Mesh | None,
     *,
     trainable: Any,
     options: Mapping[str, Any],
 ) -> sharding.Plan:
-    """What the step needs of each device for the batch of the run that takes the most memory.
+    """What the step needs of each device for `batch`.
 
     **Arguments:**
 
     - `step`, `trainable`: from `make_step`, and its filter.
     - `state`: the state before the first step.
+    - `batch`: the global batch of the run that takes the most memory, or its shapes.
     - `mesh`: the mesh of the run, if any.
     - `options`: the options of the step; `score` and `reference_of` count.
     """
@@ -34,7 +36,7 @@ def needs(
         step,
         state.policy,
         state.opt_state,
-        put_batch(batches.widest(), mesh),
+        batch,
         state.reference,
         target=f"here:{1 if mesh is None else mesh.size}",
         mesh=sizes,

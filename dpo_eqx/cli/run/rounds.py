@@ -203,6 +203,20 @@ def make_pair(settings: Online, *, offset: bool, mesh: Mesh | None = None) -> Pa
     return pair
 
 
+def pair_shapes(
+    draw: Draw, pair: Pair, state: State, batch: UnpairedBatch, mesh: Mesh | None = None
+) -> PreferenceBatch:
+    """The shapes of the pairs of a round, without drawing; arguments as of `make_round`."""
+
+    def pairs_of(state: State, prompt: Tokens, numbers: Int[Array, " prompts"]) -> PreferenceBatch:
+        keys = _keys(state.key, jnp.zeros((), jnp.uint32), numbers)
+        samples, _ = draw(state, prompt, keys)
+        return pair(prompt, samples, jnp.zeros(samples.log_probs.shape, jnp.float32), keys)
+
+    own = batch.prompt, np.asarray(batch.completion.ids)[:, 0]
+    return eqx.filter_eval_shape(pairs_of, state, *put_batch(own, mesh))
+
+
 def _metrics(
     tokens: Tokens,
     log_ratios: Float[Array | np.ndarray, "prompts samples"] | None,

@@ -98,7 +98,6 @@ class Online(Settings):
     precompute_reference: bool = _unused(False)
     pack: bool = _unused(False)
     pack_length: int | None = _unused()
-    dry_run: bool = _unused(False)
     cache: Path | None = dataclasses.field(init=False, default=None)
 
     @property
