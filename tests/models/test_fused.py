@@ -5,6 +5,7 @@ in the kernel's place. Whole steps are lowered for a GPU, to see how often the k
 """
 
 import re
+from functools import partial
 from types import ModuleType
 
 import equinox as eqx
@@ -120,6 +121,13 @@ def test_rows_as_sequences(prompt, completions, monkeypatch):
     slopes = jax.vmap(jax.value_and_grad(of_row, (2, 3, 4)), (None, 0, 0, 0, 0))
     check(lambda config, *x: slopes(config, lengths, *x), *row)
     assert bool(seen) == (prompt < 9)
+
+    def forward(config, *x):
+        return jax.vmap(lambda *x: jax.jvp(partial(of_row, config, x[0]), x[1:], x[1:])[1])(
+            lengths, *x
+        )
+
+    check(forward, *row)
 
 
 @pytest.mark.usefixtures("in_place_of_the_kernel")
