@@ -70,16 +70,17 @@ def test_program_does_not_grow_with_depth(policy):
     assert lines(4) == lines(28)
 
 
-def test_an_unrolled_program_has_no_loop_over_layers(policy):
-    def loops(policy):
-        return (
-            eqx.filter_jit(lambda policy, ids: policy(ids))
-            .lower(policy, IDS)
-            .as_text()
-            .count("stablehlo.while")
-        )
+def test_an_unrolled_program_grows_with_depth():
+    def lines(layers, unroll):
+        windows = (3, None) * (layers // 2)
+        config = dataclasses.replace(CONFIG, layers=layers, windows=windows, unroll=unroll)
+        shapes = eqx.filter_eval_shape(models.Transformer, config, key=jax.random.key(0))
+        policy = jax.tree.map(jnp.zeros_like, shapes)
+        lowered = eqx.filter_jit(lambda policy, ids: policy(ids)).lower(policy, IDS)
+        return len(lowered.as_text().splitlines())
 
-    assert loops(policy) == loops(with_config(policy, unroll=True)) + 1
+    assert lines(2, False) == lines(4, False)
+    assert lines(2, True) < lines(4, True)
 
 
 @pytest.mark.slow
