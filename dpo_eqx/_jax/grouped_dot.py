@@ -48,7 +48,8 @@ def grouped_dot(
 
     - `x`: the rows, in the dtype of `matrices`.
     - `matrices`: one matrix for each group.
-    - `group`: the group of each row, from 0 to below `groups`.
+    - `group`: the group of each row, from 0 on. A row whose group is not below `groups` meets no
+        matrix, and its result is 0.
     """
     return _dot.bind(*vary_alike(x, matrices, group))
 
@@ -86,7 +87,10 @@ def _ragged_outer(y: Array, x: Array, sizes: Array) -> Array:
 def _dot_of_rows(dot: Callable[..., Array], x: Array, matrices: Array, group: Array) -> Array:
     """The product by a function for sorted rows."""
     order, sizes = _sorted(group, len(matrices))
-    return dot(x[order], matrices, sizes)[jnp.argsort(order)]
+    y, place = dot(x[order], matrices, sizes), jnp.argsort(order)
+    # What is behind the rows of all groups is not defined.
+    is_defined = jnp.broadcast_to((group < len(matrices))[:, None], y.shape)
+    return jnp.where(is_defined, y[place], jnp.zeros_like(y))
 
 
 def _outer_of_rows(

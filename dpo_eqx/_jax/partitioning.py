@@ -23,10 +23,13 @@ from jaxtyping import Array, PyTree
 from .dtypes import at_least_float32
 from .mapped_axes import vary
 
-# The axes over which the rows of a batch are split, together; the axis over which heads and wide
-# layers are split; and all axes. The last axis varies fastest over the devices, so that it stays
+# Along `expert`, each device holds some of the experts. Otherwise this axis is a part of `fsdp`:
+# all other parameters are split over both together, and rows over `ROWS` together. Heads and wide
+# layers are split over `tensor`. The last axis varies fastest over the devices, so that it stays
 # within a host if it can.
-ROWS = ("data", "fsdp")
+EXPERT = "expert"
+FSDP = ("fsdp", EXPERT)
+ROWS = ("data", *FSDP)
 TENSOR = "tensor"
 AXES = (*ROWS, TENSOR)
 
@@ -46,7 +49,7 @@ def row_axes(x: Array | np.ndarray, *beside: PyTree) -> tuple[str, ...] | None:
     mesh = mesh_of(x)
     if mesh is None:
         return None
-    taken = _taken((x, beside))
+    taken = taken_axes((x, beside))
     names = tuple(name for name in ROWS if name in mesh.axis_names and name not in taken)
     divides = x.shape[0] % math.prod(mesh.shape[name] for name in names) == 0
     return names if names and divides else None
@@ -61,7 +64,7 @@ def beside_sweeps(function: Callable[Arguments, Returned]) -> Callable[Arguments
 
     @functools.wraps(function)
     def beside(*args: Arguments.args, **keywords: Arguments.kwargs) -> Returned:
-        token = _TAKEN.set(frozenset(_taken((args, keywords))))
+        token = _TAKEN.set(frozenset(taken_axes((args, keywords))))
         try:
             return function(*args, **keywords)
         finally:
@@ -141,7 +144,7 @@ def over_axes(
     split_over = tuple(name for name in wanted if mesh is not None and name in mesh.axis_names)
     parts = math.prod(mesh.shape[name] for name in split_over) if mesh is not None else 1
     # JAX has no `shard_map` inside a `vmap` that splits over another axis of the mesh.
-    if parts == 1 or rows[0].shape[0] % parts or _taken((rows, shared)):
+    if parts == 1 or rows[0].shape[0] % parts or taken_axes((rows, shared)):
         return function(rows, *shared)
     split = P(split_over)
     dtypes = jax.tree.map(lambda x: x.dtype, shared)
@@ -170,7 +173,7 @@ def mesh_of(x: Array | np.ndarray) -> AbstractMesh | None:
     return mesh if set(mesh.axis_types) == {AxisType.Auto} else None
 
 
-def _taken(tree: PyTree) -> set[Hashable]:
+def taken_axes(tree: PyTree) -> set[Hashable]:
     """The axes over which a surrounding `vmap(spmd_axis_name=)` splits arrays of `tree`."""
     names = set(_TAKEN.get())
     for x in jax.tree.leaves(tree):

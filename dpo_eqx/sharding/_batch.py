@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
 from .._jax.partitioning import ROWS
-from ._mesh import size_of
+from ._mesh import rows_in, size_of
 
 Batch = TypeVar("Batch")
 
@@ -29,22 +29,22 @@ def shard_batch(batch: Batch, mesh: Mesh) -> Batch:
     - `batch`: this process's part of the batch, or all of it if there is only one process. A pytree
         of arrays whose first axis is the pairs, such as a `PreferenceBatch` in NumPy, or the rows
         of a `PackedBatch`.
-    - `mesh`: from `make_mesh`, or any other mesh with an axis `data` or `fsdp`.
+    - `mesh`: from `make_mesh`, or any other mesh with an axis `data`, `fsdp` or `expert`.
 
     **Returns:**
 
-    The same pytree of global arrays, with the first axis sharded over `data` and `fsdp` together.
+    The same pytree of global arrays, with the first axis sharded over `data`, `fsdp` and `expert`
+    together.
 
     **Raises:**
 
     `ValueError` if the rows cannot be split equally over the devices of this process, or the mesh
-    has neither of these axes.
+    has none of these axes.
     """
     _, count = batch_share(mesh)
-    total = size_of(mesh, ROWS)
-    here = NamedSharding(mesh, P(_rows_in(mesh)))
+    here = NamedSharding(mesh, P(rows_in(mesh)))
     for leaf in jax.tree.leaves(batch):
-        _check_rows(leaf, total, count)
+        _check_rows(leaf, mesh, count)
 
     def put(leaf: Any) -> jax.Array:
         local = np.asarray(leaf)
@@ -59,14 +59,14 @@ def shard_batch(batch: Batch, mesh: Mesh) -> Batch:
 def batch_share(mesh: Mesh) -> tuple[int, int]:
     """The index of this process's part of each global batch, and the number of parts: `(1, 4)`.
 
-    The index is not the process's number if an axis other than `data` and `fsdp` spans several
-    processes, because these processes then need the same rows.
+    The index is not the process's number if the axis `tensor` spans several processes, because
+    these processes then need the same rows.
 
     **Raises:**
 
     `ValueError` if the rows of two processes partly overlap.
     """
-    if not _rows_in(mesh):
+    if not rows_in(mesh):
         raise ValueError(
             f"`mesh` must have an axis {' or '.join(ROWS)} for the rows of a batch; got "
             f"{', '.join(mesh.axis_names)}. Make it by `sharding.make_mesh('data=8')`, or put the "
@@ -74,7 +74,7 @@ def batch_share(mesh: Mesh) -> tuple[int, int]:
             f"{mesh.axis_names[0]!r})))`."
         )
     # Rows are replicated along all other axes.
-    leading = [mesh.axis_names.index(name) for name in _rows_in(mesh)]
+    leading = [mesh.axis_names.index(name) for name in rows_in(mesh)]
     devices = np.moveaxis(mesh.devices, leading, range(len(leading)))
     blocks = devices.reshape(size_of(mesh, ROWS), -1)
     held: dict[int, tuple[int, ...]] = {}
@@ -91,22 +91,18 @@ def batch_share(mesh: Mesh) -> tuple[int, int]:
     return shares.index(held[jax.process_index()]), len(shares)
 
 
-def _rows_in(mesh: Mesh) -> tuple[str, ...]:
-    return tuple(name for name in ROWS if name in mesh.axis_names)
-
-
-def _check_rows(leaf: Any, total: int, count: int) -> None:
+def _check_rows(leaf: Any, mesh: Mesh, count: int) -> None:
     if not np.ndim(leaf):
         raise ValueError(
             "`batch` must hold arrays with the rows as their first axis; one of them is a scalar, "
             f"{leaf}. Make it one number for each row, or pass it to the step separately."
         )
-    rows = np.shape(leaf)[0]
+    rows, total = np.shape(leaf)[0], size_of(mesh, ROWS)
     if rows == 0 or rows % (total // count):
         found = f"{rows * count}" if count == 1 else f"{rows} in each of {count} parts"
         raise ValueError(
             "`batch` must split equally over the devices: the number of its pairs, or packed rows, "
-            f"must be a positive multiple of data * fsdp = {total}; got {found}. Change the batch "
-            "size (for packed rows also `multiple_of`), pad the batch with pairs of weight 0, or "
-            "make these axes smaller."
+            f"must be a positive multiple of {' * '.join(rows_in(mesh))} = {total}; got {found}. "
+            "Change the batch size (for packed rows also `multiple_of`), pad the batch with pairs "
+            "of weight 0, or make these axes smaller."
         )

@@ -36,6 +36,10 @@ def _of(equation: Any, platform: str) -> int:
     if name in ("ragged_dot", "ragged_dot_general"):
         # (rows, width) by (groups, width, out): each row meets the matrix of its group.
         return 2 * math.prod(equation.outvars[0].aval.shape) * equation.invars[1].aval.shape[-2]
+    if name in ("grouped_dot", "grouped_outer"):
+        # Of (rows, in) and (groups, out, in); the derivative, of (rows, out) and (rows, in).
+        out = equation.invars[1].aval.shape[1]
+        return 2 * math.prod(equation.invars[0].aval.shape) * out
     if name.startswith("dot_product_attention"):
         return _of_attention(equation, backward="bwd" in name)
     if name == "scan":

@@ -17,13 +17,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from jaxtyping import PyTree
 
 from .._jax.gpus import assume
-from .._jax.partitioning import ROWS
 from .._jax.paths import leaf_name
 from .._scoring.score import score_pairs
 from ..protocols import Score
 from ._collectives import collectives, count_runs
 from ._flops import flops
-from ._mesh import make_mesh
+from ._mesh import make_mesh, rows_in
 from ._policy import placement
 from ._rules import Rules
 from ._targets import Target, find_target
@@ -270,7 +269,7 @@ def _placed(arguments: Any, mesh: Mesh, rules: Rules | None) -> Any:
     """The shapes of the arguments with their shardings."""
     policy, opt_state, batch, reference = arguments
     place = placement(mesh, rules=rules)
-    rows = NamedSharding(mesh, P(tuple(n for n in ROWS if n in mesh.axis_names)))
+    rows = NamedSharding(mesh, P(rows_in(mesh)))
 
     def by_rules(path, leaf):
         return _with(leaf, place(leaf_name(path), leaf)) if _is_array(leaf) else leaf

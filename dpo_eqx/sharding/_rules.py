@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 
 from jax.sharding import Mesh, PartitionSpec as P
 
-from .._jax.partitioning import AXES
+from .._jax.partitioning import AXES, EXPERT, FSDP
 from ._mesh import size_of
 
 Shape = tuple[int, ...]
@@ -62,7 +62,7 @@ def stacked(shape: Shape, mesh: Mesh) -> P:
 
 
 def _largest(shape: Shape, mesh: Mesh, *, first: int) -> P:
-    count = size_of(mesh, "fsdp")
+    count = size_of(mesh, FSDP)
     axes = [axis for axis in range(first, len(shape)) if shape[axis] % count == 0]
     if not axes or math.prod(shape[first:]) < SMALL:
         return P()
@@ -79,9 +79,11 @@ def _scales(*axes: str) -> Rule:
     """Scales of quantised weights are sharded as the weights, on axes whose blocks divide."""
 
     def choose(shape: Shape, mesh: Mesh) -> P:
+        lead = (None, EXPERT) if len(shape) > len(axes) + 1 else (None,)
         # The format without blocks has one scale for each output, and so fewer axes.
-        pairs = zip(axes, shape[1:], strict=False)
-        return P(None, *(axis if size % size_of(mesh, axis) == 0 else None for axis, size in pairs))
+        spec = P(*(*lead, *axes)[: len(shape)])
+        whole = misfits(spec, shape, mesh)
+        return P(*(None if axis in whole else entry for axis, entry in enumerate(spec)))
 
     return choose
 
@@ -117,12 +119,32 @@ def _projections(into: str, out: str, rule: Callable[[P], Rule]) -> Rules:
     }
 
 
+def _experts(into: str, out: str) -> Rules:
+    """The rules of layers with a matrix for each expert, whose axis is sharded over `expert`.
+
+    They do not apply to dense layers, which have an axis less.
+    """
+    stored = r"(\.base)?\.(weight|stored\.codes)$"
+    bias = r"(\.base)?(\.layer)?\.bias$"
+    return {
+        into + stored: P(EXPERT, "tensor", "fsdp"),
+        into + bias: P(EXPERT, "tensor"),
+        into + r"\.(up|pinned\.1)$": P(EXPERT, "tensor", None),
+        into + r"\.(down|pinned\.0)$": P(EXPERT, None, "fsdp"),
+        out + stored: P(EXPERT, "fsdp", "tensor"),
+        out + bias: P(EXPERT, "fsdp"),
+        out + r"\.(up|pinned\.1)$": P(EXPERT, "fsdp", None),
+        out + r"\.(down|pinned\.0)$": P(EXPERT, None, "tensor"),
+    }
+
+
 _INTO = r"(attention\.(query|key|value|gate)|feed_forward\.(gate|up))"
 _OUT = r"(attention\.output|feed_forward\.down)"
 _INTO_RECURRENCE = r"recurrence\.(query|key|value|gate|input_gate|output_gate|rate|decay)"
 TRANSFORMER: Rules = {
     r"(^|\.)(embedding|head)(\.base)?\.weight$": _VOCABULARY,
     r"(^|\.)head\.bias$": either(P("tensor"), P()),
+    **_experts(r"feed_forward\.(gate|up)", r"feed_forward\.down"),
     **_projections(_INTO, _OUT, lambda spec: spec),
     # Recurrent layers may have fewer heads than `tensor` has devices.
     **_projections(_INTO_RECURRENCE, r"recurrence\.output", _or_whole),
@@ -142,12 +164,12 @@ def spec_of(path: str, shape: Shape, mesh: Mesh, rules: Rules) -> P:
 
     `ValueError` if a rule names an axis that the mesh does not have, or one that does not divide.
     """
-    rule = next((rule for pattern, rule in rules.items() if re.search(pattern, path)), None)
     # Adafactor stores vectors for the rows and columns of a matrix under the matrix's path. The
     # rule for the matrix has too many axes for them.
     axes = len(shape) - bool(_STACK.search(path))
-    if rule is None or (isinstance(rule, P) and len(rule) > axes):
-        rule = stacked if _STACK.search(path) else largest
+    matching = (rule for pattern, rule in rules.items() if re.search(pattern, path))
+    fitting = (rule for rule in matching if not isinstance(rule, P) or len(rule) <= axes)
+    rule = next(fitting, stacked if _STACK.search(path) else largest)
     spec = align(rule, shape) if isinstance(rule, P) else rule(shape, mesh)
     _check(spec, path, shape, mesh)
     return _within(spec, mesh)
@@ -161,8 +183,17 @@ def align(spec: P, shape: Shape) -> P:
 
 def misfits(spec: P, shape: Shape, mesh: Mesh) -> list[int]:
     """The axes of a leaf that the mesh does not divide."""
-    pairs = enumerate(zip(spec, shape, strict=False))
+    pairs = enumerate(zip(_with_expert(spec), shape, strict=False))
     return [axis for axis, (entry, size) in pairs if size % size_of(mesh, entry)]
+
+
+def _with_expert(spec: P) -> P:
+    """The specification with `fsdp` and `expert` in place of `fsdp`, unless it names `expert`."""
+    entries = [(entry,) if isinstance(entry, str) else tuple(entry or ()) for entry in spec]
+    if any(EXPERT in entry for entry in entries):
+        return spec
+    whole = {FSDP[0]: FSDP}
+    return P(*(tuple(n for name in entry for n in whole.get(name, (name,))) for entry in entries))
 
 
 def _within(spec: P, mesh: Mesh) -> P:
@@ -173,7 +204,7 @@ def _within(spec: P, mesh: Mesh) -> P:
         names = tuple(name for name in names if name in mesh.axis_names)
         return names[0] if len(names) == 1 else names or None
 
-    return spec if set(AXES) <= set(mesh.axis_names) else P(*map(present, spec))
+    return P(*map(present, _with_expert(spec)))
 
 
 def _check(spec: P, path: str, shape: Shape, mesh: Mesh) -> None:
@@ -185,10 +216,10 @@ def _check(spec: P, path: str, shape: Shape, mesh: Mesh) -> None:
             f"name {unknown[0]!r}."
         )
     for axis in misfits(spec, shape, mesh):
-        count = size_of(mesh, spec[axis])
+        entry = _within(spec, mesh)[axis]
         raise ValueError(
             f"`mesh` must divide the axes that it shards: axis {axis} of `{path}`, of shape "
-            f"{shape}, has {shape[axis]} entries for {spec[axis]}={count}. Choose a size that "
-            f"divides {shape[axis]}, or replicate that axis by a rule of your own, "
+            f"{shape}, has {shape[axis]} entries for {entry}={size_of(mesh, entry)}. Choose a size "
+            f"that divides {shape[axis]}, or replicate that axis by a rule of your own, "
             f"`rules={{{path!r}: PartitionSpec()}}`."
         )

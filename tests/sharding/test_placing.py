@@ -44,7 +44,7 @@ def test_a_mesh_has_automatic_axes_in_order():
     ("sizes", "message"),
     [
         ("data=4", r"as there are devices, 8; data=4 \* fsdp=1 \* tensor=1 makes 4"),
-        ("data=4,model=2", "the axes data, fsdp, tensor.* got 'model' in 'data=4,model=2'"),
+        ("data=4,model=2", "the axes data, fsdp, expert, tensor.* got 'model' in 'data=4,model=2'"),
         ("data=4,data=2", "gives 'data' twice"),
         ("data=-1", "positive integers as sizes.* got 'data=-1'"),
         ("data", "positive integers as sizes.* got 'data'"),

@@ -11,7 +11,7 @@ from jaxtyping import PyTree
 
 from ... import sharding
 from ..._jax.partitioning import ROWS
-from ...sharding._mesh import size_of
+from ...sharding._mesh import rows_in, size_of
 from ..settings.settings import Settings
 
 Tree = TypeVar("Tree", bound=PyTree)
@@ -32,21 +32,21 @@ def mesh_of(settings: Settings) -> Mesh | None:
     # Packed batches are split by rows, whose number is made to fit.
     if pairs % count and not settings.pack:
         raise ValueError(
-            f"`--batch-size` over `--microbatches` must be a multiple of data * fsdp = {count}, so "
-            f"that each device gets the same number of pairs; got {settings.batch_size} over "
-            f"{settings.microbatches}, which is {pairs} pairs. Change the batch size, the "
-            "microbatches or the mesh."
+            "`--batch-size` over `--microbatches` must be a multiple of "
+            f"{' * '.join(rows_in(mesh))} = {count}, so that each device gets the same number of "
+            f"pairs; got {settings.batch_size} over {settings.microbatches}, which is {pairs} "
+            "pairs. Change the batch size, the microbatches or the mesh."
         )
     return mesh
 
 
 def check_rows(batch_size: int, mesh: Mesh | None) -> None:
     """Raises `ValueError` if `--batch-size` cannot be split equally over the mesh."""
-    count = 1 if mesh is None else size_of(mesh, ROWS)
-    if batch_size % count:
+    if mesh is not None and batch_size % size_of(mesh, ROWS):
         raise ValueError(
-            f"`--batch-size` must be a multiple of data * fsdp = {count}, so that each device gets "
-            f"the same number of rows; got {batch_size}. Change the batch size or the mesh."
+            f"`--batch-size` must be a multiple of {' * '.join(rows_in(mesh))} = "
+            f"{size_of(mesh, ROWS)}, so that each device gets the same number of rows; got "
+            f"{batch_size}. Change the batch size or the mesh."
         )
 
 
@@ -84,4 +84,4 @@ def keep_rows_of(batch: Tree, mesh: Mesh | None) -> Tree:
     """A batch that a jitted function has made of others, split over the mesh like these."""
     if mesh is None:
         return batch
-    return jax.lax.with_sharding_constraint(batch, NamedSharding(mesh, P(ROWS)))
+    return jax.lax.with_sharding_constraint(batch, NamedSharding(mesh, P(rows_in(mesh))))

@@ -4,6 +4,9 @@ No token is dropped, whatever the router chooses, and none has an effect on anot
 the norms around the block are in `layer.py`.
 """
 
+import functools
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -13,6 +16,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from ..._jax.dtypes import at_least_float32
 from ..._jax.grouped_dot import grouped_dot
 from ..._jax.rounding import rounded
+from ..._jax.routed_sum import routed_sum
 from .basic_layers import ACTIVATIONS
 from .config import Config
 
@@ -109,21 +113,27 @@ class RoutedFeedForward(eqx.Module):
         self, x: Float[Array, "length width"], *, config: Config
     ) -> Float[Array, "length width"]:
         chosen, weights = route(self.scores(x), config)
-        length, count = chosen.shape
-        expert = chosen.reshape(-1)
-        copies = jnp.broadcast_to(x[:, None], (length, count, x.shape[1])).reshape(-1, x.shape[1])
-        # Each of the three may have an adapter or a quantised weight.
-        gate, up = (
-            checkpoint_name(part(copies, expert), PRODUCTS) for part in (self.gate, self.up)
-        )
-        y = checkpoint_name(self.down(gated(gate, up, config), expert), PRODUCTS)
-        y = y.reshape(length, count, -1)
-        y = (weights[..., None] * y.astype(weights.dtype)).sum(axis=1)
-        return rounded(y.astype(x.dtype))
+        own = functools.partial(run_experts, config=config)
+        return rounded(routed_sum(own, x, chosen, weights, (self.gate, self.up, self.down)))
 
     def scores(self, x: Float[Array, "length width"]) -> Float[Array, "length experts"]:
         """The scores of the router, of which an adapter computes in float32, too."""
         return self.router(x.astype(at_least_float32(x.dtype)))
+
+
+def run_experts(
+    x: Float[Array, "rows width"],
+    expert: Int[Array, " rows"],
+    experts: tuple[Any, Any, Any],
+    *,
+    config: Config,
+) -> Float[Array, "rows width"]:
+    """Each row through its expert, `down(activation(gate(x)) * up(x))`.
+
+    Each of the three layers may have an adapter or a quantised weight.
+    """
+    gate, up = (checkpoint_name(part(x, expert), PRODUCTS) for part in experts[:2])
+    return checkpoint_name(experts[2](gated(gate, up, config), expert), PRODUCTS)
 
 
 def route(
