@@ -15,7 +15,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int, PyTree
 
 from .dtypes import at_least_float32
-from .mapped_axes import vary_alike
+from .mapped_axes import vary_alike, varying_axes
 from .partitioning import EXPERT
 
 # Maps rows, the group of each row, and the arrays of all groups to a row for each row.
@@ -102,7 +102,7 @@ class _Plan(NamedTuple):
     - `choice`: their numbers in `(length, chosen)`, flat.
     - `group`: their groups here. A choice of another device's group has the number of groups.
     - `place`: the place of each choice in this order. Shape `(length, chosen)`.
-    - `size`, `passes`: the choices of a pass, and how many passes have all of this device.
+    - `size`, `passes`: the choices of a pass, and how many passes each device runs.
     """
 
     choice: Int[Array, " choices"]
@@ -138,12 +138,16 @@ def _planned(chosen: Int[Array, "length chosen"], groups: int) -> _Plan:
     parts = jax.lax.axis_size(EXPERT)
     size = -(-chosen.size // parts)
     padding = (0, size * parts - chosen.size)
+    passes = (is_own.sum(dtype=chosen.dtype) + (size - 1)) // size
+    # All devices run as many, since XLA may exchange parts over `tensor` between all devices in each
+    # pass. It costs no time: the sums wait for the last device anyway.
+    passes = jax.lax.pmax(passes, tuple(varying_axes(passes)))
     return _Plan(
         choice=jnp.pad(order, padding).astype(chosen.dtype),
         group=jnp.pad(group[order], padding, constant_values=groups),
         place=jnp.argsort(order).astype(chosen.dtype).reshape(chosen.shape),
         size=size,
-        passes=(is_own.sum(dtype=chosen.dtype) + (size - 1)) // size,
+        passes=passes,
     )
 
 
@@ -159,7 +163,7 @@ def _count(groups: PyTree) -> int:
 
 
 def _over_passes(plan: _Plan, one_pass: Callable[[Array, Any], Any], zeros: Any, like: Any) -> Any:
-    """The sums of `one_pass` over the passes that this device needs."""
+    """The sums of `one_pass` over all passes."""
     start = vary_alike(zeros, plan.place, like)[0]
     return jax.lax.fori_loop(jnp.zeros_like(plan.passes), plan.passes, one_pass, start)
 

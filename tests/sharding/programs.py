@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 import dpo_eqx as dpx
 from dpo_eqx import losses, models, sharding
+from dpo_eqx.sharding._mesh import rows_in
 
 CONFIG = models.Config(vocab=1088, width=64, layers=4, heads=8, remat=True)
 
@@ -84,7 +85,7 @@ def placed(arguments, mesh):
         return arguments
     policy, opt_state, batch, reference = arguments
     place = sharding.placement(mesh)
-    rows = jax.sharding.NamedSharding(mesh, P(("data", "fsdp")))
+    rows = jax.sharding.NamedSharding(mesh, P(rows_in(mesh)))
 
     def by_rules(path, leaf):
         name = jax.tree_util.keystr(path, simple=True, separator=".")
