@@ -139,7 +139,7 @@ def _planned(chosen: Int[Array, "length chosen"], groups: int) -> _Plan:
     size = -(-chosen.size // parts)
     padding = (0, size * parts - chosen.size)
     passes = (is_own.sum(dtype=chosen.dtype) + (size - 1)) // size
-    # All devices run as many, since XLA may exchange parts over `tensor` between all devices in each
+    # All devices run as many, since XLA may exchange parts over `tensor` between all of them in a
     # pass. It costs no time: the sums wait for the last device anyway.
     passes = jax.lax.pmax(passes, tuple(varying_axes(passes)))
     return _Plan(

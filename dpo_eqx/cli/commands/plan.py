@@ -53,7 +53,8 @@ class PlanFlags:
     """The devices: cpu, a100, h100, h200, b200, l4, v5e, v5p or v6e, with their number or, for
     TPUs, their topology: `h100:8`, `v5e:2x2`."""
     mesh: str | None = None
-    """The mesh, `data=4,fsdp=2,tensor=1` (default: all devices along data)."""
+    """The mesh, `data=4,fsdp=2,tensor=1`, or with the experts of a mixture over `expert=4`
+    (default: all devices along data)."""
     batch_size: int = 8
     """Pairs per optimiser step, over all devices and microbatches."""
     microbatches: int = 1

@@ -74,8 +74,9 @@ class Online(Settings):
     """Number of rounds between moves of the reference towards the policy; 0 keeps it fixed."""
     mesh: str | None = None
     """The mesh of devices, `data=4,fsdp=2,tensor=1`. Prompts are split over data and fsdp,
-    parameters over fsdp and tensor (default: one device, or the devices of all processes along data
-    if there are several processes)."""
+    parameters over fsdp and tensor. With `expert=4` in place of `fsdp=4`, each device keeps some of
+    the experts of a mixture (default: one device, or the devices of all processes along data if
+    there are several processes)."""
     report: bool = True
     """Keep some answers from the start and the end, and write `report.html`."""
 

@@ -54,7 +54,8 @@ class Loading(CompilationFlags):
     """Use the attention kernel of the GPU or the TPU, if there is one that fits."""
     mesh: str | None = None
     """The mesh of devices, `data=4,fsdp=2,tensor=1`. Rows are split over data and fsdp, parameters
-    over fsdp and tensor (default: one device)."""
+    over fsdp and tensor. With `expert=4` in place of `fsdp=4`, each device keeps some of the
+    experts of a mixture (default: one device)."""
 
     def load(self, path: str, *, lora: str | None = None) -> models.Transformer:
         """The model in the folder `path`, with the adapters in the folder `lora`, if given."""
