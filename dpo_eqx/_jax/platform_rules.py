@@ -116,6 +116,10 @@ def _depths(sweeps: Sequence[Sweep], operands: int) -> Iterator[list[int | None]
 
 def _batch(axis_data, operands, dims, *, rule, sweeps):
     has_axis = tuple(dim is not None for dim in dims)
+    # Under a scan of which other operands have the axis.
+    if not any(has_axis):
+        results = _by_rule.bind(*operands, rule=rule, sweeps=sweeps)
+        return results, [None] * len(results)
     operands = [
         x if dim is None else jax.numpy.moveaxis(x, dim, 0)
         for x, dim in zip(operands, dims, strict=True)

@@ -212,3 +212,14 @@ def test_queries_grow_and_angles_turn_back():
     assert plain.query_scale is None
     assert np.array_equal(tables.sin, -plain.sin)
     assert np.array_equal(tables.cos, plain.cos)
+
+
+def test_a_vmap_over_something_else():
+    """Such as a sweep over `beta`: attention then has no axis of it, but JAX asks its rule."""
+    x, mask = draw(5, jnp.float64)[0][None], jnp.tri(5, dtype=bool)
+    config = models.Config(vocab=1, width=1, layers=1, heads=x.shape[2], head_width=x.shape[3])
+    want = attend(x, x, x, mask, config=config).sum()
+    found = jax.vmap(lambda scale: scale * attend(x, x, x, mask, config=config).sum())(
+        jnp.arange(2.0)
+    )
+    np.testing.assert_allclose(found, want * np.arange(2.0), rtol=1e-12)
