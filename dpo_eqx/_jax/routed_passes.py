@@ -70,7 +70,8 @@ def _backward(run: Function, is_split: bool, residuals: Any, cotangent: Any) -> 
     rows, moved, still = residuals
     if isinstance(cotangent, SymbolicZero):
         cotangent = jnp.zeros_like(rows[0])
-    x, chosen, weights, cotangent = _gathered((*rows, cotangent), is_split)
+    gathered = _gathered((*rows, cotangent), is_split)
+    (x, chosen, weights, cotangent), moved, still = vary_alike(gathered, moved, still)
     plan = _planned(chosen, _count((moved, still)))
 
     def one_pass(number, sums):

@@ -119,8 +119,10 @@ def _jvp(primals: Any, tangents: Any, **params: Any) -> Any:
     return jax.jvp(of_moving, [primals[i] for i in moving], [tangents[i] for i in moving])
 
 
-def _batch(axis: Any, operands: Any, dims: Any, **params: Any) -> tuple[Array, int]:
+def _batch(axis: Any, operands: Any, dims: Any, **params: Any) -> tuple[Array, int | None]:
     """The tokens of all examples together."""
+    if all(dim is None for dim in dims):
+        return _routed.bind(*operands, **params), None
     run, tree, mesh = (params[name] for name in ("run", "tree", "mesh"))
     if any(dim is not None for dim in dims[3:]) or taken_axes(operands):
         return jax.vmap(lambda *operands: _alone(run, *_split(operands, tree)), dims)(*operands), 0

@@ -167,6 +167,71 @@ def test_a_row_does_not_depend_on_the_rest_of_the_batch():
 
 
 @pytest.mark.slow
+def test_other_ways_to_run_a_step():
+    """Explicit axes, a `shard_map` of the user, and the gradients of single rows by `vmap`."""
+    variant = Variant()
+    policy, reference, batch = (
+        policy_of(variant),
+        policy_of(variant, seed=1),
+        random_batch(pairs=16),
+    )
+    explicit = jax.make_mesh((2, 4), ("data", "expert"))
+    assert deviation(stepped(variant, explicit), wanted(variant)) < TOLERANCE
+
+    mesh, names = sharding.make_mesh("fsdp=2,expert=4"), ("data", "fsdp", "expert")
+    static = eqx.partition(policy, eqx.is_array)[1]
+    step = dpx.make_step(losses.dpo, SGD, axis_name=names)
+
+    def on_device(params, batch, reference):
+        whole, beside = (eqx.combine(x, static) for x in (params, reference))
+        trained, _, metrics = step(whole, SGD.init(params), batch, beside)
+        return arrays(trained), metrics
+
+    mapped = jax.shard_map(on_device, mesh=mesh, in_specs=(P(), P(names), P()), out_specs=P())
+    got = jax.jit(mapped)(arrays(policy), batch, arrays(reference))
+    assert deviation(got, wanted(variant)) < TOLERANCE
+
+    def of_rows(params, ids):
+        one = jax.grad(lambda params, ids: (eqx.combine(params, static)(ids) ** 2).sum())
+        return jax.vmap(one, (None, 0))(params, ids)
+
+    ids = jnp.arange(12).reshape(2, 6)
+    got = jax.jit(of_rows)(arrays(sharding.shard_policy(policy, mesh)), ids)
+    assert deviation(got, jax.jit(of_rows)(arrays(policy), ids)) < TOLERANCE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("of_policies", [False, True])
+def test_sweeps_over_another_axis(of_policies):
+    """Of `beta`, or of policies, too, which have experts of their own."""
+    policy, mesh = policy_of(Variant()), sharding.make_mesh("data=2,expert=4")
+    static = eqx.partition(policy, eqx.is_array)[1]
+
+    def gradient(params, beta, batch):
+        def loss(policy, reference):
+            return losses.dpo(policy, reference, beta=beta)
+
+        whole = eqx.combine(params, static)
+        return dpx.make_grad(loss, microbatches=2)(whole, batch, policy)
+
+    params, betas, batch = arrays(policy), jnp.array([0.1, 0.3]), random_batch(pairs=16)
+    if of_policies:
+        params = jax.tree.map(lambda x: jnp.stack([x, 1.1 * x]), params)
+
+    def put(tree, *names):
+        return jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, P(*names))), tree)
+
+    axis = 0 if of_policies else None
+    sweep = jax.jit(jax.vmap(gradient, (axis, 0, None), spmd_axis_name="data"))
+    placed = put(params, *("data",) * of_policies)
+    got = sweep(placed, put(betas, "data"), put(batch, "expert"))
+    for i, beta in enumerate(betas):
+        here = jax.tree.map(lambda x, i=i: x[i], params) if of_policies else params
+        want = jax.jit(gradient)(here, beta, batch)
+        assert deviation(jax.tree.map(lambda x, i=i: x[i], got), want) < TOLERANCE
+
+
+@pytest.mark.slow
 def test_experts_stay_on_their_devices():
     """Tokens move along `expert`, four times in each layer, and no weight of an expert does."""
     config = dataclasses.replace(CONFIG, experts=8, experts_per_token=2, expert_width=96)
