@@ -13,6 +13,7 @@ from jax.experimental import topologies
 
 import dpo_eqx as dpx
 from dpo_eqx import models, sharding
+from dpo_eqx._jax.grouped_dot import grouped_dot
 from dpo_eqx.cli._main import main
 from dpo_eqx.cli.commands import plan as plan_command
 from dpo_eqx.models._decoder.attention import attend
@@ -96,6 +97,9 @@ def test_operations_of_each_kind_of_product():
     def grouped(x, w):
         return jax.lax.ragged_dot(x, w, jnp.array([2, 1], jnp.int32))
 
+    def of_experts(x, w):
+        return grouped_dot(x, w, jnp.array([0, 1, 0], jnp.int32))
+
     def chosen(x, w):
         return jax.lax.platform_dependent(
             x, w, cpu=lambda x, w: x @ w, default=lambda x, w: x @ w @ w
@@ -109,6 +113,10 @@ def test_operations_of_each_kind_of_product():
     assert counted(jnp.dot, (3, 5), (5, 7)) == 2 * 3 * 5 * 7
     assert counted(looped, (3, 5), (6, 5, 5)) == 6 * 2 * 3 * 5 * 5
     assert counted(grouped, (3, 5), (2, 5, 7)) == 2 * 3 * 5 * 7
+    assert counted(of_experts, (3, 5), (2, 7, 5)) == 2 * 3 * 5 * 7
+    # The value, and as much for the gradient of each factor.
+    gradient = jax.grad(lambda *operands: of_experts(*operands).sum(), (0, 1))
+    assert counted(gradient, (3, 5), (2, 7, 5)) == 3 * 2 * 3 * 5 * 7
     assert counted(mapped, (8, 5), (5, 7)) == 2 * 8 * 5 * 7
     assert counted(chosen, (3, 5), (5, 5)) == 2 * 3 * 5 * 5
     assert counted(chosen, (3, 5), (5, 5), platform="tpu") == 2 * 2 * 3 * 5 * 5
