@@ -2,11 +2,12 @@
 
 JAX has such a product for sorted rows, `jax.lax.ragged_dot`, but no `vmap` of it over rows that
 share their matrices. Here a `vmap` merges the rows of all examples into one product. Nothing here
-knows what chooses the groups. `grouped_blocks.py` has the products on CPUs.
+knows what chooses the groups. `grouped_blocks.py` has the products on CPUs, and
+`grouped_batches.py` those on NVIDIA GPUs.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -16,6 +17,8 @@ from jax.interpreters import ad, batching, mlir
 from jax.sharding import NamedSharding, PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from .by_platform import CPU, CUDA
+from .grouped_batches import dot_in_batches, outer_in_batches
 from .grouped_blocks import dot_by_blocks, outer_by_blocks
 from .mapped_axes import vary_alike
 from .partitioning import over_axes
@@ -197,12 +200,12 @@ def _batch_outer(axis: Any, operands: Any, dims: Any, *, groups: int) -> tuple[A
 def _define(
     name: str,
     ragged: Callable[..., Array],
-    by_blocks: Callable[..., Array],
+    special: Mapping[str, Callable[..., Array]],
     shape: Callable[..., Any],
     transpose: Callable[..., Any],
     batch: Callable[..., Any],
 ) -> Primitive:
-    """A primitive; `ragged` computes it everywhere but on CPUs."""
+    """A primitive; `ragged` computes it but on the platforms with a `special` function."""
     primitive = Primitive(name)
     primitive.def_impl(ragged)
     primitive.def_abstract_eval(shape)
@@ -210,8 +213,9 @@ def _define(
     ad.primitive_transposes[primitive] = transpose
     batching.fancy_primitive_batchers[primitive] = batch
     mlir.register_lowering(primitive, mlir.lower_fun(ragged, multiple_results=False))
-    on_cpu = mlir.lower_fun(by_blocks, multiple_results=False)
-    mlir.register_lowering(primitive, on_cpu, platform="cpu")
+    for platform, function in special.items():
+        lower = mlir.lower_fun(function, multiple_results=False)
+        mlir.register_lowering(primitive, lower, platform=platform)
     return primitive
 
 
@@ -220,7 +224,10 @@ def _define(
 _dot = _define(
     "grouped_dot",
     functools.partial(_dot_of_rows, _ragged_dot),
-    functools.partial(_dot_of_rows, dot_by_blocks),
+    {
+        CPU: functools.partial(_dot_of_rows, dot_by_blocks),
+        CUDA: functools.partial(_dot_of_rows, dot_in_batches),
+    },
     _dot_shape,
     _dot_transpose,
     _batch_dot,
@@ -228,7 +235,10 @@ _dot = _define(
 _outer = _define(
     "grouped_outer",
     functools.partial(_outer_of_rows, _ragged_outer),
-    functools.partial(_outer_of_rows, outer_by_blocks),
+    {
+        CPU: functools.partial(_outer_of_rows, outer_by_blocks),
+        CUDA: functools.partial(_outer_of_rows, outer_in_batches),
+    },
     _outer_shape,
     _outer_transpose,
     _batch_outer,
