@@ -20,14 +20,7 @@ def dot_in_batches(
     matrices: Float[Array, "groups out in"],
     sizes: Int[Array, " groups"],
 ) -> Float[Array, "rows out"]:
-    """Each row times the matrix of its group. The first `sizes[0]` rows are in group 0, and so on.
-
-    **Arguments:**
-
-    - `x`: rows sorted by group.
-    - `matrices`: one matrix for each group.
-    - `sizes`: the number of rows of each group.
-    """
+    """Each row times the matrix of its group, as by `dot_by_blocks`."""
     blocks = _blocks(len(x), sizes)
     products = jnp.einsum("bri,boi->bro", blocks.of(x), matrices[blocks.group])
     return products.reshape(-1, products.shape[2])[blocks.place]
@@ -36,7 +29,7 @@ def dot_in_batches(
 def outer_in_batches(
     y: Float[Array, "rows out"], x: Float[Array, "rows in"], sizes: Int[Array, " groups"]
 ) -> Float[Array, "groups out in"]:
-    """For each group, the sum of `outer(y[i], x[i])` over its rows, which are sorted by group."""
+    """For each group, the sum of `outer(y[i], x[i])` over its rows, as by `outer_by_blocks`."""
     blocks = _blocks(len(x), sizes)
     products = jnp.einsum("bro,bri->boi", blocks.of(y), blocks.of(x))
     # A product, not a scatter of sums, which a GPU adds in a different order every time.
@@ -71,16 +64,12 @@ def _blocks(rows: int, sizes: Int[Array, " groups"]) -> _Blocks:
     blocks = (sizes + (width - 1)) // width
     end_block, end_row = (jnp.cumsum(x, dtype=x.dtype) for x in (blocks, sizes))
     first_block, first_row = end_block - blocks, end_row - sizes
-
-    def group_at(ends, numbers):
-        found = (ends[None] <= numbers[:, None]).sum(axis=1, dtype=sizes.dtype)
-        return jnp.minimum(found, groups - 1)
-
-    group = group_at(end_block, arange(count))
+    # Numbers behind all groups count to the last.
+    group = jnp.repeat(arange(groups), blocks, total_repeat_length=count)
     start = first_row[group] + (arange(count) - first_block[group]) * width
     row = start[:, None] + arange(width)[None]
     is_row = row < end_row[group][:, None]
-    of_row = group_at(end_row, arange(rows))
+    of_row = jnp.repeat(arange(groups), sizes, total_repeat_length=rows)
     place = first_block[of_row] * width + arange(rows) - first_row[of_row]
     # Rows behind those of all groups have no place, and nothing reads what they get.
     place = jnp.minimum(place, count * width - 1)

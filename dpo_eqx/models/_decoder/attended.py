@@ -125,8 +125,7 @@ class Forward:
         how, (query, key) = self.how, operands[:2]
         kernel = kernels.find(where, how, query) if how.use_kernels else None
         if kernel is not None:
-            shape = normaliser_of(query)
-            return kernel.forward(*operands), jnp.zeros(shape.shape, shape.dtype)
+            return kernel.forward(*operands), no_normaliser(query)
         size = blockwise.block_size(where.platform, query, key)
         value, seen = operands[2], _mask_of(operands)
         return blockwise.forward(how.scale, how.softcap, size, query, key, value, seen)
@@ -167,3 +166,9 @@ def _operands(query: Array, key: Array, value: Array, mask: Array | None) -> tup
 def normaliser_of(query: jax.ShapeDtypeStruct | Array) -> jax.ShapeDtypeStruct:
     """The shape and dtype of the normaliser of each query's scores."""
     return jax.ShapeDtypeStruct((*query.shape[:-1], 1), at_least_float32(query.dtype))
+
+
+def no_normaliser(query: Array) -> Array:
+    """Zeros in place of the normaliser, which kernels do not return."""
+    shape = normaliser_of(query)
+    return jnp.zeros(shape.shape, shape.dtype)

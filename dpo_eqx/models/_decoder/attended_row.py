@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
@@ -17,7 +16,14 @@ from ..._jax.linear_map import per_tile, with_transpose
 from ..._jax.mapped_axes import vary_alike
 from ..._jax.platform_rules import Where, by_rule
 from . import kernels
-from .attended import ATTENDED, Forward, Pull, attended_and_normaliser, normaliser_of
+from .attended import (
+    ATTENDED,
+    Forward,
+    Pull,
+    attended_and_normaliser,
+    no_normaliser,
+    normaliser_of,
+)
 from .how import How
 from .parts import Widths, join, split, split_like
 
@@ -96,9 +102,8 @@ class _Forward:
         query, key, value, prompt_length, *masks = operands
         kernel = kernels.find_for_row(where, self.how, self.widths, query)
         if kernel is not None:
-            shape = normaliser_of(query)
             output = kernel.forward_of_row(self.widths, query, key, value, prompt_length)
-            return output, jnp.zeros(shape.shape, shape.dtype)
+            return output, no_normaliser(query)
         parts = zip(split(self.widths, query, key, value), _forms(self.how, masks), strict=True)
         results = [Forward(how).run(where, *part, *mask) for part, (how, mask) in parts]
         return tuple(map(join, zip(*results, strict=True)))

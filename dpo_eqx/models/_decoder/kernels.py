@@ -59,9 +59,7 @@ class Kernel:
         *mask: Bool[Array, "query key"],
     ) -> Float[Array, "batch query key_heads groups head_width"]:
         """The weighted sums of values. The arguments are as in `attended`."""
-        arrays = self._apart(query), *map(self._repeated, (key, value))
-        (output,) = self._on_mesh(self._forward, arrays, _batched(query, *mask), results=1)
-        return output.reshape(query.shape)
+        return self._forward_by(self._forward, (query, key, value), _batched(query, *mask))
 
     def pull(
         self,
@@ -75,10 +73,8 @@ class Kernel:
 
         The kernel's forward pass runs again, since its backward pass needs its residuals.
         """
-        arrays = *map(self._apart, (cotangent, query)), *map(self._repeated, (key, value))
-        masks = _batched(query, *mask)
-        in_query, in_key, in_value = self._on_mesh(self._backward, arrays, masks, results=3)
-        return in_query.reshape(query.shape), self._summed(in_key), self._summed(in_value)
+        arrays = cotangent, query, key, value
+        return self._pull_by(self._backward, arrays, _batched(query, *mask))
 
     def forward_of_row(
         self,
@@ -89,13 +85,12 @@ class Kernel:
         prompt_length: Int[Array, ""],
     ) -> Float[Array, "length key_heads groups head_width"]:
         """The weighted sums of values of a whole row, by `sequences.forward`."""
-        arrays = self._apart(query[None]), *(self._repeated(x[None]) for x in (key, value))
 
         def forward(*operands):
             return (sequences.forward(self._causal, widths, *operands),)
 
-        (output,) = self._on_mesh(forward, arrays, (prompt_length[None],), results=1)
-        return output.reshape(query.shape)
+        arrays = query[None], key[None], value[None]
+        return self._forward_by(forward, arrays, (prompt_length[None],))[0]
 
     def pull_of_row(
         self,
@@ -107,12 +102,10 @@ class Kernel:
         prompt_length: Int[Array, ""],
     ) -> tuple[Array, Array, Array]:
         """The cotangents of query, key and value of a whole row, by `sequences.pull`."""
-        queries = (self._apart(x[None]) for x in (cotangent, query))
-        arrays = *queries, *(self._repeated(x[None]) for x in (key, value))
         pull = partial(sequences.pull, self._causal, widths)
-        pulled = self._on_mesh(pull, arrays, (prompt_length[None],), results=3)
-        in_key, in_value = (self._summed(x)[0] for x in pulled[1:])
-        return pulled[0].reshape(query.shape), in_key, in_value
+        arrays = cotangent[None], query[None], key[None], value[None]
+        in_query, in_key, in_value = self._pull_by(pull, arrays, (prompt_length[None],))
+        return in_query[0], in_key[0], in_value[0]
 
     def _causal(self, query, key, value):
         return self._forward(query, key, value)[0]
@@ -127,20 +120,35 @@ class Kernel:
 
         return jax.vjp(forward, query, key, value)[1]((cotangent,))
 
-    def _on_mesh(self, function, arrays, masks, *, results: int):
-        """`function` on each device. `arrays` have heads along their third axis."""
+    def _forward_by(self, function, arrays, beside) -> Array:
+        """The output of `function` for query, key and value, in the shape of the query."""
+        query, key, value = arrays
+        apart = self._apart(query), self._repeated(key), self._repeated(value)
+        (output,) = self._on_mesh(function, apart, beside, results=1)
+        return output.reshape(query.shape)
+
+    def _pull_by(self, function, arrays, beside) -> tuple[Array, Array, Array]:
+        """The cotangents by `function` for the output's cotangent, query, key and value."""
+        cotangent, query, key, value = arrays
+        queries = self._apart(cotangent), self._apart(query)
+        apart = *queries, self._repeated(key), self._repeated(value)
+        in_query, in_key, in_value = self._on_mesh(function, apart, beside, results=3)
+        return in_query.reshape(query.shape), self._summed(in_key), self._summed(in_value)
+
+    def _on_mesh(self, function, arrays, beside, *, results: int):
+        """`function` on each device. `arrays` have heads along their third axis, `beside` none."""
         function = _merging(function)
         if self.mesh is not None:
             function = jax.shard_map(
                 function,
                 mesh=self.mesh,
-                in_specs=(self.heads,) * len(arrays) + (P(),) * len(masks),
+                in_specs=(self.heads,) * len(arrays) + (P(),) * len(beside),
                 out_specs=(self.heads,) * results,
                 axis_names=set(self.axes),
                 check_vma=False,
             )
         with self.module.tracing():
-            return function(*arrays, *masks)
+            return function(*arrays, *beside)
 
     def _apart(self, x: Array) -> Array:
         """Queries as those of `repeats` times as many keys."""

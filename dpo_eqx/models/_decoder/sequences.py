@@ -66,9 +66,7 @@ def pull(
     for run in widths.runs:
         order, of_prompt, of_completions = _places(run, widths.prompt, prompt_length)
         cotangents = _take(cotangent, order)  # (batch, count, sequence, *heads)
-        # The prompt's outputs are those of the first sequence.
-        is_first = run.start == widths.prompt
-        is_read = jax.vmap(partial(_is_read, run, widths.prompt, is_first))(prompt_length)
+        is_read = jax.vmap(partial(_is_read, run, widths.prompt))(prompt_length)
         cotangents = jnp.where(is_read[..., None, None, None], cotangents, 0)
         arrays = [_sequences(x, order) for x in (query, key, value)]
         pulled = jax.vjp(attend, *arrays)[1](_flat(cotangents))
@@ -118,12 +116,11 @@ def _is_own(run: Run, place: Int[Array, "1 sequence"], length: Int[Array, ""]) -
     return (place >= length) & (place < length + run.width)
 
 
-def _is_read(
-    run: Run, prompt: int, is_first: bool, length: Int[Array, ""]
-) -> Bool[Array, "count sequence"]:
+def _is_read(run: Run, prompt: int, length: Int[Array, ""]) -> Bool[Array, "count sequence"]:
     """Which outputs of a run's sequences become outputs of the row."""
     place = jnp.arange(prompt + run.width, dtype=length.dtype)[None]
-    is_whole = (jnp.arange(run.completions) == 0)[:, None] & is_first
+    # The prompt's outputs are those of the row's first sequence.
+    is_whole = (jnp.arange(run.completions) == 0)[:, None] & (run.start == prompt)
     return is_whole | _is_own(run, place, length)
 
 
