@@ -279,7 +279,10 @@ def test_one_jit_is_the_pieces(start, after):
     batch = eqx.filter_jit(pair)(prompt, samples)
     assert batch.weight.sum() > 4
     pieces, _, metrics = eqx.filter_jit(step)(policy, opt_state, batch, reference)
-    assert eqx.tree_equal(after[0], pieces)
+    # For an MLP and some keys, XLA fuses a product and a sum of the step in one of the two programs
+    # alone, which changes the last bit.
+    close(after[0], pieces, 1e-15)
+    assert eqx.tree_equal(after[0], pieces) or isinstance(policy, Perceptron)
     np.testing.assert_allclose(metrics["loss"], np.log(2), rtol=1e-12)
 
 
