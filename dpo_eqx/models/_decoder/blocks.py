@@ -6,7 +6,7 @@ knows what a layer computes.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -127,6 +127,34 @@ def scan_layers(
         x, new = jax.lax.scan(run_block, x, own, unroll=unroll)
         caches.append(_flatten(new) if len(run.block) > 1 else new)
     return x, caches[0] if len(runs) == 1 else _joined(caches)
+
+
+def run_layers(
+    body: Callable[[Kind, Array, Any], tuple[Array, Caches]],
+    x: Array,
+    inputs: Iterable[Any],
+    kinds: Sequence[Kind],
+) -> tuple[Array, tuple[Caches, ...]]:
+    """Runs layers whose inputs are not stacked; the rest is as for `scan_layers`.
+
+    **Returns:**
+
+    The output of the last layer, and the caches of each layer.
+    """
+    # Traced once for each kind of layer.
+    bodies = {kind: jax.jit(partial(body, kind)) for kind in set(kinds)}
+    caches = []
+    for kind, own in zip(kinds, inputs, strict=True):
+        x, new = bodies[kind](x, own)
+        # As between the layers of a block.
+        x = rounded_if_fused(x)
+        caches.append(new)
+    return x, tuple(caches)
+
+
+def take_apart(stacks: PyTree, kinds: Sequence[Kind]) -> tuple[PyTree, ...]:
+    """The inputs of each layer, from stacks as for `scan_layers`."""
+    return tuple(_take_layer(stacks, kinds, place) for place in range(len(kinds)))
 
 
 def _run_block(body, checkpoint, block, unroll, x, inputs) -> tuple[Array, Caches]:

@@ -3,7 +3,7 @@
 `layer.py` has one layer; a `Config` chooses the family.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,7 +11,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Integer, PRNGKeyArray
+from jaxtyping import Array, Float, Int, Integer, PRNGKeyArray, PyTree
 
 from ..._arrays.layout import Layout
 from ..._arrays.packed import PackedLayout
@@ -24,7 +24,7 @@ from ..._jax.rounding import rounded
 from . import incremental
 from .attention import attend_by_layout, masks
 from .basic_layers import Bias, Embedding, Linear, Norm, dropout, scaled
-from .blocks import Caches, keep_own, scan_layers
+from .blocks import Caches, keep_own, run_layers, scan_layers, take_apart
 from .by_layer import choose_masks, choose_tables
 from .companion_files import Origin
 from .config import Config
@@ -168,9 +168,10 @@ class Transformer(eqx.Module):
         tokens: Int[Array, ""] | None = None,
         links: Links | None = None,
         caches: Caches | None = None,
+        layers: Sequence[tuple[PyTree, Caches]] | None = None,
         key: PRNGKeyArray | None = None,
         observe: Callable[[Layer, Array], Any] | None = None,
-    ) -> tuple[Float[Array, "length width"], Caches]:
+    ) -> tuple[Float[Array, "length width"], Caches | tuple[Caches, ...]]:
         """Runs the whole stack, with an attention function from the caller.
 
         **Arguments:**
@@ -185,6 +186,8 @@ class Transformer(eqx.Module):
             before it).
         - `caches`: what `attend` gets as `cache`, and the states of recurrent layers before the
             row (default: zeros); each layer gets its slice.
+        - `layers`: the arrays and caches of each layer, to run them without a loop. They replace
+            `caches` and the arrays of the stack.
         - `key`: the random key of dropout; without it no dropout applies.
         - `observe`: a function of a layer and the input of its `feed_forward`, whose results are
             returned in place of the caches.
@@ -192,7 +195,7 @@ class Transformer(eqx.Module):
         **Returns:**
 
         The normalised hidden states; the caches that `attend` returned, and the states of recurrent
-        layers after the last real token.
+        layers after the last real token. They are stacked, or those of each layer.
         """
         config = self.config
         first, key = (None, None) if key is None else jax.random.split(key)
@@ -212,7 +215,7 @@ class Transformer(eqx.Module):
 
         def body(kind, x, inputs):
             mixer, block = kind
-            arrays, bits, which_masks, which_tables, number, caches, key = inputs
+            arrays, bits, caches, (which_masks, which_tables, number, key) = inputs
             key, rng = (None, None) if key is None else jax.random.split(key)
 
             def attend_here(query, key, value, sinks):
@@ -237,10 +240,16 @@ class Transformer(eqx.Module):
             x, cache = layer(join(x), mix, config=config, block=block, key=key, observe=seen_by)
             return split(join(x)), Caches(**{mixer: cache})
 
-        stacks = (arrays, bits, which_masks, which_tables, numbers, caches or Caches(), keys)
-        # A token at a time, the code of every layer is slower than a loop.
-        how = {"remat": config.remat, "unroll": config.unroll and caches is None}
-        x, new_caches = scan_layers(body, join(x), stacks, config.kinds, **how)
+        chosen = (which_masks, which_tables, numbers, keys)
+        if layers is None:
+            stacks = (arrays, bits, caches or Caches(), chosen)
+            # A token at a time, straight code would copy each layer out of the stack.
+            how = {"remat": config.remat, "unroll": config.unroll and caches is None}
+            x, new_caches = scan_layers(body, join(x), stacks, config.kinds, **how)
+        else:
+            each = zip(layers, take_apart(chosen, config.kinds), strict=True)
+            inputs = [(arrays, None, caches, chosen) for (arrays, caches), chosen in each]
+            x, new_caches = run_layers(body, x, inputs, config.kinds)
         # In half precision the norm is recomputed too: nothing that it keeps for the backward pass
         # then changes how the forward pass rounds.
         norm = eqx.filter_checkpoint(self.norm) if is_narrow(x) else self.norm
