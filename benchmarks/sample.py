@@ -3,11 +3,13 @@
     python -m benchmarks.sample                                     # ours and plain JAX
     python -m benchmarks.sample --python-torch ENV/bin/python       # and `transformers`' generate
     python -m benchmarks.sample --batches 1 8 --prompts 128 --dtype bfloat16
+    python -m benchmarks.sample --systems ours,transformers --top-p 0.95   # not greedily
 
 Each system is a process of its own, and all take turns. They draw greedily from the same weights
-and prompts, so that their tokens can be compared. The floor of a token is the larger of two times:
-that of reading the weights and the cached keys and values once, and that of the arithmetic. The
-rates are measured on a CPU; on an accelerator they are those of the data sheet, in bfloat16.
+and prompts, so that their tokens can be compared; with `--top-p` they sample. The floor of a token
+is the larger of two times: that of reading the weights and the cached keys and values once, and
+that of the arithmetic. The rates are measured on a CPU; on an accelerator they are those of the
+data sheet, in bfloat16.
 """
 
 import argparse
@@ -39,12 +41,16 @@ COMPARED = 8
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Drawing:
-    """Greedy completions of `new` tokens, for every batch size with every length of prompts."""
+    """Completions of `new` tokens, for every batch size with every length of prompts.
+
+    They are greedy, or drawn at temperature 1 from the likeliest tokens that sum to `top_p`.
+    """
 
     batches: Sequence[int] = (1, 8, 32)
     prompts: Sequence[int] = (128, 1024)
     new: int = 128
     rounds: int = 3
+    top_p: float | None = None
     dtype: str = "float32"
     vocab: int = 32000
     width: int = 512
@@ -82,8 +88,10 @@ class Drawing:
 TINY = {"vocab": 97, "width": 16, "layers": 2, "heads": 2, "feed_forward": 24}
 
 
-def checksum(ids: np.ndarray) -> float:
-    """A number that differs if the first ids of completions do. Shape `(batch, new)`."""
+def checksum(drawing: Drawing, ids: np.ndarray) -> float:
+    """A number that differs if the first ids of completions do; 0 if they were sampled."""
+    if drawing.top_p is not None:
+        return 0.0
     first = np.asarray(ids)[:, :COMPARED].astype(np.float64)
     return float((first * np.arange(1, 1 + first.size).reshape(first.shape)).sum())
 
@@ -123,6 +131,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     for name in ("new", "rounds", "vocab", "width", "layers", "heads"):
         parser.add_argument(f"--{name}", type=int, default=getattr(shown, name))
     parser.add_argument("--feed-forward", type=int, default=shown.feed_forward)
+    parser.add_argument("--top-p", type=float, metavar="P", help="sample, with this top-p")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=shown.dtype)
     parser.add_argument("--systems", help=f"comma-separated, of {','.join(SYSTEMS)}")
     parser.add_argument("--python-torch", metavar="PATH", help="interpreter with transformers")
@@ -216,7 +225,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.quick:
         sizes = {"batches": (1, 2), "prompts": (6,), "new": 5, "rounds": 1}
         drawing = dataclasses.replace(drawing, **sizes, **TINY)
-    systems = [name for name in SYSTEMS if name != "transformers" or options.python_torch]
+    left_out = {"transformers"} if options.python_torch is None else set()
+    # It is greedy.
+    left_out |= {"plain_jax"} if drawing.top_p is not None else set()
+    systems = [name for name in SYSTEMS if name not in left_out]
     systems = options.systems.split(",") if options.systems else systems
     device = device_name()
     measured = RATES if device == "cpu" else {}

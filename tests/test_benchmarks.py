@@ -188,6 +188,9 @@ def test_sample_prints_a_row_for_each_system_and_point(capsys):
     ]
     first, second = out.splitlines()[-1].removeprefix("checksums: ").split(", ")
     assert first.split()[1] == second.split()[1]
+    sample.main(["--quick", "--top-p", "0.9"])
+    # The loop of plain JAX is greedy.
+    assert "plain_jax" not in capsys.readouterr().out
 
 
 def test_the_times_of_a_point_are_those_of_its_calls():

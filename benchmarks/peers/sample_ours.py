@@ -1,4 +1,4 @@
-"""This library's sampler: greedy completions of each prompt, by `models.generate`."""
+"""This library's sampler: a completion of each prompt, by `models.generate`."""
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +15,15 @@ def main() -> None:
     turns = Turns(version=f"JAX {jax.__version__}")
     drawing, folder = given(Drawing)
     policy = models.load(folder / "policy", dtype=jnp.dtype(drawing.dtype))
+    is_greedy = drawing.top_p is None
+    how = {"temperature": 0.0 if is_greedy else 1.0, "top_p": drawing.top_p}
     turns.begin()
     for batch, length, new in drawing.calls():
         ids = drawing.ids(batch, length)
         prompt = dpx.Tokens(ids, np.ones(ids.shape, bool))
-        drawn = models.generate(policy, prompt, max_new_tokens=new, temperature=0)
-        if not turns.step_done(checksum(np.asarray(drawn.ids))):
+        key = None if is_greedy else jax.random.key(new)
+        drawn = models.generate(policy, prompt, max_new_tokens=new, key=key, **how)
+        if not turns.step_done(checksum(drawing, np.asarray(drawn.ids))):
             return
 
 

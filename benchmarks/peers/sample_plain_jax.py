@@ -84,7 +84,7 @@ def main() -> None:
     turns.begin()
     for batch, length, new in drawing.calls():
         drawn = generate(model, drawing.ids(batch, length), new)
-        if not turns.step_done(checksum(drawn)):
+        if not turns.step_done(checksum(drawing, drawn)):
             return
 
 

@@ -1,4 +1,4 @@
-"""`transformers`' own `generate`: greedy, with its cache, and fused attention."""
+"""`transformers`' own `generate`, with its cache, and fused attention."""
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -14,6 +14,9 @@ def main() -> None:
     settings = {"attn_implementation": "sdpa", "dtype": getattr(torch, drawing.dtype)}
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(folder / "policy", **settings).eval().to(device)
+    how = {"do_sample": False}
+    if drawing.top_p is not None:
+        how = {"do_sample": True, "top_p": drawing.top_p, "top_k": 0}
     turns.begin()
     for batch, length, new in drawing.calls():
         ids = torch.from_numpy(drawing.ids(batch, length)).long().to(device)
@@ -23,10 +26,10 @@ def main() -> None:
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=new,
                 min_new_tokens=new,
-                do_sample=False,
                 pad_token_id=0,
+                **how,
             )
-        if not turns.step_done(checksum(drawn[:, length:].cpu().numpy())):
+        if not turns.step_done(checksum(drawing, drawn[:, length:].cpu().numpy())):
             return
 
 

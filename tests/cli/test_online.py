@@ -90,7 +90,10 @@ def test_the_first_rounds_by_hand(whole, models):
         policy, prompt, samples=3, max_new_tokens=4, key=keys, eos=tokenizer.eos_token_id
     )
     texts = [
-        [tokenizer.decode(row[m].tolist()) for row, m in zip(*rows, strict=True)]
+        [
+            tokenizer.decode(row[m].tolist(), skip_special_tokens=True)
+            for row, m in zip(*rows, strict=True)
+        ]
         for rows in zip(np.asarray(samples.tokens.ids), samples.tokens.mask, strict=True)
     ]
     rewards = np.array(
