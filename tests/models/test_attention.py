@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dpo_eqx import Layout, PackedLayout, models
-from dpo_eqx.models._decoder import attention, blockwise, rotary
+from dpo_eqx.models._decoder import attended, attention, blockwise, rotary
 from dpo_eqx.models._decoder.attention import attend, attend_by_layout, masks
 
 CONFIG = models.Config(vocab=1, width=1, layers=1, heads=4, key_heads=2, head_width=6)
@@ -53,6 +53,27 @@ def test_by_layout(window, softcap, dtype, bound):
     real = np.asarray(LAYOUT.segments) >= 0
     assert got.dtype == dtype
     assert np.abs(np.asarray(got) - want)[real].max() < bound
+
+
+def test_parts_of_the_queries_leave_out_keys_that_none_of_them_sees(monkeypatch):
+    row = draw(LAYOUT.length, jnp.float64)
+
+    def values():
+        def total(*row):
+            output = attend_by_layout(LAYOUT, *row, masks(LAYOUT, None), config=CONFIG, rng=None)
+            return jnp.where((LAYOUT.segments >= 0)[:, None, None], jnp.sin(output), 0).sum()
+
+        return jax.jit(jax.value_and_grad(total, (0, 1, 2)))(*row)
+
+    want = values()
+    monkeypatch.setattr(attended, "LEAST_QUERIES", 2)
+    ends = [(own.stop, keys.stop) for own, keys in attended.visible_parts("keys", 4, 11)]
+    assert ends == [(2, 9), (4, 11)]
+    ends = [(own.stop, keys.stop) for own, keys in attended.visible_parts("causal", 7, 7)]
+    assert ends == [(2, 2), (4, 4), (7, 7)]
+    assert attended.visible_parts("any", 7, 9) == [(slice(0, 7), slice(0, 9))]
+    for got, expected in zip(jax.tree.leaves(values()), jax.tree.leaves(want), strict=True):
+        assert jnp.abs(got - expected).max() < 1e-13
 
 
 @pytest.mark.slow

@@ -18,10 +18,12 @@ from ..._jax.linear_map import per_tile, with_transpose
 from ..._jax.mapped_axes import vary_alike
 from ..._jax.platform_rules import Where, by_rule
 from . import blockwise, kernels
-from .how import How
+from .how import Form, How
 
 # The name of the residuals of attention's backward pass, for a policy of `jax.checkpoint`.
 ATTENDED = "attended"
+# Queries of a row are cut into at most so many parts, and into parts of at least so many queries.
+MOST_PARTS, LEAST_QUERIES = 4, 256
 
 
 def attended(
@@ -122,13 +124,24 @@ class Forward:
         return query, normaliser_of(query)
 
     def run(self, where: Where, *operands: Array) -> Sequence[Array]:
-        how, (query, key) = self.how, operands[:2]
+        how, (query, key, value) = self.how, operands[:3]
         kernel = kernels.find(where, how, query) if how.use_kernels else None
         if kernel is not None:
             return kernel.forward(*operands), no_normaliser(query)
-        size = blockwise.block_size(where.platform, query, key)
-        value, seen = operands[2], _mask_of(operands)
-        return blockwise.forward(how.scale, how.softcap, size, query, key, value, seen)
+        seen = _mask_of(operands)
+        results = [
+            blockwise.forward(
+                how.scale,
+                how.softcap,
+                blockwise.block_size(where.platform, query[:, own], key[:, keys]),
+                query[:, own],
+                key[:, keys],
+                value[:, keys],
+                seen[own, keys],
+            )
+            for own, keys in visible_parts(how.form, query.shape[1], key.shape[1])
+        ]
+        return [jnp.concatenate(x, axis=1) for x in zip(*results, strict=True)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,14 +155,57 @@ class Pull:
 
     def run(self, where: Where, *operands: Array) -> Sequence[Array]:
         how, cotangents, results, primals = self.how, operands[:2], operands[2:4], operands[4:]
-        query, key = primals[:2]
+        query, key, value = primals[:3]
         # It finds one if the forward pass found one: the `vmap`s around that are around this, too.
         kernel = kernels.find(where, how, query) if how.use_kernels else None
         if kernel is not None:
             return kernel.pull(cotangents[0], *primals)
-        size = blockwise.block_size(where.platform, query, key)
-        known = (*primals[:3], _mask_of(primals)), results
-        return blockwise.pull(how.scale, how.softcap, size, *known, cotangents)
+        seen = _mask_of(primals)
+        pulled = [
+            blockwise.pull(
+                how.scale,
+                how.softcap,
+                blockwise.block_size(where.platform, query[:, own], key[:, keys]),
+                (query[:, own], key[:, keys], value[:, keys], seen[own, keys]),
+                [x[:, own] for x in results],
+                [x[:, own] for x in cotangents],
+            )
+            for own, keys in visible_parts(how.form, query.shape[1], key.shape[1])
+        ]
+        in_query, in_key, in_value = zip(*pulled, strict=True)
+        return (
+            jnp.concatenate(in_query, axis=1),
+            _sum_from_the_front(in_key, like=key),
+            _sum_from_the_front(in_value, like=value),
+        )
+
+
+def visible_parts(form: Form, queries: int, keys: int) -> list[tuple[slice, slice]]:
+    """Parts of the queries, each with the keys up to the last that any of its queries sees.
+
+    More parts leave out more keys, and take longer to compile.
+    """
+    if form == "any":
+        return [(slice(0, queries), slice(0, keys))]
+    count = max(1, min(MOST_PARTS, queries // LEAST_QUERIES))
+    ends = [queries * (i + 1) // count for i in range(count)]
+    # The first query of "keys" sees as many keys more than one as there are more keys than queries.
+    more = keys - queries if form == "keys" else 0
+    return [
+        (slice(start, end), slice(0, min(end + more, keys)))
+        for start, end in zip([0, *ends], ends, strict=False)
+    ]
+
+
+def _sum_from_the_front(
+    parts: Sequence[Float[Array, "batch _ key_heads head_width"]],
+    *,
+    like: Float[Array, "batch key key_heads head_width"],
+) -> Float[Array, "batch key key_heads head_width"]:
+    """The sum of arrays for the first keys, in the shape and dtype of `like`."""
+    keys, no = like.shape[1], (0, 0)
+    whole = [jnp.pad(x, (no, (0, keys - x.shape[1]), no, no)) for x in parts]
+    return sum(whole[1:], start=whole[0]).astype(like.dtype)
 
 
 def _mask_of(operands: Sequence[Array]) -> Bool[Array, "query key"]:

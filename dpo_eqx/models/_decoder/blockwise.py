@@ -99,7 +99,7 @@ def push(scale, softcap, size, primals, results, tangents):
 
 
 def pull(scale, softcap, size, primals, results, cotangents):
-    r"""The transpose of `push`.
+    r"""The transpose of `push`; the cotangents of keys and values are in float32 or wider.
 
     With $P$ the weights, $O$ the output and $dN$ the normaliser's cotangent, the slope in a score
     is $P (dO V^T - dO \cdot O + dN)$.
@@ -136,7 +136,7 @@ def pull(scale, softcap, size, primals, results, cotangents):
     sums, in_query = jax.lax.scan(
         block, vary_alike(zeros, query)[0], (*operands, _blocks(mask, size, 0))
     )
-    return _unblocked(in_query, length), *(x.astype(narrow) for x in sums)
+    return _unblocked(in_query, length), *sums
 
 
 def scores_of(scale, softcap, query, key, mask, *, keys_first=False) -> tuple[Array, float]:
