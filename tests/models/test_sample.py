@@ -181,6 +181,18 @@ def test_truncated_draws_have_their_distribution(settings):
     np.testing.assert_allclose(drawn.log_probs[0], np.log(probabilities)[ids], rtol=1e-6)
 
 
+def test_a_top_p_of_one_is_not_looked_for(prompt, monkeypatch):
+    drawn = models.sample(TABLE, prompt, **OPTIONS)
+
+    def keep_top_p(logits, top_p):
+        raise AssertionError("`top_p` was applied.")
+
+    monkeypatch.setattr("dpo_eqx.models._decoder.sample.keep_top_p", keep_top_p)
+    same(drawn, models.sample(TABLE, prompt, top_p=1.0, **OPTIONS))
+    with pytest.raises(AssertionError, match="was applied"):
+        models.sample(TABLE, prompt, top_p=0.99, **OPTIONS)
+
+
 def test_min_p():
     logits = jnp.log(jnp.asarray([0.5, 0.3, 0.15, 0.05]))
     assert np.isfinite(keep_min_p(logits, 0.3)).tolist() == [True, True, True, False]

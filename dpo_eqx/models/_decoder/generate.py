@@ -96,6 +96,8 @@ def sample(
     _check_range(temperature, top_p=top_p, min_p=min_p)
     if isinstance(policy, Transformer):
         policy.check_length(_longest(prompt) + int(max_new_tokens))
+    # All tokens sum to 1, so nothing has to be looked for.
+    top_p = None if isinstance(top_p, Real) and top_p == 1 else top_p
     return _sample(
         policy,
         Tokens(as_ids(prompt.ids), jnp.asarray(prompt.mask)),
