@@ -23,6 +23,7 @@ from .test_report import report, written
 PROMPTS = [[5, 6, 7], [9] * 20]
 SAMPLING = {"sample_every": 2, "sample_tokens": 5}
 SHORT = {"steps": 4, "save_every": 3}
+EOS = 2  # of the checkpoint
 
 
 def write_prompts(path, prompts=PROMPTS):
@@ -37,10 +38,10 @@ def as_text(ids):
 def answers(policy, tokens, seed):
     """Of a policy, by the library alone."""
     rows = padded(PROMPTS, 32)
-    options = {"samples": 1, "max_new_tokens": tokens, "key": jax.random.key(seed)}
+    options = {"samples": 1, "max_new_tokens": tokens, "key": jax.random.key(seed), "eos": EOS}
     drawn = library.sample(policy, rows, **options).tokens
     pairs = zip(np.asarray(drawn.ids), np.asarray(drawn.mask), strict=True)
-    return [as_text(ids[0][mask[0]]) for ids, mask in pairs]
+    return [as_text(x for x in ids[0][mask[0]] if x != EOS) for ids, mask in pairs]
 
 
 @pytest.mark.slow
