@@ -4,7 +4,7 @@
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import jax
@@ -124,23 +124,12 @@ class Forward:
         return query, normaliser_of(query)
 
     def run(self, where: Where, *operands: Array) -> Sequence[Array]:
-        how, (query, key, value) = self.how, operands[:3]
+        how, query = self.how, operands[0]
         kernel = kernels.find(where, how, query) if how.use_kernels else None
         if kernel is not None:
             return kernel.forward(*operands), no_normaliser(query)
-        seen = _mask_of(operands)
-        results = [
-            blockwise.forward(
-                how.scale,
-                how.softcap,
-                blockwise.block_size(where.platform, query[:, own], key[:, keys]),
-                query[:, own],
-                key[:, keys],
-                value[:, keys],
-                seen[own, keys],
-            )
-            for own, keys in visible_parts(how.form, query.shape[1], key.shape[1])
-        ]
+        parts = _parts(how, where, operands)
+        results = [blockwise.forward(how.scale, how.softcap, size, *of) for _, size, of in parts]
         return [jnp.concatenate(x, axis=1) for x in zip(*results, strict=True)]
 
 
@@ -160,17 +149,16 @@ class Pull:
         kernel = kernels.find(where, how, query) if how.use_kernels else None
         if kernel is not None:
             return kernel.pull(cotangents[0], *primals)
-        seen = _mask_of(primals)
         pulled = [
             blockwise.pull(
                 how.scale,
                 how.softcap,
-                blockwise.block_size(where.platform, query[:, own], key[:, keys]),
-                (query[:, own], key[:, keys], value[:, keys], seen[own, keys]),
+                size,
+                of,
                 [x[:, own] for x in results],
                 [x[:, own] for x in cotangents],
             )
-            for own, keys in visible_parts(how.form, query.shape[1], key.shape[1])
+            for own, size, of in _parts(how, where, primals)
         ]
         in_query, in_key, in_value = zip(*pulled, strict=True)
         return (
@@ -178,6 +166,16 @@ class Pull:
             _sum_from_the_front(in_key, like=key),
             _sum_from_the_front(in_value, like=value),
         )
+
+
+def _parts(
+    how: How, where: Where, operands: Sequence[Array]
+) -> Iterator[tuple[slice, int, tuple[Array, ...]]]:
+    """The parts of the queries: where they are, the size of their blocks, and their operands."""
+    (query, key, value), seen = operands[:3], _mask_of(operands)
+    for own, keys in visible_parts(how.form, query.shape[1], key.shape[1]):
+        of = query[:, own], key[:, keys], value[:, keys], seen[own, keys]
+        yield own, blockwise.block_size(where.platform, *of[:2]), of
 
 
 def visible_parts(form: Form, queries: int, keys: int) -> list[tuple[slice, slice]]:

@@ -61,7 +61,7 @@ def decode(
     # The first token needs no step of the policy beyond the prompt.
     written = append(jnp.zeros_like(lengths[0]), logits, _nothing(logits, steps, ends))
 
-    def takes_apart(platform):
+    def is_worth_it(platform):
         rows = written.done.size
         return isinstance(reader, Cached) and apart.is_worth_it(reader.policy, rows, platform)
 
@@ -71,7 +71,7 @@ def decode(
             read = reader.taken_apart(shared, own)
         return _finish(*read, lengths, append, written)
 
-    written = by_platform(takes_apart, finish, shared, own, written)
+    written = by_platform(is_worth_it, finish, shared, own, written)
     return Samples(Tokens(written.ids, written.mask), written.log_probs)
 
 

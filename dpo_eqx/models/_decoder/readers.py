@@ -131,7 +131,7 @@ def _places(caches: Caches | tuple[Caches, ...]) -> Int[Array, " length"]:
     """The places of the tokens in a cache of keys and values; none if no layer has attention."""
     each = [caches] if isinstance(caches, Caches) else caches
     leaves = jax.tree.leaves([own.attention for own in each])
-    return jnp.arange(leaves[0].shape[-2] if leaves else 0)
+    return jnp.arange(leaves[0].shape[TOKENS] if leaves else 0)
 
 
 class Recurrent(eqx.Module):

@@ -1,7 +1,7 @@
 """Chooses the next token from logits: greedy, or sampled with temperature, top-k, top-p and min-p.
 
-`generate.py` computes the logits. Everything here takes a few passes over them: on a CPU, to sort
-them or to draw a random number for each takes longer than a layer.
+`generate.py` computes the logits. Nothing here sorts them, or draws a random number for each: on a
+CPU, that takes longer than a layer.
 """
 
 import math
