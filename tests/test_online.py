@@ -170,7 +170,7 @@ def test_online_reaches_an_optimum_that_offline_does_not():
         for is_online in (False, True)
     }
     assert distances[True] < 0.02
-    assert distances[False] > 0.2
+    assert distances[False] > 0.1
     # pi_ref exp(r / beta) / Z by a calculator.
     want = [0.3644, 0.2736, 0.0839, 0.0247, 0.2489, 0.0045]
     np.testing.assert_allclose(bandit.optimum(), want, atol=1e-4)

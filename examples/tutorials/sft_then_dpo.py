@@ -174,14 +174,15 @@ for name, model in runs.items():
     )
 
 # %% [markdown]
-# - **SFT, then DPO** writes three times as many `a` as before, and most words can still be spoken.
-# - **DPO against the base** writes as many `a`, and has forgotten half of what SFT taught. Its loss
+# - **SFT, then DPO** writes more than three times as many `a` as before, and most words can still
+#   be spoken.
+# - **DPO against the base** writes as many `a`, and has forgotten much of what SFT taught. Its loss
 #   is even lower. The reference is what DPO holds the policy to, and the base cannot speak.
 # - **DPO without SFT** learns `a`, but not to speak: both completions of a pair can be spoken, so
 #   the pairs do not say that words should.
 #
-# The first loss told it: $\log 2 = 0.693$ if policy and reference are equal, and 0.688 in the run
-# that went wrong. The difference is small here, and still is the sign to look for.
+# The first loss told it: $\log 2 = 0.693$ if policy and reference are equal, and 0.628 in the run
+# that went wrong. That is the sign to look for.
 #
 # ## Next
 #
