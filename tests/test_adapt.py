@@ -129,7 +129,7 @@ def _parts_of_head(linear):
     return linear.weight, linear.bias
 
 
-@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("bias", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_with_hidden_it_is_a_fast_policy_and_equals_the_plain_call(bias):
     model = Attention(jax.random.key(0), bias=bias, softcap=None)
 

@@ -101,9 +101,8 @@ def test_pmap(alone, batch, microbatches):
         assert_close(jax.tree.map(lambda x, d=device: x[d], got), want, TOLERANCE)
 
 
-@pytest.mark.parametrize(
-    "loss", [pytest.param(dpo, marks=pytest.mark.slow), centred], ids=list(LOSSES)
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", [dpo, centred], ids=list(LOSSES))
 def test_filter_pmap(batch, loss):
     """Equinox finds shapes under a `vmap` of the same name first; with dropout and microbatches."""
     policy, key = Perceptron(jax.random.key(0), rate=0.5), jax.random.key(3)

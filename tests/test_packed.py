@@ -111,7 +111,7 @@ SINGLE = [
 ]
 
 
-@pytest.mark.parametrize("microbatches", [1, 2])
+@pytest.mark.parametrize("microbatches", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_step_on_single_completions_is_that_of_padded_ones(microbatches):
     """Of the mean over all scored tokens, with the metrics of the tokens."""
     packed = data.pack(SINGLE, LENGTH, multiple_of=2, dtype=np.float64, average="tokens")
@@ -192,7 +192,7 @@ def gradient(policy, batch, reference=None, *, loss=LOSS, key=None, **settings):
     return dpx.make_grad(loss, **settings)(policy, batch, reference, key=key)
 
 
-@pytest.mark.parametrize("microbatches", [1, 2])
+@pytest.mark.parametrize("microbatches", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_step_is_that_of_padded_pairs(microbatches):
     policy = POLICIES["mask"]
     want = gradient(policy, PADDED)
