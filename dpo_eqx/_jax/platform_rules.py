@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from .by_platform import CPU, CUDA, OTHER, TPU
+from .in_turns import in_turns
 from .mapped_axes import vary_alike
 
 # The name of the equations of `by_rule` in a jaxpr.
@@ -43,6 +44,10 @@ class Rule(Protocol):
 
     def shapes(self, *operands: jax.ShapeDtypeStruct) -> Sequence[jax.ShapeDtypeStruct]:
         """The shapes and dtypes of the results, the same for all platforms."""
+        ...
+
+    def at_once(self, where: Where, *operands: jax.ShapeDtypeStruct) -> float | None:
+        """About how many calls of `run` under a `vmap` run at once; all of them if `None`."""
         ...
 
     def run(self, where: Where, *operands: Array) -> Sequence[Array]:
@@ -80,13 +85,33 @@ def _run(
     def run(*operands):
         return tuple(rule.run(where, *operands))
 
-    for has_axis, names in reversed(sweeps):
+    sizes, inner = _shapes(sweeps, operands)
+    most = rule.at_once(where, *inner)
+    for size, (has_axis, names) in zip(reversed(sizes), reversed(sweeps), strict=True):
         in_axes = tuple(0 if has else None for has in has_axis)
-        run = jax.vmap(run, in_axes, spmd_axis_name=names or None)
+        if most is None:
+            run = jax.vmap(run, in_axes, spmd_axis_name=names or None)
+        else:
+            run = in_turns(run, most, in_axes)
+            most = most / size
     return run(*operands)
 
 
 def _types(*operands: ShapedArray, rule: Rule, sweeps: tuple[Sweep, ...]) -> list[ShapedArray]:
+    sizes, inner = _shapes(sweeps, operands)
+
+    def whole(result):
+        shape = (*sizes, *result.shape)
+        where = operands[0].sharding.update(spec=P(*[None] * len(shape)))
+        return operands[0].update(shape=shape, dtype=result.dtype, weak_type=False, sharding=where)
+
+    return [whole(result) for result in rule.shapes(*inner)]
+
+
+def _shapes(
+    sweeps: Sequence[Sweep], operands: Sequence[Array | ShapedArray]
+) -> tuple[tuple[int, ...], list[jax.ShapeDtypeStruct]]:
+    """The sizes of the sweeps' axes, and the operands of one call."""
     sizes = tuple(
         next(x.shape[i] for x, i in zip(operands, depths, strict=True) if i is not None)
         for depths in zip(*_depths(sweeps, len(operands)), strict=True)
@@ -95,13 +120,7 @@ def _types(*operands: ShapedArray, rule: Rule, sweeps: tuple[Sweep, ...]) -> lis
         jax.ShapeDtypeStruct(x.shape[sum(sweep.has_axis[i] for sweep in sweeps) :], x.dtype)
         for i, x in enumerate(operands)
     ]
-
-    def whole(result):
-        shape = (*sizes, *result.shape)
-        where = operands[0].sharding.update(spec=P(*[None] * len(shape)))
-        return operands[0].update(shape=shape, dtype=result.dtype, weak_type=False, sharding=where)
-
-    return [whole(result) for result in rule.shapes(*inner)]
+    return sizes, inner
 
 
 def _depths(sweeps: Sequence[Sweep], operands: int) -> Iterator[list[int | None]]:

@@ -1,6 +1,8 @@
 """Attention and rotation against float64 NumPy written from their definitions."""
 
 import dataclasses
+import math
+import re
 from functools import partial
 
 import jax
@@ -98,8 +100,9 @@ def plain(query, key, value, mask, softcap):
     return jnp.einsum("bhts,bshd->bthd", weights, value)
 
 
-# With 150 the queries, of a prime number, go in blocks of 3 with 2 more as padding.
-@pytest.mark.parametrize(("length", "at_once"), [(6, 1), (6, 40), (7, 150), (6, 10**6)])
+# With 30 the queries, of a prime number, go in blocks of 3 with 2 more as padding. With 150, two of
+# the four key heads of the rows run at once.
+@pytest.mark.parametrize(("length", "at_once"), [(6, 1), (6, 40), (7, 30), (6, 150), (6, 10**6)])
 @pytest.mark.parametrize("softcap", [pytest.param(None, marks=pytest.mark.slow), 2.0])
 def test_gradient_block_by_block(monkeypatch, length, at_once, softcap):
     monkeypatch.setitem(blockwise.SCORES_AT_ONCE, "cpu", at_once)
@@ -118,6 +121,44 @@ def test_gradient_block_by_block(monkeypatch, length, at_once, softcap):
     assert max(np.abs(a - b).max() for a, b in zip(got, want, strict=True)) < 1e-13
     if at_once == 40:
         jax.test_util.check_grads(jax.jit(ours), operands, order=2, modes=("rev",))
+
+
+@pytest.mark.parametrize("at_once", [1, 40, 150, 10**6])
+def test_pairs_with_their_own_masks_run_in_turns(monkeypatch, at_once):
+    monkeypatch.setitem(blockwise.SCORES_AT_ONCE, "cpu", at_once)
+    rng = np.random.default_rng(0)
+    rows = [jnp.asarray(rng.normal(size=(3, 2, *x.shape))) for x in draw(6, jnp.float64)]
+    seen = jnp.asarray(rng.integers(0, 2, (3, 6, 6)) + np.eye(6) > 0)
+
+    def total(attention, *rows):
+        return jnp.sin(jax.vmap(attention)(*rows, seen)).sum()
+
+    ours = partial(total, partial(attend, config=CONFIG))
+    theirs = partial(total, partial(plain, softcap=None))
+    both = (jax.jit(jax.value_and_grad(f, (0, 1, 2)))(*rows) for f in (ours, theirs))
+    got, want = map(jax.tree.leaves, both)
+    assert max(np.abs(a - b).max() for a, b in zip(got, want, strict=True)) < 1e-13
+
+
+@pytest.mark.parametrize(("platform", "at_once"), [("cpu", 1), ("cuda", 4)])
+def test_on_a_cpu_the_products_of_long_rows_have_no_batch(platform, at_once):
+    """XLA would run a product with one in one thread. There are two pairs and two key heads."""
+    config = dataclasses.replace(CONFIG, head_width=8)
+    shapes = [jax.ShapeDtypeStruct((2, 1, 1024, n, 8), jnp.float32) for n in (4, 2, 2)]
+
+    def total(*rows):
+        return jax.vmap(lambda *row: attend(*row, None, config=config))(*rows).sum()
+
+    traced = jax.jit(jax.grad(total, (0, 1, 2))).trace(*shapes)
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    batches = []
+    for axes, shape in re.findall(
+        r"dot_general.* batching_dims = \[(.*?)\].* \(tensor<(.*?)xf32", text
+    ):
+        sizes = [int(size) for size in shape.split("x")]
+        batches.append(math.prod(sizes[int(axis)] for axis in axes.split(",")))
+    assert set(batches) == {at_once}
+    assert len(batches) == text.count("dot_general") > 8
 
 
 @pytest.mark.parametrize("length", [4096, 4099], ids=["even", "prime"])

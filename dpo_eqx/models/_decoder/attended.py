@@ -4,16 +4,19 @@
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
-from ..._jax.by_platform import by_platform
+from ..._jax.by_platform import CPU, by_platform
 from ..._jax.dtypes import at_least_float32
+from ..._jax.in_turns import in_turns
 from ..._jax.linear_map import per_tile, with_transpose
 from ..._jax.mapped_axes import vary_alike
 from ..._jax.platform_rules import Where, by_rule
@@ -95,12 +98,24 @@ def _attended_jvp(how, primals, tangents):
 
 def _push(how, primals, results, tangents):
     """The tangents of the results, in blocks: kernels have no forward mode."""
+    query, key = primals[:2]
+    batch, queries, key_heads, groups, _ = query.shape
+    heads = batch * key_heads * groups
+
+    def run(size, mask, *arrays):
+        def one(*arrays):
+            primals, results, tangents = (*arrays[:3], mask), arrays[3:5], arrays[5:]
+            return blockwise.push(how.scale, how.softcap, size, primals, results, tangents)
+
+        return _each_head(None, one, *arrays)
+
     return by_platform(
-        lambda platform: blockwise.block_size(platform, *primals[:2]),
-        lambda size, *arrays: blockwise.push(how.scale, how.softcap, size, *arrays),
-        (*primals[:3], _mask_of(primals)),
-        results,
-        tangents,
+        lambda platform: blockwise.block_size(platform, heads, queries, key.shape[1]),
+        run,
+        _mask_of(primals),
+        *primals[:3],
+        *results,
+        *tangents,
     )
 
 
@@ -123,14 +138,26 @@ class Forward:
         query = operands[0]
         return query, normaliser_of(query)
 
+    def at_once(self, where: Where, *operands: jax.ShapeDtypeStruct) -> float | None:
+        query, key = operands[:2]
+        return at_once(where, math.prod(query.shape[:4]) * key.shape[1])
+
     def run(self, where: Where, *operands: Array) -> Sequence[Array]:
         how, query = self.how, operands[0]
         kernel = kernels.find(where, how, query) if how.use_kernels else None
         if kernel is not None:
             return kernel.forward(*operands), no_normaliser(query)
-        parts = _parts(how, where, operands)
-        results = [blockwise.forward(how.scale, how.softcap, size, *of) for _, size, of in parts]
-        return [jnp.concatenate(x, axis=1) for x in zip(*results, strict=True)]
+        most, size_of = _turns(where, *operands[:2])
+        seen = _mask_of(operands)
+
+        def one(query, key, value):
+            results = [
+                blockwise.forward(how.scale, how.softcap, size_of(part), *part)
+                for _, part in _parts(how.form, query, key, value, seen)
+            ]
+            return tuple(jnp.concatenate(x) for x in zip(*results, strict=True))
+
+        return _each_head(most, one, *operands[:3])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,6 +169,9 @@ class Pull:
     def shapes(self, *operands: jax.ShapeDtypeStruct) -> Sequence[jax.ShapeDtypeStruct]:
         return operands[4:7]
 
+    def at_once(self, where: Where, *operands: jax.ShapeDtypeStruct) -> float | None:
+        return Forward(self.how).at_once(where, *operands[4:])
+
     def run(self, where: Where, *operands: Array) -> Sequence[Array]:
         how, cotangents, results, primals = self.how, operands[:2], operands[2:4], operands[4:]
         query, key, value = primals[:3]
@@ -149,33 +179,70 @@ class Pull:
         kernel = kernels.find(where, how, query) if how.use_kernels else None
         if kernel is not None:
             return kernel.pull(cotangents[0], *primals)
-        pulled = [
-            blockwise.pull(
-                how.scale,
-                how.softcap,
-                size,
-                of,
-                [x[:, own] for x in results],
-                [x[:, own] for x in cotangents],
+        most, size_of = _turns(where, query, key)
+        seen = _mask_of(primals)
+
+        def one(query, key, value, *others):
+            pulled = []
+            for own, part in _parts(how.form, query, key, value, seen):
+                size, of = size_of(part), [x[own] for x in others]
+                pulled.append(blockwise.pull(how.scale, how.softcap, size, part, of[:2], of[2:]))
+            in_query, in_key, in_value = zip(*pulled, strict=True)
+            return (
+                jnp.concatenate(in_query),
+                _sum_from_the_front(in_key, like=key),
+                _sum_from_the_front(in_value, like=value),
             )
-            for own, size, of in _parts(how, where, primals)
-        ]
-        in_query, in_key, in_value = zip(*pulled, strict=True)
-        return (
-            jnp.concatenate(in_query, axis=1),
-            _sum_from_the_front(in_key, like=key),
-            _sum_from_the_front(in_value, like=value),
-        )
+
+        return _each_head(most, one, query, key, value, *results, *cotangents)
+
+
+def at_once(where: Where, scores: int) -> float | None:
+    """About how many products with so many scores run at once; all of them if `None`.
+
+    On CPUs, XLA runs a product with batch axes in one thread. So only a few run at once, whose
+    scores fit the cache. On several devices, a loop over rows or heads would gather them.
+    """
+    if where.platform != CPU or where.devices > 1 or where.axes:
+        return None
+    return blockwise.scores_at_once(CPU) / scores
+
+
+def _turns(
+    where: Where, query: Array, key: Array
+) -> tuple[float | None, Callable[[Sequence[Array]], int]]:
+    """About how many rows and key heads run at once, and the number of queries in a part's blocks.
+
+    The first is `None` if all run at once, and the second is a function of the part's operands.
+    """
+    batch, queries, key_heads, groups, _ = query.shape
+    most = at_once(where, groups * queries * key.shape[1])
+    # On a CPU, the queries of a key head are only cut if it runs alone.
+    heads = batch * key_heads * groups if most is None else groups
+
+    def size_of(part):
+        return blockwise.block_size(where.platform, heads, len(part[0]), len(part[1]))
+
+    return most, size_of
+
+
+def _each_head(most: float | None, run: Callable[..., Any], *arrays: Array) -> Any:
+    """`run` for each row and each key head, about `most` of them at once; all if it is `None`.
+
+    All arrays and results have the shape `(batch, length, key_heads, ...)`, and those of `run`
+    `(length, ...)`.
+    """
+    of_row = in_turns(run, most, [1] * len(arrays), out_axes=1)
+    rows = None if most is None else most / arrays[0].shape[2]
+    return in_turns(of_row, rows, [0] * len(arrays))(*arrays)
 
 
 def _parts(
-    how: How, where: Where, operands: Sequence[Array]
-) -> Iterator[tuple[slice, int, tuple[Array, ...]]]:
-    """The parts of the queries: where they are, the size of their blocks, and their operands."""
-    (query, key, value), seen = operands[:3], _mask_of(operands)
-    for own, keys in visible_parts(how.form, query.shape[1], key.shape[1]):
-        of = query[:, own], key[:, keys], value[:, keys], seen[own, keys]
-        yield own, blockwise.block_size(where.platform, *of[:2]), of
+    form: Form, query: Array, key: Array, value: Array, mask: Bool[Array, "query key"]
+) -> Iterator[tuple[slice, tuple[Array, Array, Array, Array]]]:
+    """The parts of the queries of one key head: where they are, and their operands."""
+    for own, keys in visible_parts(form, query.shape[0], key.shape[0]):
+        yield own, (query[own], key[keys], value[keys], mask[own, keys])
 
 
 def visible_parts(form: Form, queries: int, keys: int) -> list[tuple[slice, slice]]:
@@ -196,13 +263,10 @@ def visible_parts(form: Form, queries: int, keys: int) -> list[tuple[slice, slic
 
 
 def _sum_from_the_front(
-    parts: Sequence[Float[Array, "batch _ key_heads head_width"]],
-    *,
-    like: Float[Array, "batch key key_heads head_width"],
-) -> Float[Array, "batch key key_heads head_width"]:
+    parts: Sequence[Float[Array, "_ head_width"]], *, like: Float[Array, "key head_width"]
+) -> Float[Array, "key head_width"]:
     """The sum of arrays for the first keys, in the shape and dtype of `like`."""
-    keys, no = like.shape[1], (0, 0)
-    whole = [jnp.pad(x, (no, (0, keys - x.shape[1]), no, no)) for x in parts]
+    whole = [jnp.pad(x, ((0, len(like) - len(x)), (0, 0))) for x in parts]
     return sum(whole[1:], start=whole[0]).astype(like.dtype)
 
 

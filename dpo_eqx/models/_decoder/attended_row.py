@@ -5,6 +5,7 @@ Elsewhere the prompt and the completions are parts, each as in `attended.py`.
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from functools import partial
 
@@ -20,6 +21,7 @@ from .attended import (
     ATTENDED,
     Forward,
     Pull,
+    at_once,
     attended_and_normaliser,
     no_normaliser,
     normaliser_of,
@@ -98,6 +100,10 @@ class _Forward:
         query = operands[0]
         return query, normaliser_of(query)
 
+    def at_once(self, where: Where, *operands: jax.ShapeDtypeStruct) -> float | None:
+        query, key = operands[:2]
+        return at_once(where, math.prod(query.shape[:3]) * key.shape[0])
+
     def run(self, where: Where, *operands: Array) -> Sequence[Array]:
         query, key, value, prompt_length, *masks = operands
         kernel = kernels.find_for_row(where, self.how, self.widths, query)
@@ -118,6 +124,9 @@ class _Pull:
 
     def shapes(self, *operands: jax.ShapeDtypeStruct) -> Sequence[jax.ShapeDtypeStruct]:
         return operands[4:7]
+
+    def at_once(self, where: Where, *operands: jax.ShapeDtypeStruct) -> float | None:
+        return _Forward(self.how, self.widths).at_once(where, *operands[4:])
 
     def run(self, where: Where, *operands: Array) -> Sequence[Array]:
         cotangent, query, key, value, prompt_length, *masks = operands[0], *operands[4:]

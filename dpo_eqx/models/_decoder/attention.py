@@ -21,7 +21,7 @@ from . import kernels
 from .attended import attended, attended_and_normaliser
 from .attended_row import attended_row
 from .basic_layers import dropout
-from .blockwise import masked, scores_of
+from .blockwise import masked
 from .config import Config
 from .how import Form, How
 from .parts import Widths, join, split
@@ -224,7 +224,7 @@ def _scores_of_one(
     mask: Bool[Array, "1 length"],
     config: Config,
 ) -> tuple[Float[Array, "1 key_heads groups 1 length"], float]:
-    """The scores of one query, and their factor, as from `scores_of`."""
+    """The scores of one query, and their factor, as from `masked`."""
     # Not an einsum, which may put the query first: XLA would then copy the keys to transpose them.
     products = jax.lax.dot_general(
         key,
@@ -247,7 +247,9 @@ def _dropped(
 ) -> Float[Array, "batch query key_heads groups head_width"]:
     """Attention with dropout of its weights."""
     scale, softcap = config.attention_scale, config.attention_softcap
-    scores, factor = scores_of(scale, softcap, query, key, mask)
+    wide = at_least_float32(query.dtype)
+    products = jnp.einsum("btkgh,bskh->bkgts", query, key, preferred_element_type=wide)
+    scores, factor = masked(scale, softcap, products, mask)
     weights = dropout(_weights(factor * scores, sinks), config.dropout_rate("attention"), rng)
     return jnp.einsum("bkgts,bskh->btkgh", weights.astype(value.dtype), value)
 

@@ -13,56 +13,51 @@ from ..._jax.linear_map import per_tile
 from ..._jax.mapped_axes import vary_alike
 from ..._jax.microbatches import nearest_divisor
 
-# Scores of one row held at once; there are as many rows as pairs. On a CPU they fit its cache,
-# elsewhere they take 64 MiB of float32.
+# Scores held at once. On a CPU they fit its cache. Elsewhere they take 64 MiB of float32, for each
+# of as many rows as there are pairs.
 SCORES_AT_ONCE = {CPU: 2**19}
 SCORES_AT_ONCE_ELSEWHERE = 2**24
 
 
-def block_size(
-    platform: str,
-    query: Float[Array, "batch query key_heads groups head_width"],
-    key: Float[Array, "batch key key_heads head_width"],
-) -> int:
-    """The number of queries in a block, which bounds the scores held at once."""
-    length = query.shape[1]
-    heads = query.shape[0] * query.shape[2] * query.shape[3]
-    at_once = SCORES_AT_ONCE.get(platform, SCORES_AT_ONCE_ELSEWHERE)
-    wanted = max(1.0, heads * length * key.shape[1] / at_once)
-    count = nearest_divisor(length, wanted)
+def scores_at_once(platform: str) -> int:
+    """About how many scores are held at once on a platform."""
+    return SCORES_AT_ONCE.get(platform, SCORES_AT_ONCE_ELSEWHERE)
+
+
+def block_size(platform: str, heads: int, queries: int, keys: int) -> int:
+    """The number of queries in a block of the heads that run at once."""
+    wanted = max(1.0, heads * queries * keys / scores_at_once(platform))
+    count = nearest_divisor(queries, wanted)
     # A length with few divisors is padded.
-    return length // count if count / 2 <= wanted <= count * 2 else -(-length // round(wanted))
+    return queries // count if count / 2 <= wanted <= count * 2 else -(-queries // round(wanted))
 
 
 def forward(
     scale: float,
     softcap: float | None,
     size: int,
-    query: Float[Array, "batch query key_heads groups head_width"],
-    key: Float[Array, "batch key key_heads head_width"],
-    value: Float[Array, "batch key key_heads head_width"],
+    query: Float[Array, "query groups head_width"],
+    key: Float[Array, "key head_width"],
+    value: Float[Array, "key head_width"],
     mask: Bool[Array, "query key"],
-) -> tuple[
-    Float[Array, "batch query key_heads groups head_width"],
-    Float[Array, "batch query key_heads groups 1"],
-]:
+) -> tuple[Float[Array, "query groups head_width"], Float[Array, "query groups 1"]]:
     """The output and the normaliser of each query's scores, in float32 or wider.
 
-    The arguments are those of `attended`, and the number of queries in a block.
+    The arguments are those of `attended` for one row and one key head, and the number of queries
+    in a block.
     """
-    length = query.shape[1]
+    length = query.shape[0]
 
     def block(operands):
         query, mask = operands
         scores, factor = scores_of(scale, softcap, query, key, mask)
         peak = scores.max(axis=-1, keepdims=True)
         weights = jnp.exp(factor * _at_most_zero(scores - peak))
-        total = jnp.moveaxis(weights.sum(axis=-1, keepdims=True), 3, 1)
-        product = _product("bskh,bkgts->btkgh", value, weights.astype(value.dtype))
-        normaliser = factor * jnp.moveaxis(peak, 3, 1) + jnp.log(total)
-        return (product / total).astype(value.dtype), normaliser
+        total = weights.sum(axis=-1, keepdims=True)
+        product = _product("tgs,sh->tgh", weights.astype(value.dtype), value)
+        return (product / total).astype(value.dtype), factor * peak + jnp.log(total)
 
-    output, normaliser = jax.lax.map(block, (_blocks(query, size, 1), _blocks(mask, size, 0)))
+    output, normaliser = jax.lax.map(block, (_blocks(query, size), _blocks(mask, size)))
     return _unblocked(output, length), _unblocked(normaliser, length)
 
 
@@ -81,20 +76,20 @@ def push(scale, softcap, size, primals, results, tangents):
     def block(operands):
         in_query, query, output, normaliser, mask = operands
         scores, factor = scores_of(scale, softcap, query, key, mask)
-        weights = jnp.exp(factor * scores - jnp.transpose(normaliser, (0, 2, 3, 1, 4)))
-        slopes = _product("bskh,btkgh->bkgts", key, in_query)
-        slopes = scale * (slopes + _product("bskh,btkgh->bkgts", in_key, query))
+        weights = jnp.exp(factor * scores - normaliser)
+        slopes = _product("tgh,sh->tgs", in_query, key) + _product("tgh,sh->tgs", query, in_key)
+        slopes = scale * slopes
         if softcap is not None:
             slopes = slopes * (1 - jnp.maximum(scores, -1) ** 2)
         slopes = weights * slopes
-        mean = jnp.moveaxis(slopes.sum(axis=-1, keepdims=True), 3, 1)
-        moved = _product("bskh,bkgts->btkgh", value, slopes.astype(narrow))
-        moved = moved + _product("bskh,bkgts->btkgh", in_value, weights.astype(narrow))
+        mean = slopes.sum(axis=-1, keepdims=True)
+        moved = _product("tgs,sh->tgh", slopes.astype(narrow), value)
+        moved = moved + _product("tgs,sh->tgh", weights.astype(narrow), in_value)
         return (moved - mean * output.astype(wide)).astype(output.dtype), mean
 
-    length = query.shape[1]
-    operands = [_blocks(x, size, 1) for x in (in_query, query, output, normaliser)]
-    blocks = jax.lax.map(block, (*operands, _blocks(mask, size, 0)))
+    length = query.shape[0]
+    operands = in_query, query, output, normaliser, mask
+    blocks = jax.lax.map(block, tuple(_blocks(x, size) for x in operands))
     return tuple(_unblocked(x, length) for x in blocks)
 
 
@@ -117,25 +112,23 @@ def pull(scale, softcap, size, primals, results, cotangents):
 
     def block(sums, operands):
         query, cotangent, mean, normaliser, mask = operands
-        mean, normaliser = (jnp.transpose(x, (0, 2, 4, 3, 1)) for x in (mean, normaliser))
+        mean, normaliser = (jnp.transpose(x, (2, 0, 1)) for x in (mean, normaliser))
         scores, factor = scores_of(scale, softcap, query, key, mask, keys_first=True)
         weights = jnp.exp(factor * scores - normaliser)
-        slopes = scale * weights * (_product("btkgh,bskh->bksgt", cotangent, value) - mean)
+        slopes = scale * weights * (_product("sh,tgh->stg", value, cotangent) - mean)
         if softcap is not None:
             # The slope of tanh. Masked scores are below -1.
             slopes = slopes * (1 - jnp.maximum(scores, -1) ** 2)
         slopes, weights = slopes.astype(narrow), weights.astype(narrow)
-        in_query = _product("bksgt,bskh->btkgh", slopes, key).astype(narrow)
-        in_key = _product("btkgh,bksgt->bskh", query, slopes)
-        in_value = _product("btkgh,bksgt->bskh", cotangent, weights)
+        in_query = _product("stg,sh->tgh", slopes, key).astype(narrow)
+        in_key = _product("stg,tgh->sh", slopes, query)
+        in_value = _product("stg,tgh->sh", weights, cotangent)
         return jax.tree.map(jnp.add, sums, (in_key, in_value)), in_query
 
-    length = query.shape[1]
-    operands = [_blocks(x, size, 1) for x in (query, cotangent, mean, normaliser)]
+    length = query.shape[0]
+    operands = tuple(_blocks(x, size) for x in (query, cotangent, mean, normaliser, mask))
     zeros = jnp.zeros_like(key, wide), jnp.zeros_like(value, wide)
-    sums, in_query = jax.lax.scan(
-        block, vary_alike(zeros, query)[0], (*operands, _blocks(mask, size, 0))
-    )
+    sums, in_query = jax.lax.scan(block, vary_alike(zeros, query)[0], operands)
     return _unblocked(in_query, length), *sums
 
 
@@ -144,19 +137,17 @@ def scores_of(scale, softcap, query, key, mask, *, keys_first=False) -> tuple[Ar
 
     The caller multiplies by the factor after it subtracts the largest score. XLA may or may not
     fuse an earlier product with the subtraction, so that its rounding would differ from program to
-    program. The other arguments are those of `attended`.
+    program. The other arguments are those of `forward`.
 
     **Returns:**
 
-    Scores of shape `(batch, key_heads, groups, query, key)`, or
-    `(batch, key_heads, key, groups, query)` with `keys_first`, as the backward pass needs them; and
-    the factor.
+    Scores of shape `(query, groups, key)`, or `(key, query, groups)` with `keys_first`, as the
+    backward pass needs them; and the factor.
     """
-    # This order of the operands, here and in `forward`, avoids copies that transpose the scores.
     if keys_first:
-        products, mask = _product("btkgh,bskh->bksgt", query, key), mask.T[:, None]
+        products, mask = _product("sh,tgh->stg", key, query), mask.T[:, :, None]
     else:
-        products = _product("bskh,btkgh->bkgts", key, query)
+        products, mask = _product("tgh,sh->tgs", query, key), mask[:, None, :]
     return masked(scale, softcap, products, mask)
 
 
@@ -185,15 +176,12 @@ def _product(form: str, one: Array, other: Array) -> Array:
     return jnp.einsum(form, one, other, preferred_element_type=at_least_float32(one.dtype))
 
 
-def _blocks(x: Array, size: int, axis: int) -> Array:
-    """Blocks of neighbours along `axis`, padded with zeros, as a new first axis."""
-    padding = [(0, 0)] * x.ndim
-    padding[axis] = (0, -x.shape[axis] % size)
-    blocked = jnp.pad(x, padding).reshape(*x.shape[:axis], -1, size, *x.shape[axis + 1 :])
-    return jnp.moveaxis(blocked, axis, 0)
+def _blocks(x: Array, size: int) -> Array:
+    """Blocks of neighbours along the first axis, padded with zeros."""
+    padding = [(0, -x.shape[0] % size)] + [(0, 0)] * (x.ndim - 1)
+    return jnp.pad(x, padding).reshape(-1, size, *x.shape[1:])
 
 
 def _unblocked(blocks: Array, length: int) -> Array:
-    """The inverse of `_blocks` along the axis of queries."""
-    blocks = jnp.moveaxis(blocks, 0, 1)
-    return blocks.reshape(blocks.shape[0], -1, *blocks.shape[3:])[:, :length]
+    """The inverse of `_blocks`."""
+    return blocks.reshape(-1, *blocks.shape[2:])[:length]
