@@ -140,11 +140,17 @@ def test_pairs_with_their_own_masks_run_in_turns(monkeypatch, at_once):
     assert max(np.abs(a - b).max() for a, b in zip(got, want, strict=True)) < 1e-13
 
 
-@pytest.mark.parametrize(("platform", "at_once"), [("cpu", 1), ("cuda", 4)])
-def test_on_a_cpu_the_products_of_long_rows_have_no_batch(platform, at_once):
+@pytest.mark.parametrize(
+    ("platform", "devices", "at_once"), [("cpu", 1, 1), ("cpu", 2, 4), ("cuda", 1, 4)]
+)
+def test_on_one_cpu_the_products_of_long_rows_have_no_batch(platform, devices, at_once):
     """XLA would run a product with one in one thread. There are two pairs and two key heads."""
     config = dataclasses.replace(CONFIG, head_width=8)
-    shapes = [jax.ShapeDtypeStruct((2, 1, 1024, n, 8), jnp.float32) for n in (4, 2, 2)]
+    mesh = jax.sharding.Mesh(jax.devices()[:devices], ("data",))
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    shapes = [
+        jax.ShapeDtypeStruct((2, 1, 1024, n, 8), jnp.float32, sharding=rows) for n in (4, 2, 2)
+    ]
 
     def total(*rows):
         return jax.vmap(lambda *row: attend(*row, None, config=config))(*rows).sum()
