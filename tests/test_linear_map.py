@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import jax.test_util
 import numpy as np
 import pytest
+from jax.flatten_util import ravel_pytree
 from jax.sharding import AxisType, PartitionSpec as P
 
 import dpo_eqx as dpx
@@ -159,6 +160,34 @@ def _transformer():
 
 
 POLICIES = {"fast": lambda: Attention(jax.random.key(0)), "transformer": _transformer}
+
+
+def test_hessians_of_a_transformer():
+    """Its layers are a scan, whose transpose has the attention without its `custom_jvp`."""
+    policy = _transformer()
+    arrays, static = eqx.partition(policy, eqx.is_inexact_array)
+    flat, unflatten = ravel_pytree(arrays)
+    along = jnp.cos(7.0 * jnp.arange(float(flat.size)))
+
+    @jax.jit
+    def slope(flat):
+        def total(flat):
+            log_probs = jax.nn.log_softmax(eqx.combine(unflatten(flat), static)(jnp.arange(4)))
+            return log_probs[:, 3].sum()
+
+        return jax.grad(total)(flat)
+
+    @jax.jit
+    def products(flat):
+        forward = jax.jvp(slope, (flat,), (along,))[1]
+        return forward, jax.grad(lambda flat: slope(flat) @ along)(flat)
+
+    # Central differences of fourth order.
+    near, far = (slope(flat + step * along) - slope(flat - step * along) for step in (1e-5, 2e-5))
+    want = (8 * near - far) / 12e-5
+    assert abs(want).max() > 0.1
+    for got in products(flat):
+        np.testing.assert_allclose(got, want, atol=1e-8 * abs(want).max())
 
 
 @pytest.mark.parametrize("policy", ["fast", pytest.param("transformer", marks=pytest.mark.slow)])

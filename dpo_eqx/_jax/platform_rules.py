@@ -5,13 +5,13 @@ kernels: to trace one takes long, and may need libraries that only machines with
 """
 
 import functools
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 from jax.core import ShapedArray
 from jax.extend.core import Primitive
-from jax.interpreters import batching, mlir
+from jax.interpreters import ad, batching, mlir
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
@@ -55,6 +55,15 @@ class Rule(Protocol):
         ...
 
 
+@runtime_checkable
+class Differentiable(Protocol):
+    """A rule with derivatives."""
+
+    def differentiable(self, *operands: Array) -> Sequence[Array]:
+        """The results by a function that has derivatives, such as a `custom_jvp` with this rule."""
+        ...
+
+
 class Sweep(NamedTuple):
     """A `vmap` around a call: which operands have its axis, in front, and its `spmd_axis_name`."""
 
@@ -65,7 +74,8 @@ class Sweep(NamedTuple):
 def by_rule(rule: Rule, *operands: Array) -> list[Array]:
     """The results of `rule` on the platform that the program is lowered for.
 
-    It has no derivative, so call it inside a `custom_jvp` function or its rule.
+    Call it inside a `custom_jvp` function or its rule. JAX forgets that function if it transposes,
+    so for higher derivatives the rule must be `Differentiable`.
     """
     return _by_rule.bind(*vary_alike(*operands), rule=rule, sweeps=())
 
@@ -87,13 +97,11 @@ def _run(
 
     sizes, inner = _shapes(sweeps, operands)
     most = rule.at_once(where, *inner)
-    for size, (has_axis, names) in zip(reversed(sizes), reversed(sweeps), strict=True):
-        in_axes = tuple(0 if has else None for has in has_axis)
-        if most is None:
-            run = jax.vmap(run, in_axes, spmd_axis_name=names or None)
-        else:
-            run = in_turns(run, most, in_axes)
-            most = most / size
+    if most is None:
+        return _swept(run, sweeps)(*operands)
+    for size, (has_axis, _) in zip(reversed(sizes), reversed(sweeps), strict=True):
+        run = in_turns(run, most, [0 if has else None for has in has_axis])
+        most = most / size
     return run(*operands)
 
 
@@ -149,6 +157,21 @@ def _batch(axis_data, operands, dims, *, rule, sweeps):
     return results, [0] * len(results)
 
 
+def _jvp(primals, tangents, *, rule, sweeps):
+    if not isinstance(rule, Differentiable):
+        raise NotImplementedError(f"{rule} has no derivative.")
+    run = _swept(rule.differentiable, sweeps)
+    return jax.jvp(run, primals, tuple(map(ad.instantiate_zeros, tangents)))
+
+
+def _swept(run: Callable[..., Any], sweeps: Sequence[Sweep]) -> Callable[..., Any]:
+    """`run` under all of the `vmap`s, the outermost first in `sweeps`."""
+    for has_axis, names in reversed(sweeps):
+        in_axes = tuple(0 if has else None for has in has_axis)
+        run = jax.vmap(run, in_axes, spmd_axis_name=names or None)
+    return run
+
+
 def _lower(platform, ctx, *operands, **parameters):
     # The number is not in the context of a `shard_map`, whose code is for one device.
     devices = getattr(ctx.module_context.axis_context, "num_devices", 1)
@@ -165,6 +188,7 @@ _by_rule = Primitive(RULE)
 _by_rule.multiple_results = True
 _by_rule.def_impl(_run_now)
 _by_rule.def_abstract_eval(_types)
+ad.primitive_jvps[_by_rule] = _jvp
 batching.fancy_primitive_batchers[_by_rule] = _batch
 mlir.register_lowering(_by_rule, functools.partial(_lower, OTHER))
 for _platform in (CPU, CUDA, TPU):

@@ -142,6 +142,9 @@ class Forward:
         query, key = operands[:2]
         return at_once(where, math.prod(query.shape[:4]) * key.shape[1])
 
+    def differentiable(self, *operands: Array) -> Sequence[Array]:
+        return _attended(self.how, *operands)
+
     def run(self, where: Where, *operands: Array) -> Sequence[Array]:
         how, query = self.how, operands[0]
         kernel = kernels.find(where, how, query) if how.use_kernels else None

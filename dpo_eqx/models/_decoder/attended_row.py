@@ -104,6 +104,9 @@ class _Forward:
         query, key = operands[:2]
         return at_once(where, math.prod(query.shape[:3]) * key.shape[0])
 
+    def differentiable(self, *operands: Array) -> Sequence[Array]:
+        return _attended_row(self.how, self.widths, *operands)
+
     def run(self, where: Where, *operands: Array) -> Sequence[Array]:
         query, key, value, prompt_length, *masks = operands
         kernel = kernels.find_for_row(where, self.how, self.widths, query)
