@@ -22,7 +22,7 @@ def of_each(most):
 
 
 @pytest.mark.parametrize(
-    ("most", "turns"), [(None, 0), (9.0, 0), (6.0, 0), (2.0, 3), (1.0, 6), (0.1, 6)]
+    ("most", "turns"), [(np.inf, 0), (9.0, 0), (6.0, 0), (2.0, 3), (1.0, 6), (0.1, 6)]
 )
 def test_it_is_the_vmap(most, turns):
     want = jax.vmap(both, (0, 1))(ONE, OTHER)

@@ -11,11 +11,11 @@ from .microbatches import nearest_divisor
 
 
 def in_turns(
-    run: Callable[..., Any], most: float | None, in_axes: Sequence[int | None], out_axes: int = 0
+    run: Callable[..., Any], most: float, in_axes: Sequence[int | None], out_axes: int = 0
 ) -> Callable[..., Any]:
     """`jax.vmap(run, in_axes, out_axes)`, which runs about `most` of the calls at once.
 
-    It runs as many as the nearest divisor of the number of calls, and all if `most` is `None`. Do
+    It runs as many as the nearest divisor of the number of calls, and all if `most` is infinite. Do
     not differentiate it: the loop would keep the residuals of all calls.
     """
     axes = tuple(None if axis is None else 0 for axis in in_axes)
@@ -25,9 +25,7 @@ def in_turns(
         split = [(x, axis) for x, axis in zip(operands, in_axes, strict=True) if axis is not None]
         calls = split[0][0].shape[split[0][1]]
         # It is symbolic in `jax.export`.
-        if most is None or not isinstance(calls, int):
-            return all_at_once(*operands)
-        turns = nearest_divisor(calls, calls / most)
+        turns = nearest_divisor(calls, calls / most) if isinstance(calls, int) else 1
         if turns == 1:
             return all_at_once(*operands)
 

@@ -5,6 +5,7 @@ kernels: to trace one takes long, and may need libraries that only machines with
 """
 
 import functools
+import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -46,8 +47,8 @@ class Rule(Protocol):
         """The shapes and dtypes of the results, the same for all platforms."""
         ...
 
-    def at_once(self, where: Where, *operands: jax.ShapeDtypeStruct) -> float | None:
-        """About how many calls of `run` under a `vmap` run at once; all of them if `None`."""
+    def at_once(self, where: Where, *operands: jax.ShapeDtypeStruct) -> float:
+        """About how many calls of `run` under a `vmap` run at once; infinite for all of them."""
         ...
 
     def run(self, where: Where, *operands: Array) -> Sequence[Array]:
@@ -97,7 +98,7 @@ def _run(
 
     sizes, inner = _shapes(sweeps, operands)
     most = rule.at_once(where, *inner)
-    if most is None:
+    if most == math.inf:
         return _swept(run, sweeps)(*operands)
     for size, (has_axis, _) in zip(reversed(sizes), reversed(sweeps), strict=True):
         run = in_turns(run, most, [0 if has else None for has in has_axis])
@@ -158,6 +159,7 @@ def _batch(axis_data, operands, dims, *, rule, sweeps):
 
 
 def _jvp(primals, tangents, *, rule, sweeps):
+    # Rules of backward passes have none: `with_transpose` differentiates the forward pass instead.
     if not isinstance(rule, Differentiable):
         raise NotImplementedError(f"{rule} has no derivative.")
     run = _swept(rule.differentiable, sweeps)

@@ -107,7 +107,7 @@ def _push(how, primals, results, tangents):
             primals, results, tangents = (*arrays[:3], mask), arrays[3:5], arrays[5:]
             return blockwise.push(how.scale, how.softcap, size, primals, results, tangents)
 
-        return _each_head(None, one, *arrays)
+        return _each_head(math.inf, one, *arrays)
 
     return by_platform(
         lambda platform: blockwise.block_size(platform, heads, queries, key.shape[1]),
@@ -138,7 +138,7 @@ class Forward:
         query = operands[0]
         return query, normaliser_of(query)
 
-    def at_once(self, where: Where, *operands: jax.ShapeDtypeStruct) -> float | None:
+    def at_once(self, where: Where, *operands: jax.ShapeDtypeStruct) -> float:
         query, key = operands[:2]
         return at_once(where, math.prod(query.shape[:4]) * key.shape[1])
 
@@ -172,7 +172,7 @@ class Pull:
     def shapes(self, *operands: jax.ShapeDtypeStruct) -> Sequence[jax.ShapeDtypeStruct]:
         return operands[4:7]
 
-    def at_once(self, where: Where, *operands: jax.ShapeDtypeStruct) -> float | None:
+    def at_once(self, where: Where, *operands: jax.ShapeDtypeStruct) -> float:
         return Forward(self.how).at_once(where, *operands[4:])
 
     def run(self, where: Where, *operands: Array) -> Sequence[Array]:
@@ -200,28 +200,28 @@ class Pull:
         return _each_head(most, one, query, key, value, *results, *cotangents)
 
 
-def at_once(where: Where, scores: int) -> float | None:
-    """About how many products with so many scores run at once; all of them if `None`.
+def at_once(where: Where, scores: int) -> float:
+    """About how many products with so many scores run at once; infinite for all of them.
 
     On CPUs, XLA runs a product with batch axes in one thread. So only a few run at once, whose
     scores fit the cache. On several devices, a loop over rows or heads would gather them.
     """
     if where.platform != CPU or where.devices > 1 or where.axes:
-        return None
+        return math.inf
     return blockwise.scores_at_once(CPU) / scores
 
 
 def _turns(
     where: Where, query: Array, key: Array
-) -> tuple[float | None, Callable[[Sequence[Array]], int]]:
+) -> tuple[float, Callable[[Sequence[Array]], int]]:
     """About how many rows and key heads run at once, and the number of queries in a part's blocks.
 
-    The first is `None` if all run at once, and the second is a function of the part's operands.
+    The second is a function of the part's operands.
     """
     batch, queries, key_heads, groups, _ = query.shape
     most = at_once(where, groups * queries * key.shape[1])
     # On a CPU, the queries of a key head are only cut if it runs alone.
-    heads = batch * key_heads * groups if most is None else groups
+    heads = batch * key_heads * groups if most == math.inf else groups
 
     def size_of(part):
         return blockwise.block_size(where.platform, heads, len(part[0]), len(part[1]))
@@ -229,15 +229,14 @@ def _turns(
     return most, size_of
 
 
-def _each_head(most: float | None, run: Callable[..., Any], *arrays: Array) -> Any:
-    """`run` for each row and each key head, about `most` of them at once; all if it is `None`.
+def _each_head(most: float, run: Callable[..., Any], *arrays: Array) -> Any:
+    """`run` for each row and each key head, about `most` of them at once.
 
     All arrays and results have the shape `(batch, length, key_heads, ...)`, and those of `run`
     `(length, ...)`.
     """
     of_row = in_turns(run, most, [1] * len(arrays), out_axes=1)
-    rows = None if most is None else most / arrays[0].shape[2]
-    return in_turns(of_row, rows, [0] * len(arrays))(*arrays)
+    return in_turns(of_row, most / arrays[0].shape[2], [0] * len(arrays))(*arrays)
 
 
 def _parts(

@@ -100,7 +100,7 @@ class _Forward:
         query = operands[0]
         return query, normaliser_of(query)
 
-    def at_once(self, where: Where, *operands: jax.ShapeDtypeStruct) -> float | None:
+    def at_once(self, where: Where, *operands: jax.ShapeDtypeStruct) -> float:
         query, key = operands[:2]
         return at_once(where, math.prod(query.shape[:3]) * key.shape[0])
 
@@ -128,7 +128,7 @@ class _Pull:
     def shapes(self, *operands: jax.ShapeDtypeStruct) -> Sequence[jax.ShapeDtypeStruct]:
         return operands[4:7]
 
-    def at_once(self, where: Where, *operands: jax.ShapeDtypeStruct) -> float | None:
+    def at_once(self, where: Where, *operands: jax.ShapeDtypeStruct) -> float:
         return _Forward(self.how, self.widths).at_once(where, *operands[4:])
 
     def run(self, where: Where, *operands: Array) -> Sequence[Array]:
